@@ -1,0 +1,128 @@
+"""Text to token ids the way the model was trained to see them, without torch or transformers.
+
+Owns: rendering a chat template (Hugging Face's `chat_template`, a sandboxed Jinja template) and encoding with
+the fast tokenizer (`tokenizer.json`). Does not own: reading files; callers pass their contents.
+The gateway and the worker render through this one module, so a prompt has one meaning in both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from bon_algos.contracts import Message
+
+
+class TemplateRefused(ValueError):
+    """The chat template does not accept these messages; the text is the template's own reason."""
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """Jinja's own filter escapes HTML, which templates for models do not want."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _compile(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(template)
+
+
+class ChatTokenizer:
+    """A model's tokenizer and chat template.
+
+    tokenizer_json: contents of `tokenizer.json`. tokenizer_config: `tokenizer_config.json`, parsed; its special
+    tokens are visible to the template. chat_template: contents of `chat_template.jinja` when the model has that
+    file, else the config's own entry is used.
+    """
+
+    def __init__(
+        self, tokenizer_json: str, tokenizer_config: Mapping[str, Any], chat_template: str | None = None
+    ) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        source = chat_template if chat_template is not None else tokenizer_config.get("chat_template")
+        self._source: str | None = source if isinstance(source, str) else None
+        self._template = _compile(self._source) if self._source is not None else None
+        self._special = {
+            name: text
+            for name, value in tokenizer_config.items()
+            if name.endswith("_token") and (text := _token_text(value)) is not None
+        }
+        digest = hashlib.sha256(tokenizer_json.encode())
+        digest.update((self._source or "").encode())
+        self.template_digest = digest.hexdigest()[:16]
+        """Of tokenizer and template together: groups with different digests did not see the same prompts."""
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The conversation as the model reads it. Raises TemplateRefused, also when there is no template."""
+        if self._template is None:
+            raise TemplateRefused("this model has no chat template: send `prompt` instead of `messages`")
+        try:
+            return self._template.render(
+                messages=[message.model_dump() for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **self._special,
+            )
+        except jinja2.exceptions.TemplateError as error:
+            raise TemplateRefused(str(error)) from error
+
+    def encode_chat(self, rendered: str) -> list[int]:
+        """Token ids of a rendered conversation; the template has already written the special tokens."""
+        return self._tokenizer.encode(rendered, add_special_tokens=False).ids
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of plain text, with the special tokens (BOS) that the model expects in front."""
+        return self._tokenizer.encode(prompt, add_special_tokens=True).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+def _token_text(value: object) -> str | None:
+    """A special token stands in the config as a string or as an object with its content."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
+        return str(value["content"])
+    return None
+
+
+def reward_token_ids(
+    tokenizer: ChatTokenizer, prompt: str, messages: Sequence[Message] | None, completion: str
+) -> list[int]:
+    """What the reward model reads: prompt and completion as a conversation in its own template, the completion
+    as the assistant's turn; a plain prompt is the user's turn. Without a template: the two texts joined.
+    """
+    if not tokenizer.has_template:
+        before = prompt if messages is None else "\n".join(message.content for message in messages) + "\n"
+        return tokenizer.encode_prompt(before + completion)
+    turns = list(messages) if messages is not None else [Message(role="user", content=prompt)]
+    turns.append(Message(role="assistant", content=completion))
+    return tokenizer.encode_chat(tokenizer.render(turns, add_generation_prompt=False))

@@ -1,0 +1,208 @@
+"""What is said to vLLM and how its answers are read: pure functions over JSON, no I/O.
+
+Owns: building engine requests field by field (nothing a caller sent travels on by itself) and folding answers
+into candidates, checked and finite. Does not own: sockets, deadlines, retries. Checked against vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from bon_algos.contracts import Candidate, FinishReason, Sampling
+
+LIVE_PRIORITY = 0
+ROLLOUT_PRIORITY = 10
+"""Lower is served first: a job's rollouts wait for users."""
+
+Json = Mapping[str, Any]
+
+
+class MalformedReply(ValueError):
+    """The engine's answer is not what it must be; the text names the part, never its content."""
+
+
+def completion_request(
+    model: str,
+    prompt_token_ids: Sequence[int],
+    n: int,
+    sampling: Sampling,
+    *,
+    stream: bool,
+    priority: int = LIVE_PRIORITY,
+) -> dict[str, Any]:
+    """Body of `POST /v1/completions` for n candidates of one prompt in one call.
+
+    Log-probs are the raw ones of the sampled tokens. When streamed with n > 1 each candidate arrives in about two
+    chunks (the first token, then the rest): enough to know which candidates had finished when a deadline passes.
+    """
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": list(prompt_token_ids),
+        "n": n,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "stop": list(sampling.stop),
+        "logprobs": 0,
+        "return_token_ids": True,
+        "priority": priority,
+        "stream": stream,
+    }
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
+    if stream:
+        body["stream_interval"] = sampling.max_tokens if n > 1 else 1
+    return body
+
+
+def classify_request(model: str, token_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Body of `POST /classify`: raw scores of all sequences in one call."""
+    return {"model": model, "input": [list(ids) for ids in token_ids], "use_activation": False}
+
+
+def logprob_request(model: str, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int]) -> dict[str, Any]:
+    """Body of `POST /v1/completions` that scores a given completion instead of sampling one."""
+    return {
+        "model": model,
+        "prompt": [*prompt_token_ids, *completion_token_ids],
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "prompt_logprobs": 0,
+        "priority": ROLLOUT_PRIORITY,
+    }
+
+
+@dataclass
+class _Partial:
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def candidate(self) -> Candidate:
+        return Candidate(
+            text="".join(self.text),
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            failure=None if self.finish_reason is not None else "deadline",
+        )
+
+
+class CompletionStream:
+    """Folds the chunks of one streamed completion call into n candidates, whatever their order of arrival."""
+
+    def __init__(self, n: int) -> None:
+        self._partial = [_Partial() for _ in range(n)]
+
+    def feed(self, chunk: Json) -> list[int]:
+        """Take one decoded chunk; returns the indices of the candidates it finished. Raises MalformedReply."""
+        finished: list[int] = []
+        for choice in _choices(chunk):
+            index = _index(choice, len(self._partial))
+            partial = self._partial[index]
+            if partial.finish_reason is not None:
+                raise MalformedReply(f"candidate {index} goes on after its end")
+            _extend(partial, choice)
+            if partial.finish_reason is not None:
+                finished.append(index)
+        return finished
+
+    @property
+    def finished(self) -> int:
+        return sum(partial.finish_reason is not None for partial in self._partial)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.finished == len(self._partial)
+
+    def candidates(self) -> list[Candidate]:
+        """All n in drawing order; one that never finished has failure `deadline`."""
+        return [partial.candidate() for partial in self._partial]
+
+
+def parse_completion(body: Json, n: int) -> list[Candidate]:
+    """The n candidates of an answer that was not streamed. Raises MalformedReply."""
+    stream = CompletionStream(n)
+    stream.feed(body)
+    if not stream.is_complete:
+        raise MalformedReply(f"{stream.finished} of {n} candidates came back finished")
+    return stream.candidates()
+
+
+def parse_classify(body: Json, count: int) -> list[float]:
+    """Raw scores in the order of the request, matched by index. Raises MalformedReply when a score is missing,
+    doubled or no single number; a score that is not finite is returned as NaN and for the caller to refuse."""
+    data = body.get("data")
+    if not isinstance(data, list) or len(data) != count:
+        raise MalformedReply(f"the reward model did not return {count} scores")
+    scores: dict[int, float] = {}
+    for entry in data:
+        probs = entry.get("probs") if isinstance(entry, dict) else None
+        if not isinstance(probs, list) or len(probs) != 1 or isinstance(probs[0], bool):
+            raise MalformedReply("a score of the reward model is not one number: is it a one-label classifier?")
+        scores[_index(entry, count)] = float(probs[0]) if isinstance(probs[0], int | float) else math.nan
+    if len(scores) != count:
+        raise MalformedReply("the reward model scored one sequence twice")
+    return [scores[i] for i in range(count)]
+
+
+def parse_prompt_logprobs(body: Json, token_ids: Sequence[int], prompt_length: int) -> list[float]:
+    """Log-prob of each token after the first `prompt_length`; nats. Raises MalformedReply."""
+    rows = next(iter(_choices(body)), {}).get("prompt_logprobs")
+    if not isinstance(rows, list) or len(rows) != len(token_ids):
+        raise MalformedReply("prompt_logprobs do not match the tokens that were sent")
+    values = []
+    for token, row in list(zip(token_ids, rows, strict=True))[prompt_length:]:
+        entry = row.get(str(token)) if isinstance(row, dict) else None
+        if not isinstance(entry, dict):
+            raise MalformedReply("prompt_logprobs lack a token that was sent")
+        values.append(_finite(entry.get("logprob")))
+    return values
+
+
+def _choices(body: Json) -> list[dict[str, Any]]:
+    if "error" in body:
+        raise MalformedReply("the engine reports an error inside its answer")
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise MalformedReply("the engine's answer has no list of choices")
+    return choices
+
+
+def _index(entry: Json, count: int) -> int:
+    index = entry.get("index")
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
+        raise MalformedReply(f"an index is not in 0..{count - 1}")
+    return index
+
+
+def _extend(partial: _Partial, choice: Json) -> None:
+    text, token_ids = choice.get("text"), choice.get("token_ids")
+    logprobs = (choice.get("logprobs") or {}).get("token_logprobs", [])
+    if not isinstance(text, str) or not isinstance(token_ids, list | None) or not isinstance(logprobs, list):
+        raise MalformedReply("a choice lacks text, token ids or log-probs")
+    ids = token_ids or []
+    if not all(isinstance(token, int) and token >= 0 for token in ids) or len(ids) != len(logprobs):
+        raise MalformedReply("token ids and log-probs of a choice do not match")
+    partial.text.append(text)
+    partial.token_ids.extend(ids)
+    partial.logprobs.extend(_finite(value) for value in logprobs)
+    reason = choice.get("finish_reason")
+    if reason not in (None, "stop", "length"):
+        raise MalformedReply("a candidate ended for a reason that is neither stop nor length")
+    partial.finish_reason = cast(Literal["stop", "length"] | None, reason)
+
+
+def _finite(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise MalformedReply("a log-prob is not a finite number")
+    return float(value)

@@ -1,0 +1,120 @@
+"""Our rendering and encoding against transformers', which is the oracle: same text, same token ids."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from bon_algos.chat import ChatTokenizer, TemplateRefused, reward_token_ids
+from bon_algos.contracts import Message
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STRICT = (
+    "{{ bos_token }}{% for message in messages %}\n"
+    "    {% if loop.first and message.role != 'user' %}{{ raise_exception('the user speaks first') }}{% endif %}\n"
+    "[{{ message.role }}] {{ message | tojson }}\n"
+    "{% endfor %}\n"
+)
+CONVERSATION = [
+    Message(role="user", content="Where is the café? 🎬 <b>now</b>  "),
+    Message(role="assistant", content="Behind the harbour."),
+    Message(role="user", content="Thank you"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["where is the harbour", "behind the old harbour", "user assistant"], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer.to_str()
+
+
+def ours_and_oracle(tokenizer_json: str, template: str):
+    from transformers import PreTrainedTokenizerFast
+
+    config = {"bos_token": {"content": "<s>", "lstrip": False}, "chat_template": template}
+    oracle = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json), bos_token="<s>")
+    oracle.chat_template = template
+    return ChatTokenizer(tokenizer_json, config), oracle
+
+
+@pytest.mark.parametrize("template", [CHATML, STRICT])
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+def test_rendering_and_encoding_are_transformers_own(tokenizer_json, template, add_generation_prompt):
+    ours, oracle = ours_and_oracle(tokenizer_json, template)
+    conversation = [message.model_dump() for message in CONVERSATION]
+    rendered = oracle.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+    token_ids = oracle.apply_chat_template(
+        conversation, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+    )
+
+    assert ours.render(CONVERSATION, add_generation_prompt) == rendered
+    assert ours.encode_chat(rendered) == token_ids
+
+
+def test_a_plain_prompt_gets_the_models_special_tokens_and_a_conversation_only_those_of_its_template(tokenizer_json):
+    ours, oracle = ours_and_oracle(tokenizer_json, CHATML)
+    text = "the old harbour 🎬"
+    assert ours.encode_prompt(text) == oracle(text)["input_ids"]
+    assert ours.encode_prompt(text)[0] == 0
+    assert ours.encode_chat(text) == ours.encode_prompt(text)[1:]
+    assert ours.decode(ours.encode_prompt(text)) == text
+
+
+def test_the_template_may_refuse_and_says_why(tokenizer_json):
+    ours, _ = ours_and_oracle(tokenizer_json, STRICT)
+    with pytest.raises(TemplateRefused, match="the user speaks first"):
+        ours.render([Message(role="assistant", content="Hello")], add_generation_prompt=True)
+
+
+def test_without_a_template_a_conversation_is_refused_with_what_to_do(tokenizer_json):
+    ours = ChatTokenizer(tokenizer_json, {"bos_token": "<s>"})
+    with pytest.raises(TemplateRefused, match="send `prompt`"):
+        ours.render(CONVERSATION, add_generation_prompt=True)
+
+
+def test_a_template_in_the_prompt_is_text(tokenizer_json):
+    """Callers' braces are never evaluated, and the sandbox hides Python from the template itself."""
+    ours, _ = ours_and_oracle(tokenizer_json, CHATML)
+    attack = "{{ cycler.__init__.__globals__ }}{% for i in range(10**9) %}x{% endfor %}"
+    assert attack in ours.render([Message(role="user", content=attack)], add_generation_prompt=True)
+    prying = ChatTokenizer(tokenizer_json, {"chat_template": "{{ messages.__class__.__mro__ }}"})
+    with pytest.raises(TemplateRefused):
+        prying.render(CONVERSATION, add_generation_prompt=False)
+
+
+def test_the_digest_changes_with_tokenizer_and_with_template(tokenizer_json):
+    changed = json.loads(tokenizer_json)
+    changed["version"] = "1.0"
+    changed["post_processor"] = None
+    digests = {
+        ChatTokenizer(tokenizer_json, {"chat_template": CHATML}).template_digest,
+        ChatTokenizer(tokenizer_json, {"chat_template": STRICT}).template_digest,
+        ChatTokenizer(tokenizer_json, {}).template_digest,
+        ChatTokenizer(json.dumps(changed), {}).template_digest,
+    }
+    assert len(digests) == 4
+    file_wins = ChatTokenizer(tokenizer_json, {"chat_template": STRICT}, CHATML)
+    assert file_wins.template_digest == ChatTokenizer(tokenizer_json, {"chat_template": CHATML}).template_digest
+
+
+def test_the_reward_model_reads_the_completion_as_the_assistants_turn(tokenizer_json):
+    ours, _ = ours_and_oracle(tokenizer_json, CHATML)
+    expected = ours.encode_chat("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n")
+    assert reward_token_ids(ours, "rendered", [Message(role="user", content="Hi")], "Hello") == expected
+    assert reward_token_ids(ours, "Hi", None, "Hello") == expected
+    plain = ChatTokenizer(tokenizer_json, {})
+    assert reward_token_ids(plain, "Hi ", None, "there") == plain.encode_prompt("Hi there")

@@ -1,0 +1,130 @@
+"""What a record means: which candidate is best, which groups may teach, what a spec refuses."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from bon_algos.contracts import (
+    LEDGER_RECORD,
+    Arm,
+    BonForwardKlSpec,
+    Candidate,
+    CandidateGroup,
+    JBondSpec,
+    JobSpec,
+    Method,
+    Sampling,
+)
+
+POLICY = "pol-0123456789abcdef"
+
+
+def candidate(reward: float | None, *, text: str = "good", finish: str | None = "stop") -> Candidate:
+    return Candidate.model_validate(
+        {"text": text, "token_ids": [5, 2], "logprobs": [-0.5, -0.1], "finish_reason": finish, "reward": reward}
+    )
+
+
+def group(*candidates: Candidate, requested: int | None = None, **changes: object) -> CandidateGroup:
+    return CandidateGroup.model_validate(
+        {
+            "id": "resp_1",
+            "created_at": 1.0,
+            "route": "default",
+            "arm": Arm(policy=POLICY, n=requested or len(candidates)),
+            "arm_reason": "default",
+            "policy_id": POLICY,
+            "reward_model_id": "rm-1",
+            "reward_template_digest": "a",
+            "policy_template_digest": "b",
+            "settings_digest": "c",
+            "prompt": "p",
+            "prompt_token_ids": [1],
+            "sampling": Sampling(max_tokens=8),
+            "requested": requested or len(candidates),
+            "candidates": candidates,
+            "selected": None,
+            "status": "ok",
+            **changes,
+        }
+    )
+
+
+def test_best_is_the_highest_reward_and_the_earliest_of_a_tie():
+    assert group(candidate(0.1), candidate(0.9), candidate(0.9)).best == 1
+
+
+def test_a_truncated_or_empty_candidate_wins_only_when_no_complete_one_exists():
+    truncated, empty = candidate(9.0, finish="length"), candidate(8.0, text=" ")
+    assert group(truncated, empty, candidate(0.1)).best == 2
+    assert group(empty, truncated).best == 1
+
+
+def test_without_a_scored_candidate_there_is_no_best():
+    assert group(candidate(None), candidate(None)).best is None
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=20))
+def test_best_only_sees_order(rewards):
+    """A strictly increasing transform of the reward changes nothing (multiplying by 4 is exact in floats)."""
+    plain = group(*(candidate(reward) for reward in rewards)).best
+    assert group(*(candidate(4 * reward) for reward in rewards)).best == plain == rewards.index(max(rewards))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling": Sampling(max_tokens=8, temperature=0.7)},
+        {"sampling": Sampling(max_tokens=8, top_p=0.9)},
+        {"sampling": Sampling(max_tokens=8, top_k=5)},
+        {"store": False},
+        {"requested": 3},
+    ],
+)
+def test_a_group_teaches_only_as_whole_unchanged_draws_of_the_policy(change):
+    full = group(candidate(0.1), candidate(0.2))
+    assert full.is_unbiased
+    assert not full.model_copy(update=change).is_unbiased
+
+
+def test_an_unscored_candidate_makes_a_group_unusable():
+    assert not group(candidate(0.1), candidate(None)).is_unbiased
+
+
+def test_a_ledger_record_survives_the_journey_bit_for_bit():
+    original = group(candidate(0.1 + 0.2), candidate(1 / 3))
+    assert LEDGER_RECORD.validate_json(original.model_dump_json()) == original
+
+
+def test_rewards_and_logprobs_are_finite():
+    for field, value in (("reward", float("nan")), ("logprobs", [float("-inf"), 0.0])):
+        raw = json.loads(candidate(0.1).model_dump_json()) | {field: value}
+        with pytest.raises(ValidationError):
+            Candidate.model_validate(raw)
+
+
+def test_a_method_has_the_vetted_defaults_and_no_foreign_parameters():
+    assert Method(type="jbond").spec == JBondSpec()
+    assert Method.model_validate({"type": "bon_forward_kl", "bon_forward_kl": {"n": 8}}).spec == BonForwardKlSpec(n=8)
+    with pytest.raises(ValidationError, match="parameters of jbond given for method bon_forward_kl"):
+        Method.model_validate({"type": "bon_forward_kl", "jbond": {}})
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "unheard-of"},
+        {"type": "jbond", "jbond": {"jeffreys_weight": 1.5}},
+        {"type": "jbond", "jbond": {"learning_rate": float("nan")}},
+        {"type": "bon_regression", "bon_regression": {"n": 1}},
+        {"type": "bon_regression", "bon_regression": {"huber_delta": 0}},
+        {"type": "jbond", "jbond": {"lora_rank": 7}},
+        {"type": "jbond", "jbond": {"beta": 0.5}},
+    ],
+)
+def test_a_spec_out_of_range_or_unknown_is_refused(method):
+    with pytest.raises(ValidationError):
+        JobSpec.model_validate({"method": method})

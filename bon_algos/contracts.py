@@ -9,6 +9,8 @@ Times are seconds since the epoch (UTC); log-probs are nats; token ids are the p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from hashlib import sha256
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
@@ -424,6 +426,17 @@ class Manifest(Record):
     """File name to sha256."""
     lora_rank: int
     steps: int
+
+
+ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors", "fingerprint.json")
+"""What stands beside manifest.json in a policy's directory; nothing else does."""
+
+
+def adapter_digest(files: Mapping[str, str]) -> str:
+    """The digest that names a policy's directory, from file name -> sha256 of the adapter's files: sha256 over
+    the lines `name sha256`, sorted. `pol-` and its first 16 hex digits are the policy's id."""
+    lines = "".join(f"{name} {files[name]}\n" for name in sorted(files))
+    return sha256(lines.encode()).hexdigest()
 
 
 PolicyState = Literal["candidate", "shadow", "canary", "live", "retired", "failed"]

@@ -1,0 +1,168 @@
+"""From a spec to a step: the one `match` on `AlgorithmSpec`.
+
+Owns which log-probs an algorithm needs and which loss it makes of them. Does not own the loop: batches,
+gradients, the optimiser, sampling and the anchor's weights are the caller's, who learns from the type of the
+step whether it is fed from the ledger or from fresh samples.
+
+Dimension key:  B prompts · N candidates per prompt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, assert_never
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bon_algos.bond import best_of_two, j_bond_loss, quantile_reward_tie_aware
+from bon_algos.contracts import AlgorithmSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
+from bon_algos.imitation import best_of_n_imitation
+from bon_algos.logprobs import TokenGroup
+from bon_algos.order import best_of_n_weights
+from bon_algos.quantiles import log_tilt_tie_aware, standing_among_others
+from bon_algos.regression import log_quantile_regression
+
+SequenceLogprobs = Callable[[Sequence[TokenGroup]], Sequence[Tensor]]
+"""`logprobs.sequence_logprobs` of one policy: for each group (N,), nats."""
+
+
+class LoggedGroup(NamedTuple):
+    """One prompt with all candidates that the reference policy drew for it."""
+
+    tokens: TokenGroup
+    rewards: Sequence[float]
+    reference_logprobs: Sequence[float]
+    """log π_ref of each completion, token sum; nats. The ledger has them as sampled."""
+
+
+class FreshGroup(NamedTuple):
+    """One prompt with a sample of the policy in training and two of its anchor."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    reward: float
+    anchor_completion_ids: tuple[Sequence[int], Sequence[int]]
+    anchor_rewards: tuple[float, float]
+
+
+class StepLoss(NamedTuple):
+    loss: Tensor
+    """Scalar, to be minimised: the mean over prompts."""
+    metrics: Mapping[str, Tensor]
+    """Scalars, detached; each method names its own."""
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """Learns from the ledger. Prompts do not interact: a batch may be split, and the parts' losses weighted
+    by their number of prompts."""
+
+    loss: Callable[[Sequence[LoggedGroup], SequenceLogprobs], StepLoss]
+    """Groups and the log-probs of the policy in training. ValueError for a group of fewer than n candidates."""
+
+
+@dataclass(frozen=True)
+class OnPolicyStep:
+    """Learns from fresh samples against a moving anchor. A batch may not be split: each prompt's baseline is
+    the mean of the others."""
+
+    loss: Callable[[Sequence[FreshGroup], SequenceLogprobs, SequenceLogprobs], StepLoss]
+    """Groups, the log-probs of the policy in training, those of its anchor (no gradient is taken there)."""
+    anchor_rate: float
+    """η: the `rate` of `EmaAnchor.update` after every optimiser step."""
+    refresh_steps: int
+    """Steps between two refreshes of the copies that are sampled."""
+
+
+Step = LoggedStep | OnPolicyStep
+
+
+def make_step(spec: AlgorithmSpec) -> Step:
+    match spec:
+        case BonForwardKlSpec():
+            return LoggedStep(partial(_imitate, n=spec.n))
+        case BonRegressionSpec():
+            return LoggedStep(partial(_regress, n=spec.n, huber_delta=spec.huber_delta))
+        case JBondSpec():
+            loss = partial(_j_bond, jeffreys_weight=spec.jeffreys_weight, kl_strength=spec.kl_strength)
+            return OnPolicyStep(loss, anchor_rate=spec.anchor_rate, refresh_steps=spec.refresh_steps)
+        case _:
+            assert_never(spec)
+
+
+def _imitate(groups: Sequence[LoggedGroup], policy: SequenceLogprobs, *, n: int) -> StepLoss:
+    weights = [best_of_n_weights(group.rewards, n) for group in groups]
+    # The n − 1 lowest candidates have no weight unless they tie: they cost no forward pass.
+    used = [np.flatnonzero(weight_N) for weight_N in weights]
+    tokens = [
+        TokenGroup(group.tokens.prompt_ids, [group.tokens.completion_ids[j] for j in index])
+        for group, index in zip(groups, used, strict=True)
+    ]
+    losses, log_ratios = [], []
+    for group, weight_N, index, logprob_N in zip(groups, weights, used, policy(tokens), strict=True):
+        weight_1N = logprob_N.new_tensor(weight_N[index])[None]
+        reference_1N = logprob_N.new_tensor([group.reference_logprobs[j] for j in index])[None]
+        losses.append(best_of_n_imitation(logprob_N[None], weight_1N))
+        log_ratios.append(-losses[-1].detach() - (weight_1N * reference_1N).sum(dim=-1))
+    loss = torch.cat(losses).mean()
+    return StepLoss(loss, {"imitation": loss.detach(), "log_ratio_best_of_n": torch.cat(log_ratios).mean()})
+
+
+def _regress(groups: Sequence[LoggedGroup], policy: SequenceLogprobs, *, n: int, huber_delta: float | None) -> StepLoss:
+    losses, log_ratios, residuals = [], [], []
+    for group, logprob_N in zip(groups, policy([group.tokens for group in groups]), strict=True):
+        if len(group.rewards) < n:
+            raise ValueError(f"best-of-{n} from a group of {len(group.rewards)} candidates")
+        log_tilt_1N = log_tilt_tie_aware(standing_among_others(_row(group.rewards)), n).to(logprob_N)
+        reference_1N = logprob_N.new_tensor(group.reference_logprobs)[None]
+        losses.append(log_quantile_regression(logprob_N[None], reference_1N, log_tilt_1N, huber_delta=huber_delta))
+        log_ratios.append(logprob_N.detach()[None] - reference_1N)
+        residuals.append(log_ratios[-1] - log_tilt_1N)
+    loss = torch.cat(losses).mean()
+    metrics = {
+        "regression": loss.detach(),
+        "log_ratio": torch.cat(log_ratios, dim=-1).mean(),
+        "residual_rms": torch.cat(residuals, dim=-1).square().mean().sqrt(),
+    }
+    return StepLoss(loss, metrics)
+
+
+def _j_bond(
+    groups: Sequence[FreshGroup],
+    policy: SequenceLogprobs,
+    anchor: SequenceLogprobs,
+    *,
+    jeffreys_weight: float,
+    kl_strength: float,
+) -> StepLoss:
+    anchor_reward_B2 = torch.tensor([group.anchor_rewards for group in groups], dtype=torch.float64)
+    reward_B = torch.tensor([group.reward for group in groups], dtype=torch.float64)
+    winners = [
+        group.anchor_completion_ids[winner]
+        for group, winner in zip(groups, best_of_two(anchor_reward_B2).tolist(), strict=True)
+    ]
+    pairs = [
+        TokenGroup(group.prompt_ids, [group.completion_ids, winner])
+        for group, winner in zip(groups, winners, strict=True)
+    ]
+    own = [TokenGroup(group.prompt_ids, [group.completion_ids]) for group in groups]
+    logprob_B, winner_logprob_B = torch.stack(list(policy(pairs))).unbind(dim=-1)
+    with torch.no_grad():
+        anchor_logprob_B = torch.cat(list(anchor(own)))
+    loss, metrics = j_bond_loss(
+        winner_logprob_B,
+        logprob_B,
+        anchor_logprob_B,
+        quantile_reward_tie_aware(reward_B, anchor_reward_B2).to(logprob_B),
+        jeffreys_weight=jeffreys_weight,
+        kl_strength=kl_strength,
+    )
+    return StepLoss(loss, metrics._asdict())
+
+
+def _row(rewards: Sequence[float]) -> Tensor:
+    return torch.tensor(rewards, dtype=torch.float64)[None]

@@ -1,0 +1,244 @@
+"""Order statistics of best-of-n, without torch.
+
+Owns the exact best-of-n law of a finite policy, what it gains and costs (win rate, KL), unbiased estimates
+of it from candidates already drawn, and the intervals of a report. Does not own quantiles of training data
+(`quantiles`, in torch) nor anything that is learned.
+
+Rewards are compared, never measured: laws and weights are unchanged by a strictly increasing transform. Ties
+share: mass inside a reward level is split as the reference splits it, which is what serving the first highest
+draw does.
+
+Dimension key:  B prompts · N candidates per prompt · M reference rewards per prompt · K outcomes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bon_algos.contracts import Interval
+
+Array = NDArray[np.float64]
+
+# --- the exact law ---------------------------------------------------------------------------------------
+
+
+class _Levels(NamedTuple):
+    """The reference's law over reward levels, lowest first; `level` says which one an outcome is on."""
+
+    mass: Array
+    at_most: Array
+    level: NDArray[np.intp]
+    """(K,)"""
+
+
+def _levels(mass_K: ArrayLike, reward_K: ArrayLike) -> _Levels:
+    mass, reward = _floats(mass_K), _floats(reward_K)
+    if mass.ndim != 1 or mass.shape != reward.shape:
+        raise ValueError(f"one reward for each outcome: {mass.shape} masses, {reward.shape} rewards")
+    if mass.min() <= 0 or not math.isclose(mass.sum(), 1.0, rel_tol=1e-6):
+        raise ValueError(f"masses must be positive and sum to 1: least {mass.min()}, sum {mass.sum()}")
+    _, level = np.unique(reward, return_inverse=True)
+    level_mass = _floats(np.bincount(level, weights=mass))
+    return _Levels(level_mass, np.minimum(np.cumsum(level_mass), 1.0), level)
+
+
+def _log_tilt(levels: _Levels, n: int) -> Array:
+    """log (Uⁿ − Lⁿ)/(U − L) of each level (L, U], from its mass, so that thin levels do not cancel."""
+    _check_n(n)
+    share = np.minimum(levels.mass / levels.at_most, 1.0)
+    with np.errstate(divide="ignore"):  # the lowest level has L = 0: log1p(−1) = −∞, expm1(−∞) = −1
+        log_miss = n * np.log1p(-share)
+    log_tilt: Array = (n - 1) * np.log(levels.at_most) + np.log(-np.expm1(log_miss)) - np.log(share)
+    return log_tilt
+
+
+def best_of_n_law(mass_K: ArrayLike, reward_K: ArrayLike, n: int) -> Array:
+    """The law of the highest of n draws from a finite policy, ties to the first one drawn.
+
+    π_BoN(y) = π_ref(y) · (Uⁿ − Lⁿ)/(U − L), where (L, U] is the quantile interval of y's reward level; BOND
+    (arXiv:2407.14622) eq. 4, telescoped, so that it holds with ties.
+
+    (K,), (K,) -> (K,); probabilities. Every outcome has positive mass.
+    """
+    levels = _levels(mass_K, reward_K)
+    law_K: Array = _floats(mass_K) * np.exp(_log_tilt(levels, n))[levels.level]
+    return law_K
+
+
+def kl_best_of_n_reference(mass_K: ArrayLike, reward_K: ArrayLike, n: int) -> float:
+    """KL(π_BoN ‖ π_ref) of a finite policy in nats: Σ over levels (Uⁿ − Lⁿ) · log[(Uⁿ − Lⁿ)/(U − L)]."""
+    levels = _levels(mass_K, reward_K)
+    log_tilt = _log_tilt(levels, n)
+    return float((levels.mass * np.exp(log_tilt) * log_tilt).sum())
+
+
+def kl_bound(n: int) -> float:
+    """log n − (n − 1)/n nats: KL(π_BoN ‖ π_ref) without ties, and above it with them (arXiv:2401.01879)."""
+    _check_n(n)
+    return math.log(n) - (n - 1) / n
+
+
+def win_rate_best_of_n(mass_K: ArrayLike, reward_K: ArrayLike, n: int) -> float:
+    """P(best of n > one draw) + half the ties, for a finite policy: Σ over levels (Uⁿ − Lⁿ)(L + U)/2."""
+    levels = _levels(mass_K, reward_K)
+    mid_rank = levels.at_most - levels.mass / 2
+    return float((levels.mass * np.exp(_log_tilt(levels, n)) * mid_rank).sum())
+
+
+def win_rate_bound(n: int) -> float:
+    """n/(n + 1): the win rate of best-of-n without ties, and above it with them."""
+    _check_n(n)
+    return n / (n + 1)
+
+
+# --- estimates from candidates already drawn -------------------------------------------------------------
+
+
+def _rank_weights(num_drawn: int, n: int) -> Array:
+    """C(j−1, n−1)/C(M, n) for the j-th lowest of M draws, j = 1..M.
+
+    From the top downwards, w_M = n/M and w_j = w_{j+1} · (j − n + 1)/j: no binomial is ever formed, so it
+    neither overflows nor loses more than rounding at any M.
+    """
+    rank = np.arange(num_drawn - 1, 0, -1, dtype=np.float64)
+    falling = np.cumprod(np.maximum(rank - n + 1, 0.0) / rank)
+    return np.concatenate(([1.0], falling))[::-1] * (n / num_drawn)
+
+
+def best_of_n_weights(reward_M: ArrayLike, n: int) -> Array:
+    """How much of the best-of-n law each of M draws stands for, averaged over all ways to pick n of them.
+
+    Σ_j w_j f(y_j) is unbiased for E_BoN[f] at every n ≤ M, all from the same draws (Rao–Blackwell; the
+    U-statistic behind pass@k, cf. arXiv:2505.15201). Equal rewards share their weights equally.
+
+    (M,) -> (M,), in drawing order; non-negative, sums to 1. ValueError when n is not in 1..M.
+    """
+    reward = _floats(reward_M)
+    _check_n(n, reward.size)
+    _, level_M, num_tied = np.unique(reward, return_inverse=True, return_counts=True)
+    lowest_of_level = np.cumsum(num_tied) - num_tied
+    level_weight = np.add.reduceat(_rank_weights(reward.size, n), lowest_of_level)
+    return (level_weight / num_tied)[level_M]
+
+
+class NCurve(NamedTuple):
+    """What best-of-k is worth for every k = 1..M, averaged over prompts."""
+
+    mean: Array
+    """(M,)"""
+    standard_error: Array
+    """(M,); across prompts: the draws of one prompt are one observation."""
+
+
+def n_curve(value_BM: ArrayLike, reward_BM: ArrayLike) -> NCurve:
+    """Expected value of the candidate that best-of-k selects by reward, for all k ≤ M from one pool of draws.
+
+    With the reward itself as value this is the reward of best-of-k; with another quantity (a second reward
+    model's, a length) it shows what selecting does to that.
+
+    (B, M), (B, M) -> (M,) and (M,); entry k − 1 belongs to best-of-k. ValueError with fewer than two prompts.
+    """
+    value, reward = _floats(value_BM), _floats(reward_BM)
+    if value.ndim != 2 or value.shape != reward.shape:
+        raise ValueError(f"one value for each reward: {value.shape} values, {reward.shape} rewards")
+    num_prompts, num_drawn = reward.shape
+    _check_prompts(num_prompts)
+    weight_MM = np.stack([_rank_weights(num_drawn, k) for k in range(1, num_drawn + 1)])
+    curve_BM = _tie_averaged(value, reward) @ weight_MM.T
+    return NCurve(curve_BM.mean(axis=0), curve_BM.std(axis=0, ddof=1) / math.sqrt(num_prompts))
+
+
+def _tie_averaged(value_BM: Array, reward_BM: Array) -> Array:
+    """Values by ascending reward, each the mean over its reward's ties. (B, M), (B, M) -> (B, M)."""
+    sorted_BM = np.empty_like(value_BM)
+    for row, (value_M, reward_M) in enumerate(zip(value_BM, reward_BM, strict=True)):
+        _, level_M, num_tied = np.unique(reward_M, return_inverse=True, return_counts=True)
+        sorted_BM[row] = np.repeat(np.bincount(level_M, weights=value_M) / num_tied, num_tied)
+    return sorted_BM
+
+
+# --- intervals of a report -------------------------------------------------------------------------------
+
+
+def win_rate(reward_BN: ArrayLike, reference_BM: ArrayLike) -> Interval:
+    """P(reward > reference reward) + half the ties, candidates against reference draws of one prompt.
+
+    The 95 % interval takes a prompt as one observation and is cut to [0, 1].
+
+    (B, N), (B, M) -> win rate in [0, 1]. ValueError with fewer than two prompts.
+    """
+    reward, reference = _floats(reward_BN)[:, :, None], _floats(reference_BM)[:, None, :]
+    interval = mean_interval(((reward > reference) + (reward == reference) / 2).mean(axis=(1, 2)))
+    return Interval(mean=interval.mean, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
+
+
+def mean_interval(value_B: ArrayLike) -> Interval:
+    """Mean over independent prompts with its 95 % interval by Student's t. ValueError with fewer than two."""
+    value = _floats(value_B)
+    _check_prompts(value.size)
+    mean, standard_error = float(value.mean()), float(value.std(ddof=1)) / math.sqrt(value.size)
+    reach = _student_t_975(value.size - 1) * standard_error
+    return Interval(mean=mean, low=mean - reach, high=mean + reach)
+
+
+def paired_difference(first: ArrayLike, second: ArrayLike, prompts: Sequence[Hashable]) -> Interval:
+    """Mean of first − second over pairs, and its 95 % interval, clustered by prompt.
+
+    Pairs of one prompt are averaged first, so that a prompt counts once however often it was drawn.
+
+    Three equally long sequences; `prompts` names the prompt of each pair. ValueError with fewer than two
+    different prompts.
+    """
+    difference = _floats(first) - _floats(second)
+    cluster_of = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    if difference.shape != (len(prompts),):
+        raise ValueError(f"one prompt for each pair: {difference.shape} differences, {len(prompts)} prompts")
+    cluster = np.array([cluster_of[prompt] for prompt in prompts], dtype=np.intp)
+    return mean_interval(np.bincount(cluster, weights=difference) / np.bincount(cluster))
+
+
+def _student_t_975(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t, by bisection; it falls from 12.71 to 1.96."""
+    low, high = 1.9, 12.8
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_t_within(middle, degrees) < 0.95 else (low, middle)
+    return (low + high) / 2
+
+
+def _student_t_within(t: float, degrees: int) -> float:
+    """P(|T| < t) for a whole number of degrees of freedom; Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(degrees))
+    is_odd = degrees % 2
+    step = np.arange(2 + is_odd, degrees - 1, 2, dtype=np.float64)
+    factors = np.concatenate(([1.0], (step - 1) / step * math.cos(angle) ** 2))
+    series = float(np.cumprod(factors).sum())
+    if not is_odd:
+        return math.sin(angle) * series
+    tail = math.sin(angle) * math.cos(angle) * series if degrees > 1 else 0.0
+    return 2 / math.pi * (angle + tail)
+
+
+# --- checks ----------------------------------------------------------------------------------------------
+
+
+def _floats(values: ArrayLike) -> Array:
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError("values are not all finite")
+    return array
+
+
+def _check_n(n: int, num_drawn: int | None = None) -> None:
+    if n < 1 or (num_drawn is not None and n > num_drawn):
+        raise ValueError(f"best-of-{n} needs 1 ≤ n" + (f" ≤ {num_drawn} draws" if num_drawn is not None else ""))
+
+
+def _check_prompts(num_prompts: int) -> None:
+    if num_prompts < 2:
+        raise ValueError(f"an interval across prompts needs at least two, got {num_prompts}")

@@ -1,0 +1,224 @@
+"""From a spec to a step, and every method taken to where it ends: on tables, and on a language model."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bon_algos import bond, order
+from bon_algos.algorithms import FreshGroup, LoggedGroup, LoggedStep, OnPolicyStep, make_step
+from bon_algos.anchor import EmaAnchor
+from bon_algos.contracts import BonForwardKlSpec, BonRegressionSpec, JBondSpec
+from bon_algos.logprobs import TokenGroup, sequence_logprobs
+
+
+def table(logprob_PK: Tensor):
+    """A policy whose prompt is its row and whose completion is one outcome."""
+
+    def logprobs(groups):
+        return [
+            torch.stack([logprob_PK[group.prompt_ids[0], outcome] for (outcome,) in group.completion_ids])
+            for group in groups
+        ]
+
+    return logprobs
+
+
+def logged(prompt: int, outcomes, rewards, logprob_K: Tensor) -> LoggedGroup:
+    tokens = TokenGroup([prompt], [[outcome] for outcome in outcomes])
+    return LoggedGroup(tokens, rewards, [logprob_K[outcome].item() for outcome in outcomes])
+
+
+# --- one step --------------------------------------------------------------------------------------------
+
+
+def test_a_spec_becomes_the_step_that_its_samples_come_from():
+    assert isinstance(make_step(BonForwardKlSpec()), LoggedStep)
+    assert isinstance(make_step(BonRegressionSpec()), LoggedStep)
+    step = make_step(JBondSpec(anchor_rate=0.07, refresh_steps=3))
+    assert isinstance(step, OnPolicyStep)
+    assert (step.anchor_rate, step.refresh_steps) == (0.07, 3)
+
+
+def test_an_imitation_step_by_hand():
+    """n = 2 of rewards 1, 3, 2: weights 0, 2/3, 1/3.  log π = −1, −2, −4: loss 4/3 + 4/3.
+
+    log π_ref = −1, −3, −3: weighted log-ratio 2/3·1 − 1/3·1 = 1/3.
+    """
+    asked = []
+
+    def policy(groups):
+        asked.extend(groups)
+        return [torch.tensor([{0: -1.0, 1: -2.0, 2: -4.0}[c[0]] for c in g.completion_ids]) for g in groups]
+
+    group = LoggedGroup(TokenGroup([9], [[0], [1], [2]]), [1.0, 3.0, 2.0], [-1.0, -3.0, -3.0])
+    step = make_step(BonForwardKlSpec(n=2))
+    assert isinstance(step, LoggedStep)
+    loss, metrics = step.loss([group], policy)
+    assert loss.item() == pytest.approx(8 / 3)
+    assert metrics["log_ratio_best_of_n"].item() == pytest.approx(1 / 3)
+    assert asked == [TokenGroup([9], [[1], [2]])]  # a candidate without weight costs no forward pass
+
+
+def test_a_regression_step_by_hand():
+    """n = 2 of two candidates: among one other, log p̂ is −1 and 0, so t = log 2 − 1 and log 2."""
+    group = LoggedGroup(TokenGroup([0], [[0], [1]]), [1.0, 3.0], [-1.0, -1.0])
+    step = make_step(BonRegressionSpec(n=2))
+    assert isinstance(step, LoggedStep)
+    loss, metrics = step.loss([group], lambda groups: [torch.tensor([-2.0, 0.0])])
+    residuals = np.array([-1 - (np.log(2) - 1), 1 - np.log(2)])
+    assert loss.item() == pytest.approx((residuals**2).mean())
+    assert metrics["residual_rms"].item() == pytest.approx(loss.item() ** 0.5)
+    assert metrics["log_ratio"].item() == pytest.approx(0)
+    capped = make_step(BonRegressionSpec(n=2, huber_delta=0.1))
+    assert isinstance(capped, LoggedStep)
+    huber = ((2 * np.abs(residuals) - 0.1) * 0.1).mean()
+    assert capped.loss([group], lambda groups: [torch.tensor([-2.0, 0.0])]).loss.item() == pytest.approx(huber)
+
+
+def test_a_j_bond_step_imitates_the_better_anchor_sample():
+    logprob_PK = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]]).log()
+    anchor_PK = torch.tensor([[0.4, 0.4, 0.2], [0.1, 0.3, 0.6]]).log()
+    groups = [
+        FreshGroup([0], [2], 0.0, ([0], [1]), (1.0, 2.0)),
+        FreshGroup([1], [0], 5.0, ([2], [1]), (5.0, 5.0)),
+    ]
+    step = make_step(JBondSpec(jeffreys_weight=0.3, kl_strength=0.6))
+    assert isinstance(step, OnPolicyStep)
+    actual = step.loss(groups, table(logprob_PK), table(anchor_PK))
+    expected = bond.j_bond_loss(
+        logprob_PK[[0, 1], [1, 2]],  # winners: the second anchor sample; the first of two that tie
+        logprob_PK[[0, 1], [2, 0]],
+        anchor_PK[[0, 1], [2, 0]],
+        torch.tensor([bond.PENALTY, bond.PENALTY / 3]),  # below both; tied with both
+        jeffreys_weight=0.3,
+        kl_strength=0.6,
+    )
+    assert actual.loss.item() == pytest.approx(expected.loss.item())
+    assert actual.metrics["kl_policy_anchor"].item() == pytest.approx(expected.metrics.kl_policy_anchor.item())
+
+
+@pytest.mark.parametrize("spec", [BonForwardKlSpec(n=2), BonRegressionSpec(n=2)])
+def test_a_logged_batch_may_be_split(spec):
+    logprob_PK = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1)
+    groups = [logged(p, [0, 3, 1, 1][: p + 2], [2.0, 1.0, 2.0, 0.0][: p + 2], logprob_PK[2 - p]) for p in range(3)]
+    step = make_step(spec)
+    assert isinstance(step, LoggedStep)
+    whole = step.loss(groups, table(logprob_PK)).loss
+    first, last = step.loss(groups[:2], table(logprob_PK)).loss, step.loss(groups[2:], table(logprob_PK)).loss
+    torch.testing.assert_close(whole, (2 * first + last) / 3)
+
+
+@pytest.mark.parametrize("spec", [BonForwardKlSpec(n=3), BonRegressionSpec(n=3)])
+def test_a_group_of_fewer_than_n_is_refused(spec):
+    logprob_PK = torch.zeros(1, 2)
+    step = make_step(spec)
+    assert isinstance(step, LoggedStep)
+    with pytest.raises(ValueError, match="best-of-3"):
+        step.loss([logged(0, [0, 1], [1.0, 2.0], logprob_PK[0])], table(logprob_PK))
+
+
+# --- a run on a table ------------------------------------------------------------------------------------
+
+SPECS = [BonForwardKlSpec(n=4), BonRegressionSpec(n=4), JBondSpec(anchor_rate=0.1)]
+BASE_REWARD_K = torch.tensor([0.3, 1.0, -0.5, 1.0, 2.0, 0.1], dtype=torch.float64)
+
+
+def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
+    """20 steps of 8 prompts over six outcomes, sampled with one seed. (8, 6) logits."""
+    generator = torch.Generator().manual_seed(0)
+    step, rewards = make_step(spec), reward_K.tolist()
+    reference_PK = torch.randn(8, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
+    logit_PK = reference_PK.clone().requires_grad_()
+    anchor = EmaAnchor({"logits": logit_PK})
+    for _ in range(20):
+        anchor_PK = anchor.tensors["logits"].double().log_softmax(-1)
+        policy = table(logit_PK.log_softmax(-1))
+        match step:
+            case LoggedStep():
+                drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
+                groups = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
+                loss = step.loss(groups, policy).loss
+            case OnPolicyStep():
+                own = torch.multinomial(logit_PK.detach().softmax(-1), 1, generator=generator).tolist()
+                two = torch.multinomial(anchor_PK.exp(), 2, replacement=True, generator=generator).tolist()
+                fresh = [
+                    FreshGroup([p], own[p], rewards[own[p][0]], ([a], [b]), (rewards[a], rewards[b]))
+                    for p, (a, b) in enumerate(two)
+                ]
+                loss = step.loss(fresh, policy, table(anchor_PK)).loss
+                anchor.update({"logits": logit_PK}, step.anchor_rate)
+        with torch.no_grad():
+            logit_PK -= 0.5 * torch.autograd.grad(loss, logit_PK)[0]
+    return logit_PK.detach()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
+def test_training_sees_rewards_only_by_their_order(spec):
+    """The same seed on r, e^r and r³: the same policy, bit for bit."""
+    trained_PK = train_on_a_table(spec, BASE_REWARD_K)
+    assert torch.equal(train_on_a_table(spec, BASE_REWARD_K.exp()), trained_PK)
+    assert torch.equal(train_on_a_table(spec, BASE_REWARD_K**3), trained_PK)
+    assert not torch.equal(train_on_a_table(spec, -BASE_REWARD_K), trained_PK)
+
+
+# --- a run on a language model ---------------------------------------------------------------------------
+
+COMPLETIONS = [list(pair) for pair in product(range(5), repeat=2)]
+"""All completions of two tokens out of five: a language model that can be enumerated."""
+REWARD_25 = np.array([10.0 * a - abs(a - b) for a, b in COMPLETIONS]) % 7
+PROMPTS = [[0, 1], [0, 2, 3]]
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=5, num_attention_heads=2, pad_token_id=None, eos_token_id=None, **sizes)
+    )
+
+
+def law_of(model) -> Tensor:
+    """The model's law over the 25 completions, for each prompt. (2, 25), float64."""
+    logprobs = sequence_logprobs(model, [TokenGroup(prompt, COMPLETIONS) for prompt in PROMPTS])
+    return torch.stack(list(logprobs)).double().exp()
+
+
+def win_and_kl(law_25: np.ndarray, reference_25: np.ndarray) -> tuple[float, float]:
+    beats = (REWARD_25[:, None] > REWARD_25) + (REWARD_25[:, None] == REWARD_25) / 2
+    return float(law_25 @ beats @ reference_25), float((law_25 * np.log(law_25 / reference_25)).sum())
+
+
+@pytest.mark.parametrize("spec", [BonForwardKlSpec(n=4), BonRegressionSpec(n=4)], ids=lambda spec: type(spec).__name__)
+def test_a_language_model_becomes_its_own_best_of_four(spec):
+    """Logged groups of 16 only: the model's win rate and KL end where best-of-4's are, prompt by prompt."""
+    model, step = tiny_model(), make_step(spec)
+    assert isinstance(step, LoggedStep)
+    reference_P25 = law_of(model).detach()
+    generator = torch.Generator().manual_seed(1)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        drawn = torch.multinomial(reference_P25.repeat(8, 1), 16, replacement=True, generator=generator)
+        groups = [
+            LoggedGroup(
+                TokenGroup(PROMPTS[row % 2], [COMPLETIONS[k] for k in outcomes]),
+                REWARD_25[outcomes].tolist(),
+                reference_P25[row % 2, outcomes].log().tolist(),
+            )
+            for row, outcomes in enumerate(drawn.tolist())
+        ]
+        optimiser.zero_grad()
+        torch.autograd.backward(step.loss(groups, lambda asked: sequence_logprobs(model, asked)).loss)
+        optimiser.step()
+    for law_25, reference_25 in zip(law_of(model).detach().numpy(), reference_P25.numpy(), strict=True):
+        best_of_4 = order.best_of_n_law(reference_25, REWARD_25, 4)
+        win, kl = win_and_kl(law_25, reference_25)
+        expected_win, expected_kl = win_and_kl(best_of_4, reference_25)
+        assert win == pytest.approx(expected_win, abs=0.03)
+        assert kl == pytest.approx(expected_kl, abs=0.12)

@@ -1,0 +1,316 @@
+"""The exact law of best-of-n, and unbiased estimates of it from candidates already drawn."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import combinations, product
+from math import comb, prod
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from bon_algos import order
+from tests.bon_algos.vectors import (
+    BINARY_K,
+    REFERENCE_K,
+    REWARDS,
+    TIED_K,
+    UNIQUE_K,
+    kl,
+    win_rate_against_reference,
+)
+
+relaxed = settings(deadline=None, max_examples=60)
+tying_rewards = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=12)
+
+# --- the law ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reward_K", [[0, 1, 2, 3], [0, 1, 1, 2], [1, 0, 0, 1], [2, 2, 2, 2]])
+def test_the_law_is_that_of_drawing_n_and_serving_the_first_highest(reward_K):
+    mass_K = [Fraction(1, 10), Fraction(2, 10), Fraction(3, 10), Fraction(4, 10)]
+    for n in (1, 2, 3):
+        law_K = [Fraction(0)] * 4
+        for draws in product(range(4), repeat=n):  # every possible group of n, with its probability
+            winner = max(draws, key=lambda k: reward_K[k])  # max keeps the first of equals
+            law_K[winner] += prod((mass_K[k] for k in draws), start=Fraction(1))
+        computed_K = order.best_of_n_law([float(mass) for mass in mass_K], reward_K, n)
+        np.testing.assert_allclose(computed_K, [float(mass) for mass in law_K], rtol=1e-14)
+
+
+def test_best_of_two_of_unique_rewards_in_exact_fractions():
+    expected = [Fraction(101, 44100), Fraction(16, 525), Fraction(79, 980)]
+    expected += [Fraction(16, 1225), Fraction(361, 4900)]
+    law_K = order.best_of_n_law(REFERENCE_K, UNIQUE_K, 2)
+    np.testing.assert_allclose(law_K[:5], [float(mass) for mass in expected], rtol=1e-14)
+
+
+LAW_TABLE = [  # vector, n, KL(BoN ‖ ref), KL(ref ‖ BoN), win rate, mean reward: exact rationals, 6 digits
+    ("U", 2, 0.191161, 0.281871, 0.665873, 13.225079),
+    ("U", 4, 0.632570, 1.476592, 0.798302, 15.799611),
+    ("U", 8, 1.190480, 4.472673, 0.885486, 17.390909),
+    ("U", 16, 1.787818, 11.003920, 0.935351, 18.213610),
+    ("T", 2, 0.180632, 0.243875, 0.659274, 2.910295),
+    ("T", 4, 0.599648, 1.257686, 0.782455, 3.543743),
+    ("T", 8, 1.050744, 3.722630, 0.849749, 3.890024),
+    ("T", 16, 1.312351, 8.923560, 0.869658, 3.991118),
+    ("B", 2, 0.100354, 0.095964, 0.608628, 0.536304),
+    ("B", 4, 0.458877, 0.497748, 0.732969, 0.784986),
+    ("B", 8, 0.920100, 1.482270, 0.817361, 0.953769),
+    ("B", 16, 1.125519, 3.561169, 0.839408, 0.997863),
+]
+
+
+@pytest.mark.parametrize(("vector", "n", "kl_forward", "kl_backward", "win", "mean_reward"), LAW_TABLE)
+def test_the_law_on_twenty_outcomes(vector, n, kl_forward, kl_backward, win, mean_reward):
+    reward_K = REWARDS[vector]
+    law_K = order.best_of_n_law(REFERENCE_K, reward_K, n)
+    assert law_K.sum() == pytest.approx(1, abs=1e-13)
+    assert order.kl_best_of_n_reference(REFERENCE_K, reward_K, n) == pytest.approx(kl_forward, abs=6e-7)
+    assert kl(law_K, REFERENCE_K) == pytest.approx(kl_forward, abs=6e-7)
+    assert kl(REFERENCE_K, law_K) == pytest.approx(kl_backward, abs=6e-7)
+    assert order.win_rate_best_of_n(REFERENCE_K, reward_K, n) == pytest.approx(win, abs=6e-7)
+    assert win_rate_against_reference(law_K, reward_K) == pytest.approx(win, abs=6e-7)
+    assert law_K @ reward_K == pytest.approx(mean_reward, abs=6e-7)
+
+
+PMF_OF_FOUR = {
+    "U": ".000265 .009774 .051542 .012283 .108925 .000034 .000301 .003641 .031664 .017258 "
+    ".077226 .270891 .000066 .002142 .013942 .015558 .068157 .188847 .126814 .000672",
+    "T": ".000476 .018876 .035393 .011662 .115913 .000451 .000085 .004759 .040112 .023323 "
+    ".064139 .231825 .000141 .005711 .009043 .014157 .075800 .257584 .090154 .000395",
+    "B": ".001504 .012029 .022554 .023432 .105446 .024058 .004511 .015036 .025561 .006014 "
+    ".128878 .210892 .007518 .018043 .028568 .009022 .019547 .234324 .082013 .021050",
+}
+
+
+@pytest.mark.parametrize("vector", PMF_OF_FOUR)
+def test_best_of_four_outcome_by_outcome(vector):
+    law_K = order.best_of_n_law(REFERENCE_K, REWARDS[vector], 4)
+    np.testing.assert_allclose(law_K, [float(mass) for mass in PMF_OF_FOUR[vector].split()], atol=6e-7)
+
+
+@pytest.mark.parametrize("reward_K", [UNIQUE_K, TIED_K, BINARY_K])
+def test_best_of_four_of_best_of_two_is_best_of_eight(reward_K):
+    of_two_K = order.best_of_n_law(REFERENCE_K, reward_K, 2)
+    four_of_two_K = order.best_of_n_law(of_two_K, reward_K, 4)
+    np.testing.assert_allclose(four_of_two_K, order.best_of_n_law(REFERENCE_K, reward_K, 8), rtol=1e-12)
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 4)), min_size=1, max_size=12), st.integers(1, 300))
+@relaxed
+def test_bounds_on_any_finite_policy(outcomes, n):
+    counts, rewards = zip(*outcomes, strict=True)
+    mass_K = np.array(counts) / sum(counts)
+    law_K = order.best_of_n_law(mass_K, rewards, n)
+    assert law_K.sum() == pytest.approx(1, abs=1e-12)
+    assert -1e-12 <= order.kl_best_of_n_reference(mass_K, rewards, n) <= order.kl_bound(n) + 1e-12
+    assert 0.5 - 1e-12 <= order.win_rate_best_of_n(mass_K, rewards, n) <= order.win_rate_bound(n) + 1e-12
+    np.testing.assert_array_equal(law_K, order.best_of_n_law(mass_K, np.exp(rewards), n))
+    np.testing.assert_allclose(order.best_of_n_law(mass_K, rewards, 1), mass_K, rtol=1e-14)
+
+
+def test_the_bounds_are_reached_without_ties():
+    # 20 000 equally likely outcomes: win 8/9, log 8 − 7/8 = 1.204442
+    mass_K, reward_K = np.full(20_000, 1 / 20_000), np.arange(20_000)
+    assert order.kl_best_of_n_reference(mass_K, reward_K, 8) == pytest.approx(1.204442, abs=1e-6)
+    assert order.win_rate_best_of_n(mass_K, reward_K, 8) == pytest.approx(8 / 9, abs=1e-6)
+    assert order.kl_bound(8) == pytest.approx(1.204442, abs=5e-7)
+    assert order.win_rate_bound(8) == 8 / 9
+
+
+@pytest.mark.parametrize(("mass_K", "reward_K"), [([0.5, 0.5], [1.0]), ([0.5, 0.4], [1, 2]), ([1.0, 0.0], [1, 2])])
+def test_what_is_not_a_law_is_refused(mass_K, reward_K):
+    with pytest.raises(ValueError, match="mass"):
+        order.best_of_n_law(mass_K, reward_K, 2)
+
+
+# --- weights of candidates already drawn -----------------------------------------------------------------
+
+
+def test_weights_by_hand():
+    # C(j−1, 1)/C(8, 2) = (j − 1)/28
+    np.testing.assert_allclose(order.best_of_n_weights(range(8), 2), np.arange(8) / 28, rtol=1e-14)
+    np.testing.assert_allclose(order.best_of_n_weights(range(4), 2), [0, 1 / 6, 1 / 3, 1 / 2], rtol=1e-14)
+    # C(j−1, 3)/C(8, 4) = 0 0 0 1 4 10 20 35, over 70
+    expected_M = np.array([0, 0, 0, 1, 4, 10, 20, 35]) / 70
+    np.testing.assert_allclose(order.best_of_n_weights(range(8), 4), expected_M, rtol=1e-14)
+    # drawing order is kept, and the two in the middle share (1 + 2)/6
+    np.testing.assert_allclose(order.best_of_n_weights([5, 9, 0, 5], 2), [1 / 4, 1 / 2, 0, 1 / 4])
+
+
+@given(tying_rewards, st.data())
+@relaxed
+def test_weights_are_the_average_over_all_ways_to_pick_n(rewards, data):
+    n = data.draw(st.integers(1, min(5, len(rewards))))
+    weight_M = np.zeros(len(rewards))
+    for picked in combinations(range(len(rewards)), n):
+        best = [j for j in picked if rewards[j] == max(rewards[i] for i in picked)]
+        weight_M[best] += 1 / len(best) / comb(len(rewards), n)
+    # Sharing within each pick and sharing within the level are the same law by exchangeability.
+    for level in set(rewards):
+        tied = [j for j, reward in enumerate(rewards) if reward == level]
+        weight_M[tied] = weight_M[tied].mean()
+    np.testing.assert_allclose(order.best_of_n_weights(rewards, n), weight_M, atol=1e-14)
+
+
+@given(tying_rewards, st.data())
+@relaxed
+def test_weights_follow_their_candidates(rewards, data):
+    n = data.draw(st.integers(1, len(rewards)))
+    shuffle = data.draw(st.permutations(range(len(rewards))))
+    weight_M = order.best_of_n_weights(rewards, n)
+    assert weight_M.sum() == pytest.approx(1, abs=1e-13)
+    assert (weight_M >= 0).all()
+    np.testing.assert_array_equal(order.best_of_n_weights([rewards[j] for j in shuffle], n), weight_M[list(shuffle)])
+    np.testing.assert_array_equal(order.best_of_n_weights(np.exp(rewards), n), weight_M)
+
+
+@given(tying_rewards)
+@relaxed
+def test_best_of_one_weighs_all_alike_and_best_of_all_only_the_highest(rewards):
+    num_drawn, highest = len(rewards), max(rewards)
+    np.testing.assert_allclose(order.best_of_n_weights(rewards, 1), np.full(num_drawn, 1 / num_drawn))
+    weight_M = order.best_of_n_weights(rewards, num_drawn)
+    np.testing.assert_allclose(
+        weight_M, [(reward == highest) / rewards.count(highest) for reward in rewards], atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 2048, 4095, 4096])
+def test_weights_are_exact_with_4096_draws(n):
+    weight_M = order.best_of_n_weights(range(4096), n)
+    for j in (1, n, (n + 4096) // 2, 4096):
+        exact = float(Fraction(comb(j - 1, n - 1), comb(4096, n)))
+        assert weight_M[j - 1] == pytest.approx(exact, rel=1e-11, abs=1e-300)
+    assert weight_M.sum() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_best_of_more_than_was_drawn_is_refused(n):
+    with pytest.raises(ValueError, match="≤ 3 draws"):
+        order.best_of_n_weights([1, 2, 3], n)
+
+
+@pytest.mark.parametrize("reward_K", [[0, 1, 2], [0, 1, 1], [1, 1, 1]])
+def test_weighted_candidates_are_unbiased_for_best_of_n(reward_K):
+    """All 3⁴ ways to draw four, each with its probability: the weighted mean is E_BoN[f], ties or not."""
+    mass_K, value_K = np.array([0.2, 0.3, 0.5]), np.array([1.0, -2.0, 0.7])
+    for n in (1, 2, 3, 4):
+        estimate = 0.0
+        for draws in product(range(3), repeat=4):
+            weight_M = order.best_of_n_weights([reward_K[k] for k in draws], n)
+            estimate += np.prod(mass_K[list(draws)]) * (weight_M @ value_K[list(draws)])
+        assert estimate == pytest.approx(order.best_of_n_law(mass_K, reward_K, n) @ value_K, abs=1e-14)
+
+
+def test_two_expectations_under_best_of_four():
+    k = np.arange(20)
+    unique_K = order.best_of_n_law(REFERENCE_K, UNIQUE_K, 4)
+    tied_K = order.best_of_n_law(REFERENCE_K, TIED_K, 4)
+    assert unique_K @ np.sin(k) == pytest.approx(-0.569317, abs=6e-7)
+    assert tied_K @ np.cos(0.9 * k) == pytest.approx(-0.66599, abs=6e-6)
+    # From draws: 20 000 groups of 16, so that the standard error is near .0017 and .0012.
+    draw_BM = np.random.default_rng(0).choice(20, size=(20_000, 16), p=REFERENCE_K)
+    for reward_K, value_K, law_K in [(UNIQUE_K, np.sin(k), unique_K), (TIED_K, np.cos(0.9 * k), tied_K)]:
+        curve = order.n_curve(value_K[draw_BM], reward_K[draw_BM])
+        assert abs(curve.mean[3] - law_K @ value_K) < 4 * curve.standard_error[3]
+        assert curve.standard_error[3] < 0.003
+
+
+# --- the n-curve -----------------------------------------------------------------------------------------
+
+
+def test_the_n_curve_by_hand():
+    # rewards 0, 1, 2: best of 1 → 1; best of 2: 0·0 + 1·1/3 + 2·2/3 = 5/3; best of 3 → 2
+    # rewards 0, 0, 3: best of 1 → 1; best of 2: 3·2/3 = 2;                 best of 3 → 3
+    curve = order.n_curve([[0, 1, 2], [3, 0, 0]], [[0, 1, 2], [3, 0, 0]])
+    np.testing.assert_allclose(curve.mean, [1, 11 / 6, 5 / 2])
+    # two prompts: standard error = |difference|/2
+    np.testing.assert_allclose(curve.standard_error, [0, 1 / 6, 1 / 2], atol=1e-15)
+
+
+@given(
+    st.integers(2, 9).flatmap(
+        lambda m: st.lists(st.lists(st.integers(0, 4), min_size=m, max_size=m), min_size=2, max_size=4)
+    )
+)
+@relaxed
+def test_the_n_curve_is_the_weights_at_every_n(rewards):
+    reward_BM = np.array(rewards, dtype=float)
+    value_BM = np.cos(3 * np.arange(reward_BM.size)).reshape(reward_BM.shape)
+    curve = order.n_curve(value_BM, reward_BM)
+    for n in range(1, reward_BM.shape[1] + 1):
+        value_B = [
+            order.best_of_n_weights(reward_M, n) @ value_M
+            for reward_M, value_M in zip(reward_BM, value_BM, strict=True)
+        ]
+        assert curve.mean[n - 1] == pytest.approx(np.mean(value_B), abs=1e-12)
+        assert curve.standard_error[n - 1] == pytest.approx(stats.sem(value_B), abs=1e-12)
+
+
+# --- intervals -------------------------------------------------------------------------------------------
+
+
+def test_the_win_rate_by_hand():
+    # prompt 1: 2 against 1, 2, 3 → (1 + ½ + 0)/3 = ½;   prompt 2: 9 against 0, 0, 9 → (1 + 1 + ½)/3 = 5/6
+    interval = order.win_rate([[2.0], [9.0]], [[1, 2, 3], [0, 0, 9]])
+    assert interval.mean == pytest.approx(2 / 3)
+    assert (interval.low, interval.high) == (0, 1)  # two prompts say little: t = 12.7, cut to [0, 1]
+
+
+def test_the_win_rate_of_the_reference_against_itself_is_one_half():
+    reward_BM = np.random.default_rng(1).integers(0, 3, size=(50, 6))
+    assert order.win_rate(reward_BM, reward_BM).mean == pytest.approx(0.5)
+
+
+def test_the_interval_of_a_mean_is_students():
+    value_B = np.array([0.3, -1.0, 2.2, 0.9, 0.0])
+    low, high = stats.t.interval(0.95, 4, loc=value_B.mean(), scale=stats.sem(value_B))
+    interval = order.mean_interval(value_B)
+    assert interval.low == pytest.approx(low)
+    assert interval.high == pytest.approx(high)
+
+
+@pytest.mark.parametrize("num_prompts", [2, 3, 4, 11, 30, 31, 257, 4096])
+def test_students_quantile_is_scipys(num_prompts):
+    # values ±1 alternately: mean and spread known, so the reach shows the quantile
+    value_B = np.resize([1.0, -1.0], num_prompts)
+    interval = order.mean_interval(value_B)
+    reach = stats.t.ppf(0.975, num_prompts - 1) * stats.sem(value_B)
+    assert (interval.high - interval.low) / 2 == pytest.approx(reach, rel=1e-9)
+
+
+def test_a_prompt_drawn_twice_counts_once():
+    # prompt a: differences 1 and 3 → 2; prompt b: −1.  mean ½, not (1 + 3 − 1)/3
+    interval = order.paired_difference([2, 5, 0], [1, 2, 1], ["a", "a", "b"])
+    assert interval.mean == pytest.approx(0.5)
+    alone = order.mean_interval([2.0, -1.0])
+    assert interval.low == pytest.approx(alone.low)
+    assert interval.high == pytest.approx(alone.high)
+
+
+def test_the_interval_covers_the_truth_19_times_in_20():
+    """1 500 experiments of 8 prompts with 3 pairs each; the pairs of a prompt share its difficulty."""
+    rng = np.random.default_rng(2)
+    difficulty = rng.normal(size=(1500, 8, 1)) + 0.3 * rng.normal(size=(1500, 8, 3))
+    prompts = np.repeat(np.arange(8), 3).tolist()
+    covered = 0
+    for first in difficulty.reshape(1500, 24):
+        interval = order.paired_difference(first, np.zeros(24), prompts)
+        covered += interval.low <= 0 <= interval.high
+    assert covered / 1500 == pytest.approx(0.95, abs=4 * (0.05 * 0.95 / 1500) ** 0.5)
+
+
+@pytest.mark.parametrize("values", [[1.0], []])
+def test_one_prompt_has_no_interval(values):
+    with pytest.raises(ValueError, match="at least two"):
+        order.mean_interval(values)
+
+
+def test_rewards_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="finite"):
+        order.best_of_n_weights([1.0, float("nan")], 1)

@@ -1,0 +1,51 @@
+"""`python -m service`: one gateway process, told everything by its environment (settings.py)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from service.app import create_app, open_gateway
+from service.settings import GatewaySettings
+
+MAX_HEADER_BYTES = 32_768
+
+
+def server_config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
+    """How the gateway is served."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        # h11 bounds the size of the headers and is strict about their form.
+        http="h11",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        log_config=None,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+    )
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        settings = GatewaySettings()
+    except ValidationError as error:
+        for fault in error.errors(include_input=False, include_url=False):
+            print(f"BONSAI_{str(fault['loc'][0]).upper()}: {fault['msg']}", file=sys.stderr)
+        return 2
+    uvicorn.Server(server_config(create_app(partial(open_gateway, settings)), settings)).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

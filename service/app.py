@@ -1,0 +1,124 @@
+"""The composition root: the only module that knows every concrete class and the settings.
+
+Owns: opening and closing what a gateway consists of, and the list of its routes. Does not own: any behaviour.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fastapi import FastAPI
+
+from bon_algos.chat import ChatTokenizer
+from service.control import Control, open_control
+from service.edge import install_edge
+from service.ledger import Ledger
+from service.loops import running_loops
+from service.measurements import Measurements
+from service.reward import RewardModel
+from service.routes import distill, experiments, generate, health, policies, routing
+from service.serving import Serving
+from service.settings import GatewaySettings
+from service.spool import Spool
+from service.store import open_redis
+from service.vllm import PolicyEngine
+
+MEASUREMENTS_SECONDS: Final = 10.0
+"""How long a gateway that stops waits for rewards that are being measured."""
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """Everything that requests may touch; built once, at start-up."""
+
+    serving: Serving
+    control: Control
+
+
+@asynccontextmanager
+async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
+    """A running gateway. Engines and Redis may still be away: `/ready` says what is missing. Raises SpoolLocked when
+    another process has the spool, OSError when a directory cannot be read."""
+    tokenizer = read_tokenizer(settings.policy_directory)
+    reward_tokenizer = read_tokenizer(settings.reward_directory)
+    async with AsyncExitStack() as stack:
+        spool = stack.enter_context(closing(Spool(settings.spool, settings.spool_max_bytes)))
+        engine = PolicyEngine(settings.policy_engine_url)
+        stack.push_async_callback(engine.close)
+        reward_model = RewardModel(
+            settings.reward_engine_url, settings.reward_model_id, reward_tokenizer, settings.reward_max_model_len
+        )
+        stack.push_async_callback(reward_model.close)
+        ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
+        control = await stack.enter_async_context(
+            open_control(
+                engine,
+                redis_url=settings.redis_url,
+                base_policy_id=settings.base_policy_id,
+                reward_model_id=settings.reward_model_id,
+                artefacts=settings.artefacts,
+                n_cap=settings.n_cap,
+                default_max_tokens=settings.default_max_tokens,
+                reconcile_seconds=settings.reconcile_seconds,
+                max_loras=settings.max_loras,
+                max_lora_rank=settings.max_lora_rank,
+                fingerprint_tolerance=settings.fingerprint_tolerance,
+                max_body_bytes=settings.max_body_bytes,
+            )
+        )
+        measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
+        serving = Serving(
+            engine=engine,
+            reward_model=reward_model,
+            tokenizer=tokenizer,
+            ledger=ledger,
+            measurements=measurements,
+            catalogue=control.catalogue,
+            window=settings.max_model_len,
+            n_cap=settings.n_cap,
+            max_body_bytes=settings.max_body_bytes,
+            settings_digest=settings.digest,
+        )
+        yield Gateway(serving, control)
+
+
+@asynccontextmanager
+async def _delivering(ledger: Ledger, reward_model: RewardModel) -> AsyncGenerator[Measurements]:
+    """The ledger's drainer and the measurements, running until the block is left."""
+    measurements = Measurements(reward_model, ledger)
+    async with running_loops(ledger.run(measurements.start)):
+        try:
+            yield measurements
+        finally:
+            await measurements.drain(MEASUREMENTS_SECONDS)
+
+
+def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]]) -> FastAPI:
+    """The HTTP application around a gateway that is opened when the server starts."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        async with open_gateway() as gateway:
+            app.state.serving, app.state.control = gateway.serving, gateway.control
+            yield
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    install_edge(app)
+    for routes in (generate, health, routing, policies, distill, experiments):
+        app.include_router(routes.router)
+    return app
+
+
+def read_tokenizer(directory: Path) -> ChatTokenizer:
+    """Tokenizer and chat template of a local model directory."""
+    template = directory / "chat_template.jinja"
+    return ChatTokenizer(
+        (directory / "tokenizer.json").read_text(encoding="utf-8"),
+        json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")),
+        template.read_text(encoding="utf-8") if template.exists() else None,
+    )

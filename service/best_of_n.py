@@ -1,0 +1,200 @@
+"""The hot path: sample, score, choose.
+
+Owns: what becomes of n candidates under one deadline, and the words for it (status, failures). Does not own: who
+answers (experiments.py), the engines (vllm.py, reward.py), the definition of best (CandidateGroup.best), logging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import time
+from typing import Any, NamedTuple, Protocol
+
+from bon_algos.contracts import (
+    Candidate,
+    CandidateFailure,
+    CandidateGroup,
+    Message,
+    Outcome,
+    Sampling,
+    SelectionStatus,
+)
+from service.errors import DeadlineExceeded, EngineBroken, GatewayError, InvalidField, RewardModelUnavailable
+from service.reward import Score
+from service.vllm import DrawingWindow
+
+
+class Policy(Protocol):
+    async def sample(
+        self, policy: str, prompt_token_ids: Sequence[int], n: int, sampling: Sampling, window: DrawingWindow
+    ) -> list[Candidate]: ...
+
+
+class Scorer(Protocol):
+    async def score(
+        self, prompt: str, messages: Sequence[Message] | None, completions: Sequence[str]
+    ) -> list[Score]: ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One deadline for the whole request; times of the event loop's clock."""
+
+    started: float
+    deadline: float
+    scoring_starts: float
+    """From here on `quorum` candidates are enough, so that there is time left to score them."""
+    quorum: int
+
+    @property
+    def window(self) -> DrawingWindow:
+        return DrawingWindow(soft=self.scoring_starts, hard=self.deadline, quorum=self.quorum)
+
+
+class Answer(NamedTuple):
+    group: CandidateGroup
+    """`selected` is None when nothing can be served."""
+    failure: GatewayError | None
+    """Why nothing is served; the group is logged all the same."""
+    waited: float
+    """Seconds spent waiting for engines."""
+
+
+async def best_of_n(
+    group: CandidateGroup, budget: Budget, policy: Policy, reward_model: Scorer, *, wait_for_reward: bool
+) -> Answer:
+    """Fill a group that has no candidates yet. A single sample is scored here only when that is waited for.
+
+    Raises what the policy engine raises; then there are no candidates to log.
+    """
+    clock = asyncio.get_running_loop().time
+    asked = clock()
+    drawn = await policy.sample(group.policy_id, group.prompt_token_ids, group.requested, group.sampling, budget.window)
+    group = group.model_copy(update={"candidates": tuple(drawn), "engine_seconds": clock() - asked})
+    failure: GatewayError | None = None
+    if finished_count(group) < budget.quorum:
+        failure = _too_late(group, f"and {budget.quorum} are needed")
+    elif group.requested > 1 or wait_for_reward:
+        group, failure = await _measure_in_time(group, budget.deadline, reward_model)
+    answered = clock()
+    group = group.model_copy(update={"total_seconds": answered - budget.started})
+    return choose(group, budget.quorum, failure)._replace(waited=answered - asked)
+
+
+def choose(group: CandidateGroup, quorum: int, failure: GatewayError | None = None) -> Answer:
+    """Which candidate is served, and the status that says how it came to that. failure: what went wrong so far.
+
+    A single sample is served whatever becomes of its score. When the deadline cut the drawing short, `quorum`
+    candidates must have a reward; otherwise one is enough, and the status tells that others are missing.
+    """
+    late = any(candidate.failure == "deadline" for candidate in group.candidates)
+    if group.requested == 1 and finished_count(group) == 1:
+        return _served(group, 0, "single" if failure is None else "reward_failed")
+    if failure is None and len(group.scored) < (quorum if late else 1):
+        failure = _too_few_rewards(group)
+    if failure is not None:
+        return _served(group, None, "deadline" if isinstance(failure, DeadlineExceeded) else "reward_failed", failure)
+    if late:
+        return _served(group, group.best, "deadline")
+    return _served(group, group.best, "ok" if len(group.scored) == group.requested else "partial")
+
+
+async def measure(group: CandidateGroup, reward_model: Scorer) -> CandidateGroup:
+    """The group with its rewards. An empty candidate has none, unless all are empty. Raises what the reward model
+    raises."""
+    finished = [i for i, candidate in enumerate(group.candidates) if candidate.finish_reason is not None]
+    speaking = [i for i in finished if group.candidates[i].text.strip()]
+    places = speaking or finished
+    texts = [group.candidates[i].text for i in places]
+    scores = await reward_model.score(group.prompt, group.messages, texts)
+    candidates = list(group.candidates)
+    for i in set(finished) - set(speaking):
+        candidates[i] = candidates[i].model_copy(update={"failure": "empty"})
+    for i, score in zip(places, scores, strict=True):
+        found = {"reward": score.reward, "failure": score.failure or candidates[i].failure}
+        candidates[i] = candidates[i].model_copy(update=found)
+    return group.model_copy(update={"candidates": tuple(candidates)})
+
+
+async def _measure_in_time(
+    group: CandidateGroup, deadline: float, reward_model: Scorer
+) -> tuple[CandidateGroup, GatewayError | None]:
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await measure(group, reward_model), None
+    except TimeoutError:
+        group = _unscored(group, "not_scored")
+        return group, _too_late(group, "and the reward model had not scored them")
+    except (RewardModelUnavailable, EngineBroken) as error:
+        return _unscored(group, "reward_error"), error
+
+
+def _unscored(group: CandidateGroup, failure: CandidateFailure) -> CandidateGroup:
+    candidates = tuple(
+        candidate if candidate.failure is not None else candidate.model_copy(update={"failure": failure})
+        for candidate in group.candidates
+    )
+    return group.model_copy(update={"candidates": candidates})
+
+
+def _served(
+    group: CandidateGroup, selected: int | None, status: SelectionStatus, failure: GatewayError | None = None
+) -> Answer:
+    return Answer(group.model_copy(update={"selected": selected, "status": status}), failure, waited=0.0)
+
+
+def _too_late(group: CandidateGroup, rest: str) -> DeadlineExceeded:
+    facts = candidate_counts(group)
+    return DeadlineExceeded(
+        f"when the deadline passed {facts['finished']} of {facts['requested']} candidates had finished {rest}",
+        facts={"candidates": facts},
+    )
+
+
+def _too_few_rewards(group: CandidateGroup) -> GatewayError:
+    facts = candidate_counts(group)
+    if any(candidate.failure == "too_long" for candidate in group.candidates):
+        return InvalidField(
+            "the candidates came out longer than the reward model's window: lower max_tokens",
+            param="max_tokens",
+            code="too_long_for_reward_model",
+            facts={"candidates": facts},
+        )
+    return EngineBroken(
+        f"the reward model gave {facts['scored']} of {facts['finished']} finished candidates a finite reward",
+        code="reward_model_broken",
+        facts={"candidates": facts},
+    )
+
+
+def finished_count(group: CandidateGroup) -> int:
+    return sum(candidate.finish_reason is not None for candidate in group.candidates)
+
+
+def candidate_counts(group: CandidateGroup) -> dict[str, Any]:
+    """How many were requested, finished, scored and failed, the failed ones by reason."""
+    failed = Counter(candidate.failure for candidate in group.candidates if candidate.failure is not None)
+    return {
+        "requested": group.requested,
+        "finished": finished_count(group),
+        "scored": len(group.scored),
+        "failed": dict(failed),
+    }
+
+
+def outcome_of(group: CandidateGroup) -> Outcome:
+    """The record of rewards that were measured after the reply."""
+    return Outcome(
+        id=f"outcome_{group.id}",
+        created_at=time(),
+        group_id=group.id,
+        route=group.route,
+        experiment=group.experiment,
+        arm=group.arm,
+        arm_reason=group.arm_reason,
+        reward_model_id=group.reward_model_id,
+        rewards=tuple(candidate.reward for candidate in group.candidates),
+    )

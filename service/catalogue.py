@@ -1,0 +1,175 @@
+"""What the hot path knows about routes, experiments and policies: a frozen snapshot, read without I/O.
+
+Owns: the snapshot, its refreshing every second, and the objects a gateway cannot start without (the base policy
+and the route `default`). Does not own: changing any of it (routing.py, policies.py, experiments.py) nor what
+the engine serves (publishing.py tells it by `set_served`).
+With Redis away the last snapshot keeps serving, and its age says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from time import time
+from typing import Final, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError
+from redis.asyncio import Redis
+
+from bon_algos.contracts import (
+    POLICIES_INDEX,
+    ROUTES_INDEX,
+    Experiment,
+    PolicyRecord,
+    Route,
+    experiment_key,
+    policy_key,
+    route_key,
+)
+from service.errors import PolicyNotFound, RouteNotFound, StoreFull, StoreUnavailable
+from service.store import translated
+
+REFRESH_SECONDS: Final = 1.0
+log = logging.getLogger("bonsai.catalogue")
+RecordT = TypeVar("RecordT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The catalogue at one moment; a reader that keeps one sees no change."""
+
+    routes: Mapping[str, Route]
+    policies: Mapping[str, PolicyRecord]
+    experiments: Mapping[str, Experiment] = field(default_factory=dict)
+    """The latest of each route by route, stopped ones too: see `running`."""
+    served: frozenset[str] = frozenset()
+    """Policies the engine proved to serve since its last start; the base by its name in the engine's list."""
+    read_at: float = 0.0
+    """When Redis last answered; 0: not yet."""
+
+    def route(self, name: str) -> Route:
+        """Raises RouteNotFound."""
+        if (route := self.routes.get(name)) is None:
+            raise RouteNotFound("no such route", param="route")
+        return route
+
+    def policy(self, policy_id: str) -> PolicyRecord:
+        """Raises PolicyNotFound."""
+        if (policy := self.policies.get(policy_id)) is None:
+            raise PolicyNotFound("no such policy")
+        return policy
+
+    def running(self, route: str) -> Experiment | None:
+        experiment = self.experiments.get(route)
+        return experiment if experiment is not None and experiment.stopped_at is None else None
+
+    def live(self, route: Route) -> PolicyRecord | None:
+        """The distilled policy promoted on the route."""
+        return None if route.live_policy is None else self.policies.get(route.live_policy)
+
+    def age(self, now: float) -> float:
+        """Seconds since Redis last answered."""
+        return now - self.read_at
+
+
+class Catalogue:
+    """Keeps the snapshot of one gateway process fresh."""
+
+    def __init__(self, redis: Redis, base: PolicyRecord, default_route: Route) -> None:
+        """Serves `base` and `default_route` before Redis has answered, and writes them where Redis lacks them."""
+        self._redis = redis
+        self._base = base
+        self._default_route = default_route
+        self._is_seeded = False
+        self._parsed: dict[str, tuple[str, BaseModel]] = {}
+        self._refreshing = asyncio.Lock()
+        self._snapshot = Snapshot(routes={default_route.name: default_route}, policies={base.id: base})
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._snapshot
+
+    @property
+    def base_policy(self) -> str:
+        """The policy whose weights the engine was started with."""
+        return self._base.id
+
+    def set_served(self, policies: Iterable[str]) -> None:
+        self._snapshot = replace(self._snapshot, served=frozenset(policies))
+
+    async def refresh(self) -> Snapshot:
+        """Read Redis now. Raises StoreUnavailable and leaves the snapshot as it was."""
+        async with self._refreshing:
+            with translated():
+                if not self._is_seeded:
+                    await self._seed()
+                    self._is_seeded = True
+                routes, experiments, policies = await self._read()
+            self._snapshot = replace(
+                self._snapshot, routes=routes, experiments=experiments, policies=policies, read_at=time()
+            )
+            return self._snapshot
+
+    async def policy(self, policy_id: str) -> PolicyRecord:
+        """One policy; Redis is asked when the snapshot does not have it yet. Raises PolicyNotFound."""
+        if policy_id not in self._snapshot.policies:
+            await self.refresh()
+        return self._snapshot.policy(policy_id)
+
+    async def run(self) -> None:
+        """Refresh until cancelled."""
+        while True:
+            try:
+                await self.refresh()
+            except (StoreUnavailable, StoreFull) as error:
+                log.warning("catalogue is %.0f s old: %s", self._snapshot.age(time()), error.message)
+            await asyncio.sleep(REFRESH_SECONDS)
+
+    async def _seed(self) -> None:
+        """Only where absent: what an operator has changed stays."""
+        base, route = self._base, self._default_route
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hsetnx(policy_key(base.id), "record", base.model_dump_json())
+            pipe.hsetnx(policy_key(base.id), "version", "1")
+            pipe.zadd(POLICIES_INDEX, {base.id: base.created_at}, nx=True)
+            pipe.set(route_key(route.name), route.model_dump_json(), nx=True)
+            pipe.sadd(ROUTES_INDEX, route.name)
+            await pipe.execute()
+
+    async def _read(self) -> tuple[dict[str, Route], dict[str, Experiment], dict[str, PolicyRecord]]:
+        routes = sorted(cast(set[str], await self._redis.smembers(ROUTES_INDEX)))
+        policies = cast(list[str], await self._redis.zrange(POLICIES_INDEX, 0, -1))
+        async with self._redis.pipeline(transaction=True) as pipe:
+            for name in routes:
+                pipe.get(route_key(name))
+                pipe.get(experiment_key(name))
+            for policy_id in policies:
+                pipe.hget(policy_key(policy_id), "record")
+            rows = cast(list[str | None], await pipe.execute())
+        split = 2 * len(routes)
+        parsed = (
+            self._parse(Route, routes, rows[0:split:2]),
+            self._parse(Experiment, routes, rows[1:split:2]),
+            self._parse(PolicyRecord, policies, rows[split:]),
+        )
+        return parsed
+
+    def _parse(self, kind: type[RecordT], names: Iterable[str], rows: Iterable[str | None]) -> dict[str, RecordT]:
+        """A record is parsed again only when its text changed: a refresh must not hold up the event loop."""
+        records: dict[str, RecordT] = {}
+        for name, row in zip(names, rows, strict=True):
+            if row is None:
+                continue
+            known = self._parsed.get(f"{kind.__name__}:{name}")
+            if known is None or known[0] != row:
+                try:
+                    known = (row, kind.model_validate_json(row))
+                except ValidationError as error:
+                    # One record of another version must not stop the refresh of all the others.
+                    log.error("%s %s is unreadable: %d faults", kind.__name__, name, error.error_count())
+                    continue
+                self._parsed[f"{kind.__name__}:{name}"] = known
+            records[name] = cast(RecordT, known[1])
+        return records

@@ -1,0 +1,93 @@
+"""The control plane as one object: what the admin routes may touch, built once, at start-up.
+
+Owns: the wiring of catalogue, registry, jobs, experiments, publishing and their loops. Does not own: HTTP.
+`open_control` is the composition root of everything that changes traffic; the hot path needs `catalogue` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+from typing import Final
+
+from bon_algos.contracts import PolicyRecord, Route
+from service.catalogue import Catalogue
+from service.dispatch import Dispatcher, open_producer, send_job
+from service.experiment_store import Experiments
+from service.jobs import Jobs
+from service.loops import running_loops
+from service.policies import Policies
+from service.publishing import AdapterEngine, Publisher
+from service.routing import Routes
+from service.store import open_redis
+
+DEFAULT_ROUTE: Final = "default"
+DEFAULT_N: Final = 16
+
+
+@dataclass(frozen=True)
+class Control:
+    catalogue: Catalogue
+    routes: Routes
+    policies: Policies
+    experiments: Experiments
+    jobs: Jobs
+    dispatcher: Dispatcher
+    publisher: Publisher
+    max_body_bytes: int
+
+
+@asynccontextmanager
+async def open_control(
+    engine: AdapterEngine,
+    *,
+    redis_url: str,
+    base_policy_id: str,
+    reward_model_id: str,
+    artefacts: Path,
+    n_cap: int,
+    default_max_tokens: int,
+    reconcile_seconds: float,
+    max_loras: int,
+    max_lora_rank: int,
+    fingerprint_tolerance: float,
+    max_body_bytes: int,
+) -> AsyncGenerator[Control]:
+    """Build the control plane and keep its loops running until the block is left. Redis may be away: the default
+    route and the base policy serve from the start."""
+    base = PolicyRecord(id=base_policy_id, kind="base", state="live", created_at=time())
+    default = Route(
+        name=DEFAULT_ROUTE,
+        base_policy=base_policy_id,
+        reward_model=reward_model_id,
+        default_n=min(DEFAULT_N, n_cap),
+        n_cap=n_cap,
+        max_tokens=default_max_tokens,
+    )
+    producer = open_producer(redis_url)
+    async with open_redis(redis_url) as redis:
+        catalogue = Catalogue(redis, base, default)
+        policies = Policies(redis)
+        control = Control(
+            catalogue=catalogue,
+            routes=Routes(redis, reward_model=reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens),
+            policies=policies,
+            experiments=Experiments(redis),
+            jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
+            dispatcher=Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=reconcile_seconds),
+            publisher=Publisher(
+                engine,
+                catalogue,
+                policies,
+                artefacts=artefacts,
+                slots=max_loras,
+                max_lora_rank=max_lora_rank,
+                tolerance=fingerprint_tolerance,
+            ),
+            max_body_bytes=max_body_bytes,
+        )
+        async with running_loops(catalogue.run(), control.dispatcher.run(), control.publisher.run()):
+            yield control

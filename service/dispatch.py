@@ -1,0 +1,190 @@
+"""Waking workers: a message that carries the job id alone, and the loop that repairs what messages lose.
+
+Owns: the Celery producer and its time limits, the reconciler (reliability.md 1.5). Does not own: jobs (jobs.py)
+nor their lease (worker/lease.py). A message may be delivered twice, late or never; the claim decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final, Literal, cast
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from bon_algos.contracts import (
+    BROKER_PREFIX,
+    DISTILL_QUEUE,
+    DISTILL_TASK,
+    OPEN_JOBS,
+    RECONCILER_LEASE,
+    job_events_key,
+    job_key,
+)
+from service.errors import StoreFull, StoreUnavailable
+from service.store import translated
+
+MAX_ATTEMPTS: Final = 3
+CONNECT_SECONDS: Final = 1.0
+SEND_SECONDS: Final = 2.0
+log = logging.getLogger("bonsai.dispatch")
+
+# KEYS: job, open jobs, the broker's list of waiting messages, the job's events. ARGV: job id, ms a message may
+# take, most attempts.
+# A queued job is sent again only while no message waits at all: behind a long job every further copy would cost
+# a worker start. Returns what the caller is to do or to log.
+_INSPECT: Final = """
+local function finish(state, code, message)
+  local t = redis.call('TIME')
+  redis.call('HSET', KEYS[1], 'state', state, 'phase', 'done', 'finished_at', string.format('%d.%06d', t[1], t[2]))
+  if code then redis.call('HSET', KEYS[1], 'error_code', code, 'error_message', message) end
+  redis.call('XADD', KEYS[4], '*', 'phase', 'done', 'state', state)
+  redis.call('SREM', KEYS[2], ARGV[1])
+  return state
+end
+local job = redis.call('HMGET', KEYS[1], 'state', 'dispatched_at', 'lease_until', 'attempts', 'cancel', 'last_error')
+local state = job[1]
+if state ~= 'queued' and state ~= 'running' then
+  redis.call('SREM', KEYS[2], ARGV[1])
+  return 'settled'
+end
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+if state == 'running' then
+  if tonumber(job[3] or 0) > now then return 'wait' end
+  if job[5] == '1' then return finish('cancelled') end
+  if tonumber(job[4] or 0) >= tonumber(ARGV[3]) then
+    local reason = job[6] or 'their workers died'
+    return finish('failed', 'dead_letter', 'given up after ' .. job[4] .. ' attempts: ' .. reason)
+  end
+end
+if now - tonumber(job[2] or 0) < tonumber(ARGV[2]) then return 'wait' end
+if redis.call('LLEN', KEYS[3]) > 0 then return 'wait' end
+redis.call('HSET', KEYS[1], 'dispatched_at', string.format('%.0f', now))
+return 'dispatch'
+"""
+
+# KEYS: job. Marks a queued job as sent; 0 when there is nothing to send.
+_MARK: Final = """
+if redis.call('HGET', KEYS[1], 'state') ~= 'queued' then return 0 end
+local t = redis.call('TIME')
+redis.call('HSET', KEYS[1], 'dispatched_at', string.format('%.0f', t[1] * 1000 + math.floor(t[2] / 1000)))
+return 1
+"""
+
+# KEYS: lease. ARGV: token, ms. Takes the lease, or extends our own.
+_LEASE: Final = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+Action = Literal["wait", "settled", "dispatch", "failed", "cancelled"]
+
+
+def open_producer(redis_url: str) -> Celery:
+    """The sending half of Celery: no results, no retries, every socket operation bounded."""
+    producer = Celery("bonsai", broker=broker_url(redis_url), set_as_current=False)
+    producer.conf.update(
+        task_ignore_result=True,
+        task_serializer="json",
+        accept_content=["json"],
+        broker_transport_options={
+            "global_keyprefix": BROKER_PREFIX,
+            "socket_timeout": SEND_SECONDS,
+            "socket_connect_timeout": CONNECT_SECONDS,
+            "socket_keepalive": True,
+            "retry_on_timeout": False,
+        },
+    )
+    return producer
+
+
+def broker_url(redis_url: str) -> str:
+    """Kombu's name for the same server: `unix:///path?db=1` is `redis+socket:///path?virtual_host=1` there."""
+    parts = urlsplit(redis_url)
+    if parts.scheme != "unix":
+        return redis_url
+    query = f"?{parts.query.replace('db=', 'virtual_host=')}" if parts.query else ""
+    return f"redis+socket://{parts.path}{query}"
+
+
+def send_job(producer: Celery, job_id: str) -> None:
+    """Put one wake-up into the queue over a connection of its own: one that has been idle may be half-open.
+    Blocks for at most a few seconds; raises OperationalError or OSError."""
+    with producer.connection_for_write() as connection:
+        producer.send_task(
+            DISTILL_TASK, args=[job_id], queue=DISTILL_QUEUE, connection=connection, retry=False, ignore_result=True
+        )
+
+
+class Dispatcher:
+    """Wakes a worker for a job, and again where that was lost."""
+
+    def __init__(self, redis: Redis, send: Callable[[str], None], *, seconds: float) -> None:
+        """send: blocking; called in a thread. seconds: between two passes of the reconciler."""
+        self._redis = redis
+        self._send = send
+        self._seconds = seconds
+        self._token = uuid4().hex
+        self._inspect = redis.register_script(_INSPECT)
+        self._mark = redis.register_script(_MARK)
+        self._lease = redis.register_script(_LEASE)
+
+    async def wake(self, job_id: str) -> None:
+        """First wake-up, after the reply to the submission. A failure is logged: the reconciler repairs it."""
+        try:
+            with translated():
+                if await self._mark(keys=[job_key(job_id)]):
+                    await self._deliver(job_id)
+        except (StoreUnavailable, StoreFull) as error:
+            log.warning("job %s was recorded but not dispatched: %s", job_id, error.message)
+
+    async def reconcile(self) -> dict[str, Action]:
+        """One pass over the open jobs: what was done with each. Nothing when another gateway holds the lease."""
+        with translated():
+            if not await self._lease(keys=[RECONCILER_LEASE], args=[self._token, int(self._seconds * 3000)]):
+                return {}
+            actions: dict[str, Action] = {}
+            for job_id in sorted(cast(set[str], await self._redis.smembers(OPEN_JOBS))):
+                actions[job_id] = await self._reconcile_one(job_id)
+            return actions
+
+    async def run(self) -> None:
+        """Reconcile until cancelled."""
+        while True:
+            try:
+                await self.reconcile()
+            except (StoreUnavailable, StoreFull) as error:
+                log.warning("jobs are not reconciled: %s", error.message)
+            await asyncio.sleep(self._seconds)
+
+    async def _reconcile_one(self, job_id: str) -> Action:
+        action = cast(
+            Action,
+            await self._inspect(
+                keys=[job_key(job_id), OPEN_JOBS, f"{BROKER_PREFIX}{DISTILL_QUEUE}", job_events_key(job_id)],
+                args=[job_id, int(self._seconds * 2000), MAX_ATTEMPTS],
+            ),
+        )
+        if action == "dispatch":
+            log.info("job %s is woken again", job_id)
+            await self._deliver(job_id)
+        elif action == "failed":
+            log.error("job %s is given up after %d attempts", job_id, MAX_ATTEMPTS)
+        return action
+
+    async def _deliver(self, job_id: str) -> None:
+        try:
+            await asyncio.to_thread(self._send, job_id)
+        except (OperationalError, RedisError, OSError) as error:
+            log.warning("job %s was not dispatched: %s", job_id, type(error).__name__)
+            # Not sent: the next pass need not wait for a message that does not exist.
+            await self._redis.hdel(job_key(job_id), "dispatched_at")

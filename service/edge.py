@@ -1,0 +1,102 @@
+"""Between the server and the routes: the request's id, a bound on its headers, errors in our shape.
+
+Owns: `X-Request-Id`, the number of headers, the handlers that turn every exception into the one error body, and the
+one log line of a failed request. Does not own: the body's format (errors.py). No line ever holds a payload.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from typing import Final, cast
+from uuid import uuid4
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import GatewayError, HeadersTooLarge, InvalidField, MethodNotAllowed, NotFound, render
+
+MAX_HEADERS: Final = 100
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+log = logging.getLogger("bonsai.requests")
+
+
+class Edge:
+    """ASGI middleware around everything."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        request_id = request.state.request_id = _request_id(request)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        if len(scope["headers"]) > MAX_HEADERS:
+            refused = render(HeadersTooLarge(f"a request may have at most {MAX_HEADERS} headers"), request_id)
+            await refused(scope, receive, send_with_id)
+        else:
+            await self._app(scope, receive, send_with_id)
+
+
+def install_edge(app: FastAPI) -> None:
+    """Put the edge around the app and our error body into every answer that is not a success."""
+    app.add_middleware(Edge)
+    handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+        GatewayError: _gateway_error,
+        HTTPException: _http_exception,
+        RequestValidationError: _path_error,
+        Exception: _unexpected,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+
+
+def _request_id(request: Request) -> str:
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid4().hex}"
+
+
+async def _gateway_error(request: Request, error: Exception) -> Response:
+    return _rendered(request, cast(GatewayError, error))
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    """What the router raises: no such path, or not with this method."""
+    raised = cast(HTTPException, error)
+    if raised.status_code == MethodNotAllowed.status:
+        return _rendered(request, MethodNotAllowed("this path does not take this method"), raised.headers)
+    if raised.status_code == NotFound.status:
+        return _rendered(request, NotFound("there is nothing at this path"))
+    return _rendered(request, GatewayError("the request could not be handled"))
+
+
+async def _path_error(request: Request, _error: Exception) -> Response:
+    return _rendered(request, InvalidField("a part of the path or the query is not valid"))
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    log.error("request %s failed", request.state.request_id, exc_info=error)
+    return _rendered(request, GatewayError("the gateway failed; the log has the details under this request's id"))
+
+
+def _rendered(request: Request, error: GatewayError, headers: object = None) -> Response:
+    request_id = request.state.request_id
+    level = logging.WARNING if error.status >= 500 else logging.INFO
+    log.log(level, "%s %d %s %s", request_id, error.status, error.code, error.param or "")
+    response = render(error, request_id, cast("dict[str, str] | None", headers))
+    response.headers["X-Request-Id"] = request_id
+    return response

@@ -1,0 +1,202 @@
+"""Every failure with an HTTP meaning, and the one place that renders it.
+
+Owns: the tree below, the wire body (RFC 9457 members plus the OpenAI `error` object), `Retry-After`.
+Does not own: when a failure happens. Foreign exceptions are translated in the client that meets them.
+
+    GatewayError                    500  internal
+    ├── Unparseable                 400  unparseable            not JSON, or JSON nobody reads the same way twice
+    ├── NotFound                    404  not_found
+    │   ├── RouteNotFound                route_not_found
+    │   ├── PolicyNotFound               policy_not_found
+    │   ├── JobNotFound                  job_not_found
+    │   └── ExperimentNotFound           experiment_not_found
+    ├── MethodNotAllowed            405  method_not_allowed
+    ├── BodyTimeout                 408  body_timeout
+    ├── Conflict                    409  conflict               the state forbids it now; `code` says why
+    ├── BodyTooLarge                413  body_too_large
+    ├── UnsupportedMediaType        415  unsupported_media_type
+    ├── InvalidField                422  invalid_field          parsed, and one field is wrong: `param` names it
+    ├── HeadersTooLarge             431  headers_too_large
+    ├── ClientGone                  499  client_gone            never sent: nobody is there to read it
+    ├── EngineBroken                502  engine_broken          an engine accepted and then did not deliver
+    ├── Unavailable                 503  unavailable            + Retry-After
+    │   ├── EngineUnavailable            engine_unavailable
+    │   ├── RewardModelUnavailable       reward_model_unavailable
+    │   ├── PolicyNotServed              policy_not_served
+    │   └── StoreUnavailable             store_unavailable      Redis
+    ├── DeadlineExceeded            504  deadline_exceeded
+    └── StoreFull                   507  store_full             Redis has no memory left (noeviction)
+
+Messages name the field, the limit and the kind of what was sent. They never repeat what was sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import ClassVar
+
+from starlette.responses import Response
+
+PROBLEM_JSON = "application/problem+json"
+MAX_BODY_BYTES = 4096
+"""No error body is longer."""
+
+
+class GatewayError(Exception):
+    """Base of every failure with an HTTP meaning.
+
+    message: for the caller, one sentence. param: path of the field at fault, `messages[0].content`.
+    code: overrides the class's code where one class covers several causes (`Conflict`).
+    facts: further JSON members of the body, for instance how many candidates had finished.
+    """
+
+    status: ClassVar[int] = 500
+    default_code: ClassVar[str] = "internal"
+    retry_after: int | None = None
+    """Seconds; sent as `Retry-After`."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+        self.facts = dict(facts or {})
+
+
+class Unparseable(GatewayError):
+    status, default_code = 400, "unparseable"
+
+
+class NotFound(GatewayError):
+    status, default_code = 404, "not_found"
+
+
+class RouteNotFound(NotFound):
+    default_code = "route_not_found"
+
+
+class PolicyNotFound(NotFound):
+    default_code = "policy_not_found"
+
+
+class JobNotFound(NotFound):
+    default_code = "job_not_found"
+
+
+class ExperimentNotFound(NotFound):
+    default_code = "experiment_not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    status, default_code = 405, "method_not_allowed"
+
+
+class BodyTimeout(GatewayError):
+    status, default_code = 408, "body_timeout"
+
+
+class Conflict(GatewayError):
+    status, default_code = 409, "conflict"
+
+
+class BodyTooLarge(GatewayError):
+    status, default_code = 413, "body_too_large"
+
+
+class UnsupportedMediaType(GatewayError):
+    status, default_code = 415, "unsupported_media_type"
+
+
+class InvalidField(GatewayError):
+    status, default_code = 422, "invalid_field"
+
+
+class HeadersTooLarge(GatewayError):
+    status, default_code = 431, "headers_too_large"
+
+
+class ClientGone(GatewayError):
+    status, default_code = 499, "client_gone"
+
+
+class EngineBroken(GatewayError):
+    status, default_code = 502, "engine_broken"
+
+
+class Unavailable(GatewayError):
+    status, default_code = 503, "unavailable"
+    retry_after = 1
+
+
+class EngineUnavailable(Unavailable):
+    default_code = "engine_unavailable"
+
+
+class RewardModelUnavailable(Unavailable):
+    default_code = "reward_model_unavailable"
+
+
+class PolicyNotServed(Unavailable):
+    default_code = "policy_not_served"
+    retry_after = 5
+
+
+class StoreUnavailable(Unavailable):
+    default_code = "store_unavailable"
+
+
+class DeadlineExceeded(GatewayError):
+    status, default_code = 504, "deadline_exceeded"
+
+
+class StoreFull(GatewayError):
+    status, default_code = 507, "store_full"
+
+
+def render(error: GatewayError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The wire form of a failure, at most MAX_BODY_BYTES long."""
+    body = json.dumps(problem(error, request_id)).encode()
+    if len(body) > MAX_BODY_BYTES:
+        body = json.dumps(problem(_without_facts(error), request_id)).encode()
+    sent = dict(headers or {})
+    if error.retry_after is not None:
+        sent["Retry-After"] = str(error.retry_after)
+    return Response(body, status_code=error.status, headers=sent, media_type=PROBLEM_JSON)
+
+
+def problem(error: GatewayError, request_id: str) -> dict[str, object]:
+    """The body: RFC 9457 members, and `error` as OpenAI's clients read it."""
+    return {
+        "type": f"urn:bonsai:error:{error.code}",
+        "title": _title(error.status),
+        "status": error.status,
+        "detail": error.message,
+        "instance": f"urn:bonsai:request:{request_id}",
+        "error": {
+            "message": error.message,
+            "type": "invalid_request_error" if error.status < 500 else "server_error",
+            "param": error.param,
+            "code": error.code,
+        },
+        **error.facts,
+    }
+
+
+def _title(status: int) -> str:
+    return "Client Closed Request" if status == ClientGone.status else HTTPStatus(status).phrase
+
+
+def _without_facts(error: GatewayError) -> GatewayError:
+    param = error.param if error.param is None else error.param[:200]
+    short = type(error)(error.message[:500], param=param, code=error.code)
+    short.retry_after = error.retry_after
+    return short

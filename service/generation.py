@@ -1,0 +1,194 @@
+"""What `POST /generate` accepts, and how it becomes a candidate group that has no candidates yet.
+
+Owns: the fields and their limits, the prompt's tokens and window, the deadline. Does not own: HTTP
+(routes/generate.py), which arm answers (experiments.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Annotated, Final, NamedTuple
+
+from pydantic import BeforeValidator, Field
+
+from bon_algos.chat import ChatTokenizer, TemplateRefused
+from bon_algos.contracts import Message, Record, Route, Sampling
+from service.best_of_n import Budget
+from service.errors import InvalidField
+
+LOWEST_TEMPERATURE: Final = 0.01
+"""Below it the engine samples at another temperature than it was told."""
+CHARACTERS_PER_TOKEN: Final = 8
+"""A prompt longer than this many characters for each token of the window is refused before it is tokenised."""
+SCORING_SHARE: Final = 0.2
+LONGEST_SCORING_SECONDS: Final = 5.0
+
+def _as_tuple(stop: object) -> object:
+    """One stop text may stand alone."""
+    if isinstance(stop, str):
+        return (stop,)
+    return tuple(stop) if isinstance(stop, list) else stop
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+Unit = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class GenerateRequest(Record):
+    """Body of `POST /generate`. None: the caller did not say; null is refused."""
+
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = Field(None, min_length=1, max_length=1000)
+    route: str = Field("default", min_length=1, max_length=64)
+    n: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=1_000_000)
+    """0 keeps the whole vocabulary."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple), Field(max_length=16)] = ()
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    unit: Unit | None = None
+    """Whom an experiment's arm sticks to."""
+    user: Unit | None = None
+    metadata: dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
+        default_factory=dict, max_length=16
+    )
+    timeout_ms: int | None = Field(None, ge=1)
+    quorum: int | None = Field(None, ge=1)
+    wait_for_reward: bool = False
+    return_candidates: bool = False
+    store: bool = True
+
+    @property
+    def text_param(self) -> str:
+        return "prompt" if self.messages is None else "messages"
+
+    def sampling(self, max_tokens: int) -> Sampling:
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            stop=self.stop,
+            seed=self.seed,
+        )
+
+
+class EncodedPrompt(NamedTuple):
+    prompt: str
+    """As rendered for the policy."""
+    token_ids: list[int]
+
+
+def require_sense(request: GenerateRequest) -> None:
+    """What one field's type cannot say. Raises InvalidField."""
+    for name in sorted(request.model_fields_set):
+        if getattr(request, name) is None:
+            raise InvalidField(f"{name} must not be null: leave it out", param=name)
+    if (request.prompt is None) == (request.messages is None):
+        both = "got both" if request.prompt is not None else "got neither"
+        raise InvalidField(f"exactly one of prompt and messages is required; {both}", param="prompt")
+    if request.prompt is not None:
+        _require_text(request.prompt, "prompt")
+    for i, message in enumerate(request.messages or ()):
+        _require_text(message.content, f"messages[{i}].content")
+    if math.copysign(1, request.temperature) < 0 or 0 < request.temperature < LOWEST_TEMPERATURE:
+        raise InvalidField(f"temperature must be 0 or at least {LOWEST_TEMPERATURE} and at most 2", param="temperature")
+
+
+def asked_n(body: int | None, query: Mapping[str, str], n_cap: int) -> int | None:
+    """The n of the request, from body or query; both only if they are equal. Raises InvalidField."""
+    in_query = query.get("n")
+    if in_query is None:
+        named = body
+    elif not (in_query.isascii() and in_query.isdigit()) or in_query.startswith("0"):
+        raise InvalidField("n in the query must be a positive integer without sign or leading zero", param="n")
+    else:
+        # More digits than any cap has: far above it, whatever they are.
+        named = int(in_query[:20])
+        if body is not None and body != named:
+            raise InvalidField("n in the query and in the body differ", param="n")
+    if named is not None and not 1 <= named <= n_cap:
+        side = "below" if named < 1 else "above"
+        raise InvalidField(f"n must be at least 1 and at most {n_cap}; got an integer {side} it", param="n")
+    return named
+
+
+def encode(request: GenerateRequest, tokenizer: ChatTokenizer, window: int) -> EncodedPrompt:
+    """The prompt as the policy reads it. window: the policy's, tokens. Raises InvalidField."""
+    param, longest = request.text_param, CHARACTERS_PER_TOKEN * window
+    characters = len(request.prompt or "") + sum(len(message.content) for message in request.messages or ())
+    if characters > longest:
+        raise InvalidField(f"{param} must be at most {longest} characters long; got {characters}", param=param)
+    if request.messages is None:
+        prompt = request.prompt or ""
+        token_ids = tokenizer.encode_prompt(prompt)
+    else:
+        try:
+            prompt = tokenizer.render(request.messages, add_generation_prompt=True)
+        except TemplateRefused as error:
+            raise InvalidField(f"the chat template refuses the messages: {error}", param=param) from None
+        token_ids = tokenizer.encode_chat(prompt)
+    if len(token_ids) + 1 > window:
+        raise InvalidField(
+            f"{param} must be at most {window - 1} tokens long, to leave room for one more in a window of {window}; "
+            f"got {len(token_ids)}",
+            param=param,
+        )
+    return EncodedPrompt(prompt, token_ids)
+
+
+def fitting_max_tokens(asked: int | None, default: int, prompt_tokens: int, window: int) -> int:
+    """Tokens a candidate may have: what was asked if the window has room for it, else an error; the route's default
+    is lowered to what fits."""
+    room = window - prompt_tokens
+    if asked is None:
+        return min(default, room)
+    if asked > room:
+        raise InvalidField(
+            f"max_tokens must be at most {room} behind a prompt of {prompt_tokens} tokens in a window of {window}; "
+            "got an integer above it",
+            param="max_tokens",
+        )
+    return asked
+
+
+def budget_of(request: GenerateRequest, route: Route, n: int, started: float) -> Budget:
+    """The deadline, the slice of it kept for scoring, and the quorum. Raises InvalidField."""
+    if request.timeout_ms is not None and request.timeout_ms > route.deadline_ms:
+        raise InvalidField(
+            f"timeout_ms must be at most {route.deadline_ms}; got an integer above it", param="timeout_ms"
+        )
+    if request.quorum is not None and request.quorum > n:
+        raise InvalidField(f"quorum must be at most n, which is {n}; got an integer above it", param="quorum")
+    seconds = (request.timeout_ms or route.deadline_ms) / 1000
+    scoring = min(SCORING_SHARE * seconds, LONGEST_SCORING_SECONDS) if n > 1 or request.wait_for_reward else 0.0
+    return Budget(
+        started=started,
+        deadline=started + seconds,
+        scoring_starts=started + seconds - scoring,
+        quorum=request.quorum or min(route.quorum or math.ceil(n / 2), n),
+    )
+
+
+def session_of(request: GenerateRequest) -> str:
+    """Which groups belong together: `metadata.session`, else whatever begins with the same message."""
+    first = request.prompt if request.messages is None else request.messages[0].content
+    named = request.metadata.get("session")
+    return named if named is not None else sha256((first or "").encode()).hexdigest()[:16]
+
+
+def _require_text(text: str, param: str) -> None:
+    if not text.strip():
+        raise InvalidField(f"{param} must not be empty or blank; got a string of {len(text)} characters", param=param)

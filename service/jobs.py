@@ -1,0 +1,249 @@
+"""Distillation jobs as their callers see them: submit, status, events, cancel.
+
+Owns: the record of a job until a worker claims it, the idempotency of submission, cancellation. Does not own:
+waking workers (dispatch.py), nor anything a worker writes under its lease (worker/lease.py).
+A job's truth is its hash in Redis, written in one script before anybody is woken.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import time
+from typing import Any, Final, cast
+
+from redis.asyncio import Redis
+from uuid_utils import uuid7
+
+from bon_algos.contracts import (
+    DEFAULT_TENANT,
+    FINAL_JOB_STATES,
+    JOBS_INDEX,
+    LEDGER_COUNTS,
+    OPEN_JOBS,
+    BonForwardKlSpec,
+    BonRegressionSpec,
+    JobSpec,
+    job_events_key,
+    job_key,
+)
+from service.errors import Conflict, InvalidField, JobNotFound
+from service.idempotency import KEPT_SECONDS, Idempotency
+from service.store import translated
+
+GROUPS_NEEDED: Final = 4
+"""Two prompts to learn from and two held out: below that no split of the ledger can be trained and judged."""
+
+_JOB_ID = re.compile(r"job_[0-9a-f]{32}")
+_EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
+
+# KEYS: job, jobs index, open jobs, idempotency key. ARGV: job id, spec, tenant, digest of the body or "" without
+# an idempotency key, its life in seconds. Returns "" for a new job, else "digest job" of the earlier request.
+_SUBMIT: Final = """
+if ARGV[4] ~= '' then
+  local earlier = redis.call('GET', KEYS[4])
+  if earlier then return earlier end
+  redis.call('SET', KEYS[4], ARGV[4] .. ' ' .. ARGV[1], 'EX', ARGV[5])
+end
+local t = redis.call('TIME')
+local now = string.format('%d.%06d', t[1], t[2])
+redis.call('HSET', KEYS[1], 'spec', ARGV[2], 'tenant', ARGV[3], 'state', 'queued', 'phase', 'queued',
+  'created_at', now, 'epoch', 0, 'attempts', 0)
+redis.call('ZADD', KEYS[2], now, ARGV[1])
+redis.call('SADD', KEYS[3], ARGV[1])
+return ''
+"""
+
+# KEYS: job, open jobs, events. ARGV: job id, then the final states. Returns 0 unknown, -1 final already,
+# 1 cancelled or asked for.
+_CANCEL: Final = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state then return 0 end
+for i = 2, #ARGV do if state == ARGV[i] then return -1 end end
+redis.call('HSET', KEYS[1], 'cancel', 1)
+if state == 'queued' then
+  local t = redis.call('TIME')
+  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'phase', 'done',
+    'finished_at', string.format('%d.%06d', t[1], t[2]))
+  redis.call('XADD', KEYS[3], '*', 'phase', 'done', 'state', 'cancelled')
+  redis.call('SREM', KEYS[2], ARGV[1])
+end
+return 1
+"""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    job_id: str
+    is_replayed: bool
+    """The idempotency key was seen before with this very body: nothing new was started."""
+
+
+class Jobs:
+    """The jobs of one Redis."""
+
+    def __init__(self, redis: Redis, *, n_cap: int, max_lora_rank: int) -> None:
+        self._redis = redis
+        self._n_cap = n_cap
+        self._max_lora_rank = max_lora_rank
+        self._submit = redis.register_script(_SUBMIT)
+        self._cancel = redis.register_script(_CANCEL)
+
+    async def submit(
+        self, spec: JobSpec, idempotency: Idempotency | None = None, tenant: str = DEFAULT_TENANT
+    ) -> Submitted:
+        """Record a job. Raises InvalidField for a spec this installation cannot run, an empty ledger, or an
+        idempotency key that was used for another body."""
+        check_spec(spec, n_cap=self._n_cap, max_lora_rank=self._max_lora_rank, now=time())
+        job_id = f"job_{uuid7().hex}"
+        key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
+        with translated():
+            if idempotency is None or not await self._redis.exists(key):
+                await self._require_groups(spec)
+            kept = await self._submit(
+                keys=[job_key(job_id), JOBS_INDEX, OPEN_JOBS, key],
+                args=[job_id, spec.model_dump_json(), tenant, digest, KEPT_SECONDS],
+            )
+        if idempotency is None or not kept:
+            return Submitted(job_id, is_replayed=False)
+        return Submitted(idempotency.answer(cast(str, kept)), is_replayed=True)
+
+    async def get(self, job_id: str) -> dict[str, Any]:
+        """The job object of the API. Raises JobNotFound."""
+        _require_job_id(job_id)
+        with translated():
+            fields = await self._redis.hgetall(job_key(job_id))
+        if not fields:
+            raise JobNotFound("no such job")
+        return job_object(job_id, cast(dict[str, str], fields))
+
+    async def list(self, limit: int, after: str | None = None) -> tuple[Sequence[dict[str, Any]], bool]:
+        """Newest first, those after the job `after`; and whether there are more."""
+        with translated():
+            start = 0
+            if after is not None:
+                rank = await self._redis.zrevrank(JOBS_INDEX, after)
+                if rank is None:
+                    raise InvalidField("after is not a job", param="after")
+                start = cast(int, rank) + 1
+            ids = cast("list[str]", await self._redis.zrevrange(JOBS_INDEX, start, start + limit))
+            async with self._redis.pipeline(transaction=True) as pipe:
+                for job_id in ids[:limit]:
+                    pipe.hgetall(job_key(job_id))
+                rows = cast("list[dict[str, str]]", await pipe.execute())
+        return [job_object(job, row) for job, row in zip(ids, rows, strict=False) if row], len(ids) > limit
+
+    async def events(self, job_id: str, limit: int, after: str | None = None) -> tuple[Sequence[dict[str, Any]], bool]:
+        """Oldest first, those after the event `after`; and whether there are more. Raises JobNotFound."""
+        _require_job_id(job_id)
+        if after is not None and not _EVENT_ID.fullmatch(after):
+            raise InvalidField("after is not the id of an event", param="after")
+        start = "-" if after is None else f"({after}"
+        with translated():
+            if not await self._redis.exists(job_key(job_id)):
+                raise JobNotFound("no such job")
+            rows = cast(
+                "list[tuple[str, dict[str, str]]]",
+                await self._redis.xrange(job_events_key(job_id), start, "+", count=limit + 1),
+            )
+        return [_event_object(event, fields) for event, fields in rows[:limit]], len(rows) > limit
+
+    async def cancel(self, job_id: str) -> dict[str, Any]:
+        """Cancel a queued job now, ask a running one to stop at its next step. Raises JobNotFound, and Conflict
+        (job_finished) when there is nothing left to stop."""
+        _require_job_id(job_id)
+        with translated():
+            done = await self._cancel(
+                keys=[job_key(job_id), OPEN_JOBS, job_events_key(job_id)], args=[job_id, *FINAL_JOB_STATES]
+            )
+        if done == 0:
+            raise JobNotFound("no such job")
+        if done == -1:
+            raise Conflict("the job has finished; it cannot be cancelled any more", code="job_finished")
+        return await self.get(job_id)
+
+    async def _require_groups(self, spec: JobSpec) -> None:
+        found = int(cast("str | None", await self._redis.hget(LEDGER_COUNTS, spec.route)) or 0)
+        if found < GROUPS_NEEDED:
+            raise InvalidField(
+                f"the ledger of this route holds {found} usable groups and a job needs {GROUPS_NEEDED}: serve "
+                "requests with n of at least 2 first",
+                param="route",
+                code="empty_ledger",
+                facts={"groups_found": found, "groups_needed": GROUPS_NEEDED},
+            )
+
+
+def check_spec(spec: JobSpec, *, n_cap: int, max_lora_rank: int, now: float) -> None:
+    """What the record cannot know: this installation's limits, and the clock. Raises InvalidField."""
+    method, parameters = spec.method.type, spec.method.spec
+    _at_most("n", spec.n, n_cap)
+    if isinstance(parameters, BonForwardKlSpec | BonRegressionSpec):
+        _at_most(f"method.{method}.n", parameters.n, n_cap)
+    _at_most(f"method.{method}.lora_rank", parameters.lora_rank, max_lora_rank)
+    since, until = spec.window.since, spec.window.until
+    if since is not None and since > now:
+        raise InvalidField("the window begins in the future", param="window.since")
+    if since is not None and until is not None and until <= since:
+        raise InvalidField("the window ends before it begins", param="window.until")
+
+
+def job_object(job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """The job of the API from the hash in Redis."""
+    return {
+        "id": job_id,
+        "object": "bonsai.distillation",
+        "status": fields["state"],
+        "phase": fields.get("phase", "queued"),
+        "step": int(fields.get("step", 0)),
+        "steps": int(fields.get("steps", 0)),
+        "metrics": _metrics(fields),
+        "seconds_left": _number(fields, "seconds_left"),
+        "created_at": _number(fields, "created_at"),
+        "started_at": _number(fields, "started_at"),
+        "finished_at": _number(fields, "finished_at"),
+        "attempts": int(fields.get("attempts", 0)),
+        "spec": json.loads(fields["spec"]),
+        "policy": fields.get("policy_id") or None,
+        "report": json.loads(fields["report"]) if fields.get("report") else None,
+        "error": _error_object(fields),
+    }
+
+
+def _error_object(fields: Mapping[str, str]) -> dict[str, str] | None:
+    if not fields.get("error_code"):
+        return None
+    return {"code": fields["error_code"], "message": fields.get("error_message", "")}
+
+
+def _event_object(event_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "id": event_id,
+        "object": "bonsai.distillation.event",
+        "created_at": int(event_id.split("-")[0]) / 1000,
+        "phase": fields.get("phase"),
+        "status": fields.get("state"),
+        "step": int(fields["step"]) if "step" in fields else None,
+        "metrics": _metrics(fields),
+    }
+
+
+def _metrics(fields: Mapping[str, str]) -> dict[str, float | None]:
+    """A metric that is not a number is null: JSON has no NaN."""
+    return cast("dict[str, float | None]", json.loads(fields.get("metrics") or "{}", parse_constant=lambda _: None))
+
+
+def _number(fields: Mapping[str, str], name: str) -> float | None:
+    return float(fields[name]) if fields.get(name) else None
+
+
+def _at_most(param: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise InvalidField(f"{param} is more than this installation's limit of {limit}", param=param)
+
+
+def _require_job_id(job_id: str) -> None:
+    if not _JOB_ID.fullmatch(job_id):
+        raise JobNotFound("no such job")

@@ -1,0 +1,159 @@
+"""`POST /generate`: the best of n completions of a prompt.
+
+Owns: reading the request and writing the reply, and stopping the engine when the client goes away. Does not own: what
+happens in between (serving.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive
+
+from bon_algos.contracts import CandidateGroup
+from service.best_of_n import candidate_counts
+from service.errors import ClientGone, InvalidField
+from service.generation import GenerateRequest
+from service.json_body import query_parameters, read_model
+from service.serving import Circumstances, Prepared, Serving, answer, prepare
+
+MAX_UNIT_LENGTH = 256
+router = APIRouter()
+T = TypeVar("T")
+
+
+@router.post("/generate")
+async def generate(request: Request) -> Response:
+    """Sample, score, choose, log, reply."""
+    started = asyncio.get_running_loop().time()
+    serving = cast(Serving, request.app.state.serving)
+    body = await read_model(request, GenerateRequest, serving.max_body_bytes)
+    prepared = prepare(serving, body, _circumstances(request, started))
+    work = answer(serving, prepared, wait_for_reward=body.wait_for_reward)
+    filled = await while_connected(request.receive, work)
+    reply = reply_object(filled.group, prepared, return_candidates=body.return_candidates)
+    if not serving.ledger.status.has_room:
+        reply["warnings"].append("the ledger has no room: these candidates were not logged")
+    overhead = asyncio.get_running_loop().time() - started - filled.waited
+    return JSONResponse(reply, headers=_headers(filled.group, overhead))
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; it is cancelled as soon as the client goes away, and then ClientGone is raised."""
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone("the client went away")
+    finally:
+        for running in (task, watcher):
+            running.cancel()
+        await asyncio.wait({task, watcher})
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def reply_object(group: CandidateGroup, prepared: Prepared, *, return_candidates: bool) -> dict[str, Any]:
+    """The reply's JSON. The group has a selected candidate."""
+    chosen = group.candidates[cast(int, group.selected)]
+    tokens = [len(candidate.token_ids) for candidate in group.candidates]
+    completion_tokens = len(chosen.token_ids)
+    reply: dict[str, Any] = {
+        "id": group.id,
+        "object": "bonsai.generation",
+        "created": int(group.created_at),
+        "route": group.route,
+        "completion": chosen.text,
+        "finish_reason": chosen.finish_reason,
+        "reward": chosen.reward,
+        "arm": str(group.arm),
+        "arm_reason": group.arm_reason,
+        "experiment": group.experiment,
+        "policy": group.policy_id,
+        "candidates": candidate_counts(group),
+        "selection": {
+            "status": group.status,
+            "reward_model": group.reward_model_id,
+            "reward": chosen.reward,
+            "margin": _margin(group),
+        },
+        "usage": {
+            "prompt_tokens": len(group.prompt_token_ids),
+            "completion_tokens": completion_tokens,
+            "discarded_tokens": sum(tokens) - completion_tokens,
+            "total_tokens": len(group.prompt_token_ids) + sum(tokens),
+        },
+        "warnings": [*prepared.warnings, *_warnings(group)],
+    }
+    if return_candidates:
+        reply["choices"] = [_choice(group, i) for i in range(len(group.candidates))]
+    return reply
+
+
+def _margin(group: CandidateGroup) -> float | None:
+    """By how much the winner's reward exceeds the best of the others; None with fewer than two rewards."""
+    reward = group.candidates[cast(int, group.selected)].reward
+    others = [c.reward for i, c in enumerate(group.candidates) if i != group.selected and c.reward is not None]
+    return None if reward is None or not others else reward - max(others)
+
+
+def _warnings(group: CandidateGroup) -> list[str]:
+    chosen = group.candidates[cast(int, group.selected)]
+    found = []
+    if chosen.finish_reason == "length":
+        found.append("the completion was cut at max_tokens")
+    if not chosen.text.strip():
+        found.append("the completion is empty")
+    if group.status == "reward_failed":
+        found.append("the reward model did not answer: the completion has no reward")
+    return found
+
+
+def _choice(group: CandidateGroup, index: int) -> dict[str, Any]:
+    candidate = group.candidates[index]
+    return {
+        "index": index,
+        "text": candidate.text,
+        "reward": candidate.reward,
+        "finish_reason": candidate.finish_reason,
+        "failure": candidate.failure,
+        "tokens": len(candidate.token_ids),
+        "logprob": sum(candidate.logprobs) if candidate.token_ids else None,
+        "selected": index == group.selected,
+    }
+
+
+def _circumstances(request: Request, started: float) -> Circumstances:
+    unit = request.headers.get("x-bonsai-unit")
+    if unit is not None and not (1 <= len(unit) <= MAX_UNIT_LENGTH and unit.isascii() and unit.isprintable()):
+        raise InvalidField(
+            f"x-bonsai-unit must be 1 to {MAX_UNIT_LENGTH} printable ASCII characters", param="x-bonsai-unit"
+        )
+    return Circumstances(
+        query=query_parameters(request, ("n",)),
+        request_id=request.state.request_id,
+        unit=unit,
+        forced_arm=request.headers.get("x-bonsai-arm"),
+        started=started,
+    )
+
+
+def _headers(group: CandidateGroup, overhead_seconds: float) -> dict[str, str]:
+    counts = candidate_counts(group)
+    return {
+        "x-bonsai-arm": str(group.arm),
+        "x-bonsai-policy": group.policy_id,
+        "x-bonsai-candidates": f"{counts['finished']}/{counts['requested']}",
+        "x-bonsai-selection": group.status,
+        "x-bonsai-overhead-duration-ms": f"{1000 * overhead_seconds:.2f}",
+    }

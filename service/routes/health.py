@@ -1,0 +1,77 @@
+"""`/health`, `/ready`, `/version`.
+
+Owns: what an operator or a load balancer is told. Does not own: finding it out in the background; `/ready` asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version
+from typing import Any, cast
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from bon_algos.contracts import SCHEMA_VERSION
+from service.errors import GatewayError
+from service.serving import Serving
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health() -> JSONResponse:
+    """The process answers; nothing else is asked."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    """Whether `/generate` would be answered now: both engines serve their model. Without Redis it stays true while the
+    spool has room; `degraded` says so."""
+    serving = cast(Serving, request.app.state.serving)
+    base = serving.catalogue.base_policy
+    engine, reward_model = await asyncio.gather(
+        _state(serving.engine.models(), base), _state(serving.reward_model.models(), serving.reward_model.model)
+    )
+    ledger = serving.ledger.status
+    is_ready = engine == reward_model == "ok" and bool(serving.catalogue.snapshot.routes)
+    is_whole = is_ready and ledger.redis == "ok" and ledger.has_room
+    body: dict[str, Any] = {
+        "status": "ready" if is_whole else "degraded" if is_ready else "starting",
+        "engine": engine,
+        "reward_model": reward_model,
+        "redis": ledger.redis,
+        "routes": len(serving.catalogue.snapshot.routes),
+        "spool": {
+            "has_room": ledger.has_room,
+            "pending_bytes": ledger.pending_bytes,
+            "dropped": ledger.dropped,
+            "damaged": ledger.damaged,
+        },
+        "measurements_waiting": serving.measurements.waiting,
+    }
+    return JSONResponse(body, 200 if is_ready else 503, headers=None if is_ready else {"Retry-After": "1"})
+
+
+@router.get("/version")
+async def versions(request: Request) -> JSONResponse:
+    serving = cast(Serving, request.app.state.serving)
+    return JSONResponse(
+        {
+            "version": version("bonsai"),
+            "schema_version": SCHEMA_VERSION,
+            "settings_digest": serving.settings_digest,
+            "base_policy": serving.catalogue.base_policy,
+            "reward_model": serving.reward_model.model,
+        }
+    )
+
+
+async def _state(models: Any, expected: str) -> str:
+    """ok, or in a few words why not."""
+    try:
+        return "ok" if expected in await models else "serves another model"
+    except GatewayError as error:
+        return error.message

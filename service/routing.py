@@ -1,0 +1,136 @@
+"""The routes: what a caller's request runs into when it names one.
+
+Owns: creating, changing and deleting them. Does not own: which policy is live on one (policies.py) nor its
+experiment (experiment_store.py); a change here leaves both as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, cast
+
+from pydantic import Field
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+
+from bon_algos.contracts import (
+    AUDIT_STREAM,
+    ROUTES_INDEX,
+    Experiment,
+    PolicyId,
+    Record,
+    Route,
+    experiment_key,
+    experiment_stats_key,
+    route_key,
+)
+from service.catalogue import Snapshot
+from service.errors import Conflict, InvalidField, RouteNotFound
+from service.experiment_store import FORMER_STATISTICS_SECONDS
+from service.store import transact
+
+MAX_ROUTES: Final = 100
+
+
+class RouteRequest(Record):
+    """Body of `PUT /routes/{route}`; what is left out takes this installation's default."""
+
+    base_policy: PolicyId | Literal["base"] = "base"
+    reward_model: str | None = Field(None, max_length=64)
+    default_n: int = Field(16, ge=1)
+    n_cap: int | None = Field(None, ge=1)
+    quorum: int | None = Field(None, ge=1)
+    deadline_ms: int = Field(60_000, ge=1, le=3_600_000)
+    strategy: Literal["fixed"] = "fixed"
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
+
+
+class Routes:
+    """The routes of one Redis."""
+
+    def __init__(self, redis: Redis, *, reward_model: str, n_cap: int, max_tokens: int) -> None:
+        self._redis = redis
+        self._reward_model = reward_model
+        self._n_cap = n_cap
+        self._max_tokens = max_tokens
+
+    async def put(self, name: str, request: RouteRequest, base_policy: str) -> tuple[Route, bool]:
+        """The route as it is now, and whether it is new. Raises InvalidField."""
+        settled = self._settled(request, base_policy)
+
+        async def change(pipe: Pipeline) -> tuple[Route, bool]:
+            row = cast("str | None", await pipe.get(route_key(name)))
+            former = None if row is None else Route.model_validate_json(row)
+            if former is None and await pipe.scard(ROUTES_INDEX) >= MAX_ROUTES:
+                raise Conflict(f"there are {MAX_ROUTES} routes already: delete one", code="too_many_routes")
+            if former is not None and former.live_policy is not None and former.base_policy != settled["base_policy"]:
+                raise Conflict("a policy of the present base is live here: roll it back first", code="route_in_use")
+            route = Route(name=name, **settled) if former is None else former.model_copy(update=settled)
+            pipe.multi()  # type: ignore[no-untyped-call]
+            pipe.set(route_key(name), route.model_dump_json())
+            pipe.sadd(ROUTES_INDEX, name)
+            pipe.xadd(AUDIT_STREAM, _audit("route_put", name, route.model_dump_json()))
+            return route, former is None
+
+        return await transact(self._redis, (route_key(name), ROUTES_INDEX), change)
+
+    async def delete(self, name: str) -> None:
+        """Raises RouteNotFound, and Conflict while anything still depends on the route."""
+        keys = (route_key(name), experiment_key(name), ROUTES_INDEX)
+
+        async def change(pipe: Pipeline) -> None:
+            row, experiment_row = cast("list[str | None]", await pipe.mget(keys[:2]))
+            if row is None:
+                raise RouteNotFound("no such route", param="route")
+            experiment = None if experiment_row is None else Experiment.model_validate_json(experiment_row)
+            if experiment is not None and experiment.stopped_at is None:
+                raise Conflict("an experiment runs on the route: stop it first", code="route_in_use")
+            if Route.model_validate_json(row).live_policy is not None:
+                raise Conflict("a policy is live on the route: roll it back first", code="route_in_use")
+            pipe.multi()  # type: ignore[no-untyped-call]
+            pipe.delete(*keys[:2])
+            pipe.srem(ROUTES_INDEX, name)
+            if experiment is not None:
+                pipe.expire(experiment_stats_key(experiment.id), FORMER_STATISTICS_SECONDS)
+            pipe.xadd(AUDIT_STREAM, _audit("route_delete", name, row))
+
+        await transact(self._redis, keys, change)
+
+    def _settled(self, request: RouteRequest, base_policy: str) -> dict[str, Any]:
+        """The fields a PUT decides. Raises InvalidField where they do not agree with this installation."""
+        n_cap = self._n_cap if request.n_cap is None else request.n_cap
+        if n_cap > self._n_cap:
+            raise InvalidField(f"n_cap is more than this installation's limit of {self._n_cap}", param="n_cap")
+        if request.default_n > n_cap:
+            raise InvalidField(f"default_n is more than the route's n_cap of {n_cap}", param="default_n")
+        if request.quorum is not None and request.quorum > n_cap:
+            raise InvalidField(f"quorum is more than the route's n_cap of {n_cap}", param="quorum")
+        if request.base_policy not in ("base", base_policy):
+            raise InvalidField("the engine does not serve this base policy", param="base_policy")
+        if request.reward_model not in (None, self._reward_model):
+            raise InvalidField("this installation does not serve this reward model", param="reward_model")
+        return {
+            "base_policy": base_policy,
+            "reward_model": self._reward_model,
+            "default_n": request.default_n,
+            "n_cap": n_cap,
+            "quorum": request.quorum,
+            "deadline_ms": request.deadline_ms,
+            "strategy": request.strategy,
+            "max_tokens": self._max_tokens if request.max_tokens is None else request.max_tokens,
+        }
+
+
+def route_object(route: Route, snapshot: Snapshot) -> dict[str, Any]:
+    """The route of the API."""
+    experiment = snapshot.running(route.name)
+    return {
+        "id": route.name,
+        "object": "bonsai.route",
+        **route.model_dump(mode="json", exclude={"tenant"}),
+        "live_is_served": route.live_policy in snapshot.served if route.live_policy is not None else None,
+        "experiment": None if experiment is None else experiment.id,
+    }
+
+
+def _audit(event: str, route: str, data: str) -> dict[Any, Any]:
+    return {"event": event, "route": route, "data": data}

@@ -1,0 +1,151 @@
+"""The data plane as one object, and the life of a request between its validation and its reply.
+
+Owns: assignment, exposure, best-of-n and the ledger in their order. Does not own: HTTP (routes/generate.py).
+What is said yes to is on disk before it is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import time
+from typing import NamedTuple
+
+from uuid_utils import uuid7
+
+from bon_algos.chat import ChatTokenizer
+from bon_algos.contracts import CandidateGroup, Exposure
+from service.best_of_n import Answer, Budget, best_of_n
+from service.catalogue import Catalogue
+from service.experiments import Assignment, assign, parse_forced_arm
+from service.generation import (
+    GenerateRequest,
+    asked_n,
+    budget_of,
+    encode,
+    fitting_max_tokens,
+    require_sense,
+    session_of,
+)
+from service.ledger import Ledger
+from service.measurements import Measurements
+from service.reward import RewardModel
+from service.vllm import PolicyEngine
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a `/generate` request may touch; built once, at start-up."""
+
+    engine: PolicyEngine
+    reward_model: RewardModel
+    tokenizer: ChatTokenizer
+    ledger: Ledger
+    measurements: Measurements
+    catalogue: Catalogue
+    window: int
+    """Of the policy engine, tokens."""
+    n_cap: int
+    max_body_bytes: int
+    settings_digest: str
+
+
+class Circumstances(NamedTuple):
+    """What comes with a request beside its body."""
+
+    query: Mapping[str, str]
+    request_id: str
+    unit: str | None
+    """Header `x-bonsai-unit`."""
+    forced_arm: str | None
+    """Header `x-bonsai-arm`."""
+    started: float
+    """The event loop's clock when the request arrived."""
+
+
+class Prepared(NamedTuple):
+    """A request that nothing is wrong with: a group without candidates, and how to fill it."""
+
+    group: CandidateGroup
+    budget: Budget
+    warnings: tuple[str, ...]
+
+
+def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -> Prepared:
+    """Everything that can be refused is refused here, before any engine is asked. Raises GatewayError."""
+    require_sense(request)
+    snapshot = serving.catalogue.snapshot
+    route = snapshot.route(request.route)
+    n = asked_n(request.n, around.query, min(serving.n_cap, route.n_cap))
+    prompt = encode(request, serving.tokenizer, serving.window)
+    serving.reward_model.require_room(prompt.prompt if request.prompt is None else request.prompt, request.messages)
+    max_tokens = fitting_max_tokens(request.max_tokens, route.max_tokens, len(prompt.token_ids), serving.window)
+    assignment = assign(
+        route,
+        experiment=snapshot.running(route.name),
+        live=snapshot.live(route),
+        served=snapshot.served,
+        unit=around.unit or request.unit or request.user or around.request_id,
+        n=n,
+        forced=None if around.forced_arm is None else parse_forced_arm(around.forced_arm, route, snapshot),
+    )
+    budget = budget_of(request, route, assignment.arm.n, around.started)
+    group = CandidateGroup(
+        id=f"resp_{uuid7().hex}",
+        created_at=time(),
+        route=route.name,
+        experiment=assignment.experiment_id,
+        arm=assignment.arm,
+        arm_reason=assignment.reason,
+        session=session_of(request),
+        policy_id=assignment.arm.policy,
+        reward_model_id=serving.reward_model.model,
+        reward_template_digest=serving.reward_model.template_digest,
+        policy_template_digest=serving.tokenizer.template_digest,
+        settings_digest=serving.settings_digest,
+        prompt=prompt.prompt,
+        messages=request.messages,
+        prompt_token_ids=tuple(prompt.token_ids),
+        sampling=request.sampling(max_tokens),
+        requested=assignment.arm.n,
+        candidates=(),
+        selected=None,
+        status="unscored",
+        store=request.store,
+    )
+    return Prepared(group, budget, _warnings(assignment, group))
+
+
+async def answer(serving: Serving, prepared: Prepared, *, wait_for_reward: bool) -> Answer:
+    """Fill the group and log it. Raises the reason when nothing can be served; the group is logged all the same,
+    unless the engine never gave a candidate."""
+    group = prepared.group
+    if group.experiment is not None:
+        serving.ledger.append(_exposure(group))
+    filled = await best_of_n(
+        group, prepared.budget, serving.engine, serving.reward_model, wait_for_reward=wait_for_reward
+    )
+    serving.ledger.append(filled.group)
+    if filled.failure is not None:
+        raise filled.failure
+    if filled.group.status == "single" and not filled.group.scored and not wait_for_reward:
+        serving.measurements.start(filled.group)
+    return filled
+
+
+def _exposure(group: CandidateGroup) -> Exposure:
+    return Exposure(
+        id=f"exposure_{group.id}",
+        created_at=group.created_at,
+        group_id=group.id,
+        route=group.route,
+        experiment=group.experiment,
+        arm=group.arm,
+        arm_reason=group.arm_reason,
+    )
+
+
+def _warnings(assignment: Assignment, group: CandidateGroup) -> tuple[str, ...]:
+    if group.sampling.temperature == 0 and group.requested > 1:
+        return (*assignment.warnings, "temperature 0 makes all candidates alike: n buys nothing")
+    return assignment.warnings

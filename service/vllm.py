@@ -1,0 +1,132 @@
+"""The policy engine: draw candidates, give log-probs, load and unload adapters.
+
+Owns: the calls to one vLLM server and when a drawing may stop. Does not own: the wire format
+(bon_algos/vllm_protocol.py), sockets (engine_http.py), which policy is asked (best_of_n.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from bon_algos.contracts import Candidate, Sampling
+from bon_algos.vllm_protocol import (
+    CompletionStream,
+    completion_request,
+    logprob_request,
+    parse_prompt_logprobs,
+)
+from service.engine_http import EngineHttp
+from service.errors import EngineBroken, EngineUnavailable, PolicyNotServed
+
+CHANGE_SECONDS: Final = 120.0
+PROBE_SECONDS: Final = 120.0
+LIST_SECONDS: Final = 2.0
+
+
+class AdapterRefused(Exception):
+    """The engine does not take this adapter; the text is its own reason, cut short."""
+
+
+class DrawingWindow(NamedTuple):
+    """When a drawing ends before all candidates have finished; times of the event loop's clock."""
+
+    soft: float
+    """From here on `quorum` finished candidates are enough."""
+    hard: float
+    quorum: int
+
+
+class PolicyEngine:
+    """One vLLM server."""
+
+    def __init__(self, url: str) -> None:
+        self._http = EngineHttp(
+            url,
+            title="policy engine",
+            unavailable=EngineUnavailable,
+            not_served=PolicyNotServed,
+            broken_code="engine_broken",
+        )
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def sample(
+        self, policy: str, prompt_token_ids: Sequence[int], n: int, sampling: Sampling, window: DrawingWindow
+    ) -> list[Candidate]:
+        """n candidates in drawing order by one streamed call; one that had not finished when the window closed
+        has failure `deadline`. Leaving the call is what stops the engine's work on it.
+
+        Raises EngineUnavailable and PolicyNotServed (503: nothing was accepted), EngineBroken (502: never tried
+        again).
+        """
+        stream = CompletionStream(n)
+        body = completion_request(policy, prompt_token_ids, n, sampling, stream=True)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(window.hard) as limit:
+
+                def end_if_enough() -> None:
+                    if stream.finished >= window.quorum:
+                        limit.reschedule(window.soft)
+
+                soft = loop.call_at(window.soft, end_if_enough)
+                try:
+                    async with self._http.stream("/v1/completions", body, _max_bytes(n, sampling)) as chunks:
+                        async for chunk in chunks:
+                            stream.feed(chunk)
+                            if loop.time() >= window.soft and stream.finished >= window.quorum:
+                                return stream.candidates()
+                finally:
+                    soft.cancel()
+        except TimeoutError:
+            return stream.candidates()
+        if not stream.is_complete:
+            raise EngineBroken(f"the policy engine finished {stream.finished} of {n} candidates")
+        return stream.candidates()
+
+    async def logprobs(
+        self, policy: str, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int]
+    ) -> list[float]:
+        """Log-prob of each completion token under the policy, nats: what a fingerprint is compared with."""
+        request = logprob_request(policy, prompt_token_ids, completion_token_ids)
+        with self._http.translated():
+            async with asyncio.timeout(PROBE_SECONDS):
+                body = await self._http.post("/v1/completions", request)
+            return parse_prompt_logprobs(body, [*prompt_token_ids, *completion_token_ids], len(prompt_token_ids))
+
+    async def models(self) -> list[str]:
+        """Names the engine serves: its base first, then the adapters it has loaded."""
+        return model_names(await self._http.get("/v1/models", LIST_SECONDS))
+
+    async def load_adapter(self, policy: str, directory: str) -> None:
+        """Make an adapter ready under the policy's name. Raises AdapterRefused. Loading twice is no error."""
+        await self._change(
+            "/v1/load_lora_adapter", {"lora_name": policy, "lora_path": directory}, "already been loaded"
+        )
+
+    async def unload_adapter(self, policy: str) -> None:
+        """Forget an adapter. One that is not there is no error."""
+        await self._change("/v1/unload_lora_adapter", {"lora_name": policy}, "cannot be found")
+
+    async def _change(self, path: str, body: dict[str, str], done_already: str) -> None:
+        status, text = await self._http.post_for_status(path, dict(body), CHANGE_SECONDS)
+        if status in (429, 503):
+            raise EngineUnavailable("the policy engine has no room for this request now")
+        if status != 200 and done_already not in text:
+            raise AdapterRefused(text[:500])
+
+
+def model_names(body: Mapping[str, Any]) -> list[str]:
+    """The ids of a `/v1/models` list."""
+    cards = body.get("data")
+    if not isinstance(cards, list):
+        raise EngineBroken("an engine did not list its models")
+    return [str(card["id"]) for card in cards if isinstance(card, dict) and "id" in card]
+
+
+def _max_bytes(n: int, sampling: Sampling) -> int:
+    """What n candidates can take on the wire: a token costs its text, its id and its log-prob, thrice quoted."""
+    return n * (sampling.max_tokens * 512 + 16_384)

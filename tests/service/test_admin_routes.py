@@ -1,0 +1,285 @@
+"""The control plane over HTTP: a policy's way to traffic and back, a job's way to a worker, and bad requests."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis as blocking_redis
+
+from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE, POLICIES_INDEX, Fingerprint, policy_key
+from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway, wait_until
+from tests.fixtures.redis import RedisServer
+from tests.service.records import BASE, policy
+from tests.service.test_publishing import write_policy
+from tests.stubs.engine import StubEngine
+from tests.stubs.reward import StubReward
+from tests.stubs.server import running
+
+JOB = {"method": {"type": "bon_forward_kl", "bon_forward_kl": {"n": 4}}, "n": 4}
+
+
+def send(world: World, method: str, path: str, body: object = None, **headers: str) -> Reply:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return world.client.request(method, path, content, {"Content-Type": "application/json", **headers})
+
+
+def proven_candidate(world: World, root: Path) -> str:
+    """A policy as a worker registers it, whose trainer saw what the stub will answer: −0.5 nats everywhere."""
+    rows = ((1,) * 64,) * 5
+    fingerprint = Fingerprint(
+        prompt_token_ids=((1, 2),) * 5,
+        completion_token_ids=rows,
+        policy_logprobs=((world.engine.script.logprob,) * 64,) * 5,
+        base_logprobs=((-1.5,) * 64,) * 5,
+    )
+    written = write_policy(root / "artefacts", {"fingerprint.json": fingerprint.model_dump_json().encode()})
+    record = policy(written.policy_id, fingerprint=None, created_at=1.0, written=written, n_equivalent=16)
+    with blocking_redis.Redis.from_url(world.redis_url) as client:
+        client.hset(policy_key(record.id), mapping={"record": record.model_dump_json(), "version": 1})
+        client.zadd(POLICIES_INDEX, {record.id: 1.0})
+    wait_until(lambda: bool(world.client.get(f"/policies/{record.id}").json.get("served")))
+    wait_until(lambda: bool(world.client.get(f"/policies/{record.id}").json["fingerprint"]))
+    return record.id
+
+
+def fill_ledger(world: World, count: int = 4) -> None:
+    for i in range(count):
+        assert world.client.post("/generate", {"prompt": f"p{i}", "n": 2}).status == 200
+    world.groups(count)
+
+
+def test_a_policy_goes_live_answers_and_is_rolled_back(world: World, tmp_path: Path):
+    assert world.client.post("/generate", {"prompt": "p", "n": 4}).json["arm"] == f"{BASE}:4"
+    student = proven_candidate(world, tmp_path)
+    refused = send(world, "POST", f"/policies/{student}/promote", {"route": "default"})
+    assert (refused.status, refused.json["error"]["code"]) == (409, "override_reason_required")
+    promoted = send(world, "POST", f"/policies/{student}/promote", {"override_reason": "by hand"})
+    assert (promoted.status, promoted.json["live_policy"]) == (200, student)
+    answer = world.client.post("/generate", {"prompt": "p", "n": 4}).json
+    assert (answer["arm"], answer["arm_reason"]) == (f"{student}:1", "live")
+    assert world.client.get(f"/policies/{student}").json["live_on"] == ["default"]
+    again = send(world, "POST", f"/policies/{student}/promote", {"override_reason": "by hand"})
+    assert (again.status, again.json["error"]["code"]) == (409, "already_live")
+    back = send(world, "POST", "/routes/default/rollback")
+    assert (back.status, back.json["live_policy"]) == (200, None)
+    assert world.client.post("/generate", {"prompt": "p", "n": 4}).json["arm"] == f"{BASE}:4"
+    assert send(world, "POST", "/routes/default/rollback").status == 409
+
+
+def test_an_engine_that_forgot_the_live_policy_is_answered_for_by_the_base_and_reloaded(world: World, tmp_path: Path):
+    student = proven_candidate(world, tmp_path)
+    send(world, "POST", f"/policies/{student}/promote", {"override_reason": "by hand"})
+    world.engine.script.loadable = False
+    world.engine.script.models.remove(student)
+    wait_until(lambda: world.client.get(f"/policies/{student}").json["served"] is False)
+    answer = world.client.post("/generate", {"prompt": "p", "n": 4}).json
+    assert (answer["arm"], answer["arm_reason"]) == (f"{BASE}:4", "default")
+    assert answer["warnings"]
+
+
+def test_an_experiment_counts_its_arms(world: World, tmp_path: Path):
+    student = proven_candidate(world, tmp_path)
+    arms = [{"policy": "base", "n": 4, "weight": 5000}, {"policy": student, "n": 1, "weight": 5000}]
+    started = send(world, "PUT", "/experiments/default", {"arms": arms})
+    assert started.status == 200
+    assert [arm["arm"] for arm in started.json["arms"]] == [f"{BASE}:4", f"{student}:1"]
+    units = [f"unit-{i}" for i in range(12)]
+    met = [world.client.post("/generate", {"prompt": "p", "unit": unit, "n": 4}).json["arm"] for unit in units]
+    world.client.post("/generate", {"prompt": "p"}, {"x-bonsai-arm": f"{student}:1"})
+
+    def shown() -> list[dict[str, Any]]:
+        arms_now: list[dict[str, Any]] = world.client.get("/experiments/default").json["arms"]
+        return arms_now
+
+    wait_until(lambda: sum(arm["scored"] for arm in shown()) == 12)
+    assert [arm["exposures"] for arm in shown()] == [met.count(f"{BASE}:4"), met.count(f"{student}:1")]
+    assert [arm["forced"] for arm in shown()] == [0, 1]
+    assert [arm["answers"] for arm in shown()] == [arm["exposures"] for arm in shown()]
+    stopped = world.client.request("DELETE", "/experiments/default")
+    assert (stopped.status, stopped.json["status"]) == (200, "stopped")
+    assert world.client.request("DELETE", "/experiments/default").status == 409
+
+
+def test_a_job_is_recorded_dispatched_and_cancelled(world: World):
+    empty = send(world, "POST", "/distill", JOB)
+    assert (empty.status, empty.json["error"]["code"], empty.json["groups_found"]) == (422, "empty_ledger", 0)
+    fill_ledger(world)
+    accepted = send(world, "POST", "/distill", JOB, **{"Idempotency-Key": "once"})
+    assert accepted.status == 202
+    job_id = accepted.json["id"]
+    assert accepted.headers["location"] == f"/distill/{job_id}"
+    with blocking_redis.Redis.from_url(world.redis_url) as client:
+        queue = f"{BROKER_PREFIX}{DISTILL_QUEUE}"
+        wait_until(lambda: client.llen(queue) == 1)
+        message = json.loads(client.lindex(queue, 0) or b"")
+    assert json.loads(base64.b64decode(message["body"]))[0] == [job_id]
+    replayed = send(world, "POST", "/distill", JOB, **{"Idempotency-Key": "once"})
+    assert (replayed.status, replayed.headers["idempotent-replayed"], replayed.json["id"]) == (202, "true", job_id)
+    other = send(world, "POST", "/distill", {**JOB, "seed": 1}, **{"Idempotency-Key": "once"})
+    assert (other.status, other.json["error"]["code"]) == (422, "idempotency_conflict")
+    assert [job["id"] for job in world.client.get("/distill?limit=5").json["data"]] == [job_id]
+    assert send(world, "POST", f"/distill/{job_id}/cancel").json["status"] == "cancelled"
+    assert send(world, "POST", f"/distill/{job_id}/cancel").json["error"]["code"] == "job_finished"
+    assert [event["status"] for event in world.client.get(f"/distill/{job_id}/events").json["data"]] == ["cancelled"]
+
+
+def test_a_route_over_http(world: World):
+    assert send(world, "PUT", "/routes/chat", {"default_n": 2}).status == 201
+    assert send(world, "PUT", "/routes/chat", {"default_n": 3}).status == 200
+    assert world.client.get("/routes/chat").json["default_n"] == 3
+    assert [row["name"] for row in world.client.get("/routes").json["data"]] == ["chat", "default"]
+    assert world.client.post("/generate", {"prompt": "p", "route": "chat"}).json["arm"] == f"{BASE}:3"
+    assert world.client.request("DELETE", "/routes/chat").status == 204
+    assert world.client.get("/routes/chat").status == 404
+
+
+def method(name: str = "jbond", **parameters: object) -> dict[str, object]:
+    return {"method": {"type": name, name: parameters}}
+
+
+ARMS = [{"policy": "base", "n": 16, "weight": 5000}, {"policy": "base", "n": 4, "weight": 5000}]
+NO_POLICY, NO_JOB = "pol-" + "9" * 16, "job_" + "0" * 32
+BAD: list[tuple[str, str, object, int]] = [
+    # reliability.md 8.3, where this API has the field
+    ("POST", "/distill", {}, 422),
+    ("POST", "/distill", {"method": {"type": "ppo"}}, 422),
+    ("POST", "/distill", {"method": {"type": "jbond", "bon_forward_kl": {}}}, 422),
+    ("POST", "/distill", {**method(), "n": 1}, 422),
+    ("POST", "/distill", {**method(), "n": 65}, 422),
+    ("POST", "/distill", {**method(), "n": "16"}, 422),
+    ("POST", "/distill", {**method(), "n": True}, 422),
+    ("POST", "/distill", {**method(), "n": 16.0}, 422),
+    ("POST", "/distill", method(jeffreys_weight=-0.1), 422),
+    ("POST", "/distill", method(kl_strength=1e9), 422),
+    ("POST", "/distill", b'{"method": {"type": "jbond", "jbond": {"kl_strength": NaN}}}', 400),
+    ("POST", "/distill", b'{"method": {"type": "jbond", "jbond": {"kl_strength": 1e400}}}', 422),
+    *(("POST", "/distill", method(learning_rate=rate), 422) for rate in (0, -1, 10)),
+    *(("POST", "/distill", method(steps=steps), 422) for steps in (0, -1, 10**12)),
+    *(("POST", "/distill", method(prompts_per_step=size), 422) for size in (0, 1, 10**6)),
+    *(("POST", "/distill", method(lora_rank=rank), 422) for rank in (0, 7, 64, 10**4)),
+    ("POST", "/distill", method(lora_alpha=0), 422),
+    ("POST", "/distill", method(target_modules=["../x"]), 422),
+    ("POST", "/distill", {**method(), "window": {"since": 2.0, "until": 1.0}}, 422),
+    ("POST", "/distill", {**method(), "window": {"since": 1e12}}, 422),
+    ("POST", "/distill", {**method(), "window": {"since": "2026-11-20"}}, 422),
+    ("POST", "/distill", {**method(), "window": {"max_groups": 0}}, 422),
+    ("POST", "/distill", {**method(), "dataset": "file:///etc/passwd"}, 422),
+    ("POST", "/distill", {**method(), "trust_remote_code": True}, 422),
+    ("POST", "/distill", {**method(), "tenant": "other"}, 422),
+    ("POST", "/distill", {**method(), "state": "succeeded"}, 422),
+    *(("POST", "/distill", {**method(), "held_out_fraction": share}, 422) for share in (0, 1, -0.5)),
+    *(("POST", "/distill", {**method(), "seed": seed}, 422) for seed in (-1, 2**64)),
+    ("POST", "/distill", {**method(), "route": "../x"}, 422),
+    ("POST", "/distill", {**method(), "route": "nowhere"}, 404),
+    ("POST", "/distill", method(), 422),  # An empty ledger.
+    ("POST", "/distill?x=1", method(), 422),
+    ("GET", f"/distill/{NO_JOB}", None, 404),
+    ("GET", "/distill/*", None, 404),
+    ("GET", "/distill/..%2fdefault", None, 404),
+    ("GET", f"/distill/{NO_JOB}/events", None, 404),
+    ("GET", f"/distill/{NO_JOB}/events?after=x", None, 422),
+    ("POST", f"/distill/{NO_JOB}/cancel", None, 404),
+    ("DELETE", f"/distill/{NO_JOB}", None, 405),
+    *(("GET", f"/distill?limit={limit}", None, 422) for limit in ("0", "-1", "101", "1e1", "", "x", "%D9%A1")),
+    ("GET", "/distill?after=job_x", None, 422),
+    ("GET", "/distill?limit=1&limit=2", None, 422),
+    # 8.4
+    ("GET", f"/policies/{NO_POLICY}", None, 404),
+    ("GET", "/policies/%2e%2e", None, 404),
+    ("GET", "/policies/latest", None, 404),
+    ("GET", "/policies?after=x", None, 422),
+    ("GET", "/policies?sort=x", None, 422),
+    ("POST", f"/policies/{NO_POLICY}/promote", {"override_reason": "r"}, 404),
+    ("POST", f"/policies/{BASE}/promote", {"override_reason": "r"}, 409),
+    ("POST", f"/policies/{BASE}/promote", {"override_reason": ""}, 409),
+    ("POST", f"/policies/{BASE}/promote", {"override_reason": " "}, 409),
+    ("POST", f"/policies/{BASE}/promote", {"override_reason": "x" * 501}, 422),
+    ("POST", f"/policies/{BASE}/promote", {"override_reason": "r", "route": "nowhere"}, 404),
+    ("POST", f"/policies/{BASE}/promote", {"override_reason": "r", "share": 101}, 422),
+    ("POST", f"/policies/{BASE}/promote", {}, 409),
+    ("POST", f"/policies/{BASE}/promote", {"override_reason": 1}, 422),
+    ("POST", f"/policies/{BASE}/promote", b"", 400),
+    ("DELETE", f"/policies/{BASE}", None, 405),
+    ("POST", "/routes/default/rollback", None, 409),
+    ("POST", "/routes/nowhere/rollback", None, 404),
+    ("PUT", "/routes/UPPER", {}, 422),
+    ("PUT", "/routes/ро1", {}, 422),
+    ("PUT", "/routes/x", {"live_policy": BASE}, 422),
+    ("PUT", "/routes/x", {"n_cap": 65}, 422),
+    ("PUT", "/routes/x", {"default_n": 0}, 422),
+    ("PUT", "/routes/x", {"quorum": 65}, 422),
+    ("PUT", "/routes/x", {"deadline_ms": 0}, 422),
+    ("PUT", "/routes/x", {"strategy": "adaptive"}, 422),
+    ("PUT", "/routes/x", {"base_policy": "hf-user/repo"}, 422),
+    ("PUT", "/routes/x", {"reward_model": "http://169.254.169.254/"}, 422),
+    ("GET", "/routes/nowhere", None, 404),
+    ("DELETE", "/routes/nowhere", None, 404),
+    # 8.5
+    ("PUT", "/experiments/default", {}, 422),
+    ("PUT", "/experiments/default", {"arms": []}, 422),
+    ("PUT", "/experiments/default", {"arms": ARMS[:1]}, 422),
+    ("PUT", "/experiments/default", {"arms": [ARMS[0], ARMS[0]]}, 422),
+    ("PUT", "/experiments/default", {"arms": [{**ARMS[0], "n": n + 1, "weight": 909} for n in range(11)]}, 422),
+    *(
+        ("PUT", "/experiments/default", {"arms": [{**ARMS[0], "weight": weight}, ARMS[1]]}, 422)
+        for weight in (-1, 0, 4999, 5000.0, "5000", 10_001, True)
+    ),
+    ("PUT", "/experiments/default", {"arms": [{**ARMS[0], "policy": NO_POLICY}, ARMS[1]]}, 422),
+    ("PUT", "/experiments/default", {"arms": [{**ARMS[0], "policy": "live"}, ARMS[1]]}, 422),
+    ("PUT", "/experiments/default", {"arms": [{**ARMS[0], "n": 0}, ARMS[1]]}, 422),
+    ("PUT", "/experiments/default", {"arms": ARMS, "salt": "mine"}, 422),
+    ("PUT", "/experiments/default", {"arms": ARMS, "alpha": 0.05}, 422),
+    ("PUT", "/experiments/nowhere", {"arms": ARMS}, 404),
+    ("GET", "/experiments/default", None, 404),
+    ("DELETE", "/experiments/default", None, 404),
+]
+
+
+def test_bad_requests_name_what_is_wrong_and_change_nothing(world: World):
+    with blocking_redis.Redis.from_url(world.redis_url) as client:
+        wait_until(lambda: bool(client.exists("bonsai:route:default")))
+        before = sorted(client.keys("*"))
+        wrong = []
+        for verb, path, body, status in BAD:
+            content = b"" if body is None else body
+            reply = send(world, verb, path.encode().decode("ascii", "replace").replace("�", "%EF"), content)
+            if reply.status != status:
+                wrong.append((verb, path, body, status, reply.status, reply.body[:200]))
+            elif status >= 400:
+                assert reply.headers["content-type"] == "application/problem+json", (verb, path)
+                assert len(reply.body) <= 4096
+                assert set(reply.json["error"]) == {"message", "type", "param", "code"}
+        assert wrong == []
+        assert [key for key in sorted(client.keys("*")) if key not in before and key != b"bonsai:reconciler"] == []
+
+
+@pytest.mark.parametrize("header", ["", "x" * 256, "a b"])
+def test_an_idempotency_key_that_is_none_is_400(world: World, header: str):
+    assert send(world, "POST", "/distill", JOB, **{"Idempotency-Key": header}).status == 400
+
+
+def test_without_redis_the_gateway_serves_and_refuses_changes(
+    tmp_path: Path, engine: StubEngine, reward: StubReward, own_redis: RedisServer
+):
+    with running(engine.app()) as engine_url, running(reward.app()) as reward_url:
+        settings = gateway_settings(tmp_path, engine_url, reward_url, own_redis.url)
+        with running_gateway(settings) as client:
+            world = World(client, engine, reward, own_redis.url)
+            own_redis.kill()
+            assert client.post("/generate", {"prompt": "p", "n": 2}).status == 200
+            for verb, path, body in [
+                ("POST", "/distill", JOB),
+                ("PUT", "/routes/x", {}),
+                ("PUT", "/experiments/default", {"arms": ARMS}),
+                ("POST", f"/policies/{BASE}/promote", {"override_reason": "r"}),
+                ("GET", f"/distill/{NO_JOB}", None),
+            ]:
+                refused = send(world, verb, path, body)
+                assert (refused.status, refused.json["error"]["code"]) == (503, "store_unavailable")
+                assert int(refused.headers["retry-after"]) >= 1
+            assert client.get("/routes/default").status == 200
+            assert client.get("/policies").status == 200

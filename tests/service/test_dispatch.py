@@ -1,0 +1,164 @@
+"""Messages may be lost, workers may die: the reconciler wakes exactly what needs waking."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE, DISTILL_TASK, LEDGER_COUNTS, OPEN_JOBS, job_key
+from service.dispatch import Dispatcher, broker_url, open_producer, send_job
+from service.jobs import Jobs
+from service.store import open_redis
+from tests.service.records import job_spec
+
+pytestmark = pytest.mark.anyio
+QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUE}"
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    async with open_redis(redis_url) as client:
+        await client.hset(LEDGER_COUNTS, "default", "100")
+        yield client
+
+
+@pytest.fixture
+async def job_id(redis: Redis) -> str:
+    return (await Jobs(redis, n_cap=64, max_lora_rank=32).submit(job_spec())).job_id
+
+
+class Sender:
+    """Where messages go instead of a broker."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.is_away = False
+
+    def __call__(self, job_id: str) -> None:
+        if self.is_away:
+            raise ConnectionRefusedError
+        self.sent.append(job_id)
+
+
+@pytest.fixture
+def sender() -> Sender:
+    return Sender()
+
+
+@pytest.fixture
+def dispatcher(redis: Redis, sender: Sender) -> Dispatcher:
+    return Dispatcher(redis, sender, seconds=5)
+
+
+async def as_if_sent_long_ago(redis: Redis, job_id: str) -> None:
+    await redis.hset(job_key(job_id), "dispatched_at", "1")
+
+
+async def test_a_message_carries_the_job_id_alone(redis: Redis, redis_url: str, job_id: str):
+    """Read from the broker's own list, as a worker would find it."""
+    send_job(open_producer(redis_url), job_id)
+    message = json.loads(await redis.lindex(QUEUE, 0) or "")
+    args, kwargs, _ = json.loads(base64.b64decode(message["body"]))
+    assert (message["headers"]["task"], args, kwargs) == (DISTILL_TASK, [job_id], {})
+    assert await redis.llen(QUEUE) == 1
+
+
+async def test_a_broker_that_never_answers_costs_seconds(job_id: str):
+    """It accepts the connection and says nothing, as over a half-open link."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        began = time.monotonic()
+        with pytest.raises(Exception, match=r"(?i)time"):
+            send_job(open_producer(f"redis://127.0.0.1:{silent.getsockname()[1]}/0"), job_id)
+        assert time.monotonic() - began < 10
+
+
+def test_the_broker_is_the_same_server_in_kombus_words():
+    assert broker_url("redis://127.0.0.1:6379/2") == "redis://127.0.0.1:6379/2"
+    assert broker_url("unix:///run/redis.sock") == "redis+socket:///run/redis.sock"
+    assert broker_url("unix:///run/redis.sock?db=2") == "redis+socket:///run/redis.sock?virtual_host=2"
+
+
+async def test_a_woken_job_is_not_woken_again_before_its_time(dispatcher: Dispatcher, sender: Sender, job_id: str):
+    await dispatcher.wake(job_id)
+    assert await dispatcher.reconcile() == {job_id: "wait"}
+    assert sender.sent == [job_id]
+
+
+async def test_a_gateway_that_died_before_dispatching_is_repaired(dispatcher: Dispatcher, sender: Sender, job_id: str):
+    assert await dispatcher.reconcile() == {job_id: "dispatch"}
+    assert sender.sent == [job_id]
+
+
+async def test_a_lost_message_is_sent_again(dispatcher: Dispatcher, sender: Sender, redis: Redis, job_id: str):
+    await dispatcher.wake(job_id)
+    await as_if_sent_long_ago(redis, job_id)
+    assert await dispatcher.reconcile() == {job_id: "dispatch"}
+    assert sender.sent == [job_id, job_id]
+
+
+async def test_a_message_that_still_waits_is_not_doubled(
+    dispatcher: Dispatcher, sender: Sender, redis: Redis, redis_url: str, job_id: str
+):
+    send_job(open_producer(redis_url), job_id)
+    await as_if_sent_long_ago(redis, job_id)
+    assert await dispatcher.reconcile() == {job_id: "wait"}
+    assert sender.sent == []
+
+
+async def test_a_broker_that_is_away_is_asked_again_at_the_next_pass(
+    dispatcher: Dispatcher, sender: Sender, job_id: str
+):
+    sender.is_away = True
+    await dispatcher.wake(job_id)
+    sender.is_away = False
+    assert await dispatcher.reconcile() == {job_id: "dispatch"}
+    assert sender.sent == [job_id]
+
+
+async def test_a_job_whose_lease_lives_is_left_alone(dispatcher: Dispatcher, redis: Redis, job_id: str):
+    await redis.hset(job_key(job_id), mapping={"state": "running", "lease_until": "99999999999999", "attempts": 1})
+    assert await dispatcher.reconcile() == {job_id: "wait"}
+
+
+@pytest.mark.parametrize(("attempts", "action"), [(1, "dispatch"), (2, "dispatch"), (3, "failed")])
+async def test_a_dead_lease_is_taken_up_until_the_third_attempt(
+    dispatcher: Dispatcher, redis: Redis, job_id: str, attempts: int, action: str
+):
+    await redis.hset(job_key(job_id), mapping={"state": "running", "lease_until": "1", "attempts": attempts})
+    await redis.hset(job_key(job_id), "last_error", "out of memory")
+    assert await dispatcher.reconcile() == {job_id: action}
+    if action == "failed":
+        job = await Jobs(redis, n_cap=64, max_lora_rank=32).get(job_id)
+        assert (job["status"], job["error"]["code"]) == ("failed", "dead_letter")
+        assert "out of memory" in job["error"]["message"]
+        assert await redis.smembers(OPEN_JOBS) == set()
+
+
+async def test_a_cancelled_job_whose_worker_died_is_cancelled_and_not_run_again(
+    dispatcher: Dispatcher, sender: Sender, redis: Redis, job_id: str
+):
+    await redis.hset(job_key(job_id), mapping={"state": "running", "lease_until": "1", "attempts": 1, "cancel": 1})
+    assert await dispatcher.reconcile() == {job_id: "cancelled"}
+    assert sender.sent == []
+
+
+async def test_a_finished_job_is_looked_at_no_more(dispatcher: Dispatcher, redis: Redis, job_id: str):
+    await redis.hset(job_key(job_id), "state", "succeeded")
+    assert await dispatcher.reconcile() == {job_id: "settled"}
+    assert await dispatcher.reconcile() == {}
+
+
+async def test_only_one_gateway_reconciles(dispatcher: Dispatcher, redis: Redis, sender: Sender, job_id: str):
+    other = Dispatcher(redis, sender, seconds=5)
+    assert await dispatcher.reconcile() == {job_id: "dispatch"}
+    await as_if_sent_long_ago(redis, job_id)
+    assert await other.reconcile() == {}
+    assert await dispatcher.reconcile() == {job_id: "dispatch"}

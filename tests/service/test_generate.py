@@ -1,0 +1,413 @@
+"""`POST /generate` over real HTTP, against engines that say what the test tells them to say.
+
+The stub's reward is the length of the conversation the reward model reads; for the prompt "hi" that is
+"u:hi\\n" + "a:" + completion + "\\n", 8 more than the completion.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+
+from bon_algos.contracts import Arm, Exposure, Outcome
+from tests.fixtures.gateway import wait_until
+from tests.service.records import BASE
+
+HI = {"prompt": "hi"}
+
+
+def test_the_highest_reward_is_served_and_all_candidates_are_logged(world):
+    world.engine.script.completions = ["short", "the longest of them all", "middling one"]
+    reply = world.client.post("/generate?n=3", {**HI, "return_candidates": True})
+    assert reply.status == 200
+    body = reply.json
+    assert (body["completion"], body["reward"]) == ("the longest of them all", 8 + 23)
+    # The runner-up is "middling one" with 8 + 12.
+    reward_model = world.reward.model
+    assert body["selection"] == {"status": "ok", "reward_model": reward_model, "reward": 31.0, "margin": 11.0}
+    assert body["candidates"] == {"requested": 3, "finished": 3, "scored": 3, "failed": {}}
+    # One token per byte: 2 of the prompt, 23 of the winner, 5 + 12 thrown away.
+    usage = {"prompt_tokens": 2, "completion_tokens": 23, "discarded_tokens": 17, "total_tokens": 42}
+    assert body["usage"] == usage
+    assert [choice["selected"] for choice in body["choices"]] == [False, True, False]
+    assert [choice["logprob"] for choice in body["choices"]] == [-0.5 * 5, -0.5 * 23, -0.5 * 12]
+    [group] = world.groups()
+    assert group.id == body["id"]
+    assert [candidate.text for candidate in group.candidates] == ["short", "the longest of them all", "middling one"]
+    assert [candidate.reward for candidate in group.candidates] == [13.0, 31.0, 20.0]
+    assert group.is_unbiased
+    assert (len(world.engine.requests), len(world.reward.requests)) == (1, 1)
+
+
+def test_the_headers_say_who_answered_and_how(world):
+    headers = world.client.post("/generate?n=2", HI, {"X-Request-Id": "run-7"}).headers
+    assert headers["x-request-id"] == "run-7"
+    assert headers["x-bonsai-arm"] == f"{BASE}:2"
+    assert headers["x-bonsai-policy"] == BASE
+    assert headers["x-bonsai-candidates"] == "2/2"
+    assert headers["x-bonsai-selection"] == "ok"
+    assert 0 <= float(headers["x-bonsai-overhead-duration-ms"]) < 1000
+
+
+def test_the_engine_is_asked_once_with_exactly_what_it_may_be_asked(world):
+    world.client.post(
+        "/generate",
+        {
+            **HI,
+            "n": 4,
+            "max_tokens": 9,
+            "temperature": 0.7,
+            "stop": "x",
+            "seed": 3,
+            "user": "u",
+            "metadata": {"a": "b"},
+        },
+        {"X-Request-Id": "mine"},
+    )
+    [request] = world.engine.requests
+    assert request["n"] == 4
+    assert request["stream_interval"] == 9
+    assert (request["temperature"], request["stop"], request["seed"]) == (0.7, ["x"], 3)
+    assert all(isinstance(token, int) for token in request["prompt"])
+    assert not {"user", "metadata", "request_id"} & request.keys()
+    assert "mine" not in json.dumps(request)
+
+
+def test_messages_are_rendered_by_the_template_of_each_model(world):
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    world.client.post("/generate?n=2", {"messages": [*conversation, {"role": "user", "content": "so?"}]})
+    [group] = world.groups()
+    assert group.prompt == "u:hi\na:yo\nu:so?\na:"
+    assert world.reward.texts == ["u:hi\na:yo\nu:so?\na:a fine answer\n"] * 2
+
+
+def test_n_may_stand_in_query_and_body_when_they_agree(world):
+    assert world.client.post("/generate?n=5", {**HI, "n": 5}).json["candidates"]["requested"] == 5
+
+
+def test_the_route_says_how_many_when_the_caller_does_not(world):
+    assert world.client.post("/generate", HI).json["candidates"]["requested"] == 16
+
+
+def test_max_tokens_of_the_route_is_lowered_to_what_fits(world):
+    """245 bytes of prompt in a window of 256 leave 11; a caller who names 11 gets them, 12 are refused."""
+    prompt = "x" * 245
+    world.reward.script.score = lambda text: 1.0
+    world.engine.script.completions = ["ok"]
+    world.client.post("/generate?n=2", {"prompt": prompt})
+    world.client.post("/generate?n=2", {"prompt": prompt, "max_tokens": 11})
+    assert [request["max_tokens"] for request in world.engine.requests] == [11, 11]
+    assert world.client.post("/generate?n=2", {"prompt": prompt, "max_tokens": 12}).status == 422
+
+
+# --- what becomes of candidates ---------------------------------------------------------------------------
+
+
+def test_ties_go_to_the_earliest(world):
+    world.engine.script.completions = ["one", "two", "six"]
+    body = world.client.post("/generate?n=3", HI).json
+    assert body["completion"] == "one"
+    assert body["selection"]["margin"] == 0.0
+
+
+def test_scores_are_matched_by_index_not_by_place(world):
+    world.engine.script.completions = ["a", "bbbb", "cc"]
+    world.reward.script.is_reversed = True
+    assert world.client.post("/generate?n=3", HI).json["completion"] == "bbbb"
+
+
+def test_empty_candidates_are_failures_and_make_the_group_partial(world):
+    """3 of 16 come back empty (fault F5): the best of 13, and reply and row say so."""
+    world.engine.script.completions = [" " if i in (2, 5, 7) else "x" * (i + 1) for i in range(16)]
+    body = world.client.post("/generate?n=16", HI).json
+    assert body["completion"] == "x" * 16
+    assert body["candidates"] == {"requested": 16, "finished": 16, "scored": 13, "failed": {"empty": 3}}
+    assert body["selection"]["status"] == "partial"
+    [group] = world.groups()
+    assert [i for i, candidate in enumerate(group.candidates) if candidate.failure == "empty"] == [2, 5, 7]
+    assert not group.is_unbiased
+
+
+def test_an_empty_completion_is_served_only_when_all_are_empty(world):
+    world.engine.script.completions = [""]
+    body = world.client.post("/generate?n=2", HI).json
+    assert body["completion"] == ""
+    assert body["selection"]["status"] == "ok"
+    assert body["warnings"] == ["the completion is empty"]
+
+
+def test_a_truncated_candidate_wins_only_without_a_complete_one(world):
+    world.engine.script.completions = ["truncated but longest", "whole"]
+    world.engine.script.finish_reasons = ["length", "stop"]
+    body = world.client.post("/generate?n=2", HI).json
+    assert (body["completion"], body["warnings"]) == ("whole", [])
+    world.engine.script.finish_reasons = ["length"]
+    body = world.client.post("/generate?n=2", HI).json
+    assert body["completion"] == "truncated but longest"
+    assert body["finish_reason"] == "length"
+    assert body["warnings"] == ["the completion was cut at max_tokens"]
+
+
+def test_rewards_that_are_not_finite_never_rank(world):
+    world.engine.script.completions = ["good", "broken but long"]
+    world.reward.script.score = lambda text: None if "broken" in text else 1.0
+    body = world.client.post("/generate?n=2", HI).json
+    assert body["completion"] == "good"
+    assert body["candidates"]["failed"] == {"reward_not_finite": 1}
+    assert body["selection"] == {
+        "status": "partial",
+        "reward_model": world.reward.model,
+        "reward": 1.0,
+        "margin": None,
+    }
+
+
+def test_what_is_too_long_for_the_reward_model_fails_and_is_not_cut(world):
+    """Its window is 256; "u:hi\\na:" + completion + "\\n" has 8 more than the completion: 248 fit, 249 do not."""
+    world.engine.script.completions = ["x" * 248, "y" * 249]
+    body = world.client.post("/generate?n=2", {**HI, "max_tokens": 250}).json
+    assert body["completion"] == "x" * 248
+    assert body["candidates"]["failed"] == {"too_long": 1}
+    world.engine.script.completions = ["y" * 249]
+    reply = world.client.post("/generate?n=2", {**HI, "max_tokens": 250})
+    assert reply.status == 422
+    assert reply.json["error"]["code"] == "too_long_for_reward_model"
+
+
+def test_temperature_0_is_served_with_a_warning(world):
+    body = world.client.post("/generate?n=2", {**HI, "temperature": 0}).json
+    assert body["warnings"] == ["temperature 0 makes all candidates alike: n buys nothing"]
+    assert not world.groups()[0].is_unbiased
+
+
+# --- the deadline -----------------------------------------------------------------------------------------
+
+
+def test_at_the_deadline_a_quorum_is_enough(world):
+    """10 of 16 are quick, 6 never finish: the best of 10 before the deadline, and the call is closed."""
+    world.engine.script.completions = ["x" * (i + 1) for i in range(16)]
+    world.engine.script.delays = [0.0] * 10 + [60.0] * 6
+    started = time.monotonic()
+    body = world.client.post("/generate?n=16", {**HI, "timeout_ms": 1000}).json
+    assert time.monotonic() - started < 1.0
+    assert body["completion"] == "x" * 10
+    assert body["selection"]["status"] == "deadline"
+    assert body["candidates"] == {"requested": 16, "finished": 10, "scored": 10, "failed": {"deadline": 6}}
+    wait_until(lambda: len(world.engine.aborted_at) == 1)
+    [group] = world.groups()
+    assert not group.is_unbiased
+
+
+def test_below_the_quorum_it_is_504_with_what_was_finished_and_the_group_is_logged_unserved(world):
+    world.engine.script.delays = [0.0, 0.0] + [60.0] * 14
+    started = time.monotonic()
+    reply = world.client.post("/generate?n=16", {**HI, "timeout_ms": 500})
+    assert 0.45 < time.monotonic() - started < 0.8
+    assert reply.status == 504
+    assert reply.json["error"]["code"] == "deadline_exceeded"
+    counts = {"requested": 16, "finished": 2, "scored": 0, "failed": {"deadline": 14}}
+    assert reply.json["candidates"] == counts
+    assert world.reward.requests == []
+    [group] = world.groups()
+    assert (group.selected, group.status) == (None, "deadline")
+
+
+def test_after_the_slice_for_scoring_began_the_quorum_ends_the_drawing(world):
+    """Deadline 1 s, scoring slice 0.2 s: at 0.8 s one of 2 is there, at 0.9 s the second of the quorum comes."""
+    world.engine.script.delays = [0.0, 0.87, 60.0]
+    body = world.client.post("/generate?n=3", {**HI, "timeout_ms": 1000, "quorum": 2}).json
+    assert body["selection"]["status"] == "deadline"
+    assert body["candidates"]["scored"] == 2
+
+
+def test_a_quorum_of_the_caller_is_kept(world):
+    world.engine.script.delays = [0.0, 60.0, 60.0, 60.0]
+    assert world.client.post("/generate?n=4", {**HI, "timeout_ms": 300}).status == 504
+    assert world.client.post("/generate?n=4", {**HI, "timeout_ms": 300, "quorum": 1}).status == 200
+
+
+def test_an_engine_that_never_answers_is_504_at_the_deadline_and_is_left(world):
+    world.engine.script.fault = "silent"
+    started = time.monotonic()
+    assert world.client.post("/generate?n=4", {**HI, "timeout_ms": 500}).status == 504
+    assert 0.45 < time.monotonic() - started < 0.65
+    wait_until(lambda: world.engine.active == 0)
+
+
+def test_a_reward_model_that_never_answers_is_504_at_the_deadline(world):
+    world.reward.script.fault = "silent"
+    reply = world.client.post("/generate?n=2", {**HI, "timeout_ms": 500})
+    assert reply.status == 504
+    assert reply.json["candidates"]["failed"] == {"not_scored": 2}
+    [group] = world.groups()
+    assert (group.selected, group.status) == (None, "deadline")
+
+
+# --- engines that fail ------------------------------------------------------------------------------------
+
+BROKEN = ["error", "cut", "no_end", "garbage", "error_inside", "one_missing", "wrong_index", "nan_logprob", "endless"]
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_engine_is_502_without_a_second_try_and_nothing_is_logged(world, fault):
+    world.engine.script.fault = fault
+    reply = world.client.post("/generate?n=4", HI)
+    assert (reply.status, reply.json["error"]["code"]) == (502, "engine_broken")
+    assert b"secret detail" not in reply.body
+    assert len(world.engine.requests) == 1
+    world.engine.script.fault = "none"
+    world.client.post("/generate?n=2", HI)
+    assert [group.requested for group in world.groups()] == [2]
+
+
+def test_a_full_engine_is_503_with_a_time_to_come_back(world):
+    world.engine.script.fault = "busy"
+    reply = world.client.post("/generate?n=4", HI)
+    assert (reply.status, reply.json["error"]["code"]) == (503, "engine_unavailable")
+    assert reply.headers["retry-after"] == "1"
+
+
+def test_an_engine_that_forgot_the_policy_is_503(world):
+    world.engine.script.models = []
+    reply = world.client.post("/generate?n=4", HI)
+    assert (reply.status, reply.json["error"]["code"]) == (503, "policy_not_served")
+
+
+@pytest.mark.parametrize("fault", ["error", "one_missing", "doubled", "two_labels", "garbage"])
+def test_a_broken_reward_model_is_502_and_the_candidates_are_logged_unserved(world, fault):
+    world.reward.script.fault = fault
+    reply = world.client.post("/generate?n=2", HI)
+    assert (reply.status, reply.json["error"]["code"]) == (502, "reward_model_broken")
+    [group] = world.groups()
+    assert (group.selected, group.status) == (None, "reward_failed")
+
+
+def test_a_reward_model_away_is_503_never_a_random_winner(world):
+    world.reward.script.fault = "busy"
+    reply = world.client.post("/generate?n=2", HI)
+    assert (reply.status, reply.json["error"]["code"]) == (503, "reward_model_unavailable")
+    assert reply.headers["retry-after"] == "1"
+
+
+def test_rewards_none_of_which_is_finite_are_502(world):
+    world.reward.script.score = lambda text: None
+    reply = world.client.post("/generate?n=2", HI)
+    assert (reply.status, reply.json["error"]["code"]) == (502, "reward_model_broken")
+
+
+# --- one sample -------------------------------------------------------------------------------------------
+
+
+def test_one_sample_is_answered_before_it_is_scored_and_its_reward_follows(world):
+    world.reward.script.delay = 0.3
+    started = time.monotonic()
+    body = world.client.post("/generate?n=1", HI).json
+    assert time.monotonic() - started < 0.3
+    assert (body["reward"], body["selection"]["status"]) == (None, "single")
+    wait_until(lambda: len(world.records()) == 2)
+    group, outcome = world.records()
+    assert (group.id, group.scored) == (body["id"], ())
+    assert isinstance(outcome, Outcome)
+    assert (outcome.group_id, outcome.rewards) == (body["id"], (8.0 + 13,))
+
+
+def test_one_sample_is_scored_first_when_its_caller_waits(world):
+    body = world.client.post("/generate?n=1", {**HI, "wait_for_reward": True}).json
+    assert (body["reward"], body["selection"]["status"]) == (21.0, "single")
+    [group] = world.groups()
+    assert group.candidates[0].reward == 21.0
+
+
+def test_one_sample_survives_a_reward_model_that_is_away(world):
+    world.reward.script.fault = "error"
+    body = world.client.post("/generate?n=1", {**HI, "wait_for_reward": True}).json
+    assert (body["reward"], body["selection"]["status"]) == (None, "reward_failed")
+    assert body["warnings"] == ["the reward model did not answer: the completion has no reward"]
+
+
+def test_a_measurement_is_tried_again(world):
+    world.reward.script.fault = "busy"
+    world.client.post("/generate?n=1", HI)
+    wait_until(lambda: len(world.reward.requests) >= 1)
+    world.reward.script.fault = "none"
+    wait_until(lambda: len(world.records()) == 2)
+    assert world.records()[1].rewards == (21.0,)
+
+
+# --- the client -------------------------------------------------------------------------------------------
+
+
+def send_and_leave(address: tuple[str, int], path: str, seconds_until: object) -> None:
+    body = json.dumps(HI).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(address, timeout=10) as connection:
+        connection.sendall(head.encode() + body)
+        wait_until(seconds_until)
+
+
+def test_a_client_that_leaves_while_drawing_stops_the_engine_within_200_ms(world):
+    world.engine.script.delays = [60.0]
+    send_and_leave(world.client.address, "/generate?n=4", lambda: world.engine.active == 1)
+    left = time.monotonic()
+    wait_until(lambda: len(world.engine.aborted_at) == 1)
+    assert world.engine.aborted_at[0] - left < 0.2
+    world.engine.script.delays = [0.0]
+    world.client.post("/generate?n=2", HI)
+    # What nobody waited for is not in the ledger; what came after it is.
+    assert [group.requested for group in world.groups()] == [2]
+
+
+def test_a_client_that_leaves_while_scoring_leaves_nothing_behind(world):
+    world.reward.script.fault = "silent"
+    send_and_leave(world.client.address, "/generate?n=4", lambda: len(world.reward.requests) == 1)
+    world.reward.script.fault = "none"
+    world.client.post("/generate?n=2", HI)
+    assert [group.requested for group in world.groups()] == [2]
+
+
+# --- store, arms, experiments -----------------------------------------------------------------------------
+
+
+def test_store_false_keeps_rewards_and_counts_and_no_text(world):
+    world.engine.script.completions = ["confidential", "also confidential"]
+    body = world.client.post("/generate?n=2", {**HI, "store": False}).json
+    assert body["completion"] == "also confidential"
+    [group] = world.groups()
+    assert [candidate.reward for candidate in group.candidates] == [20.0, 25.0]
+    assert (group.prompt, group.messages, group.prompt_token_ids) == ("", None, ())
+    assert all(c.text == "" and c.token_ids == () and c.logprobs == () for c in group.candidates)
+    assert not group.is_unbiased
+
+
+def test_a_forced_arm_answers_and_is_no_exposure(world):
+    body = world.client.post("/generate", HI, {"x-bonsai-arm": "base:3"}).json
+    assert (body["arm"], body["arm_reason"], body["experiment"]) == (f"{BASE}:3", "forced", None)
+    [group] = world.groups()
+    assert group.arm == Arm(policy=BASE, n=3)
+
+
+def test_an_experiment_assigns_stickily_and_its_exposure_comes_first(world):
+    # The route draws 16 when the caller does not say: no arm may draw fewer at most.
+    arms = [{"policy": "base", "n": 2, "weight": 5000}, {"policy": "base", "n": 16, "weight": 5000}]
+    body, content = json.dumps({"arms": arms}).encode(), {"Content-Type": "application/json"}
+    # Until the engine has been seen to serve the base, nothing may be tested on it.
+    wait_until(lambda: world.client.request("PUT", "/experiments/default", body, content).status < 300)
+    experiment = world.client.get("/experiments/default").json["id"]
+    warm_up = {**HI, "user": "warm-up"}
+    wait_until(lambda: world.client.post("/generate", warm_up).json["experiment"] == experiment)
+    seen = {world.client.post("/generate", {**HI, "user": "ada"}).json["arm"] for _ in range(5)}
+    assert len(seen) == 1
+    # 20 fair draws miss one of two arms with probability 2 / 2^20.
+    many = {world.client.post("/generate", HI, {"x-bonsai-unit": f"u{i}"}).json["arm"] for i in range(20)}
+    assert many == {f"{BASE}:2", f"{BASE}:16"}
+    # One warm-up, five of ada's, twenty others: an exposure and a group each.
+    wait_until(lambda: len([record for record in world.records() if record.experiment]) >= 52)
+    records = [record for record in world.records() if record.experiment == experiment]
+    for exposure, group in zip(records[::2], records[1::2], strict=True):
+        assert isinstance(exposure, Exposure)
+        assert (exposure.group_id, exposure.arm) == (group.id, group.arm)
+    shown = world.client.get("/experiments/default").json["arms"]
+    assert sum(arm["exposures"] for arm in shown) == sum(arm["answers"] for arm in shown) == len(records) // 2

@@ -1,0 +1,197 @@
+"""A job's record comes first; the same submission is one job; what is final stays final."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from bon_algos.contracts import (
+    JOBS_INDEX,
+    LEDGER_COUNTS,
+    OPEN_JOBS,
+    BonForwardKlSpec,
+    JBondSpec,
+    Method,
+    Window,
+    job_events_key,
+    job_key,
+)
+from service.errors import Conflict, InvalidField, JobNotFound, StoreUnavailable, Unparseable
+from service.idempotency import Idempotency
+from service.jobs import Jobs, check_spec
+from service.store import open_redis
+from tests.fixtures.redis import RedisServer
+from tests.service.records import job_spec
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    async with open_redis(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+async def jobs(redis: Redis) -> Jobs:
+    await redis.hset(LEDGER_COUNTS, "default", "100")
+    return Jobs(redis, n_cap=64, max_lora_rank=32)
+
+
+def key(header: str, body: str = "{}") -> Idempotency | None:
+    return Idempotency.of(header, "POST /distill", body)
+
+
+async def test_a_submitted_job_is_queued_listed_and_open(jobs: Jobs, redis: Redis):
+    submitted = await jobs.submit(job_spec(seed=7))
+    job = await jobs.get(submitted.job_id)
+    assert (job["status"], job["phase"], job["attempts"], job["policy"], job["error"]) == (
+        "queued",
+        "queued",
+        0,
+        None,
+        None,
+    )
+    assert job["spec"]["seed"] == 7
+    rows, has_more = await jobs.list(10)
+    assert ([row["id"] for row in rows], has_more) == ([submitted.job_id], False)
+    assert await redis.smembers(OPEN_JOBS) == {submitted.job_id}
+
+
+async def test_a_job_on_an_empty_ledger_is_refused_with_the_numbers(redis: Redis):
+    jobs = Jobs(redis, n_cap=64, max_lora_rank=32)
+    await redis.hset(LEDGER_COUNTS, mapping={"default": "3", "other": "100"})
+    with pytest.raises(InvalidField) as refused:
+        await jobs.submit(job_spec())
+    assert refused.value.code == "empty_ledger"
+    assert refused.value.facts == {"groups_found": 3, "groups_needed": 4}
+    assert await redis.zcard(JOBS_INDEX) == 0
+    assert (await jobs.submit(job_spec(route="other"))).job_id
+
+
+async def test_the_same_key_and_body_are_one_job(jobs: Jobs, redis: Redis):
+    first = await jobs.submit(job_spec(), key("k"))
+    await redis.delete(LEDGER_COUNTS)  # A replay is answered whatever has become of the ledger since.
+    second = await jobs.submit(job_spec(), key("k"))
+    assert (second.job_id, first.is_replayed, second.is_replayed) == (first.job_id, False, True)
+    assert await redis.zcard(JOBS_INDEX) == 1
+
+
+async def test_the_same_key_with_another_body_is_refused(jobs: Jobs, redis: Redis):
+    await jobs.submit(job_spec(), key("k"))
+    with pytest.raises(InvalidField) as refused:
+        await jobs.submit(job_spec(seed=1), key("k", '{"seed": 1}'))
+    assert refused.value.code == "idempotency_conflict"
+    assert await redis.zcard(JOBS_INDEX) == 1
+
+
+async def test_without_a_key_every_submission_is_a_new_job(jobs: Jobs):
+    assert (await jobs.submit(job_spec())).job_id != (await jobs.submit(job_spec())).job_id
+
+
+@pytest.mark.parametrize("header", ["", "k" * 256, "schlüssel", "two words", "nul\0"])
+async def test_a_key_that_is_no_key_is_unparseable(header: str):
+    with pytest.raises(Unparseable):
+        key(header)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"n": 65}, "n"),
+        ({"method": Method(type="bon_forward_kl", bon_forward_kl=BonForwardKlSpec(n=65))}, "method.bon_forward_kl.n"),
+        ({"method": Method(type="jbond", jbond=JBondSpec(lora_rank=64))}, "method.jbond.lora_rank"),
+        ({"window": Window(since=1001.0)}, "window.since"),
+        ({"window": Window(since=900.0, until=900.0)}, "window.until"),
+    ],
+)
+async def test_a_spec_beyond_this_installation_names_the_field(changes: dict[str, object], param: str):
+    with pytest.raises(InvalidField) as refused:
+        check_spec(job_spec(**changes), n_cap=64, max_lora_rank=32, now=1000.0)
+    assert refused.value.param == param
+
+
+async def test_a_queued_job_is_cancelled_at_once(jobs: Jobs, redis: Redis):
+    job_id = (await jobs.submit(job_spec())).job_id
+    job = await jobs.cancel(job_id)
+    assert (job["status"], job["phase"]) == ("cancelled", "done")
+    assert job["finished_at"] >= job["created_at"]
+    assert await redis.smembers(OPEN_JOBS) == set()
+    events, _ = await jobs.events(job_id, 10)
+    assert [event["status"] for event in events] == ["cancelled"]
+
+
+async def test_a_running_job_is_asked_to_stop_and_asked_again_is_no_error(jobs: Jobs, redis: Redis):
+    job_id = (await jobs.submit(job_spec())).job_id
+    await redis.hset(job_key(job_id), "state", "running")
+    assert (await jobs.cancel(job_id))["status"] == "running"
+    assert (await jobs.cancel(job_id))["status"] == "running"
+    assert await redis.hget(job_key(job_id), "cancel") == "1"
+
+
+@pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled"])
+async def test_a_finished_job_cannot_be_cancelled(jobs: Jobs, redis: Redis, state: str):
+    job_id = (await jobs.submit(job_spec())).job_id
+    await redis.hset(job_key(job_id), "state", state)
+    with pytest.raises(Conflict) as refused:
+        await jobs.cancel(job_id)
+    assert refused.value.code == "job_finished"
+    assert (await jobs.get(job_id))["status"] == state
+
+
+@pytest.mark.parametrize("job_id", ["job_" + "0" * 32, "*", "../x", "job_", "j" * 100_000])
+async def test_an_unknown_job_is_not_found(jobs: Jobs, job_id: str):
+    for question in (jobs.get(job_id), jobs.cancel(job_id), jobs.events(job_id, 10)):
+        with pytest.raises(JobNotFound):
+            await question
+
+
+async def test_jobs_are_listed_newest_first_page_by_page(jobs: Jobs):
+    ids = [(await jobs.submit(job_spec())).job_id for _ in range(5)]
+    first, more = await jobs.list(2)
+    second, _ = await jobs.list(2, after=first[-1]["id"])
+    last, none = await jobs.list(2, after=second[-1]["id"])
+    assert [job["id"] for job in [*first, *second, *last]] == ids[::-1]
+    assert (more, none) == (True, False)
+    with pytest.raises(InvalidField):
+        await jobs.list(2, after="job_unknown")
+
+
+async def test_events_go_on_after_a_cursor(jobs: Jobs, redis: Redis):
+    job_id = (await jobs.submit(job_spec())).job_id
+    for step in range(5):
+        await redis.xadd(job_events_key(job_id), {"phase": "training", "step": step, "metrics": '{"loss": NaN}'})
+    first, more = await jobs.events(job_id, 3)
+    rest, none = await jobs.events(job_id, 3, after=first[-1]["id"])
+    assert [event["step"] for event in [*first, *rest]] == [0, 1, 2, 3, 4]
+    assert (more, none) == (True, False)
+    # JSON has no NaN: the reply could not be rendered with it.
+    assert first[0]["metrics"] == {"loss": None}
+    for cursor in ("abc", "-1-1", "1" * 30 + "-0"):
+        with pytest.raises(InvalidField):
+            await jobs.events(job_id, 3, after=cursor)
+
+
+async def test_what_a_worker_wrote_is_what_the_caller_sees(jobs: Jobs, redis: Redis):
+    job_id = (await jobs.submit(job_spec())).job_id
+    await redis.hset(
+        job_key(job_id),
+        mapping={
+            **{"state": "failed", "phase": "done", "step": 3, "steps": 10, "metrics": '{"loss": 0.5}', "attempts": 3},
+            **{"seconds_left": "", "started_at": "1.5", "finished_at": "2.5", "error_code": "x", "error_message": "y"},
+        },
+    )
+    job = await jobs.get(job_id)
+    assert (job["status"], job["step"], job["steps"], job["attempts"]) == ("failed", 3, 10, 3)
+    assert (job["seconds_left"], job["started_at"], job["finished_at"]) == (None, 1.5, 2.5)
+    assert (job["metrics"], job["error"]) == ({"loss": 0.5}, {"code": "x", "message": "y"})
+
+
+async def test_redis_away_is_503_and_says_so(own_redis: RedisServer):
+    async with open_redis(own_redis.url) as client:
+        jobs = Jobs(client, n_cap=64, max_lora_rank=32)
+        own_redis.kill()
+        with pytest.raises(StoreUnavailable):
+            await jobs.submit(job_spec())

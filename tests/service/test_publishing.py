@@ -1,0 +1,544 @@
+"""A policy is served only after the engine proved that it serves it; never base weights under its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from bon_algos.contracts import (
+    Experiment,
+    ExperimentArm,
+    Fingerprint,
+    Manifest,
+    adapter_digest,
+    experiment_key,
+)
+from service.artefacts import ArtefactRefused, check_safetensors, checked_adapter
+from service.catalogue import Catalogue, Snapshot
+from service.errors import EngineBroken, EngineUnavailable, StoreUnavailable
+from service.policies import Policies
+from service.publishing import FLOAT32_TOLERANCE, Publisher, compare_fingerprint, wanted_policies
+from service.store import open_redis
+from service.vllm import AdapterRefused
+from tests.fixtures.redis import RedisServer
+from tests.service.records import BASE, STUDENT, manifest, numbered, policy, route
+from tests.service.test_experiments import STUDENT_ARM, TEACHER_ARM
+from tests.service.test_policies import register
+
+pytestmark = pytest.mark.anyio
+COMPLETIONS = tuple(tuple(range(row, row + 32)) for row in range(10))
+"""320 tokens."""
+
+
+def base_logprob(token: int) -> float:
+    return -1.0 - 0.01 * token
+
+
+def fingerprint(distance: float = 0.5) -> Fingerprint:
+    """Of a policy that is `distance` nats from the base at every token."""
+    return Fingerprint(
+        prompt_token_ids=((1, 2, 3),) * len(COMPLETIONS),
+        completion_token_ids=COMPLETIONS,
+        policy_logprobs=tuple(tuple(base_logprob(token) - distance for token in row) for row in COMPLETIONS),
+        base_logprobs=tuple(tuple(base_logprob(token) for token in row) for row in COMPLETIONS),
+    )
+
+
+class OneEngine:
+    """An engine at the process's edge: what it has loaded, and how far from the base each adapter really is."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, str] = {}
+        self.distance = 0.5
+        self.is_away = False
+        self.is_broken = False
+        self.refusal: str | None = None
+        self.num_probes = 0
+
+    async def models(self) -> list[str]:
+        if self.is_away:
+            raise EngineUnavailable("away")
+        return [BASE, *self.adapters]
+
+    async def load_adapter(self, policy: str, directory: str) -> None:
+        if self.refusal is not None:
+            raise AdapterRefused(self.refusal)
+        self.adapters[policy] = directory
+
+    async def unload_adapter(self, policy: str) -> None:
+        self.adapters.pop(policy, None)
+
+    async def logprobs(
+        self, policy: str, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int]
+    ) -> list[float]:
+        if self.is_broken:
+            raise EngineBroken("no answer")
+        self.num_probes += 1
+        assert policy in self.adapters
+        return [base_logprob(token) - self.distance for token in completion_token_ids]
+
+    def restart(self) -> None:
+        self.adapters.clear()
+
+
+def safetensors(
+    values: bytes = struct.pack("<4f", 1, 2, 3, 4), header: dict[str, object] | None = None, length: int | None = None
+) -> bytes:
+    text = json.dumps(header or {"lora_A": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + values
+
+
+def write_policy(root: Path, files: dict[str, bytes] | None = None) -> Manifest:
+    """A policy's directory as the worker leaves it; `files` replaces some of them, and the digests follow."""
+    contents = {
+        "adapter_config.json": json.dumps({"peft_type": "LORA", "r": 8}).encode(),
+        "adapter_model.safetensors": safetensors(),
+        "fingerprint.json": fingerprint().model_dump_json().encode(),
+        **(files or {}),
+    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    digest = adapter_digest(digests)
+    written = manifest(f"pol-{digest[:16]}", files=digests)
+    directory = root / "policies" / digest
+    directory.mkdir(parents=True)
+    for name, content in {**contents, "manifest.json": written.model_dump_json().encode()}.items():
+        (directory / name).write_bytes(content)
+    return written
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    async with open_redis(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def engine() -> OneEngine:
+    return OneEngine()
+
+
+@pytest.fixture
+async def catalogue(redis: Redis) -> Catalogue:
+    return Catalogue(redis, policy(BASE), route())
+
+
+@pytest.fixture
+def publisher(engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path) -> Publisher:
+    return make_publisher(engine, catalogue, redis, tmp_path)
+
+
+def make_publisher(engine: OneEngine, catalogue: Catalogue, redis: Redis, root: Path) -> Publisher:
+    return Publisher(
+        engine, catalogue, Policies(redis), artefacts=root, slots=2, max_lora_rank=32, tolerance=FLOAT32_TOLERANCE
+    )
+
+
+async def candidate(redis: Redis, catalogue: Catalogue, root: Path) -> str:
+    """Registered as the worker's last script does it."""
+    written = write_policy(root)
+    await catalogue.refresh()
+    await register(redis, policy(written.policy_id, fingerprint=None, created_at=5.0, written=written))
+    await catalogue.refresh()
+    return written.policy_id
+
+
+# --- the fingerprint -------------------------------------------------------------------------------------
+
+
+def answers(distance: float) -> list[list[float]]:
+    return [[base_logprob(token) - distance for token in row] for row in COMPLETIONS]
+
+
+@pytest.mark.parametrize(
+    ("trained", "served", "passes"),
+    [
+        (0.5, 0.5, True),
+        (0.5, 0.5 + 0.9e-3, True),
+        (0.5, 0.5 + 1.1e-3, False),  # More than 1e-3 from the trainer.
+        (0.5, 0.0, False),  # The base under the policy's name: 0.5 nats away.
+        (0.004, 0.004 + 0.3e-3, True),  # A tenth of 0.004 is 4e-4.
+        (0.004, 0.004 + 0.5e-3, False),
+        (0.0005, 0.0, False),  # Within 1e-3 of the trainer, and yet it is the base.
+        (0.0, 0.0, True),
+    ],
+)
+def test_the_engine_must_be_close_to_the_trainer_and_far_closer_than_the_base(
+    trained: float, served: float, passes: bool
+):
+    result = compare_fingerprint(fingerprint(trained), answers(served), 1e-3)
+    assert result.passed == passes
+    assert result.tokens == 320
+    assert result.mean_abs_difference == pytest.approx(abs(trained - served))
+    assert result.mean_abs_base_distance == pytest.approx(trained)
+
+
+def test_too_few_tokens_prove_nothing():
+    short = fingerprint().model_copy(
+        update={
+            field: getattr(fingerprint(), field)[:7]
+            for field in ("prompt_token_ids", "completion_token_ids", "policy_logprobs", "base_logprobs")
+        }
+    )
+    result = compare_fingerprint(short, answers(0.5)[:7], 1e-3)  # 7 · 32 = 224 < 256.
+    assert (result.passed, result.tokens) == (False, 224)
+
+
+def test_an_answer_that_is_not_a_number_does_not_pass():
+    broken = answers(0.5)
+    broken[0][0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        compare_fingerprint(fingerprint(), broken, 1e-3)
+
+
+def test_every_token_must_be_answered_for():
+    with pytest.raises(ValueError, match="every token"):
+        compare_fingerprint(fingerprint(), [row[:-1] for row in answers(0.5)], 1e-3)
+
+
+# --- loading, serving, restarting ------------------------------------------------------------------------
+
+
+async def test_a_candidate_is_loaded_probed_served_and_recorded(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    assert catalogue.snapshot.served == frozenset()
+    await publisher.reconcile()
+    record = catalogue.snapshot.policy(policy_id)
+    assert record.manifest is not None
+    assert engine.adapters == {policy_id: str(tmp_path.resolve() / "policies" / record.manifest.digest)}
+    assert catalogue.snapshot.served == {BASE, policy_id}
+    assert record.fingerprint is not None
+    assert record.fingerprint.passed
+    assert record.state == "candidate"
+
+
+async def test_the_base_under_the_policys_name_is_seen_and_refused(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    """The engine accepts the adapter and answers with the base's log-probs, as when a load silently does nothing."""
+    engine.distance = 0.0
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publisher.reconcile()
+    assert catalogue.snapshot.served == {BASE}
+    assert engine.adapters == {}
+    assert catalogue.snapshot.policy(policy_id).state == "failed"
+    await publisher.reconcile()
+    assert engine.adapters == {}
+
+
+async def test_after_a_restart_nothing_is_served_before_it_proved_itself_again(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publisher.reconcile()
+    engine.restart()
+    engine.is_broken = True
+    await publisher.reconcile()
+    assert catalogue.snapshot.served == {BASE}
+    engine.is_broken = False
+    probes = engine.num_probes
+    await publisher.reconcile()
+    assert catalogue.snapshot.served == {BASE, policy_id}
+    assert engine.num_probes == probes + len(COMPLETIONS)
+
+
+async def test_a_restart_into_other_weights_is_refused(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publisher.reconcile()
+    engine.restart()
+    engine.distance = 0.25
+    await publisher.reconcile()
+    assert catalogue.snapshot.served == {BASE}
+    assert catalogue.snapshot.policy(policy_id).state == "failed"
+
+
+async def test_an_engine_that_was_out_of_reach_proves_itself_again(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    """It may have restarted, and another gateway may have loaded the same name: the list alone shows nothing."""
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publisher.reconcile()
+    engine.is_away = True
+    with pytest.raises(EngineUnavailable):
+        await publisher.reconcile()
+    engine.is_away, engine.distance = False, 0.0
+    await publisher.reconcile()
+    assert catalogue.snapshot.served == {BASE}
+    assert catalogue.snapshot.policy(policy_id).state == "failed"
+
+
+async def test_an_adapter_found_loaded_is_probed_before_it_is_served(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    """A gateway that restarts beside a running engine."""
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    engine.adapters[policy_id] = "loaded by an earlier gateway"
+    await publisher.reconcile()
+    assert catalogue.snapshot.served == {BASE, policy_id}
+    assert engine.num_probes == len(COMPLETIONS)
+
+
+async def test_an_adapter_the_engine_does_not_take_is_failed_with_its_reason(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    engine.refusal = "LoRA rank 64 is greater than max_lora_rank 32"
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publisher.reconcile()
+    record = catalogue.snapshot.policy(policy_id)
+    assert record.fingerprint is not None
+    assert (record.state, record.fingerprint.reason) == ("failed", engine.refusal)
+
+
+async def test_an_engine_that_does_not_answer_is_asked_again_and_fails_nobody(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    engine.is_broken = True
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publisher.reconcile()
+    assert catalogue.snapshot.served == {BASE}
+    assert catalogue.snapshot.policy(policy_id).state == "candidate"
+    engine.is_broken = False
+    await publisher.reconcile()
+    assert policy_id in catalogue.snapshot.served
+
+
+async def test_without_redis_an_engine_that_restarts_is_loaded_again(
+    own_redis: RedisServer, engine: OneEngine, tmp_path: Path
+):
+    async with open_redis(own_redis.url) as redis:
+        catalogue = Catalogue(redis, policy(BASE), route())
+        policy_id = await candidate(redis, catalogue, tmp_path)
+        publisher = make_publisher(engine, catalogue, redis, tmp_path)
+        await publisher.reconcile()
+        own_redis.kill()
+        engine.restart()
+        await publisher.reconcile()
+        assert catalogue.snapshot.served == {BASE, policy_id}
+
+
+async def test_what_was_proven_while_redis_was_away_is_recorded_when_it_is_back(
+    own_redis: RedisServer, engine: OneEngine, tmp_path: Path
+):
+    async with open_redis(own_redis.url) as redis:
+        catalogue = Catalogue(redis, policy(BASE), route())
+        policy_id = await candidate(redis, catalogue, tmp_path)
+        publisher = make_publisher(engine, catalogue, redis, tmp_path)
+        own_redis.kill()
+        with pytest.raises(StoreUnavailable):
+            await publisher.reconcile()
+        assert catalogue.snapshot.served == {BASE, policy_id}
+        own_redis.start()
+        await publisher.reconcile()
+        assert catalogue.snapshot.policy(policy_id).fingerprint is not None
+
+
+async def test_adapters_that_are_not_policies_are_nobodys_business(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    """A job's rollouts load adapters of their own into the same engine."""
+    engine.adapters["pol-" + "e" * 16] = "a rollout's"
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publisher.reconcile()
+    assert set(engine.adapters) == {"pol-" + "e" * 16, policy_id}
+    assert catalogue.snapshot.served == {BASE, policy_id}
+
+
+async def test_a_policy_nobody_needs_any_more_is_unloaded(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publisher.reconcile()
+    await register(redis, catalogue.snapshot.policy(policy_id).model_copy(update={"state": "retired"}))
+    await catalogue.refresh()
+    await publisher.reconcile()
+    assert catalogue.snapshot.served == {BASE}
+    assert engine.adapters == {}
+
+
+def test_slots_go_to_live_then_experiments_then_roll_back_then_the_newest_candidates():
+    live, former, old, new = (numbered(i) for i in range(4))
+    arms = (ExperimentArm(arm=TEACHER_ARM, weight=5000), ExperimentArm(arm=STUDENT_ARM, weight=5000))
+    records = [
+        policy(BASE), policy(live, state="live"), policy(former, state="retired"), policy(STUDENT),
+        policy(old, created_at=1), policy(new, created_at=2), policy(numbered(9), state="failed"),
+    ]  # fmt: skip
+    snapshot = Snapshot(
+        routes={"default": route(live_policy=live).model_copy(update={"previous_policies": (None, former)})},
+        policies={record.id: record for record in records},
+        experiments={"default": Experiment(id="e", route="default", salt="s", arms=arms, created_at=0)},
+    )
+    assert wanted_policies(snapshot, 10) == [live, STUDENT, former, new, old]
+    assert wanted_policies(snapshot, 4) == [live, STUDENT, former, new]
+
+
+async def test_a_stopped_experiments_arm_loses_its_slot(redis: Redis, catalogue: Catalogue):
+    arms = (ExperimentArm(arm=TEACHER_ARM, weight=5000), ExperimentArm(arm=STUDENT_ARM, weight=5000))
+    running = Experiment(id="e", route="default", salt="s", arms=arms, created_at=0)
+    await catalogue.refresh()
+    await register(redis, policy(STUDENT, state="retired"))
+    await redis.set(experiment_key("default"), running.model_dump_json())
+    assert wanted_policies(await catalogue.refresh(), 2) == [STUDENT]
+    await redis.set(experiment_key("default"), running.model_copy(update={"stopped_at": 1.0}).model_dump_json())
+    assert wanted_policies(await catalogue.refresh(), 2) == []
+
+
+# --- the files -------------------------------------------------------------------------------------------
+
+
+def test_an_untouched_directory_is_accepted(tmp_path: Path):
+    written = write_policy(tmp_path)
+    directory, found = checked_adapter(tmp_path, written, max_rank=32)
+    assert directory == tmp_path.resolve() / "policies" / written.digest
+    assert found == fingerprint()
+
+
+def _link_to(root: Path, written: Manifest) -> None:
+    directory = root / "policies" / written.digest
+    directory.rename(root / "elsewhere")
+    directory.symlink_to(root / "elsewhere")
+
+
+def _linked_file(root: Path, written: Manifest) -> None:
+    weights = root / "policies" / written.digest / "adapter_model.safetensors"
+    weights.rename(root / "weights")
+    weights.symlink_to(root / "weights")
+
+
+def _extra_file(root: Path, written: Manifest) -> None:
+    (root / "policies" / written.digest / "adapter_model.bin").write_bytes(b"")
+
+
+def _missing_file(root: Path, written: Manifest) -> None:
+    (root / "policies" / written.digest / "fingerprint.json").unlink()
+
+
+def _missing_directory(root: Path, written: Manifest) -> None:
+    (root / "policies" / written.digest).rename(root / "gone")
+
+
+def _one_bit(root: Path, written: Manifest) -> None:
+    weights = root / "policies" / written.digest / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
+def _other_manifest(root: Path, written: Manifest) -> None:
+    other = written.model_copy(update={"epoch": 2})
+    (root / "policies" / written.digest / "manifest.json").write_text(other.model_dump_json())
+
+
+def _device(root: Path, written: Manifest) -> None:
+    weights = root / "policies" / written.digest / "adapter_model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _link_to, _linked_file, _extra_file, _missing_file, _missing_directory, _one_bit, _other_manifest, _device,
+    ],
+)  # fmt: skip
+def test_a_directory_that_is_not_what_was_registered_is_refused(
+    tmp_path: Path, damage: Callable[[Path, Manifest], None]
+):
+    written = write_policy(tmp_path)
+    damage(tmp_path, written)
+    with pytest.raises(ArtefactRefused):
+        checked_adapter(tmp_path, written, max_rank=32)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"adapter_config.json": b'{"peft_type": "IA3", "r": 8}'},
+        {"adapter_config.json": b'{"peft_type": "LORA", "r": 16}'},
+        {"adapter_config.json": b'{"peft_type": "LORA", "r": 8, "modules_to_save": ["embed_tokens"]}'},
+        {"adapter_config.json": b'{"peft_type": "LORA", "r": 8, "auto_mapping": {"base_model_class": "X"}}'},
+        {"adapter_config.json": b"[" * 5000},
+        {"fingerprint.json": b"{}"},
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path: Path, files: dict[str, bytes]):
+    with pytest.raises(ArtefactRefused):
+        checked_adapter(tmp_path, write_policy(tmp_path, files), max_rank=32)
+
+
+def test_a_rank_above_the_engines_is_refused(tmp_path: Path):
+    with pytest.raises(ArtefactRefused, match="rank"):
+        checked_adapter(tmp_path, write_policy(tmp_path), max_rank=4)
+
+
+def test_a_policy_whose_name_is_not_its_digest_is_refused(tmp_path: Path):
+    written = write_policy(tmp_path)
+    renamed = written.model_copy(update={"policy_id": STUDENT})
+    (tmp_path / "policies" / written.digest / "manifest.json").write_text(renamed.model_dump_json())
+    with pytest.raises(ArtefactRefused, match="name"):
+        checked_adapter(tmp_path, renamed, max_rank=32)
+
+
+def tensor(shape: list[int], offsets: list[object], dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 8,
+        safetensors(length=2**63),
+        safetensors(length=10**6),
+        safetensors(header={"a": tensor([2, 2], [0, 16]), "b": tensor([2], [8, 16])}),  # Overlap.
+        safetensors(header={"a": tensor([1], [0, 4]), "b": tensor([2], [8, 16])}),  # Gap.
+        safetensors(header={"a": tensor([8], [0, 32])}),  # Beyond the end.
+        safetensors(header={"a": tensor([2], [0, 8])}),  # Bytes nobody declared.
+        safetensors(header={"a": tensor([3], [0, 16])}),  # 3 · 4 is not 16.
+        safetensors(header={"a": tensor([4], [0, 16], dtype="I32")}),
+        safetensors(header={"a": tensor([4], [-16, 0])}),
+        safetensors(header={"a": tensor([4], [0.0, 16.0])}),
+        safetensors(header={"a": tensor([4], [True, 16])}),
+        safetensors(header={"a": tensor([2**62, 4], [0, 16])}),
+        safetensors(header={"a": {"dtype": "F32"}}),
+        safetensors(header={"a": {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}}),
+        safetensors(header={"a": {"dtype": "F32", "shape": [["4"]], "data_offsets": [0, 16]}}),
+        safetensors(header={"__metadata__": {}}),
+        safetensors(struct.pack("<4f", 1, 2, 3, float("nan"))),
+        safetensors(struct.pack("<4f", 1, 2, float("inf"), 4)),
+        safetensors(struct.pack("<4H", 0, 0, 0x7F80, 0), {"a": tensor([4], [0, 8], dtype="BF16")}),  # Infinity.
+        safetensors(struct.pack("<4H", 0, 0, 0xFFC0, 0), {"a": tensor([4], [0, 8], dtype="BF16")}),  # Not a number.
+        safetensors(struct.pack("<4e", 0, 0, float("-inf"), 0), {"a": tensor([4], [0, 8], dtype="F16")}),
+        b"\x02\0\0\0\0\0\0\0[]",
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
+    ],
+)
+def test_weights_that_are_not_finite_tensors_end_to_end_are_refused(tmp_path: Path, content: bytes):
+    (tmp_path / "w").write_bytes(content)
+    with pytest.raises(ArtefactRefused):
+        check_safetensors(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors(),
+        safetensors(
+            struct.pack("<4H", 0, 0x7F7F, 0xFF7F, 1), {"a": tensor([4], [0, 8], dtype="BF16")}
+        ),  # Largest finite.
+        safetensors(struct.pack("<2f", 0, 1), {"a": tensor([2], [0, 8]), "b": tensor([0, 4], [8, 8])}),
+        safetensors(struct.pack("<f", 3), {"scalar": tensor([], [0, 4]), "__metadata__": {"format": "pt"}}),
+    ],
+)
+def test_finite_tensors_of_floating_types_are_accepted(tmp_path: Path, content: bytes):
+    (tmp_path / "w").write_bytes(content)
+    check_safetensors(tmp_path / "w")

@@ -1,0 +1,144 @@
+"""docs/redis.md is the data model: no key without a row, no row that says something else than the server."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import pytest
+import redis as blocking_redis
+from redis.asyncio import Redis
+
+from bon_algos.contracts import BROKER_PREFIX, LEDGER_STREAM, CandidateGroup, Experiment, Exposure
+from service.catalogue import Catalogue
+from service.dispatch import Dispatcher, open_producer, send_job
+from service.experiment_store import Experiments
+from service.idempotency import Idempotency
+from service.jobs import GROUPS_NEEDED, Jobs
+from service.ledger import Ledger
+from service.policies import Policies
+from service.routing import RouteRequest, Routes
+from service.spool import Spool
+from service.store import open_redis
+from tests.service.records import BASE, PASSED, REWARD_MODEL, group, job_spec, policy, route
+from tests.service.test_experiment_store import arms
+from tests.service.test_policies import SERVED, A, B, snapshot_of
+from worker.lease import Lease, claim
+
+pytestmark = pytest.mark.anyio
+TABLE = Path(__file__).parents[2] / "docs" / "redis.md"
+
+
+class Row(NamedTuple):
+    pattern: re.Pattern[str]
+    type: str
+    ttl: str
+
+    def allows(self, seconds: int) -> bool:
+        """seconds: what TTL answered, -1 for none."""
+        if self.ttl == "any":
+            return True
+        limits = [int(number) for number in re.findall(r"(\d+) s", self.ttl)]
+        return (seconds == -1 and "none" in self.ttl) or (bool(limits) and 0 < seconds <= max(limits))
+
+
+def rows() -> list[Row]:
+    """The first table of the document."""
+    found = []
+    for line in TABLE.read_text().split("## Fields")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `bonsai:"):
+            name = re.escape(cells[0].strip("`"))
+            found.append(Row(re.compile(re.sub(r"<[^>]*>", "[^:]+", name.replace("\\ ", " "))), cells[1], cells[2]))
+    return found
+
+
+async def test_every_key_has_its_row_type_and_time_to_live(redis_url: str, tmp_path: Path):
+    async with open_redis(redis_url) as redis:
+        await live_through_everything(redis, redis_url, tmp_path)
+        table = rows()
+        met: set[str] = set()
+        for key in [cast(str, key) async for key in redis.scan_iter("*")]:
+            # Celery names its keys with colons and dots of its own.
+            name = f"{BROKER_PREFIX}x" if key.startswith(BROKER_PREFIX) else key
+            matching = [row for row in table if row.pattern.fullmatch(name)]
+            assert len(matching) == 1, f"{key} has {len(matching)} rows in {TABLE.name}"
+            met.add(matching[0].pattern.pattern)
+            assert matching[0].type in ("any", await redis.type(key)), key
+            assert matching[0].allows(await redis.ttl(key)), f"{key} lives {await redis.ttl(key)} s"
+        assert met == {row.pattern.pattern for row in table}, "rows that nothing is written to"
+
+
+async def live_through_everything(redis: Redis, url: str, directory: Path) -> None:
+    """Each operation that writes, at least once."""
+    await Catalogue(redis, policy(BASE), route()).refresh()
+    drawn = group([(1.0, 2), (2.0, 2)])
+    await deliver(redis, directory, [drawn.model_copy(update={"id": f"resp_{i}"}) for i in range(GROUPS_NEEDED)])
+    await go_through_jobs(redis, url)
+    await Routes(redis, reward_model=REWARD_MODEL, n_cap=64, max_tokens=8).put("other", RouteRequest(), BASE)
+    experiments, snapshot = Experiments(redis), await snapshot_of(redis)
+    for student in (A, B):
+        running = await experiments.put("default", arms(("base", 16, 9000), (student, 1, 1000)), snapshot)
+        await deliver(redis, directory, [exposure(running)])
+    # The first one's sums now have a time to live, the second one's none.
+    await experiments.put("default", arms(("base", 16, 9000), (A, 1, 1000)), snapshot)
+    await experiments.stop("default")
+    registry = Policies(redis)
+    for policy_id in (A, B):
+        await registry.record_fingerprint(policy_id, PASSED)
+        await registry.promote(policy_id, "default", "r", SERVED)
+    await registry.roll_back("default", Idempotency.of("other", "POST /routes/default/rollback", ""))
+
+
+async def go_through_jobs(redis: Redis, url: str) -> None:
+    """One that is cancelled, one that waits for a worker, two that succeed."""
+    jobs = Jobs(redis, n_cap=64, max_lora_rank=32)
+    submission = Idempotency.of("key", "POST /distill", "")
+    first, second, third = [(await jobs.submit(job_spec(), key)).job_id for key in (submission, None, None)]
+    await jobs.cancel(third)
+    work(url, first, A)
+    work(url, second, B)
+    await jobs.submit(job_spec())
+    producer = open_producer(url)
+    await Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=5).reconcile()
+
+
+def work(url: str, job_id: str, policy_id: str) -> None:
+    """What a worker writes from its claim to the policy's registration."""
+    with blocking_redis.Redis.from_url(url) as client:
+        epoch = claim(client, job_id, lease_seconds=60, worker="here:1")
+        assert isinstance(epoch, int)
+        lease = Lease(client, job_id, epoch, lease_seconds=60, heartbeat_seconds=10)
+        lease.progress("training", 1, 2, {"loss": 0.5}, 1.0)
+        lease.finish_succeeded(policy(policy_id), "{}")
+
+
+def exposure(running: Experiment) -> Exposure:
+    arm = running.arms[1].arm
+    return Exposure(
+        id=f"exposure_{running.id}",
+        created_at=0,
+        group_id="g",
+        route="default",
+        experiment=running.id,
+        arm=arm,
+        arm_reason="experiment",
+    )
+
+
+async def deliver(redis: Redis, directory: Path, records: Sequence[Exposure | CandidateGroup]) -> None:
+    """Through the gateway's own spool and drainer."""
+    before = await redis.xlen(LEDGER_STREAM)
+    with closing(Spool(directory / "spool", 2**20)) as spool:
+        ledger = Ledger(spool, redis)
+        for record in records:
+            assert ledger.append(record)
+        draining = asyncio.create_task(ledger.run(lambda group: None))
+        async with asyncio.timeout(10):
+            while await redis.xlen(LEDGER_STREAM) < before + len(records):
+                await asyncio.sleep(0.01)
+        draining.cancel()

@@ -1,0 +1,174 @@
+"""A policy engine that says what a test told it to say, with vLLM's wire format and scripted faults.
+
+For faults and for the gateway's own speed only; tests/contract plays the same calls to this and to the real engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from aiohttp import web
+
+from tests.stubs.tokenizer import token_ids
+
+T = TypeVar("T")
+Fault = Literal[
+    "none",
+    "busy",  # 503: the queue is full
+    "error",  # 500
+    "silent",  # accepts, then never says a word
+    "cut",  # the connection breaks in the middle of the stream
+    "no_end",  # the stream ends without [DONE]
+    "garbage",  # not JSON
+    "error_inside",  # 200, and an error instead of a choice
+    "one_missing",  # n - 1 candidates, then a regular end
+    "wrong_index",
+    "nan_logprob",
+    "endless",  # bytes without end
+]
+
+
+@dataclass
+class EngineScript:
+    """What the engine does next. A test may replace any field at any time."""
+
+    completions: list[str] = field(default_factory=lambda: ["a fine answer"])
+    """Candidate i says completions[i % len]."""
+    finish_reasons: list[str] = field(default_factory=lambda: ["stop"])
+    delays: list[float] = field(default_factory=lambda: [0.0])
+    """Seconds from the start until candidate i has finished."""
+    fault: Fault = "none"
+    logprob: float = -0.5
+    models: list[str] = field(default_factory=list)
+    """The base first."""
+    loadable: bool = True
+
+
+class StubEngine:
+    """Keeps the requests it saw and when a client left one of them."""
+
+    def __init__(self, base: str) -> None:
+        self.script = EngineScript(models=[base])
+        self.requests: list[dict[str, Any]] = []
+        self.aborted_at: list[float] = []
+        """time.monotonic() of each stream that its client closed."""
+        self.active = 0
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=2**30)
+        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/load_lora_adapter", self._load)
+        app.router.add_post("/v1/unload_lora_adapter", self._unload)
+        return app
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append(body)
+        script = self.script
+        if body["model"] not in script.models:
+            return web.json_response({"error": {"message": "no such model"}}, status=404)
+        if script.fault in ("busy", "error"):
+            return web.json_response({"error": {}}, status=503 if script.fault == "busy" else 500)
+        self.active += 1
+        try:
+            if not body.get("stream"):
+                return web.json_response(_whole(body, script))
+            return await self._stream(request, body, script)
+        except asyncio.CancelledError:
+            self.aborted_at.append(time.monotonic())
+            raise
+        finally:
+            self.active -= 1
+
+    async def _stream(self, request: web.Request, body: dict[str, Any], script: EngineScript) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        if script.fault == "silent":
+            await asyncio.Event().wait()
+        if script.fault == "endless":
+            while True:
+                await response.write(b"data: " + b" " * 65_536)
+        started = time.monotonic()
+        order = sorted(range(body["n"]), key=lambda i: _cycled(script.delays, i))
+        for sent, i in enumerate(order):
+            if script.fault == "one_missing" and sent == len(order) - 1:
+                break
+            if script.fault == "cut" and sent == len(order) // 2:
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            rest = started + _cycled(script.delays, i) - time.monotonic()
+            if rest > 0:
+                await asyncio.sleep(rest)
+            for chunk in _chunks(body, script, i):
+                await response.write(b"data: " + chunk + b"\n\n")
+        if script.fault != "no_end":
+            await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": name} for name in self.script.models]})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        name = (await request.json())["lora_name"]
+        if name in self.script.models:
+            return web.json_response({"error": {"message": f"'{name}' has already been loaded."}}, status=400)
+        if not self.script.loadable:
+            return web.json_response({"error": {"message": "no adapter found"}}, status=404)
+        self.script.models.append(name)
+        return web.Response(text="Success")
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        name = (await request.json())["lora_name"]
+        if name not in self.script.models:
+            return web.json_response({"error": {"message": f"'{name}' cannot be found."}}, status=404)
+        self.script.models.remove(name)
+        return web.Response(text="Success")
+
+
+def _cycled(values: list[T], index: int) -> T:
+    return values[index % len(values)]
+
+
+def _chunks(body: dict[str, Any], script: EngineScript, i: int) -> list[bytes]:
+    """Two chunks as vLLM sends them with a large stream_interval: the first token, then the rest."""
+    if script.fault == "garbage":
+        return [b'{"choices": [']
+    if script.fault == "error_inside":
+        return [b'{"error": {"message": "secret detail"}}']
+    text = _cycled(script.completions, i)
+    index = body["n"] + 3 if script.fault == "wrong_index" else i
+    first, rest = _choice(index, text[:1], script), _choice(index, text[1:], script)
+    rest["finish_reason"] = _cycled(script.finish_reasons, i)
+    return [json.dumps({"object": "text_completion", "choices": [part]}).encode() for part in (first, rest)]
+
+
+def _choice(index: int, text: str, script: EngineScript) -> dict[str, Any]:
+    ids = token_ids(text)
+    logprob = float("nan") if script.fault == "nan_logprob" else script.logprob
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": {"token_logprobs": [logprob] * len(ids)},
+        "finish_reason": None,
+        "token_ids": ids,
+    }
+
+
+def _whole(body: dict[str, Any], script: EngineScript) -> dict[str, Any]:
+    """An answer that is not streamed: candidates, and the log-probs of the prompt where they are asked for."""
+    choices = []
+    for i in range(body.get("n", 1)):
+        choice = _choice(i, _cycled(script.completions, i), script)
+        choice["finish_reason"] = _cycled(script.finish_reasons, i)
+        if body.get("prompt_logprobs") is not None:
+            entries: list[Any] = [{str(token): {"logprob": script.logprob}} for token in body["prompt"]]
+            choice["prompt_logprobs"] = [None, *entries[1:]]
+        choices.append(choice)
+    return {"object": "text_completion", "choices": choices}

@@ -1,0 +1,69 @@
+"""A reward model whose scores a test chooses, with vLLM's `/classify` format and scripted faults."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from aiohttp import web
+
+from tests.stubs.tokenizer import text_of
+
+Fault = Literal["none", "busy", "error", "silent", "one_missing", "doubled", "two_labels", "garbage"]
+
+
+@dataclass
+class RewardScript:
+    score: Callable[[str], float | None] = field(default=lambda text: float(len(text)))
+    """Of the text the reward model reads. None is sent as null, as NaN is by vLLM."""
+    delay: float = 0.0
+    fault: Fault = "none"
+    is_reversed: bool = False
+    """Scores come in another order; their indices are right."""
+
+
+class StubReward:
+    """Keeps the requests it saw."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.script = RewardScript()
+        self.requests: list[dict[str, Any]] = []
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=2**30)
+        app.router.add_post("/classify", self._classify)
+        app.router.add_get("/v1/models", self._models)
+        return app
+
+    @property
+    def texts(self) -> list[str]:
+        """Everything that was scored, in the order in which it came."""
+        return [text_of(ids) for request in self.requests for ids in request["input"]]
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": self.model}]})
+
+    async def _classify(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append(body)
+        script = self.script
+        if script.fault in ("busy", "error"):
+            return web.json_response({"error": {}}, status=503 if script.fault == "busy" else 500)
+        if script.fault == "silent":
+            await asyncio.Event().wait()
+        await asyncio.sleep(script.delay)
+        data = [{"index": i, "probs": [script.score(text_of(ids))]} for i, ids in enumerate(body["input"])]
+        if script.is_reversed:
+            data.reverse()
+        if script.fault == "one_missing":
+            data = data[:-1]
+        if script.fault == "doubled":
+            data[-1]["index"] = data[0]["index"]
+        if script.fault == "two_labels":
+            data[0]["probs"] = [0.0, 1.0]
+        if script.fault == "garbage":
+            return web.Response(text="<html>", content_type="text/html")
+        return web.json_response({"object": "list", "data": data})

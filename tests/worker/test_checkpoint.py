@@ -1,0 +1,184 @@
+"""A state is whole or it is not there; a torn one is passed over; who goes on from one makes the same steps."""
+
+import shutil
+
+import pytest
+import torch
+
+from bon_algos.algorithms import FreshGroup, LoggedStep, make_step
+from bon_algos.contracts import BonForwardKlSpec, BonRegressionSpec, JBondSpec
+from tests.worker import world
+from worker import checkpoint
+from worker.checkpoint import TrainingState
+from worker.errors import JobFailed
+from worker.models import open_policy
+from worker.train import Training, batch_of
+
+STEPS = 7
+SPECS = {
+    "bon_forward_kl": BonForwardKlSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3),
+    "bon_regression": BonRegressionSpec(n=8, lora_rank=8, learning_rate=3e-3, warmup_steps=3, huber_delta=2.0),
+    "jbond": JBondSpec(lora_rank=8, learning_rate=1e-2, warmup_steps=3, anchor_rate=0.3),
+}
+
+
+def state(step, value=1.0):
+    return TrainingState(step, {"weight": torch.full((3,), value)}, {"metrics": {"loss": 0.5}})
+
+
+def test_the_newest_state_of_any_attempt_is_taken_up(tmp_path):
+    checkpoint.save(tmp_path / "1-aa", state(20))
+    checkpoint.save(tmp_path / "1-aa", state(40))
+    checkpoint.save(tmp_path / "2-bb", state(60, value=6.0))
+    newest = checkpoint.newest(tmp_path)
+    assert (newest.step, newest.tensors["weight"][0], newest.numbers) == (60, 6.0, {"metrics": {"loss": 0.5}})
+
+
+def test_a_job_that_never_saved_begins_at_the_beginning(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_a_torn_state_is_passed_over_for_the_one_before(tmp_path, file, damage):
+    for step in (20, 40):
+        checkpoint.save(tmp_path / "1-aa", state(step))
+    path = tmp_path / "1-aa" / "step-00000040" / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[:middle])
+    else:
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    assert checkpoint.newest(tmp_path).step == 20
+
+
+def test_a_state_whose_rename_never_happened_does_not_exist(tmp_path):
+    checkpoint.save(tmp_path / "1-aa", state(20))
+    shutil.copytree(tmp_path / "1-aa" / "step-00000020", tmp_path / "1-aa" / ".step-00000040.9f")
+    assert checkpoint.newest(tmp_path).step == 20
+
+
+def test_the_one_before_is_kept_and_no_more(tmp_path):
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path / "1-aa", state(step))
+    assert [path.name for path in sorted((tmp_path / "1-aa").iterdir())] == ["step-00000003", "step-00000004"]
+
+
+# --- going on --------------------------------------------------------------------------------------------
+
+
+def opened(directory, spec):
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    step = make_step(spec)
+    policy = open_policy(
+        directory,
+        world.BASE,
+        rank=spec.lora_rank,
+        alpha=spec.lora_alpha,
+        train_factor_a=isinstance(step, LoggedStep),
+        seed=3,
+        device=torch.device("cpu"),
+    )
+    return Training(
+        policy,
+        step,
+        learning_rate=spec.learning_rate,
+        warmup_steps=spec.warmup_steps,
+        max_grad_norm=spec.max_grad_norm,
+    )
+
+
+def fresh(pool):
+    """A group as the engine would give it, but the same one every time."""
+    first, second, third, *_ = pool.candidates
+    return FreshGroup(
+        pool.prompt_ids,
+        first.token_ids,
+        first.ranking_reward,
+        (second.token_ids, third.token_ids),
+        (second.ranking_reward, third.ranking_reward),
+    )
+
+
+def advance(training, window, until):
+    while training.done < until:
+        batch = batch_of(window.train, training.done, size=4, seed=5)
+        if isinstance(training.step, LoggedStep):
+            training.learn_logged([pool.logged_group for pool in batch])
+        else:
+            training.learn_fresh([fresh(pool) for pool in batch])
+    return training
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("interrupted_at", [1, 4])
+def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_at, tiny_policy, tiny_window, tmp_path):
+    """Weights, optimiser, anchor and place in the data come back: the steps after are the steps that would have
+    been. On-policy methods too, given the same samples."""
+    spec = SPECS[name]
+    whole = advance(opened(tiny_policy, spec), tiny_window, STEPS)
+    first = advance(opened(tiny_policy, spec), tiny_window, interrupted_at)
+    checkpoint.save(tmp_path / "1-aa", first.state({}))
+    second = opened(tiny_policy, spec)
+    second.resume(checkpoint.newest(tmp_path))
+    advance(second, tiny_window, STEPS)
+    for label, training in (("whole", whole), ("second", second)):
+        training.policy.save_adapter(tmp_path / label)
+    whole_bytes, second_bytes = (
+        (tmp_path / label / "adapter_model.safetensors").read_bytes() for label in ("whole", "second")
+    )
+    assert whole_bytes == second_bytes
+    assert second.done == STEPS
+
+
+@pytest.mark.parametrize("name", ["bon_forward_kl", "bon_regression"])
+def test_steps_bring_the_loss_of_the_whole_window_down(name, tiny_policy, tiny_window):
+    training = opened(tiny_policy, SPECS[name])
+    groups = [pool.logged_group for pool in tiny_window.train]
+
+    def loss():
+        return float(training.step.loss(groups, lambda tokens: training.policy.logprobs_wearing({}, tokens)).loss)
+
+    before = loss()
+    for _ in range(10):
+        training.learn_logged(groups)
+    assert loss() < 0.95 * before
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_policy, tiny_window):
+    """The mean over prompts does not know how the batch was cut to fit."""
+    groups = [pool.logged_group for pool in tiny_window.train[:5]]
+    norms = []
+    for budget in (10_000, 100):
+        training = opened(tiny_policy, SPECS["bon_regression"])
+        norms.append(training.learn_logged(groups, rows_tokens=budget)["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_fails_the_job_at_its_step(tiny_policy, tiny_window):
+    training = opened(tiny_policy, SPECS["bon_forward_kl"])
+    with torch.no_grad():
+        next(iter(training.policy.trained.values())).fill_(float("nan"))
+    with pytest.raises(JobFailed, match=r"loss_not_finite: step 1: loss nan"):
+        advance(training, tiny_window, 1)
+
+
+# --- the order of prompts --------------------------------------------------------------------------------
+
+
+def test_every_prompt_comes_once_in_a_round():
+    items = list(range(12))
+    for round_number in range(3):
+        seen = [item for step in range(3) for item in batch_of(items, 3 * round_number + step, size=4, seed=1)]
+        assert sorted(seen) == items
+
+
+def test_rounds_differ_and_seeds_differ():
+    items = list(range(12))
+    first, second = batch_of(items, 0, size=12, seed=1), batch_of(items, 1, size=12, seed=1)
+    assert first != second
+    assert batch_of(items, 0, size=12, seed=2) != first

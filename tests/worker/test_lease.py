@@ -1,0 +1,304 @@
+"""One owner per job: claim, keep, report, end. A real Redis; time passes on its clock."""
+
+import json
+import time
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from bon_algos.contracts import POLICIES_INDEX, PolicyRecord, job_events_key, job_key, policy_key
+from worker import lease as leases
+from worker.errors import JobCancelled, LeaseLost
+from worker.lease import Lease, claim
+
+JOB = "job_0"
+POLICY = PolicyRecord(id="pol-0123456789abcdef", kind="lora", state="candidate", created_at=7.0, n_equivalent=16)
+
+
+@pytest.fixture
+def client(redis_url):
+    with redis.Redis.from_url(redis_url, decode_responses=True) as connection:
+        yield connection
+
+
+def submit(client, state="queued", **fields):
+    client.hset(job_key(JOB), mapping={"state": state, "epoch": 0, "attempts": 0, **fields})
+
+
+def take(client, seconds=60.0):
+    return claim(client, JOB, lease_seconds=seconds, worker="here:1")
+
+
+def held(client, epoch, lease_seconds=60.0, heartbeat_seconds=60.0):
+    return Lease(client, JOB, epoch, lease_seconds=lease_seconds, heartbeat_seconds=heartbeat_seconds)
+
+
+def expire(client):
+    """What the passing of time does to a lease."""
+    client.hset(job_key(JOB), "lease_until", 1)
+
+
+def field(client, name):
+    return client.hget(job_key(JOB), name)
+
+
+def test_a_queued_job_is_claimed_once(client):
+    submit(client)
+    assert take(client) == 1
+    assert take(client) == "held"
+    assert field(client, "state") == "running"
+    assert field(client, "attempts") == "1"
+
+
+def test_an_expired_lease_is_taken_over_with_a_new_epoch_and_the_first_start_stays(client):
+    submit(client)
+    take(client)
+    started = field(client, "started_at")
+    expire(client)
+    assert take(client) == 2
+    assert field(client, "started_at") == started
+
+
+@pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled"])
+def test_a_finished_job_is_not_run_again_whenever_its_message_arrives(client, state):
+    submit(client, state=state)
+    assert take(client) == "final"
+
+
+def test_a_message_for_a_job_nobody_submitted_does_nothing(client):
+    assert take(client) == "final"
+    assert not client.exists(job_key(JOB))
+
+
+def test_a_job_cancelled_before_its_claim_ends_there(client):
+    submit(client, cancel=1)
+    assert take(client) == "cancelled"
+    assert field(client, "state") == "cancelled"
+
+
+def test_the_lease_is_counted_on_redis_clock(client):
+    submit(client)
+    before = client.time()[0]
+    take(client, seconds=60)
+    assert before + 60 <= int(field(client, "lease_until")) / 1000 <= client.time()[0] + 61
+
+
+def test_the_thread_keeps_a_lease_alive_longer_than_itself(client):
+    submit(client)
+    with held(client, take(client, seconds=0.6), lease_seconds=0.6, heartbeat_seconds=0.1) as lease:
+        first = int(field(client, "lease_until"))
+        deadline = time.monotonic() + 10
+        while int(field(client, "lease_until")) < first + 1200 and time.monotonic() < deadline:
+            lease.wait(0.05)  # raises if the lease were lost
+        assert take(client) == "held"
+
+
+def test_a_newer_epoch_stops_the_older_one_and_refuses_all_it_writes(client):
+    submit(client)
+    old = held(client, take(client))
+    expire(client)
+    new = held(client, take(client))
+    new.progress("training", 5, 10, {"loss": 1.0}, 3.0)
+    for write in (
+        old.beat,
+        lambda: old.progress("training", 9, 10, {}, None),
+        lambda: old.finish_failed("late", "late"),
+        lambda: old.finish_succeeded(POLICY, "{}"),
+        old.finish_cancelled,
+    ):
+        with pytest.raises(LeaseLost):
+            write()
+    assert not leases.release(client, JOB, old.epoch, "late")
+    assert (field(client, "state"), field(client, "step")) == ("running", "5")
+    assert not client.exists(policy_key(POLICY.id))
+    new.check()
+
+
+def test_who_slept_past_the_lease_stops_before_asking_anybody(client):
+    """A frozen process wakes with a clock that went on: its next check fails even if nobody took the job."""
+    submit(client)
+    lease = held(client, take(client, seconds=0.05), lease_seconds=0.05)
+    deadline = time.monotonic() + 0.06
+    while time.monotonic() < deadline:
+        pass
+    with pytest.raises(LeaseLost):
+        lease.check()
+
+
+def test_cancellation_arrives_with_the_next_word_from_redis(client):
+    submit(client)
+    lease = held(client, take(client))
+    client.hset(job_key(JOB), "cancel", 1)
+    with pytest.raises(JobCancelled):
+        lease.progress("training", 1, 10, {}, None)
+    lease.finish_cancelled()
+    assert field(client, "state") == "cancelled"
+
+
+def test_a_success_that_comes_after_the_cancellation_registers_nothing(client):
+    submit(client)
+    lease = held(client, take(client))
+    client.hset(job_key(JOB), "cancel", 1)
+    with pytest.raises(JobCancelled):
+        lease.finish_succeeded(POLICY, "{}")
+    assert field(client, "state") == "cancelled"
+    assert not client.exists(policy_key(POLICY.id))
+
+
+def test_finishing_registers_the_policy_in_the_same_script(client):
+    submit(client)
+    lease = held(client, take(client))
+    lease.finish_succeeded(POLICY, '{"prompts": 3}')
+    assert PolicyRecord.model_validate_json(client.hget(policy_key(POLICY.id), "record")) == POLICY
+    assert client.zscore(POLICIES_INDEX, POLICY.id) == 7.0
+    assert (field(client, "policy_id"), field(client, "report")) == (POLICY.id, '{"prompts": 3}')
+    with pytest.raises(LeaseLost):
+        lease.finish_failed("second", "end")
+    assert field(client, "state") == "succeeded"
+
+
+def test_a_policy_that_is_live_already_is_not_made_a_candidate_again(client):
+    live = POLICY.model_copy(update={"state": "live"})
+    client.hset(policy_key(POLICY.id), mapping={"record": live.model_dump_json(), "version": 4})
+    submit(client)
+    held(client, take(client)).finish_succeeded(POLICY, "{}")
+    assert PolicyRecord.model_validate_json(client.hget(policy_key(POLICY.id), "record")).state == "live"
+    assert client.hget(policy_key(POLICY.id), "version") == "4"
+
+
+def test_progress_is_on_the_job_and_in_its_events(client):
+    submit(client)
+    held(client, take(client)).progress("training", 3, 10, {"loss": 0.5}, 12.34)
+    assert json.loads(field(client, "metrics")) == {"loss": 0.5}
+    assert (field(client, "phase"), field(client, "step"), field(client, "seconds_left")) == ("training", "3", "12.3")
+    (_, event), *_ = client.xrevrange(job_events_key(JOB), count=1)
+    assert event == {"phase": "training", "step": "3", "metrics": '{"loss": 0.5}'}
+
+
+def test_a_job_given_back_may_be_claimed_at_once_and_says_why(client):
+    submit(client)
+    assert leases.release(client, JOB, take(client), "the engine is away")
+    assert field(client, "last_error") == "the engine is away"
+    assert take(client) == 2
+
+
+def test_without_redis_a_lease_ends_by_itself(own_redis):
+    with redis.Redis.from_url(own_redis.url, decode_responses=True) as client:
+        submit(client)
+        lease = held(client, take(client, seconds=1), lease_seconds=1, heartbeat_seconds=0.2)
+        with lease:
+            own_redis.kill()
+            lease.progress("training", 1, 2, {}, None)  # no reason to stop yet
+            with pytest.raises(LeaseLost):
+                lease.wait(5)
+                lease.check()
+            with pytest.raises(LeaseLost):
+                lease.confirm()
+
+
+class TwoWorkers(RuleBasedStateMachine):
+    """Two workers on one job, claims, beats, reports and endings in any order, leases that run out at any moment.
+
+    The model: the newest epoch alone may write, and the job ends once.
+    """
+
+    redis_url = ""
+
+    def __init__(self):
+        super().__init__()
+        self.client = redis.Redis.from_url(self.redis_url, decode_responses=True)
+        self.client.flushall()
+        submit(self.client)
+        self.epoch, self.alive, self.ended, self.cancel = 0, False, None, False
+        self.held: dict[str, Lease] = {}
+
+    def teardown(self):
+        self.client.close()
+
+    @rule(worker=st.sampled_from("ab"))
+    def claims(self, worker):
+        answer = take(self.client)
+        if self.ended is not None:
+            assert answer == "final"
+        elif self.alive:
+            assert answer == "held"
+        elif self.cancel:
+            assert answer == "cancelled"
+            self.ended = "cancelled"
+        else:
+            self.epoch += 1
+            assert answer == self.epoch
+            self.alive, self.held[worker] = True, held(self.client, answer)
+
+    @precondition(lambda self: self.ended is None)
+    @rule()
+    def time_passes(self):
+        expire(self.client)
+        self.alive = False
+
+    @precondition(lambda self: self.ended is None)
+    @rule()
+    def owner_cancels(self):
+        self.client.hset(job_key(JOB), "cancel", 1)
+        self.cancel = True
+
+    def may_write(self, lease):
+        return lease.epoch == self.epoch and self.ended is None
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def beats(self, data):
+        lease = self.held[data.draw(st.sampled_from(sorted(self.held)))]
+        if not self.may_write(lease):
+            with pytest.raises(LeaseLost):
+                lease.beat()
+            return
+        self.alive = True
+        if self.cancel:
+            with pytest.raises(JobCancelled):
+                lease.beat()
+        else:
+            lease.beat()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), end=st.sampled_from(["succeeded", "failed", "cancelled"]))
+    def finishes(self, data, end):
+        lease = self.held[data.draw(st.sampled_from(sorted(self.held)))]
+        finish = {
+            "succeeded": lambda: lease.finish_succeeded(POLICY, "{}"),
+            "failed": lambda: lease.finish_failed("code", "message"),
+            "cancelled": lease.finish_cancelled,
+        }[end]
+        if not self.may_write(lease):
+            with pytest.raises(LeaseLost):
+                finish()
+        elif end == "succeeded" and self.cancel:
+            with pytest.raises(JobCancelled):
+                finish()
+            self.ended = "cancelled"
+        else:
+            finish()
+            self.ended = end
+
+    @invariant()
+    def the_job_is_what_the_model_says(self):
+        state = field(self.client, "state")
+        assert state == (self.ended or ("running" if self.epoch else "queued"))
+        assert int(field(self.client, "attempts")) == self.epoch
+        assert bool(self.client.exists(policy_key(POLICY.id))) == (self.ended == "succeeded")
+
+
+def test_any_interleaving_of_two_workers(redis_url):
+    TwoWorkers.redis_url = redis_url
+    run_state_machine_as_test(
+        TwoWorkers,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=[HealthCheck.function_scoped_fixture],
+        ),
+    )

@@ -1,0 +1,113 @@
+"""The policy in training on one copy of its base model: what it is at first, what its reference is, its files."""
+
+import json
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from bon_algos.logprobs import TokenGroup, sequence_logprobs
+from tests.worker import world
+from worker.durable import sha256_file
+from worker.models import open_policy, parts_by_tokens
+
+GROUPS = [TokenGroup([0, 5, 7], [[3, 4, 1], [9, 1]]), TokenGroup([0, 6], [[8, 8, 8, 1]])]
+
+
+def opened(directory, *, train_factor_a=True, seed=0):
+    return open_policy(
+        directory,
+        world.BASE,
+        rank=8,
+        alpha=16.0,
+        train_factor_a=train_factor_a,
+        seed=seed,
+        device=torch.device("cpu"),
+    )
+
+
+def moved(policy, seed=1):
+    """Somewhere else than its reference, in every factor that trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trained.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return policy
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_it_begins_as_its_reference_and_the_reference_is_the_base_bit_for_bit(tiny_policy):
+    policy = opened(tiny_policy)
+    with torch.no_grad():
+        base = sequence_logprobs(LlamaForCausalLM.from_pretrained(tiny_policy).eval(), GROUPS)
+    assert same(policy.logprobs(GROUPS), base)
+    moved(policy)
+    assert same(policy.reference_logprobs(GROUPS), base)
+    assert not same(policy.logprobs(GROUPS), base)
+
+
+def test_asking_the_reference_between_forward_and_backward_changes_no_gradient(tiny_policy):
+    def gradient(ask_between):
+        policy = moved(opened(tiny_policy))
+        loss = torch.stack([logprob_N.sum() for logprob_N in policy.logprobs(GROUPS)]).sum()
+        if ask_between:
+            policy.reference_logprobs(GROUPS)
+        loss.backward()
+        return [parameter.grad for parameter in policy.trained.values()]
+
+    assert same(gradient(True), gradient(False))
+
+
+def test_with_factor_a_frozen_only_b_trains(tiny_policy):
+    names = opened(tiny_policy, train_factor_a=False).trained
+    assert names
+    assert all(".lora_B." in name for name in names)
+    assert len(opened(tiny_policy).trained) == 2 * len(names)
+
+
+def test_neither_head_nor_embedding_has_an_adapter(tiny_policy):
+    names = " ".join(opened(tiny_policy).factors)
+    assert "lm_head" not in names
+    assert "embed" not in names
+    for module in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert module in names
+
+
+def test_peft_reads_the_saved_adapter_as_the_same_policy(tiny_policy, tmp_path):
+    policy = moved(opened(tiny_policy))
+    policy.save_adapter(tmp_path / "adapter")
+    base = LlamaForCausalLM.from_pretrained(tiny_policy)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert same(sequence_logprobs(loaded, GROUPS), policy.logprobs(GROUPS))
+
+
+def test_the_same_factors_are_the_same_bytes(tiny_policy, tmp_path):
+    """Two models, two directories: no path, order or time in the files, so their digest can be their name."""
+    for name in ("one", "two"):
+        moved(opened(tiny_policy)).save_adapter(tmp_path / name)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert sha256_file(tmp_path / "one" / file) == sha256_file(tmp_path / "two" / file)
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["base_model_name_or_path"] == world.BASE
+
+
+def test_the_anchors_factors_replace_the_policys_in_its_file(tiny_policy, tmp_path):
+    policy = moved(opened(tiny_policy, train_factor_a=False))
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in policy.trained.items()}
+    policy.save_adapter(tmp_path / "anchor", zeros)
+    saved = load_file(tmp_path / "anchor" / "adapter_model.safetensors")
+    assert all(not tensor.any() for name, tensor in saved.items() if "lora_B" in name)
+    assert all(parameter.any() for parameter in policy.trained.values())
+
+
+def test_parts_hold_every_group_once_within_their_tokens():
+    groups = [TokenGroup([0] * 5, [[1] * length] * 3) for length in (1, 9, 2, 40, 3, 3)]
+    parts = list(parts_by_tokens(groups, max_tokens=60))
+    assert [group for part in parts for group in groups[part]] == groups
+    for part in parts:
+        longest = max(5 + len(group.completion_ids[0]) for group in groups[part])
+        assert longest * 3 * len(groups[part]) <= 60 or len(groups[part]) == 1

@@ -1,0 +1,243 @@
+"""A job from its window to its policy, each part one call: the table of contents of the worker.
+
+Owns the order of the parts and what each is given. Does not own any part, nor the lease's end (`job_process`).
+An attempt that takes a job up again finds the frozen window and the newest state, and goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import redis
+import torch
+
+from bon_algos.algorithms import LoggedStep, make_step
+from bon_algos.chat import ChatTokenizer
+from bon_algos.contracts import DataWindow, EvaluationReport, JBondSpec, JobSpec, Manifest
+from bon_algos.logprobs import TokenGroup
+from worker import checkpoint, dataset
+from worker.dataset import FrozenWindow, PromptPool
+from worker.engine import Engines
+from worker.errors import JobFailed
+from worker.evaluate import (
+    MAX_LOGPROB_DIFFERENCE,
+    MAX_PROMPTS,
+    Judged,
+    fingerprint,
+    kl_interval,
+    logprob_difference,
+    report_of,
+    require_same_policy,
+    samples_needed,
+)
+from worker.lease import Lease
+from worker.ledger import groups_newest_first
+from worker.loop import Loop
+from worker.models import TrainedPolicy, open_policy
+from worker.patience import patiently
+from worker.progress import Progress
+from worker.publish import publish
+from worker.rollouts import Rollouts, spread
+from worker.train import Training
+
+log = logging.getLogger(__name__)
+
+SERVING_CHECK_PROMPTS = 8
+MAX_SERVING_DIFFERENCE = 1e-2
+"""Nats per token, mean, between logged log-probs of the reference and the trainer's: more is another model."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a job may touch; built once, at the process edge."""
+
+    client: redis.Redis
+    engines: Engines
+    reward_tokenizer: ChatTokenizer
+    artefacts: Path
+    policy_directory: Path
+    base_policy_id: str
+    reward_model_id: str
+    reward_max_tokens: int
+    device: torch.device
+    torch_threads: int
+    checkpoint_steps: int
+    checkpoint_seconds: float
+    engine_patience_seconds: float
+
+
+class Distillation:
+    """One attempt at one job."""
+
+    def __init__(self, spec: JobSpec, lease: Lease, workplace: Workplace) -> None:
+        self.spec = spec
+        self.lease = lease
+        self.workplace = workplace
+        self.directory = workplace.artefacts / "jobs" / lease.job_id
+        attempt = f"{lease.epoch}-{secrets.token_hex(4)}"
+        self.attempt = self.directory / attempt
+        self.attempt.mkdir(parents=True)
+        self.progress = Progress(lease, spec.method.spec.steps)
+        self.rollouts = Rollouts(
+            workplace.engines,
+            workplace.reward_tokenizer,
+            directory=self.attempt,
+            job_id=lease.job_id,
+            attempt=attempt,
+            reward_max_tokens=workplace.reward_max_tokens,
+        )
+
+    def run(self) -> None:
+        """Drive the job to its end. Raises what `errors` lists."""
+        window = self.freeze()
+        training = self.open_training(window)
+        self.train(training, window)
+        report = self.evaluate(training.policy, window)
+        self.publish(training.policy, window, report)
+        checkpoint.forget(self.directory)
+
+    def freeze(self) -> FrozenWindow:
+        self.progress.enter("freezing")
+        spec, place, method = self.spec, self.workplace, self.spec.method.spec
+        wanted = dataset.Requirements(
+            reference_policy=place.base_policy_id,
+            reward_model=place.reward_model_id,
+            reward_template_digest=place.reward_tokenizer.template_digest,
+            # Fresh samples need nothing of the ledger but its prompts.
+            num_candidates=1 if isinstance(method, JBondSpec) else method.n,
+            since=spec.window.since,
+            until=spec.window.until,
+        )
+        groups = groups_newest_first(place.client, spec.route, since=spec.window.since)
+        return dataset.freeze(
+            self.directory / "window",
+            groups,
+            wanted,
+            max_groups=spec.window.max_groups,
+            held_out_fraction=spec.held_out_fraction,
+        )
+
+    def open_training(self, window: FrozenWindow) -> Training:
+        """The policy with its optimiser, where the newest state left it."""
+        method, place = self.spec.method.spec, self.workplace
+        step = make_step(method)
+        state = checkpoint.newest(self.directory)
+        threads = place.torch_threads if state is None else int(state.numbers["threads"])
+        prepare_torch(threads, place.device)
+        policy = open_policy(
+            place.policy_directory,
+            place.base_policy_id,
+            rank=method.lora_rank,
+            alpha=method.lora_alpha,
+            # An average of B is an average of B·A only while A stands still.
+            train_factor_a=isinstance(step, LoggedStep),
+            seed=self.spec.seed,
+            device=place.device,
+        )
+        training = Training(
+            policy,
+            step,
+            learning_rate=method.learning_rate,
+            warmup_steps=method.warmup_steps,
+            max_grad_norm=method.max_grad_norm,
+        )
+        if state is not None:
+            training.resume(state)
+            self.progress.resume(state.step, state.numbers["metrics"])
+            log.info("resumed at step %d", state.step)
+        require_same_reference(policy, window.train)
+        return training
+
+    def train(self, training: Training, window: FrozenWindow) -> None:
+        self.progress.enter("training")
+        self.rollouts.unload_leftovers()
+        method, place = self.spec.method.spec, self.workplace
+        loop = Loop(
+            training,
+            window,
+            lease=self.lease,
+            progress=self.progress,
+            rollouts=self.rollouts,
+            attempt=self.attempt,
+            prompts_per_step=method.prompts_per_step,
+            seed=self.spec.seed,
+            checkpoint_steps=place.checkpoint_steps,
+            checkpoint_seconds=place.checkpoint_seconds,
+            patience_seconds=place.engine_patience_seconds,
+        )
+        loop.run(method.steps)
+
+    def evaluate(self, policy: TrainedPolicy, window: FrozenWindow) -> EvaluationReport:
+        self.progress.enter("evaluating")
+        pools = spread(window.held_out, MAX_PROMPTS)
+        num_samples = samples_needed(self.spec.n)
+        judged = patiently(
+            lambda: self.draw_judged(policy, pools, num_samples),
+            self.lease.wait,
+            self.workplace.engine_patience_seconds,
+        )
+        difference = require_same_policy(policy, judged, MAX_LOGPROB_DIFFERENCE[self.workplace.device.type])
+        log.info("engine and trainer differ by %.1e nats per token", difference)
+        return report_of(judged, kl_interval(policy, judged), self.spec.n)
+
+    def draw_judged(self, policy: TrainedPolicy, pools: Sequence[PromptPool], num_samples: int) -> list[Judged]:
+        with self.rollouts.served(policy) as name:
+            names = (name, self.workplace.base_policy_id)
+            drawn = self.rollouts.draw([(model, pool, num_samples) for model in names for pool in pools])
+        sides = zip(pools, drawn[: len(pools)], drawn[len(pools) :], strict=True)
+        return [Judged(pool, own, reference) for pool, own, reference in sides]
+
+    def publish(self, policy: TrainedPolicy, window: FrozenWindow, report: EvaluationReport) -> None:
+        self.progress.enter("publishing")
+        adapter = self.attempt / "adapter"
+        policy.save_adapter(adapter)
+        proof = fingerprint(policy, window.held_out)
+        self.lease.confirm()
+        record = publish(self.workplace.artefacts, adapter, proof, partial(self.manifest, window.data, report))
+        self.lease.finish_succeeded(record, report.model_dump_json())
+
+    def manifest(self, data: DataWindow, report: EvaluationReport, digest: str, files: dict[str, str]) -> Manifest:
+        place, method = self.workplace, self.spec.method.spec
+        return Manifest(
+            policy_id=f"pol-{digest[:16]}",
+            digest=digest,
+            base_policy_id=place.base_policy_id,
+            parent_policy_id=place.base_policy_id,
+            reward_model_id=place.reward_model_id,
+            job_id=self.lease.job_id,
+            epoch=self.lease.epoch,
+            created_at=time.time(),
+            spec=self.spec,
+            data=data,
+            report=report,
+            files=files,
+            lora_rank=method.lora_rank,
+            steps=method.steps,
+        )
+
+
+def prepare_torch(threads: int, device: torch.device) -> None:
+    """Make a step repeatable: sums split over the same threads, kernels chosen the same way."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+
+
+def require_same_reference(policy: TrainedPolicy, pools: Sequence[PromptPool]) -> None:
+    """Compare some logged log-probs with the trainer's own of the reference, once.
+
+    Raises JobFailed when they are another model's: weights, tokenizer or precision differ between serving and
+    training, and nothing that is learned would be what is served.
+    """
+    checked = spread(pools, SERVING_CHECK_PROMPTS)
+    groups = [TokenGroup(pool.prompt_ids, [pool.candidates[0].token_ids]) for pool in checked]
+    seen = [[pool.candidates[0].token_logprobs] for pool in checked]
+    difference = logprob_difference(policy, groups, seen, reference=True)
+    if not difference <= MAX_SERVING_DIFFERENCE:
+        message = f"logged log-probs differ from the trainer's by {difference:.2e} nats per token"
+        raise JobFailed("train_serve_mismatch", f"{message}; at most {MAX_SERVING_DIFFERENCE:.0e} is rounding")

@@ -1,0 +1,186 @@
+"""The worker's client of the two engines: sampling, scoring, log-probs, adapters.
+
+Owns sockets, bounds and the translation of what goes wrong. Does not own what is said (`vllm_protocol`) nor how
+long to be patient (`patience`). Synchronous on the outside, for a training loop; parallel on the inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+
+import aiohttp
+
+from bon_algos.contracts import Candidate, Sampling
+from bon_algos.vllm_protocol import (
+    ROLLOUT_PRIORITY,
+    Json,
+    classify_request,
+    completion_request,
+    logprob_request,
+    parse_classify,
+    parse_completion,
+    parse_prompt_logprobs,
+)
+from worker.errors import EngineUnavailable, JobFailed
+
+REQUEST_TIMEOUT_SECONDS = 180.0
+REQUESTS_IN_FLIGHT = 48
+"""Enough to fill an engine's batch; what waits here is not waiting inside the engine in front of users."""
+SEQUENCES_PER_SCORE_CALL = 256
+CHECK_SECONDS = 0.5
+
+Result = TypeVar("Result")
+
+
+class Draw(NamedTuple):
+    """n candidates of one prompt from one model, under one law."""
+
+    model: str
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    n: int
+
+
+class Scored(NamedTuple):
+    """A completion to have scored under a model: log-probs of its tokens."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+
+
+class Engines:
+    """Both engines, for one job. `check` is asked twice a second while a call is under way; when it raises, the
+    call is aborted: a cancelled or fenced job stops waiting."""
+
+    def __init__(self, policy_url: str, reward_url: str, reward_model_id: str, check: Callable[[], None]) -> None:
+        self._urls = {"policy": policy_url, "reward": reward_url}
+        self._reward_model_id = reward_model_id
+        self._check = check
+        self._runner = asyncio.Runner()
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+
+    def __enter__(self) -> Self:
+        self._runner.run(self._open())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner.run(self._close())
+        self._runner.close()
+
+    def sample(self, draws: Sequence[Draw]) -> list[list[Candidate]]:
+        """The candidates of each draw, in order; all draws in parallel, behind users' requests."""
+
+        def one(draw: Draw) -> Coroutine[Any, Any, list[Candidate]]:
+            body = completion_request(
+                draw.model, draw.prompt_ids, draw.n, draw.sampling, stream=False, priority=ROLLOUT_PRIORITY
+            )
+            return self._post("policy", "/v1/completions", body, lambda answer: parse_completion(answer, draw.n))
+
+        return self._run_all([one(draw) for draw in draws])
+
+    def score(self, token_ids: Sequence[Sequence[int]]) -> list[float]:
+        """The reward of each sequence, in order; raw scores of the reward model, possibly not finite."""
+
+        def one(part: Sequence[Sequence[int]]) -> Coroutine[Any, Any, list[float]]:
+            body = classify_request(self._reward_model_id, part)
+            return self._post("reward", "/classify", body, lambda answer: parse_classify(answer, len(part)))
+
+        parts = range(0, len(token_ids), SEQUENCES_PER_SCORE_CALL)
+        rewards = self._run_all([one(token_ids[i : i + SEQUENCES_PER_SCORE_CALL]) for i in parts])
+        return [reward for part in rewards for reward in part]
+
+    def token_logprobs(self, model: str, completions: Sequence[Scored]) -> list[list[float]]:
+        """Log-probs of each completion's tokens under a model the engine serves; nats."""
+
+        def one(scored: Scored) -> Coroutine[Any, Any, list[float]]:
+            body = logprob_request(model, scored.prompt_ids, scored.completion_ids)
+            tokens, prompt_length = [*scored.prompt_ids, *scored.completion_ids], len(scored.prompt_ids)
+            return self._post(
+                "policy", "/v1/completions", body, lambda answer: parse_prompt_logprobs(answer, tokens, prompt_length)
+            )
+
+        return self._run_all([one(scored) for scored in completions])
+
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Have the policy engine serve an adapter under a name that was never used before."""
+        body = {"lora_name": name, "lora_path": str(directory.resolve())}
+        self._run_all([self._request("policy", "POST", "/v1/load_lora_adapter", body)])
+
+    def unload_adapter(self, name: str) -> None:
+        """Have the policy engine forget an adapter; one it does not know is forgotten already."""
+        if name in self.served_models():
+            self._run_all([self._request("policy", "POST", "/v1/unload_lora_adapter", {"lora_name": name})])
+
+    def served_models(self) -> list[str]:
+        """Names the policy engine answers to: its base model and its adapters."""
+        body = self._run_all([self._request("policy", "GET", "/v1/models", None)])[0]
+        return [str(model["id"]) for model in json.loads(body)["data"]]
+
+    # --- the wire ------------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS, sock_connect=5)
+        for name, url in self._urls.items():
+            is_unix = url.startswith("unix://")
+            connector = aiohttp.UnixConnector(url.removeprefix("unix://"), limit=0) if is_unix else None
+            base = "http://engine" if is_unix else url
+            self._sessions[name] = aiohttp.ClientSession(base, connector=connector, timeout=timeout)
+
+    async def _close(self) -> None:
+        for session in self._sessions.values():
+            await session.close()
+
+    def _run_all(self, calls: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+        return self._runner.run(self._all(calls))
+
+    async def _all(self, calls: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+        free = asyncio.Semaphore(REQUESTS_IN_FLIGHT)
+
+        async def bounded(call: Coroutine[Any, Any, Result]) -> Result:
+            async with free:
+                return await call
+
+        tasks = [asyncio.ensure_future(bounded(call)) for call in calls]
+        try:
+            waiting = set(tasks)
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, timeout=CHECK_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+                for task in done:
+                    task.result()
+                self._check()
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for call in calls:
+                call.close()
+
+    async def _post(self, engine: str, path: str, body: Json, parse: Callable[[Json], Result]) -> Result:
+        answer = await self._request(engine, "POST", path, body)
+        try:
+            return parse(json.loads(answer))
+        except ValueError as error:  # MalformedReply, or no JSON at all
+            raise EngineUnavailable(f"the {engine} engine answered nonsense to {path}: {error}") from error
+
+    async def _request(self, engine: str, method: str, path: str, body: Json | None) -> bytes:
+        """One exchange. 4xx (but for `not found` and `too many`) is our own mistake and fails the job."""
+        try:
+            async with self._sessions[engine].request(method, path, json=body) as response:
+                content = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EngineUnavailable(f"the {engine} engine does not answer {path}: {type(error).__name__}") from error
+        status = response.status
+        if status in (404, 429) or status >= 500:
+            raise EngineUnavailable(f"the {engine} engine answered {status} to {path}")
+        if status >= 400:
+            detail = content[:300].decode(errors="replace")
+            raise JobFailed("engine_refused", f"the {engine} engine answered {status} to {path}: {detail}")
+        return content

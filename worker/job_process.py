@@ -1,0 +1,128 @@
+"""The process that trains one job: `python -m worker.job_process JOB EPOCH PARENT`.
+
+Owns how the process lives and ends: it dies with its parent, keeps the lease, and turns every reason to stop
+into the job's state. Does not own the training (`distillation`), whose libraries it loads only once the
+heartbeat runs.
+
+Exit 0: the job's state is settled, or is somebody else's to settle. Anything else: the parent gives it back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import redis
+
+from bon_algos.chat import ChatTokenizer
+from bon_algos.contracts import JobSpec, job_key
+from worker import lease as leases
+from worker.errors import EngineUnavailable, JobCancelled, JobFailed, LeaseLost
+from worker.lease import Lease
+from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from worker.distillation import Workplace
+    from worker.engine import Engines
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+REDIS_TIMEOUT_SECONDS = 5.0
+
+
+def main(job_id: str, epoch: int, parent: int) -> int:
+    die_with(parent)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    settings = WorkerSettings()
+    # Read by libraries when they are loaded, which happens below.
+    os.environ |= {"OMP_NUM_THREADS": str(settings.torch_threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    client = redis.Redis.from_url(settings.redis_url, socket_timeout=REDIS_TIMEOUT_SECONDS)
+    lease = Lease(
+        client,
+        job_id,
+        epoch,
+        lease_seconds=settings.lease_seconds,
+        heartbeat_seconds=settings.heartbeat_seconds,
+    )
+    with client, lease:
+        settle(client, lease, settings)
+    return 0
+
+
+def die_with(parent: int) -> None:
+    """Be killed when the parent dies, however it dies; at once when it already has."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        sys.exit(f"the parent {parent} is gone")
+
+
+def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
+    """Run the job and write down how it ended. What is no reason of ours to stop goes on to the parent."""
+    try:
+        run(client, lease, settings)
+    except JobFailed as failure:
+        log.error("job failed: %s", failure)
+        lease.finish_failed(failure.code, failure.message)
+    except JobCancelled:
+        with suppress(LeaseLost):  # the very script that meant to finish it may have cancelled it
+            lease.finish_cancelled()
+    except LeaseLost as loss:
+        log.warning("stopped, nothing more is written: %s", loss)
+    except EngineUnavailable as away:
+        leases.release(client, lease.job_id, lease.epoch, str(away))
+
+
+def run(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
+    from worker.distillation import Distillation
+    from worker.engine import Engines
+
+    spec = JobSpec.model_validate_json(client.hget(job_key(lease.job_id), "spec") or b"")
+    with Engines(
+        settings.policy_engine_url, settings.reward_engine_url, settings.reward_model_id, lease.check
+    ) as engines:
+        Distillation(spec, lease, workplace(client, engines, settings)).run()
+
+
+def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -> Workplace:
+    import torch
+
+    from worker.distillation import Workplace
+
+    return Workplace(
+        client=client,
+        engines=engines,
+        reward_tokenizer=read_tokenizer(settings.reward_directory),
+        artefacts=settings.artefacts,
+        policy_directory=settings.policy_directory,
+        base_policy_id=settings.base_policy_id,
+        reward_model_id=settings.reward_model_id,
+        reward_max_tokens=settings.reward_max_model_len,
+        device=torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        torch_threads=settings.torch_threads,
+        checkpoint_steps=settings.checkpoint_steps,
+        checkpoint_seconds=settings.checkpoint_seconds,
+        engine_patience_seconds=settings.engine_patience_seconds,
+    )
+
+
+def read_tokenizer(directory: Path) -> ChatTokenizer:
+    template = directory / "chat_template.jinja"
+    return ChatTokenizer(
+        (directory / "tokenizer.json").read_text(),
+        json.loads((directory / "tokenizer_config.json").read_text()),
+        template.read_text() if template.exists() else None,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

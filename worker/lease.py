@@ -1,0 +1,257 @@
+"""One owner per job: a lease on Redis' clock with a fencing token, the epoch.
+
+Owns the scripts by which a job is claimed, kept, reported on, given back and ended, and the thread that keeps
+it. Every write a worker makes to Redis goes through one of them and is refused when a newer epoch exists.
+Does not own re-tries or dispatch: those are the service's reconciler.
+
+A process that was frozen past its lease and wakes is stopped by two things: its own monotonic clock (a beat
+older than one lease counts for nothing) and the epoch (whatever it still sends is refused).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Final, Literal, Self, TypeVar, cast
+
+import redis
+
+from bon_algos.contracts import (
+    POLICIES_INDEX,
+    JobPhase,
+    PolicyRecord,
+    job_events_key,
+    job_key,
+    policy_key,
+)
+from worker.errors import JobCancelled, LeaseLost
+
+log = logging.getLogger(__name__)
+
+EVENTS_KEPT: Final = 10_000
+REASON_KEPT: Final = 2000
+"""Characters, from the end: of a log the tail says what happened."""
+
+REDIS_RETRY_SECONDS: Final = 0.5
+
+_NOW: Final = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
+_FENCE: Final = (
+    "if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'running'\n"
+    "then return 0 end\n"
+)
+_CANCEL_OR_OK: Final = (
+    "local c = redis.call('HGET', KEYS[1], 'cancel'); if c and c ~= '' and c ~= '0' then return 2 end; return 1\n"
+)
+
+CLAIM: Final = (
+    _NOW
+    + """
+local job = redis.call('HMGET', KEYS[1], 'state', 'lease_until', 'cancel')
+if job[1] ~= 'queued' and job[1] ~= 'running' then return -1 end
+if job[1] == 'running' and tonumber(job[2] or '0') > now then return -2 end
+if job[3] and job[3] ~= '' and job[3] ~= '0' then
+  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'phase', 'done', 'finished_at', now / 1000)
+  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'phase', 'done', 'state', 'cancelled')
+  return -3
+end
+local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+redis.call('HINCRBY', KEYS[1], 'attempts', 1)
+redis.call('HSETNX', KEYS[1], 'started_at', now / 1000)
+redis.call('HSET', KEYS[1], 'state', 'running', 'lease_until', string.format('%d', now + ARGV[1]), 'worker', ARGV[2])
+return epoch
+"""
+)
+"""KEYS job, events. ARGV lease ms, worker, events kept. -> epoch; -1 final or unknown, -2 held, -3 now cancelled."""
+
+BEAT: Final = (
+    _NOW + _FENCE + "redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[2]))\n" + _CANCEL_OR_OK
+)
+"""KEYS job. ARGV epoch, lease ms. -> 0 fenced, 1 kept, 2 kept and cancellation is requested."""
+
+PROGRESS: Final = (
+    _FENCE
+    + """
+redis.call('HSET', KEYS[1], 'phase', ARGV[3], 'step', ARGV[4], 'steps', ARGV[5], 'metrics', ARGV[6],
+  'seconds_left', ARGV[7])
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'phase', ARGV[3], 'step', ARGV[4], 'metrics', ARGV[6])
+"""
+    + _CANCEL_OR_OK
+)
+"""KEYS job, events. ARGV epoch, events kept, phase, step, steps, metrics, seconds left. -> as BEAT."""
+
+RELEASE: Final = _FENCE + "redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])\nreturn 1\n"
+"""KEYS job. ARGV epoch, reason. -> 0 fenced, 1 given back: the reconciler takes it up or counts it out."""
+
+FINISH: Final = (
+    _NOW
+    + _FENCE
+    + """
+local c = redis.call('HGET', KEYS[1], 'cancel')
+local state, answer = ARGV[2], 1
+if state == 'succeeded' and c and c ~= '' and c ~= '0' then state, answer = 'cancelled', 2 end
+redis.call('HSET', KEYS[1], 'state', state, 'phase', 'done', 'finished_at', now / 1000, 'lease_until', '0',
+  'seconds_left', '')
+if state == 'succeeded' then
+  redis.call('HSETNX', KEYS[3], 'version', '1')
+  redis.call('HSETNX', KEYS[3], 'record', ARGV[4])
+  redis.call('ZADD', KEYS[4], 'NX', ARGV[5], ARGV[6])
+  redis.call('HSET', KEYS[1], 'policy_id', ARGV[6], 'report', ARGV[7])
+elseif state == 'failed' then
+  redis.call('HSET', KEYS[1], 'error_code', ARGV[4], 'error_message', ARGV[5])
+end
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'phase', 'done', 'state', state)
+return answer
+"""
+)
+"""KEYS job, events[, policy, policies]. ARGV epoch, state, events kept, then for `succeeded` record, created_at,
+policy id, report; for `failed` code, message. -> 0 fenced, 1 done, 2 done as cancelled: a success that comes
+after a cancellation is none. A policy that exists already is left as it is."""
+
+Answer = TypeVar("Answer")
+ClaimRefusal = Literal["final", "held", "cancelled"]
+_REFUSALS: Final[dict[int, ClaimRefusal]] = {-1: "final", -2: "held", -3: "cancelled"}
+
+
+def claim(client: redis.Redis, job_id: str, *, lease_seconds: float, worker: str) -> int | ClaimRefusal:
+    """Take the job for one lease; the new epoch, or why not."""
+    keys = (job_key(job_id), job_events_key(job_id))
+    answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker, EVENTS_KEPT))
+    return _REFUSALS.get(answer, answer)
+
+
+def release(client: redis.Redis, job_id: str, epoch: int, reason: str) -> bool:
+    """Give a job back unfinished, with the reason for a person to read; False when another epoch holds it."""
+    return _run(client, RELEASE, (job_key(job_id),), (epoch, reason[-REASON_KEPT:])) == 1
+
+
+class Lease:
+    """A claimed job, kept by a thread that beats until the block is left.
+
+    `check` is for the training loop, once a step: it raises as soon as the job must stop.
+    """
+
+    def __init__(
+        self, client: redis.Redis, job_id: str, epoch: int, *, lease_seconds: float, heartbeat_seconds: float
+    ) -> None:
+        self.job_id = job_id
+        self.epoch = epoch
+        self._client = client
+        self._lease_seconds = lease_seconds
+        self._heartbeat_seconds = min(heartbeat_seconds, lease_seconds / 3)
+        self._valid_until = time.monotonic() + lease_seconds
+        self._fenced = False
+        self._cancelled = False
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"heartbeat-{job_id}", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raises LeaseLost or JobCancelled when the job must stop here."""
+        if self._fenced or time.monotonic() > self._valid_until:
+            raise LeaseLost(f"{self.job_id}: epoch {self.epoch} no longer holds the lease")
+        if self._cancelled:
+            raise JobCancelled(self.job_id)
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass; raises like `check`, as soon as there is a reason to."""
+        self._wake.wait(seconds)
+        self.check()
+
+    def beat(self) -> None:
+        """Extend the lease now and learn of fencing and cancellation; raises like `check`, or RedisError."""
+        asked_at = time.monotonic()
+        answer = _run(self._client, BEAT, (job_key(self.job_id),), (self.epoch, _ms(self._lease_seconds)))
+        self._note(answer, asked_at)
+        self.check()
+
+    def confirm(self) -> None:
+        """Have Redis say that this epoch still holds the job; raises like `check`, at the latest when the lease
+        runs out while Redis is away. Asked before an effect that outlives the process: a rename of a checkpoint
+        or a policy, which then has a whole lease left to happen in."""
+        self._until_redis_answers(self.beat)
+
+    def progress(
+        self, phase: JobPhase, step: int, steps: int, metrics: Mapping[str, float], seconds_left: float | None
+    ) -> None:
+        """Report where the job is; raises like `check`. Redis being away is no reason to stop: the lease is."""
+        left = "" if seconds_left is None else f"{seconds_left:.1f}"
+        values = (self.epoch, EVENTS_KEPT, phase, step, steps, json.dumps(dict(metrics)), left)
+        try:
+            answer = _run(self._client, PROGRESS, (job_key(self.job_id), job_events_key(self.job_id)), values)
+        except redis.RedisError as error:
+            log.warning("progress of %s was not recorded: %s", self.job_id, type(error).__name__)
+        else:
+            self._note(answer, None)
+        self.check()
+
+    def finish_succeeded(self, policy: PolicyRecord, report_json: str) -> None:
+        """End the job and register its policy, in one script. Raises LeaseLost, JobCancelled or RedisError."""
+        keys = (job_key(self.job_id), job_events_key(self.job_id), policy_key(policy.id), POLICIES_INDEX)
+        values = ("succeeded", EVENTS_KEPT, policy.model_dump_json(), policy.created_at, policy.id, report_json)
+        if self._finish(keys, values) == 2:
+            raise JobCancelled(self.job_id)
+
+    def finish_failed(self, code: str, message: str) -> None:
+        keys = (job_key(self.job_id), job_events_key(self.job_id))
+        self._finish(keys, ("failed", EVENTS_KEPT, code, message))
+
+    def finish_cancelled(self) -> None:
+        self._finish((job_key(self.job_id), job_events_key(self.job_id)), ("cancelled", EVENTS_KEPT))
+
+    def _finish(self, keys: tuple[str, ...], values: tuple[str | int | float, ...]) -> int:
+        answer = self._until_redis_answers(lambda: _run(self._client, FINISH, keys, (self.epoch, *values)))
+        if answer == 0:
+            self._fenced = True
+            raise LeaseLost(f"{self.job_id}: epoch {self.epoch} came too late to finish")
+        self._stopping.set()
+        return answer
+
+    def _until_redis_answers(self, ask: Callable[[], Answer]) -> Answer:
+        while True:
+            try:
+                return ask()
+            except redis.RedisError as error:
+                log.warning("Redis is away from %s: %s", self.job_id, type(error).__name__)
+                self._stopping.wait(REDIS_RETRY_SECONDS)
+                if self._fenced or time.monotonic() > self._valid_until:
+                    raise LeaseLost(f"{self.job_id}: Redis was away for a whole lease") from error
+
+    def _note(self, answer: int, asked_at: float | None) -> None:
+        self._fenced = self._fenced or answer == 0
+        self._cancelled = self._cancelled or answer == 2
+        if answer != 0 and asked_at is not None:
+            # Counted from before the question: the answer may have been a long time on its way.
+            self._valid_until = max(self._valid_until, asked_at + self._lease_seconds)
+        if self._fenced or self._cancelled:
+            self._wake.set()
+
+    def _keep(self) -> None:
+        while not self._fenced and not self._stopping.wait(self._heartbeat_seconds):
+            try:
+                self.beat()
+            except redis.RedisError as error:
+                log.warning("heartbeat of %s failed: %s", self.job_id, type(error).__name__)
+            except (LeaseLost, JobCancelled):
+                self._wake.set()
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _run(client: redis.Redis, script: str, keys: tuple[str, ...], values: tuple[str | int | float, ...]) -> int:
+    return int(cast(int, client.eval(script, len(keys), *keys, *values)))

@@ -1,0 +1,116 @@
+"""The loop around training: feed a step, report it, keep a state, stop at once when the job must.
+
+Owns the interval of checkpoints and where a step's groups come from. Does not own the step (`train`), its loss
+(`bon_algos`) or the engine (`rollouts`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from bon_algos.algorithms import FreshGroup, LoggedStep, OnPolicyStep
+from worker import checkpoint
+from worker.dataset import FrozenWindow, PromptPool
+from worker.errors import EngineUnavailable
+from worker.lease import Lease
+from worker.patience import patiently
+from worker.progress import Progress
+from worker.rollouts import Rollouts, live_metrics, spread
+from worker.train import Training, batch_of
+
+log = logging.getLogger(__name__)
+
+LIVE_PROMPTS = 32
+"""Held-out prompts of which one sample each tells how a policy that learns from the ledger is doing."""
+
+
+class Loop:
+    """One attempt's training, from the step its state has reached to the last."""
+
+    def __init__(
+        self,
+        training: Training,
+        window: FrozenWindow,
+        *,
+        lease: Lease,
+        progress: Progress,
+        rollouts: Rollouts,
+        attempt: Path,
+        prompts_per_step: int,
+        seed: int,
+        checkpoint_steps: int,
+        checkpoint_seconds: float,
+        patience_seconds: float,
+    ) -> None:
+        self._training = training
+        self._window = window
+        self._lease = lease
+        self._progress = progress
+        self._rollouts = rollouts
+        self._attempt = attempt
+        self._prompts_per_step, self._seed = prompts_per_step, seed
+        self._checkpoint_steps, self._checkpoint_seconds = checkpoint_steps, checkpoint_seconds
+        self._patience_seconds = patience_seconds
+        self._fresh: deque[tuple[list[FreshGroup], dict[str, float]]] = deque()
+
+    def run(self, steps: int) -> None:
+        training, saved_step, saved_at = self._training, self._training.done, time.monotonic()
+        while training.done < steps:
+            self._lease.check()
+            metrics = self._learn(steps)
+            self._progress.step(training.done, metrics)
+            is_due = training.done - saved_step >= self._checkpoint_steps
+            if is_due or training.done == steps or time.monotonic() - saved_at >= self._checkpoint_seconds:
+                self._save()
+                saved_step, saved_at = training.done, time.monotonic()
+
+    def _learn(self, steps: int) -> dict[str, float]:
+        match self._training.step:
+            case LoggedStep():
+                return self._training.learn_logged([pool.logged_group for pool in self._batch(self._training.done)])
+            case OnPolicyStep(refresh_steps=refresh_steps):
+                if not self._fresh:
+                    last = min(self._training.done + refresh_steps, steps)
+                    self._refresh([self._batch(step) for step in range(self._training.done, last)])
+                groups, live = self._fresh.popleft()
+                return live | self._training.learn_fresh(groups)
+
+    def _batch(self, step: int) -> list[PromptPool]:
+        return batch_of(self._window.train, step, size=self._prompts_per_step, seed=self._seed)
+
+    def _refresh(self, batches: Sequence[list[PromptPool]]) -> None:
+        """Fresh groups for the coming steps, all drawn from the policy and the anchor as they are now."""
+        training = self._training
+        assert training.anchor is not None
+        anchor, pools = training.anchor.tensors, [pool for batch in batches for pool in batch]
+        groups, samples = patiently(
+            lambda: self._rollouts.fresh_groups(training.policy, anchor, pools),
+            self._lease.wait,
+            self._patience_seconds,
+        )
+        start = 0
+        for batch in batches:
+            part = slice(start, start + len(batch))
+            self._fresh.append((groups[part], live_metrics(training.policy, batch, samples[part])))
+            start += len(batch)
+
+    def _save(self) -> None:
+        if isinstance(self._training.step, LoggedStep):
+            self._progress.step(self._training.done, self._measure_live())
+        self._lease.confirm()
+        checkpoint.save(self._attempt, self._training.state({"metrics": self._progress.metrics}))
+
+    def _measure_live(self) -> dict[str, float]:
+        """One sample each of some held-out prompts; nothing when the engine is away: this training needs none."""
+        pools = spread(self._window.held_out, LIVE_PROMPTS)
+        try:
+            with self._rollouts.served(self._training.policy) as name:
+                drawn = self._rollouts.draw([(name, pool, 1) for pool in pools])
+        except EngineUnavailable as error:
+            log.warning("no live metrics at step %d: %s", self._training.done, error)
+            return {}
+        return live_metrics(self._training.policy, pools, [group[0] for group in drawn])

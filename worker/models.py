@@ -1,0 +1,170 @@
+"""The policy in training: a base model whose weights never move, and a LoRA adapter that does.
+
+Owns loading, which weights train, log-probs under the policy, its anchor and its reference, and the adapter's
+files. Does not own log-prob arithmetic (`bon_algos.logprobs`) nor the anchor's motion (`bon_algos.anchor`).
+
+There is one copy of the base model. The reference is the same weights with LoRA's B at zero, which adds exactly
+nothing; the anchor is the same weights with its own B. Both are worn for the length of a call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from bon_algos.logprobs import TokenGroup, sequence_logprobs, token_logprobs
+from worker.durable import staged
+
+ADAPTER_NAME = "default"
+ROWS_TOKENS = 16_384
+"""Tokens, padding included, of one forward pass without gradients."""
+
+
+class TrainedPolicy:
+    """A base model with one adapter in training. All parameters that train are float32."""
+
+    def __init__(self, model: PeftModel, base_policy_id: str, *, rank: int, alpha: float, train_factor_a: bool) -> None:
+        self.model = model
+        self._base_policy_id = base_policy_id
+        self._rank, self._alpha = rank, alpha
+        self._factors = {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self._factors and (train_factor_a or ".lora_B." in name))
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """By name, what the optimiser moves."""
+        return {name: parameter for name, parameter in self._factors.items() if parameter.requires_grad}
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """A and B of every layer, copied: the adapter's whole state."""
+        return {name: parameter.detach().clone() for name, parameter in self._factors.items()}
+
+    @torch.no_grad()
+    def load_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Take up a saved state. KeyError when a factor is missing."""
+        for name, parameter in self._factors.items():
+            parameter.copy_(factors[name])
+
+    def logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
+        """log π of completions; differentiable. For each group (N,), nats."""
+        return sequence_logprobs(self.model, groups)
+
+    def reference_logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
+        """log π_ref of completions, no gradient. For each group (N,), nats."""
+        return self.logprobs_wearing(self._zero_b(), groups)
+
+    def logprobs_wearing(self, factors: Mapping[str, Tensor], groups: Sequence[TokenGroup]) -> list[Tensor]:
+        """log-probs with some factors replaced, no gradient. For each group (N,), nats."""
+        with torch.no_grad(), self._wearing(factors):
+            return [
+                logprob_N
+                for part in parts_by_tokens(groups)
+                for logprob_N in sequence_logprobs(self.model, groups[part])
+            ]
+
+    def token_logprobs(self, groups: Sequence[TokenGroup], *, reference: bool) -> list[list[list[float]]]:
+        """log-prob of every token of every completion, under the policy or its reference; nats."""
+        with torch.no_grad(), self._wearing(self._zero_b() if reference else {}):
+            return [
+                [logprob_L.tolist() for logprob_L in group]
+                for part in parts_by_tokens(groups)
+                for group in token_logprobs(self.model, groups[part])
+            ]
+
+    def _zero_b(self) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(p) for name, p in self._factors.items() if ".lora_B." in name}
+
+    @contextmanager
+    def _wearing(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
+        # Through .data: a graph that is waiting for its backward pass holds the parameters themselves, and a
+        # write into them would spoil it; by the time it runs they are what they were.
+        own = {name: self._factors[name].data for name in factors}
+        try:
+            for name, tensor in factors.items():
+                self._factors[name].data = tensor.to(own[name])
+            yield
+        finally:
+            for name, tensor in own.items():
+                self._factors[name].data = tensor
+
+    def save_adapter(self, directory: Path, replaced: Mapping[str, Tensor] | None = None) -> None:
+        """Write the adapter in PEFT's format; `replaced` overrides factors (the anchor's B).
+
+        The same factors give the same bytes: no path, time or order of a set finds its way in.
+        """
+        factors = {**self.factors, **(replaced or {})}
+        with staged(directory) as aside:
+            tensors = {_file_name(name): tensor.contiguous().cpu() for name, tensor in factors.items()}
+            save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+            (aside / "adapter_config.json").write_text(json.dumps(self._config(), indent=2, sort_keys=True))
+
+    def _config(self) -> dict[str, object]:
+        modules = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in self._factors}
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self._base_policy_id,
+            "r": self._rank,
+            "lora_alpha": self._alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "modules_to_save": None,
+            "use_dora": False,
+            "use_rslora": False,
+            "target_modules": sorted(modules),
+        }
+
+
+def open_policy(
+    directory: Path,
+    base_policy_id: str,
+    *,
+    rank: int,
+    alpha: float,
+    train_factor_a: bool,
+    seed: int,
+    device: torch.device,
+) -> TrainedPolicy:
+    """The base model from a local directory with a new adapter on every linear layer but the head.
+
+    The seed settles A; B is zero, so the policy begins as its reference. float32 on CPU, bf16 weights under a
+    float32 adapter on CUDA.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    base: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    base.to(device)
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config, adapter_name=ADAPTER_NAME)
+    # No dropout exists in LoRA's configuration above, but some base models bring their own.
+    model.eval()
+    return TrainedPolicy(model, base_policy_id, rank=rank, alpha=alpha, train_factor_a=train_factor_a)
+
+
+def parts_by_tokens(groups: Sequence[TokenGroup], max_tokens: int = ROWS_TOKENS) -> Iterator[slice]:
+    """Consecutive parts whose padded rows stay within `max_tokens`; a group larger than that is one by itself."""
+    start = rows = longest = 0
+    for index, group in enumerate(groups):
+        length = len(group.prompt_ids) + max(len(completion) for completion in group.completion_ids)
+        longest, rows = max(longest, length), rows + len(group.completion_ids)
+        if index > start and longest * rows > max_tokens:
+            yield slice(start, index)
+            start, rows, longest = index, len(group.completion_ids), length
+    yield slice(start, len(groups))
+
+
+def _file_name(parameter_name: str) -> str:
+    """`base_model.model.….lora_B.default.weight` stands in files without the adapter's name."""
+    return parameter_name.replace(f".{ADAPTER_NAME}.weight", ".weight")

@@ -1,0 +1,166 @@
+"""Fresh samples of the policy in training: drawn from the engine that serves users, scored by its reward model.
+
+Owns the adapters a job lends to the engine, their names (never used twice, gone when the block is left) and the
+scoring of what was drawn. Does not own HTTP (`engine`) nor what samples are for (`train`, `evaluate`).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from math import isfinite
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bon_algos.algorithms import FreshGroup
+from bon_algos.chat import ChatTokenizer, reward_token_ids
+from bon_algos.contracts import Candidate
+from bon_algos.logprobs import TokenGroup
+from worker.dataset import INCOMPLETE_PENALTY, PromptPool, ranking_reward
+from worker.engine import Draw, Engines
+from worker.errors import EngineUnavailable
+from worker.models import TrainedPolicy
+
+log = logging.getLogger(__name__)
+
+UNSCORED = -2 * INCOMPLETE_PENALTY
+"""Ranks a completion that the reward model cannot read below all others: it is never served."""
+
+
+class Rollout(NamedTuple):
+    """One fresh completion."""
+
+    candidate: Candidate
+    reward: float | None
+    """As the reward model says; None when it could not."""
+    ranking_reward: float
+
+    @property
+    def logprob(self) -> float:
+        """Under the policy that was sampled, as the engine saw it; nats."""
+        return sum(self.candidate.logprobs)
+
+
+class Rollouts:
+    """A job's use of the engines."""
+
+    def __init__(
+        self,
+        engines: Engines,
+        reward_tokenizer: ChatTokenizer,
+        *,
+        directory: Path,
+        job_id: str,
+        attempt: str,
+        reward_max_tokens: int,
+    ) -> None:
+        self.engines = engines
+        self._reward_tokenizer = reward_tokenizer
+        self._directory = directory
+        self._job_prefix = f"{job_id}-"
+        self._attempt = attempt
+        self._reward_max_tokens = reward_max_tokens
+        self._numbers = count()
+
+    def unload_leftovers(self) -> None:
+        """Have the engine forget what a dead attempt of this job lent to it. An engine that is away has."""
+        try:
+            for name in self.engines.served_models():
+                if name.startswith(self._job_prefix):
+                    self.engines.unload_adapter(name)
+        except EngineUnavailable as error:
+            log.warning("leftovers of an earlier attempt may still be loaded: %s", error)
+
+    @contextmanager
+    def served(self, policy: TrainedPolicy, replaced: Mapping[str, Tensor] | None = None) -> Iterator[str]:
+        """The name under which the engine serves the policy as it is now, or with some factors replaced."""
+        name = f"{self._job_prefix}{self._attempt}-{next(self._numbers)}"
+        directory = self._directory / name
+        policy.save_adapter(directory, replaced)
+        try:
+            self.engines.load_adapter(name, directory)
+            yield name
+        finally:
+            try:
+                self.engines.unload_adapter(name)
+            except EngineUnavailable as error:
+                log.warning("adapter %s may still be loaded: %s", name, error)
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def draw(self, requests: Sequence[tuple[str, PromptPool, int]]) -> list[list[Rollout]]:
+        """(model, prompt, n) each: its scored completions. All are drawn at once, then scored in one go."""
+        draws = [Draw(model, pool.prompt_ids, pool.sampling, n) for model, pool, n in requests]
+        drawn = self.engines.sample(draws)
+        pairs = [(pool, one) for (_, pool, _), group in zip(requests, drawn, strict=True) for one in group]
+        rollouts = iter(self._score(pairs))
+        return [[next(rollouts) for _ in group] for group in drawn]
+
+    def fresh_groups(
+        self, policy: TrainedPolicy, anchor: Mapping[str, Tensor], pools: Sequence[PromptPool]
+    ) -> tuple[list[FreshGroup], list[Rollout]]:
+        """One sample of the policy and two of its anchor for each prompt; and the policy's samples by themselves."""
+        with self.served(policy) as policy_name, self.served(policy, anchor) as anchor_name:
+            requests = [(policy_name, pool, 1) for pool in pools] + [(anchor_name, pool, 2) for pool in pools]
+            drawn = self.draw(requests)
+        own = [group[0] for group in drawn[: len(pools)]]
+        groups = [
+            FreshGroup(
+                pool.prompt_ids,
+                sample.candidate.token_ids,
+                sample.ranking_reward,
+                (first.candidate.token_ids, second.candidate.token_ids),
+                (first.ranking_reward, second.ranking_reward),
+            )
+            for pool, sample, (first, second) in zip(pools, own, drawn[len(pools) :], strict=True)
+        ]
+        return groups, own
+
+    def _score(self, pairs: Sequence[tuple[PromptPool, Candidate]]) -> list[Rollout]:
+        tokens = [
+            reward_token_ids(self._reward_tokenizer, pool.prompt, pool.messages, candidate.text)
+            for pool, candidate in pairs
+        ]
+        readable = [index for index, ids in enumerate(tokens) if len(ids) <= self._reward_max_tokens]
+        scores = dict(zip(readable, self.engines.score([tokens[i] for i in readable]), strict=True))
+        return [_rollout(candidate, scores.get(index)) for index, (_, candidate) in enumerate(pairs)]
+
+
+def _rollout(candidate: Candidate, score: float | None) -> Rollout:
+    if score is None or not isfinite(score):
+        return Rollout(candidate, None, UNSCORED)
+    return Rollout(candidate, score, ranking_reward(candidate, score))
+
+
+def spread(pools: Sequence[PromptPool], at_most: int) -> list[PromptPool]:
+    """At most so many pools, evenly spread."""
+    count = min(at_most, len(pools))
+    return [pools[i * len(pools) // count] for i in range(count)]
+
+
+def live_metrics(policy: TrainedPolicy, pools: Sequence[PromptPool], samples: Sequence[Rollout]) -> dict[str, float]:
+    """What one fresh sample of the policy per prompt says: its reward, KL(policy ‖ reference) in nats, and its
+    win rate against the reference's logged candidates of the same prompt."""
+    tokens = [
+        TokenGroup(pool.prompt_ids, [sample.candidate.token_ids]) for pool, sample in zip(pools, samples, strict=True)
+    ]
+    reference = [float(logprob_1) for logprob_1 in policy.reference_logprobs(tokens)]
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
+    wins = [
+        (sample.ranking_reward > one.ranking_reward) + (sample.ranking_reward == one.ranking_reward) / 2
+        for pool, sample in zip(pools, samples, strict=True)
+        for one in pool.candidates
+    ]
+    metrics = {
+        "kl_policy_reference": fmean(
+            sample.logprob - logprob for sample, logprob in zip(samples, reference, strict=True)
+        ),
+        "win_rate": fmean(wins),
+        "tokens": fmean(len(sample.candidate.token_ids) for sample in samples),
+    }
+    return metrics | ({"reward": fmean(rewards)} if rewards else {})

@@ -1,0 +1,61 @@
+"""What Celery runs: claim the job, train it in a process of its own, give it back if that process died.
+
+Owns the process. Does not own the training (`job_process`) and loads none of its libraries: an idle worker is
+small, and a device is never touched before a process of its own holds the job.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import redis
+
+from worker import lease
+
+log = logging.getLogger(__name__)
+
+REDIS_TIMEOUT_SECONDS = 5.0
+LOG_TAIL_BYTES = 2000
+
+
+def distill(job_id: str, *, redis_url: str, artefacts: Path, lease_seconds: float) -> None:
+    """Drive one job to its end, or do nothing when it is not this worker's to drive. Safe to run twice."""
+    with redis.Redis.from_url(redis_url, socket_timeout=REDIS_TIMEOUT_SECONDS) as client:
+        worker = f"{socket.gethostname()}:{os.getpid()}"
+        epoch = lease.claim(client, job_id, lease_seconds=lease_seconds, worker=worker)
+        if isinstance(epoch, str):
+            log.info("job %s is not to be run: %s", job_id, epoch)
+            return
+        log_file = artefacts / "jobs" / job_id / f"{epoch}.log"
+        exit_code = run_job_process(job_id, epoch, log_file)
+        if exit_code != 0:
+            reason = f"training process ended with {exit_code}\n{tail(log_file)}"
+            log.error("job %s, epoch %d: %s", job_id, epoch, reason)
+            lease.release(client, job_id, epoch, reason)
+
+
+def run_job_process(job_id: str, epoch: int, log_file: Path) -> int:
+    """Train in a session of its own that never outlives this process; its exit code."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "worker.job_process", job_id, str(epoch), str(os.getpid())]
+    with log_file.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def tail(log_file: Path) -> str:
+    with log_file.open("rb") as lines:
+        lines.seek(max(0, log_file.stat().st_size - LOG_TAIL_BYTES))
+        return lines.read().decode(errors="replace")

@@ -1,0 +1,144 @@
+"""The training loop: a batch, a loss, a step, and a state that can be taken up again. Knows no algorithm.
+
+Owns the order of prompts, the optimiser and what a checkpoint contains. Does not own losses (`bon_algos`),
+samples (`rollouts`), files (`checkpoint`) or reporting: they are passed in.
+
+Everything that decides a step (its prompts, its learning rate) is a function of the seed and the number of the
+step, so a run that was interrupted makes the same steps as one that was not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from bon_algos.algorithms import FreshGroup, LoggedGroup, LoggedStep, OnPolicyStep, Step, StepLoss
+from bon_algos.anchor import EmaAnchor
+from worker.checkpoint import TrainingState
+from worker.errors import JobFailed
+from worker.models import TrainedPolicy, parts_by_tokens
+
+TRAINING_ROWS_TOKENS = 8_192
+"""Tokens, padding included, of one forward and backward pass over logged groups."""
+
+Item = TypeVar("Item")
+
+
+def batch_of(items: Sequence[Item], step: int, *, size: int, seed: int) -> list[Item]:
+    """The items of a step: rounds over all of them, each in an order of its own, cut into batches.
+
+    A round that does not end with a whole batch is continued by the next, so with fewer items than `size` one
+    batch holds an item more than once.
+    """
+    first = step * size
+    return [
+        items[_order(len(items), place // len(items), seed)[place % len(items)]] for place in range(first, first + size)
+    ]
+
+
+def _order(num_items: int, round_number: int, seed: int) -> list[int]:
+    order = list(range(num_items))
+    random.Random(f"{seed}/{round_number}").shuffle(order)
+    return order
+
+
+class Training:
+    """A policy on its way: optimiser, anchor and the number of steps done."""
+
+    def __init__(
+        self,
+        policy: TrainedPolicy,
+        step: Step,
+        *,
+        learning_rate: float,
+        warmup_steps: int,
+        max_grad_norm: float,
+    ) -> None:
+        self.policy = policy
+        self.done = 0
+        self.step = step
+        self._learning_rate, self._warmup_steps = learning_rate, warmup_steps
+        self._max_grad_norm = max_grad_norm
+        self._parameters = policy.trained
+        self._optimiser = torch.optim.AdamW(self._parameters.values(), lr=learning_rate, weight_decay=0.0)
+        self.anchor = EmaAnchor(self._parameters) if isinstance(step, OnPolicyStep) else None
+
+    def learn_logged(
+        self, groups: Sequence[LoggedGroup], rows_tokens: int = TRAINING_ROWS_TOKENS
+    ) -> dict[str, float]:
+        """One step on logged groups, in parts of at most `rows_tokens` padded tokens; its metrics."""
+        assert isinstance(self.step, LoggedStep)
+        totals: dict[str, float] = {}
+        for part in parts_by_tokens([group.tokens for group in groups], rows_tokens):
+            share = len(groups[part]) / len(groups)
+            outcome = self.step.loss(groups[part], self.policy.logprobs)
+            torch.autograd.backward(outcome.loss * share)
+            for name, value in _numbers(outcome).items():
+                totals[name] = totals.get(name, 0.0) + share * value
+        return self._apply(totals)
+
+    def learn_fresh(self, groups: Sequence[FreshGroup]) -> dict[str, float]:
+        """One step on fresh groups; the anchor follows. Its metrics."""
+        assert isinstance(self.step, OnPolicyStep)
+        anchor = self.anchor
+        assert anchor is not None
+        tensors = anchor.tensors
+        outcome = self.step.loss(
+            groups, self.policy.logprobs, lambda tokens: self.policy.logprobs_wearing(tensors, tokens)
+        )
+        torch.autograd.backward(outcome.loss)
+        metrics = self._apply(_numbers(outcome))
+        anchor.update(self._parameters, self.step.anchor_rate)
+        return metrics
+
+    def _apply(self, metrics: dict[str, float]) -> dict[str, float]:
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm))
+        if not torch.isfinite(torch.tensor([norm, metrics["loss"]])).all():
+            numbers = f"loss {metrics['loss']}, gradient norm {norm}"
+            raise JobFailed("loss_not_finite", f"step {self.done + 1}: {numbers}")
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._learning_rate * min(1.0, (self.done + 1) / max(1, self._warmup_steps))
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self.done += 1
+        return {**metrics, "grad_norm": norm}
+
+    # --- being taken up again ------------------------------------------------------------------------
+
+    def state(self, numbers: Mapping[str, object]) -> TrainingState:
+        """All that the next step depends on: how many threads share its sums, too. `numbers` are the caller's."""
+        tensors = {f"policy/{name}": tensor for name, tensor in self.policy.factors.items()}
+        for index, entry in self._optimiser.state_dict()["state"].items():
+            tensors.update({f"optimiser/{index}/{name}": value for name, value in entry.items()})
+        if self.anchor is not None:
+            tensors.update({f"anchor/{name}": tensor for name, tensor in self.anchor.tensors.items()})
+        tensors["random/cpu"] = torch.get_rng_state()
+        return TrainingState(self.done, tensors, {**numbers, "threads": torch.get_num_threads()})
+
+    def resume(self, state: TrainingState) -> None:
+        """Go on from a state. KeyError or ValueError when it is another job's."""
+        tensors = state.tensors
+        self.policy.load_factors(_under("policy/", tensors))
+        optimiser = self._optimiser.state_dict()
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimiser/", tensors).items():
+            index, field = name.split("/")
+            entries.setdefault(int(index), {})[field] = tensor
+        self._optimiser.load_state_dict({**optimiser, "state": entries})
+        if self.anchor is not None:
+            device = next(iter(self._parameters.values())).device
+            self.anchor = EmaAnchor({name: t.to(device) for name, t in _under("anchor/", tensors).items()})
+        torch.set_rng_state(tensors["random/cpu"])
+        self.done = state.step
+
+
+def _numbers(outcome: StepLoss) -> dict[str, float]:
+    return {"loss": float(outcome.loss.detach())} | {name: float(value) for name, value in outcome.metrics.items()}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,219 @@
+"""Does the circle close? Serve best-of-16, distil it, serve one sample: three seeds of the demo's job.
+
+Prints the table of the README with its intervals, and claims what the project promises on two processor cores:
+at least 90 % of the reward gain of best-of-16 with one sample, the gold reward up with it, at most twice the KL
+of best-of-16, at most six minutes of training. Every answer comes through the public API; all that is measured
+is measured on prompts that nothing else has sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks import claims
+from bon_algos.contracts import Interval
+from bon_algos.order import kl_bound
+from bonsai.client import BonsaiClient, open_client
+from bonsai.demo import measure, progress, traffic
+from bonsai.demo.charts import plus_minus
+from bonsai.demo.grammar import gold_reward
+from bonsai.demo.job import GROUPS, N, demo_job, finished, served
+from bonsai.demo.prompts import held_out_prompts, training_prompts
+from bonsai.up import Options, Stack, prepare, running_stack
+
+REFERENCE_DRAWS = 64
+POLICY_DRAWS = 32
+LEAST_GAIN_SHARE = 0.9
+MOST_KL = 2 * kl_bound(N)
+MOST_TRAINING_SECONDS = 360.0
+COLUMNS = ("arm", "reward", "gold reward", "win rate, %", "share of the gain, %", "KL, nats", "training, s")
+
+
+class Seed(NamedTuple):
+    """What one seed gave."""
+
+    seed: int
+    policy: measure.Pool
+    quality: measure.Quality
+    comparison: measure.Comparison
+    training_seconds: float
+    engine_difference: float
+    """Nats per token between the engine that sampled and the library that measured the KL."""
+    retokenised: float
+
+    @property
+    def kl(self) -> Interval:
+        assert self.quality.kl_policy_reference is not None
+        return self.quality.kl_policy_reference
+
+
+async def _fill_ledger(client: BonsaiClient, console: Console) -> None:
+    prompts = training_prompts()
+    with progress.bar(console) as bar:
+        task = bar.add_task(f"best of {N}", total=GROUPS, note="")
+
+        async def ask(index: int) -> None:
+            await client.generate(prompts[index % len(prompts)], n=N)
+
+        await traffic.in_parallel(range(GROUPS), ask, concurrency=16, advance=lambda: bar.advance(task))
+
+
+async def _reference(client: BonsaiClient) -> measure.Pool:
+    prompts = held_out_prompts()
+    return measure.pool_of(
+        prompts, await traffic.draw(client, "base", prompts, REFERENCE_DRAWS, concurrency=4), gold_reward
+    )
+
+
+async def _one_seed(client: BonsaiClient, console: Console, stack: Stack, reference: measure.Pool, seed: int) -> Seed:
+    from benchmarks.drift import drift_of
+
+    with progress.JobDisplay(console, job := await client.distill(demo_job(seed))) as display:
+        job = await finished(client, job, display.update)
+    policy = await served(client, job.policy or "")
+    assert policy.manifest is not None
+    adapter = stack.state.artefacts / "policies" / policy.manifest.digest
+    prompts = held_out_prompts()
+    drawn = await traffic.draw(client, policy.id, prompts, POLICY_DRAWS, concurrency=8)
+    drift = await asyncio.to_thread(drift_of, stack.plan.policy.path, adapter, prompts, drawn)
+    pool = measure.pool_of(prompts, drawn, gold_reward)
+    return Seed(
+        seed,
+        pool,
+        measure.quality_of_one(pool, reference, drift.kl_policy_reference),
+        measure.compare(pool, reference, N),
+        job.seconds or 0.0,
+        drift.engine_difference,
+        drift.retokenised,
+    )
+
+
+def _cells(name: str, quality: measure.Quality, share: Interval | None, seconds: float | None) -> tuple[str, ...]:
+    return (
+        name,
+        plus_minus(quality.reward),
+        plus_minus(quality.gold),
+        plus_minus(quality.win_rate, scale=100, digits=1),
+        plus_minus(share, scale=100, digits=1),
+        plus_minus(quality.kl_policy_reference),
+        "–" if seconds is None else f"{seconds:.0f}",
+    )
+
+
+def rows_of(reference: measure.Pool, seeds: Sequence[Seed]) -> list[tuple[str, ...]]:
+    """The table: both arms of the reference, every seed, and the seeds together."""
+    one, best = measure.quality_of_one(reference, None, None), measure.quality_of_best(reference, N)
+    rows = [
+        _cells("one sample, reference", one, None, None),
+        _cells(f"best of {N}, reference", best, None, None),
+    ]
+    rows += [
+        _cells(f"one sample, distilled, seed {s.seed}", s.quality, s.comparison.gain_share, s.training_seconds)
+        for s in seeds
+    ]
+    if len(seeds) > 1:
+        pooled, share = together(reference, seeds)
+        seconds = float(np.median([seed.training_seconds for seed in seeds]))
+        rows.append(_cells(f"one sample, distilled, {len(seeds)} seeds", pooled, share, seconds))
+    return rows
+
+
+def together(reference: measure.Pool, seeds: Sequence[Seed]) -> tuple[measure.Quality, Interval]:
+    """All seeds as one policy that draws its seed at random: every prompt's draws of all seeds side by side."""
+    pools = [seed.policy for seed in seeds]
+    draws = min(pool.draws for pool in pools)
+    parts = [pool.part(slice(draws)) for pool in pools]
+    pool = measure.Pool(
+        reference.prompts,
+        np.hstack([part.reward for part in parts]),
+        np.hstack([part.gold for part in parts]),
+        np.hstack([part.order for part in parts]),
+        np.hstack([part.tokens for part in parts]),
+    )
+    # Half-widths are averaged as if the seeds erred together: no narrower than any truth.
+    kl = Interval(
+        mean=float(np.mean([seed.kl.mean for seed in seeds])),
+        low=float(np.mean([seed.kl.low for seed in seeds])),
+        high=float(np.mean([seed.kl.high for seed in seeds])),
+    )
+    return measure.quality_of_one(pool, reference, kl), measure.compare(pool, reference, N).gain_share
+
+
+def claims_of(reference: measure.Pool, seeds: Sequence[Seed]) -> list[claims.Claim]:
+    """Each claim about the worst seed, and the share about all of them with its lower 95 % bound."""
+    _, share = together(reference, seeds)
+    return [
+        claims.at_least("share of the gain, lower 95 % bound, all seeds", share.low, LEAST_GAIN_SHARE),
+        claims.at_least(
+            "share of the gain, mean, worst seed",
+            min(seed.comparison.gain_share.mean for seed in seeds),
+            LEAST_GAIN_SHARE,
+        ),
+        claims.above(
+            "gold gain over one sample, lower 95 % bound, worst seed",
+            min(seed.comparison.gold_gain.low for seed in seeds),
+            0.0,
+        ),
+        claims.at_most("KL to the reference, nats, worst seed", max(seed.kl.mean for seed in seeds), MOST_KL),
+        claims.at_most(
+            "training, seconds, slowest seed", max(seed.training_seconds for seed in seeds), MOST_TRAINING_SECONDS
+        ),
+    ]
+
+
+def figures_of(reference: measure.Pool, seeds: Sequence[Seed]) -> dict[str, object]:
+    """Everything measured, as JSON can hold it."""
+    return {
+        "method": demo_job().method.model_dump(mode="json", exclude_none=True),
+        "n": N,
+        "prompts": len(reference.prompts),
+        "one": measure.quality_of_one(reference, None, None).model_dump(),
+        "best": measure.quality_of_best(reference, N).model_dump(),
+        "seeds": [
+            {
+                "seed": seed.seed,
+                "quality": seed.quality.model_dump(),
+                "comparison": seed.comparison.model_dump(),
+                "training_seconds": seed.training_seconds,
+                "engine_difference": seed.engine_difference,
+                "retokenised": seed.retokenised,
+            }
+            for seed in seeds
+        ],
+    }
+
+
+async def measured(num_seeds: int, console: Console, directory: Path) -> tuple[measure.Pool, list[Seed]]:
+    """The reference's pool and every seed's numbers, from a stack that runs for this alone."""
+    async with running_stack(prepare(Options(directory=directory, port=0))) as stack, open_client(stack.url) as client:
+        await _fill_ledger(client, console)
+        reference = await _reference(client)
+        return reference, [await _one_seed(client, console, stack, reference, seed) for seed in range(num_seeds)]
+
+
+def main() -> int:
+    parser = claims.arguments(__doc__ or "")
+    parser.add_argument("--seeds", type=int, default=3, help="how often to distil, each time with another seed")
+    parser.add_argument("--quick", action="store_const", dest="seeds", const=1, help="one seed")
+    options = parser.parse_args()
+    console = progress.fit(Console(highlight=False))
+    with tempfile.TemporaryDirectory(prefix="bonsai-") as directory:
+        reference, seeds = asyncio.run(measured(options.seeds, console, Path(directory)))
+    spec, rows = demo_job(), rows_of(reference, seeds)
+    title = f"The circle: {spec.method.type}, n = {N}, {len(reference.prompts)} held-out prompts, 95 % intervals"
+    console.print(claims.table(title, COLUMNS, rows))
+    if options.markdown is not None:
+        options.markdown.write_text(claims.markdown(COLUMNS, rows))
+    return claims.finish(claims_of(reference, seeds), options.json, figures_of(reference, seeds), console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The command `bonsai`: options, exit statuses and the words a user reads. Everything else is imported when used,
+so that `bonsai --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from bonsai.processes import ProcessFailed
+    from bonsai.stack_plan import Plan
+    from bonsai.up import Stack
+
+LOG_LINES_SHOWN = 12
+Command = Callable[..., Any]
+
+_STACK_OPTIONS = (
+    click.option(
+        "--dir",
+        "directory",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path(".bonsai"),
+        show_default=True,
+        help="Where everything that lasts is kept.",
+    ),
+    click.option("--policy", default="", metavar="MODEL", help="Directory or hub id; default: the demo's."),
+    click.option("--reward", default="", metavar="MODEL", help="Reward model: directory or hub id."),
+    click.option("--host", default="127.0.0.1", show_default=True, help="Loopback only."),
+    click.option(
+        "--port",
+        type=click.IntRange(0, 65_535),
+        default=8000,
+        show_default=True,
+        help="Of the gateway; 0 takes a free one.",
+    ),
+    click.option(
+        "--redis-url",
+        envvar="BONSAI_REDIS_URL",
+        default=None,
+        metavar="URL",
+        help="A Redis of yours, instead of one started here. With a password: set BONSAI_REDIS_URL instead.",
+    ),
+    click.option(
+        "--max-loras",
+        type=click.IntRange(1, 64),
+        default=4,
+        show_default=True,
+        help="Adapters that one batch of the engine may mix.",
+    ),
+    click.option(
+        "--max-model-len",
+        type=click.IntRange(16),
+        default=8192,
+        show_default=True,
+        help="Longest prompt and completion together, tokens; never beyond the model's own.",
+    ),
+    click.option("--cores", type=click.IntRange(1), default=None, help="Cores to compute with; default: all."),
+)
+
+
+def stack_options(command: Command) -> Command:
+    for option in reversed(_STACK_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bonsai")
+def main() -> None:
+    """Best-of-N serving and iterative distillation."""
+
+
+@main.command()
+@stack_options
+def up(**options: Any) -> None:
+    """Start the stack and keep it: Redis, two engines, the gateway, a worker. Ctrl-C takes it all down."""
+    console = _console()
+    plan = _prepare(console, options)
+    with _exit_status(console):
+        asyncio.run(_until_asked(_keep(plan, console)))
+
+
+@main.command()
+@stack_options
+def demo(**options: Any) -> None:
+    """The whole circle on this machine: serve, log, distil, publish, compare."""
+    from bonsai.demo.story import run_demo
+
+    console = _console()
+    plan = _prepare(console, options)
+    with _exit_status(console):
+        succeeded = asyncio.run(_until_asked(run_demo(plan, console)))
+        sys.exit(0 if succeeded else 1)
+
+
+@main.group()
+def models() -> None:
+    """The models that the demo uses."""
+
+
+@models.command("build-demo")
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Default: inside the package, where `bonsai up` looks for them.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def build_demo(directory: Path | None, seed: int) -> None:
+    """Train the demo's policy and reward model from nothing (minutes, on a CPU)."""
+    from bonsai.demo.build import build_demo_models
+    from bonsai.stack_plan import SHIPPED_MODELS
+
+    console = _console()
+    target = directory or SHIPPED_MODELS
+    report = build_demo_models(target, seed=seed, report=lambda what, share: console.print(f"{share:4.0%}  {what}"))
+    console.print(report)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _prepare(console: Console, options: dict[str, Any]) -> Plan:
+    from bonsai.model_directory import BadModel
+    from bonsai.redis_server import NoRedisServer
+    from bonsai.stack_plan import Options, prepare
+
+    try:
+        plan = prepare(Options(**options))
+    except (BadModel, NoRedisServer, OSError) as error:
+        _say_failed(console, str(error))
+        sys.exit(1)
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning[/] {warning}", soft_wrap=True)
+    return plan
+
+
+async def _keep(plan: Plan, console: Console) -> None:
+    from bonsai.status_lines import status_lines
+    from bonsai.up import running_stack
+
+    began = asyncio.get_running_loop().time()
+    with status_lines(console) as watch:
+        async with running_stack(plan, watch) as stack:
+            _say_ready(console, stack, asyncio.get_running_loop().time() - began)
+            raise await stack.failure()
+
+
+async def _until_asked(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run `work` until it ends or the user asks for the end: Ctrl-C, SIGTERM, a closed terminal.
+
+    The first request takes the stack down in order; the second does not wait: with this process gone, each guard
+    kills what it guards.
+    """
+    task = asyncio.ensure_future(work)
+    requests = 0
+
+    def end() -> None:
+        nonlocal requests
+        requests += 1
+        if requests > 1:
+            os._exit(130)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, end)
+    return await task
+
+
+@contextmanager
+def _exit_status(console: Console) -> Iterator[None]:
+    """0 when the user asked for the end and got it; 1 and the reason for a failure we know."""
+    from bonsai.processes import ProcessFailed
+    from bonsai.redis_server import UnusableRedis
+    from bonsai.runtime_directory import StackRunsAlready, UnsafeDirectory
+    from bonsai.up import PortTaken
+
+    try:
+        yield
+    except asyncio.CancelledError:
+        console.print("stopped")
+        sys.exit(0)
+    except ProcessFailed as failed:
+        _say_process_failed(console, failed)
+    except (PortTaken, StackRunsAlready, UnsafeDirectory, UnusableRedis, TimeoutError, OSError) as error:
+        _say_failed(console, str(error))
+    sys.exit(1)
+
+
+def _say_ready(console: Console, stack: Stack, seconds: float) -> None:
+    console.print(f"[bold green]ready[/] at {stack.url} after {seconds:.1f} s · Ctrl-C takes it down", soft_wrap=True)
+    body = '{"prompt": "…"}'
+    console.print(f"  curl '{stack.url}/generate?n=16' -H 'content-type: application/json' -d '{body}'", soft_wrap=True)
+
+
+def _say_process_failed(console: Console, failed: ProcessFailed) -> None:
+    from bonsai.status_lines import shown_path
+
+    _say_failed(console, str(failed))
+    for line in failed.tail.splitlines()[-LOG_LINES_SHOWN:]:
+        console.print(f"  {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"The whole log: {shown_path(failed.log)}", soft_wrap=True)
+
+
+def _say_failed(console: Console, reason: str) -> None:
+    console.print("failed", style="bold red", end=" ")
+    console.print(reason, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,249 @@
+"""A thin asynchronous client of the public HTTP API.
+
+Owns the requests, what of their replies a caller of ours reads, and the errors. Does not own retries, load or
+statistics. A field of a reply that is not named here is ignored, so that the gateway may grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Literal, TypeVar
+
+import aiohttp
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bon_algos.contracts import EvaluationReport, FingerprintResult, Interval, JobSpec, Manifest, PolicyState
+
+_Reply = TypeVar("_Reply", bound=BaseModel)
+
+
+class BonsaiError(Exception):
+    """Base of what a call can meet."""
+
+
+class GatewayUnreachable(BonsaiError):
+    """No reply: nobody listens there, or the connection broke."""
+
+
+class UnreadableReply(BonsaiError):
+    """A reply that this client does not understand: another version, or something else listens there."""
+
+
+class RequestRefused(BonsaiError):
+    """The gateway answered with an error; its message says what to change."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(status, code, message)
+        self.status, self.code, self.message = status, code, message
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.status} {self.code})"
+
+
+class Reply(BaseModel):
+    """Part of a reply; what else stands there is ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Choice(Reply):
+    """One candidate of an answer, in drawing order."""
+
+    text: str
+    reward: float | None
+    finish_reason: str | None
+    failure: str | None = None
+    tokens: int
+    logprob: float | None = None
+    selected: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        return self.finish_reason == "stop" and self.text.strip() != ""
+
+
+class Usage(Reply):
+    prompt_tokens: int
+    completion_tokens: int
+    discarded_tokens: int
+
+    @property
+    def generated_tokens(self) -> int:
+        """What the engine had to generate for this answer."""
+        return self.completion_tokens + self.discarded_tokens
+
+
+class Selection(Reply):
+    status: str
+    reward: float | None = None
+    margin: float | None = None
+
+
+class Generation(Reply):
+    id: str
+    completion: str
+    finish_reason: str | None
+    reward: float | None
+    arm: str
+    arm_reason: str
+    policy: str
+    selection: Selection
+    usage: Usage
+    choices: tuple[Choice, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class JobError(Reply):
+    code: str
+    message: str
+
+
+class Job(Reply):
+    id: str
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    phase: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    seconds_left: float | None = None
+    created_at: float | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    attempts: int = 0
+    policy: str | None = None
+    report: EvaluationReport | None = None
+    error: JobError | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.status in ("succeeded", "failed", "cancelled")
+
+    @property
+    def seconds(self) -> float | None:
+        """From the start of its last attempt to its end."""
+        return None if self.started_at is None or self.finished_at is None else self.finished_at - self.started_at
+
+
+class Policy(Reply):
+    """A policy as the registry knows it."""
+
+    id: str
+    state: PolicyState
+    served: bool
+    """Whether the engine has proved, since its last start, that it serves this policy."""
+    fingerprint: FingerprintResult | None
+    manifest: Manifest | None
+    """None for a base policy."""
+
+
+class ArmSummary(Reply):
+    """What an experiment has seen of one arm."""
+
+    arm: str
+    weight: int
+    exposures: int
+    answers: int
+    reward: Interval | None = None
+    candidate_tokens_per_answer: float | None = None
+
+
+class ExperimentSummary(Reply):
+    id: str
+    route: str
+    arms: tuple[ArmSummary, ...]
+
+
+class BonsaiClient:
+    """Calls of the public API; one connection pool. Made by `open_client`."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        n: int | None = None,
+        arm: str | None = None,
+        unit: str | None = None,
+        **fields: Any,
+    ) -> Generation:
+        """One answer. `arm` forces `POLICY:N`; `fields` are members of the body (`wait_for_reward`, `store`, …)."""
+        headers = {"x-bonsai-arm": arm, "x-bonsai-unit": unit}
+        return await self._call(
+            Generation,
+            "POST",
+            "/generate" if n is None else f"/generate?n={n}",
+            {"prompt": prompt, **fields},
+            {name: value for name, value in headers.items() if value is not None},
+        )
+
+    async def distill(self, spec: JobSpec) -> Job:
+        return await self._call(Job, "POST", "/distill", spec.model_dump(mode="json", exclude_none=True))
+
+    async def job(self, job_id: str) -> Job:
+        return await self._call(Job, "GET", f"/distill/{job_id}")
+
+    async def policy(self, policy_id: str) -> Policy:
+        return await self._call(Policy, "GET", f"/policies/{policy_id}")
+
+    async def promote(self, policy_id: str, *, route: str, override_reason: str) -> None:
+        body = {"route": route, "override_reason": override_reason}
+        await self._call(Reply, "POST", f"/policies/{policy_id}/promote", body)
+
+    async def start_experiment(self, route: str, weights: Mapping[tuple[str, int], int]) -> None:
+        """Weights of the arms (policy, n), together 10,000."""
+        arms = [{"policy": policy, "n": n, "weight": weight} for (policy, n), weight in weights.items()]
+        await self._call(Reply, "PUT", f"/experiments/{route}", {"arms": arms})
+
+    async def experiment(self, route: str) -> ExperimentSummary:
+        return await self._call(ExperimentSummary, "GET", f"/experiments/{route}")
+
+    async def stop_experiment(self, route: str) -> None:
+        await self._call(Reply, "DELETE", f"/experiments/{route}")
+
+    async def _call(
+        self,
+        reply: type[_Reply],
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> _Reply:
+        try:
+            async with self._session.request(method, path, json=body, headers=headers) as response:
+                content, status = await response.read(), response.status
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise GatewayUnreachable(f"{method} {path}: {error or type(error).__name__}") from error
+        if status >= 400:
+            raise _refusal(status, content)
+        try:
+            return reply.model_validate_json(content or b"{}")
+        except ValidationError as error:
+            raise UnreadableReply(f"{method} {path}: {error}") from error
+
+
+class _ErrorMembers(Reply):
+    code: str | None = None
+    message: str = ""
+
+
+class _ErrorBody(Reply):
+    error: _ErrorMembers
+
+
+def _refusal(status: int, content: bytes) -> RequestRefused:
+    try:
+        error = _ErrorBody.model_validate_json(content).error
+    except ValidationError:
+        return RequestRefused(status, "unknown", content[:200].decode(errors="replace"))
+    return RequestRefused(status, error.code or "unknown", error.message)
+
+
+@asynccontextmanager
+async def open_client(base_url: str, *, timeout_seconds: float = 120.0) -> AsyncIterator[BonsaiClient]:
+    """A client of the gateway at `base_url` (http://HOST:PORT), with as many connections as calls at one time."""
+    timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+    async with aiohttp.ClientSession(base_url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        yield BonsaiClient(session)

@@ -1,0 +1,61 @@
+"""The distillation that the demo and the circle benchmark order, and the waiting for it.
+
+Owns its parameters, tuned for two processor cores. Does not own what a method does (`bon_algos`) nor how it is
+run (`worker`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+from bon_algos.contracts import JBondSpec, JobSpec, Method
+from bonsai.client import BonsaiClient, Job, Policy
+
+N: Final = 16
+"""The best-of-n that one sample of the distilled policy stands in for."""
+GROUPS: Final = 640
+"""Logged best-of-n answers from which it is distilled."""
+JOB_DEADLINE: Final = 900.0
+"""Seconds after which nobody waits for the job any longer."""
+SERVED_DEADLINE: Final = 60.0
+LOOK_EVERY: Final = 0.5
+"""Seconds between two looks."""
+
+
+class CircleBroken(Exception):
+    """The circle did not close; the message says where."""
+
+
+def demo_job(seed: int = 0) -> JobSpec:
+    """What the demo posts to /distill; only the seed differs between repetitions."""
+    return JobSpec(method=Method(type="jbond", jbond=JBondSpec()), n=N, seed=seed)
+
+
+async def finished(client: BonsaiClient, job: Job, look: Callable[[Job], None]) -> Job:
+    """The job once it has succeeded; `look` sees it on the way. CircleBroken when it ends in another way."""
+    deadline = time.monotonic() + JOB_DEADLINE
+    while not job.is_final:
+        if time.monotonic() > deadline:
+            raise CircleBroken(f"{job.id} is not finished after {JOB_DEADLINE:.0f} s")
+        await asyncio.sleep(LOOK_EVERY)
+        job = await client.job(job.id)
+        look(job)
+    if job.status != "succeeded" or job.policy is None:
+        why = "" if job.error is None else f": {job.error.message} ({job.error.code})"
+        raise CircleBroken(f"{job.id} {job.status}{why}")
+    return job
+
+
+async def served(client: BonsaiClient, policy_id: str) -> Policy:
+    """The policy once the engine has proved that it serves it. CircleBroken when its fingerprint is refused."""
+    deadline = time.monotonic() + SERVED_DEADLINE
+    while not (policy := await client.policy(policy_id)).served:
+        if policy.fingerprint is not None and not policy.fingerprint.passed:
+            raise CircleBroken(f"the engine does not serve {policy_id}: {policy.fingerprint.reason}")
+        if time.monotonic() > deadline:
+            raise CircleBroken(f"{policy_id} is not served after {SERVED_DEADLINE:.0f} s")
+        await asyncio.sleep(LOOK_EVERY)
+    return policy

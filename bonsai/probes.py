@@ -1,0 +1,77 @@
+"""Whether each kind of process can do its work: the question asked, and the answer in words.
+
+Each probe returns None when it can, else what it waits for, within seconds. A probe never raises for a process
+that is not up yet.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from bonsai import redis_server
+from bonsai.engines import engine_phase
+from bonsai.processes import LogTail, Probe
+
+_CELERY_READY = re.compile(r"celery@\S+ ready\.")
+
+
+def redis(url: str) -> Probe:
+    async def probe(_log: LogTail) -> str | None:
+        return await redis_server.ask(url)
+
+    return probe
+
+
+def engine(socket: Path) -> Probe:
+    """vLLM opens its socket last, so `/health` answers when the model is loaded."""
+
+    async def probe(log: LogTail) -> str | None:
+        answer = await _get("http://engine/health", socket)
+        return None if answer is not None and answer[0] == 200 else engine_phase(log())
+
+    return probe
+
+
+def gateway(url: str) -> Probe:
+    async def probe(_log: LogTail) -> str | None:
+        answer = await _get(f"{url}/ready", None)
+        if answer is None:
+            return "starting"
+        return None if answer[0] == 200 else what_is_missing(answer[1])
+
+    return probe
+
+
+async def worker(log: LogTail) -> str | None:
+    """Celery says so once its consumer is set up; a question through the broker would wait behind a running job."""
+    return None if _CELERY_READY.search(log()) else "connecting to the broker"
+
+
+def what_is_missing(body: bytes) -> str:
+    """The parts whose state the gateway's `/ready` does not call ok, in words."""
+    try:
+        parts = json.loads(body)
+    except ValueError:
+        return "not ready"
+    if not isinstance(parts, dict):
+        return "not ready"
+    states = {name: value for name, value in parts.items() if isinstance(value, str) and name != "status"}
+    return "; ".join(f"{name}: {value}" for name, value in states.items() if value != "ok") or "not ready"
+
+
+async def _get(url: str, socket: Path | None) -> tuple[int, bytes] | None:
+    """Status and body; None when nobody answers."""
+    import aiohttp
+
+    connector = aiohttp.UnixConnector(str(socket)) if socket is not None else aiohttp.TCPConnector()
+    timeout = aiohttp.ClientTimeout(total=3)
+    try:
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session,
+            session.get(url) as response,
+        ):
+            return response.status, await response.read()
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return None

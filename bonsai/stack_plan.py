@@ -1,0 +1,258 @@
+"""What a stack consists of: models, places, and for each process its command, environment and probe.
+
+Owns the translation of a user's options into `ProcessSpec`s and into the `BONSAI_…` variables that gateway and
+worker read. Starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import quote
+
+import bonsai
+from bon_algos.contracts import DISTILL_QUEUE
+from bonsai import engines, model_directory, probes, redis_server
+from bonsai.model_directory import ModelDirectory
+from bonsai.placement import Placement, cache_bytes, place
+from bonsai.processes import ProcessSpec
+from bonsai.redis_server import RedisServer
+from bonsai.runtime_directory import StateDirectory
+
+SHIPPED_MODELS = Path(bonsai.__file__).parent / "demo" / "models"
+HUB_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Used here to fetch a model; no process of the stack goes to the hub."""
+GATEWAY_SHUTDOWN_SECONDS = 2
+"""For requests that run when the stack is taken down: all of it has ten seconds."""
+WORKER_NICENESS = 5
+"""Answering comes before learning where they share cores."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user can say about a stack."""
+
+    directory: Path = Path(".bonsai")
+    """Everything that lasts: Redis' file, adapters, the gateway's spool, logs."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    policy: str = ""
+    """A directory or a hub id; "" is the demo's."""
+    reward: str = ""
+    redis_url: str | None = None
+    """A server that somebody else runs. May hold a password: never printed, never in a command line."""
+    max_loras: int = 4
+    """Adapters that one batch of the engine may mix."""
+    max_model_len: int = 8192
+    """Tokens; a model whose own window is shorter keeps its own."""
+    cores: int | None = None
+    """To compute with; None: all that this process may use."""
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
+    """What the processes inherit; `BONSAI_…` settings of gateway and worker pass through."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options, checked; nothing is started yet."""
+
+    options: Options
+    policy: ModelDirectory
+    policy_id: str
+    reward: ModelDirectory
+    reward_model_id: str
+    redis: RedisServer | None
+    """None: `options.redis_url` is used."""
+    placement: Placement
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return (self.redis.warning,) if self.redis is not None and self.redis.warning else ()
+
+
+def prepare(options: Options) -> Plan:
+    """Resolve and check everything that can be checked before a process starts.
+
+    Downloads a hub id (network) and reads the weights once to name them (minutes for big ones, then cached).
+    Raises BadModel, NoRedisServer or OSError.
+    """
+    options.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    digests = options.directory / "model-digests.json"
+    policy_path = model_directory.resolve(options.policy, "policy", SHIPPED_MODELS / "policy")
+    reward_path = model_directory.resolve(options.reward, "reward", SHIPPED_MODELS / "reward")
+    policy = model_directory.open_model(policy_path, "policy", options.max_model_len)
+    reward = model_directory.open_model(reward_path, "reward", options.max_model_len)
+    cores = options.cores or len(os.sched_getaffinity(0))
+    return Plan(
+        options=options,
+        policy=policy,
+        policy_id=model_directory.policy_id(model_directory.model_digest(policy.path, digests)),
+        reward=reward,
+        reward_model_id=model_directory.reward_model_id(model_directory.model_digest(reward.path, digests)),
+        redis=None if options.redis_url else redis_server.system_server(),
+        placement=place(cores, count_gpus()),
+    )
+
+
+def count_gpus() -> int:
+    """GPUs that the installed vLLM could use; 0 with its CPU build, whatever the machine holds."""
+    try:
+        is_cpu_build = "+cpu" in metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return 0
+    command = shutil.which("nvidia-smi")
+    if is_cpu_build or command is None:
+        return 0
+    try:
+        listed = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def redis_url(plan: Plan, state: StateDirectory) -> str:
+    return plan.options.redis_url or f"unix://{quote(str(state.redis_socket))}"
+
+
+def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, str]:
+    """The settings of gateway and worker that this stack decides; everything else keeps its own default."""
+    return {
+        "BONSAI_REDIS_URL": redis_url(plan, state),
+        "BONSAI_POLICY_ENGINE_URL": f"unix://{state.policy_socket}",
+        "BONSAI_REWARD_ENGINE_URL": f"unix://{state.reward_socket}",
+        "BONSAI_POLICY_DIRECTORY": str(plan.policy.path),
+        "BONSAI_REWARD_DIRECTORY": str(plan.reward.path),
+        "BONSAI_BASE_POLICY_ID": plan.policy_id,
+        "BONSAI_REWARD_MODEL_ID": plan.reward_model_id,
+        "BONSAI_MAX_MODEL_LEN": str(plan.policy.max_model_len),
+        "BONSAI_REWARD_MAX_MODEL_LEN": str(plan.reward.max_model_len),
+        "BONSAI_ARTEFACTS": str(state.artefacts),
+        "BONSAI_SPOOL": str(state.spool),
+        "BONSAI_HOST": plan.options.host,
+        "BONSAI_PORT": str(port),
+    }
+
+
+def redis_spec(plan: Plan, state: StateDirectory) -> ProcessSpec | None:
+    """None when somebody else runs Redis."""
+    if plan.redis is None:
+        return None
+    kept = {name: value for name, value in plan.options.environment.items() if name in ("PATH", "LANG", "HOME")}
+    return ProcessSpec(
+        name="redis",
+        argv=redis_server.server_argv(plan.redis.executable, state.redis_socket, state.redis),
+        environment=kept,
+        directory=state.redis,
+        log=state.log("redis"),
+        probe=probes.redis(redis_url(plan, state)),
+        socket=state.redis_socket,
+    )
+
+
+def engine_specs(plan: Plan, state: StateDirectory) -> tuple[ProcessSpec, ProcessSpec]:
+    """The policy engine and the reward engine."""
+    place_of, inherited = plan.placement, plan.options.environment
+    policy_device = _device(plan.policy, place_of.policy_gpu_share)
+    reward_device = _device(plan.reward, place_of.reward_gpu_share)
+    policy = engines.policy_engine_argv(
+        plan.policy.path,
+        plan.policy_id,
+        state.policy_socket,
+        max_model_len=plan.policy.max_model_len,
+        max_loras=plan.options.max_loras,
+        device=policy_device,
+    )
+    reward = engines.reward_engine_argv(
+        plan.reward.path,
+        plan.reward_model_id,
+        state.reward_socket,
+        max_model_len=plan.reward.max_model_len,
+        device=reward_device,
+    )
+    runtime = state.runtime
+    policy_environment = engines.engine_environment(
+        inherited, runtime=runtime, threads=place_of.policy_threads, gpu=place_of.policy_gpu
+    )
+    reward_environment = engines.engine_environment(
+        inherited, runtime=runtime, threads=place_of.reward_threads, gpu=place_of.reward_gpu
+    )
+    return (
+        _engine("policy", policy, policy_environment, state, state.policy_socket),
+        _engine("reward", reward, reward_environment, state, state.reward_socket),
+    )
+
+
+def _device(model: ModelDirectory, gpu_share: float | None) -> tuple[str, ...]:
+    if gpu_share is not None:
+        return engines.gpu_arguments(gpu_share)
+    return engines.cpu_arguments(cache_bytes(model.cache_bytes_per_token, model.max_model_len))
+
+
+def _engine(
+    name: str, argv: tuple[str, ...], environment: dict[str, str], state: StateDirectory, socket: Path
+) -> ProcessSpec:
+    return ProcessSpec(
+        name=name,
+        argv=argv,
+        environment=environment,
+        directory=state.root,
+        log=state.log(name),
+        probe=probes.engine(socket),
+        socket=socket,
+    )
+
+
+def gateway_spec(plan: Plan, state: StateDirectory, port: int) -> ProcessSpec:
+    settled = {"CUDA_VISIBLE_DEVICES": "", "BONSAI_SHUTDOWN_SECONDS": str(GATEWAY_SHUTDOWN_SECONDS)}
+    environment = _own_environment(plan) | bonsai_variables(plan, state, port) | settled
+    return ProcessSpec(
+        name="gateway",
+        argv=(sys.executable, "-m", "service"),
+        environment=environment,
+        directory=state.root,
+        log=state.log("gateway"),
+        probe=probes.gateway(f"http://{url_host(plan.options.host)}:{port}"),
+        grace_seconds=3.5,
+    )
+
+
+def worker_spec(plan: Plan, state: StateDirectory, port: int) -> ProcessSpec:
+    threads = str(plan.placement.worker_threads)
+    defaults = {"OMP_NUM_THREADS": threads, "BONSAI_TORCH_THREADS": threads}
+    settled = {"REMAP_SIGTERM": "SIGQUIT", "TOKENIZERS_PARALLELISM": "false"}
+    if plan.placement.worker_gpu is not None:
+        settled["CUDA_VISIBLE_DEVICES"] = str(plan.placement.worker_gpu)
+    celery = ("-m", "celery", "-A", "worker.app", "worker", "-c", "1", "-Q", DISTILL_QUEUE)
+    return ProcessSpec(
+        name="worker",
+        argv=(sys.executable, *celery, "--without-gossip", "--without-mingle", "--loglevel", "INFO"),
+        environment=defaults | _own_environment(plan) | bonsai_variables(plan, state, port) | settled,
+        directory=state.root,
+        log=state.log("worker"),
+        probe=probes.worker,
+        niceness=WORKER_NICENESS,
+        grace_seconds=3.5,
+    )
+
+
+def _own_environment(plan: Plan) -> dict[str, str]:
+    """Our own packages come from where this one does, and never from the directory a process runs in: a file of
+    the user's called `worker.py` must not become our worker."""
+    inherited = {name: value for name, value in plan.options.environment.items() if name not in HUB_SECRETS}
+    home = str(Path(bonsai.__file__).parents[1])
+    paths = [home, *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
+    return inherited | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,92 @@
+"""What the client sends, what it reads and how it fails, against a server that speaks the public API."""
+
+import asyncio
+import socket
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from bonsai.client import GatewayUnreachable, Job, RequestRefused, UnreadableReply, open_client
+from tests.bonsai.scripted_gateway import ScriptedGateway
+
+
+def test_an_arm_is_forced_and_a_unit_named_by_header():
+    gateway = ScriptedGateway()
+
+    async def ask() -> None:
+        async with gateway.client() as client:
+            await client.generate("Once", n=4, arm="base:4", unit="reader-1", wait_for_reward=True)
+
+    asyncio.run(ask())
+    (request,) = gateway.requests
+    assert request["query"] == {"n": "4"}
+    assert request["headers"]["x-bonsai-arm"] == "base:4"
+    assert request["headers"]["x-bonsai-unit"] == "reader-1"
+    assert (request["prompt"], request["wait_for_reward"]) == ("Once", True)
+
+
+def test_what_is_not_given_is_not_sent():
+    gateway = ScriptedGateway()
+
+    async def ask() -> None:
+        async with gateway.client() as client:
+            await client.generate("Once")
+
+    asyncio.run(ask())
+    (request,) = gateway.requests
+    assert request["query"] == {}
+    assert not {"x-bonsai-arm", "x-bonsai-unit"} & set(request["headers"])
+
+
+def test_generated_tokens_count_the_candidates_that_were_not_served():
+    async def ask() -> int:
+        async with ScriptedGateway([1.0, 3.0, 2.0]).client() as client:
+            answer = await client.generate("Once", n=3)
+            assert answer.completion == "completion 1"
+            assert [choice.selected for choice in answer.choices] == [False, True, False]
+            return answer.usage.generated_tokens
+
+    assert asyncio.run(ask()) == 15  # three candidates of five tokens
+
+
+def test_a_refusal_carries_status_code_and_message():
+    async def ask() -> None:
+        async with ScriptedGateway().client() as client:
+            await client.job("job_none")
+
+    with pytest.raises(RequestRefused, match=r"no such job \(404 job_not_found\)"):
+        asyncio.run(ask())
+
+
+def test_a_closed_port_is_unreachable():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    async def ask() -> None:
+        async with open_client(f"http://127.0.0.1:{port}") as client:
+            await client.job("job_1")
+
+    with pytest.raises(GatewayUnreachable, match="GET /distill/job_1"):
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize("body", ["<html>not ours</html>", '{"id": "job_1"}'])
+def test_a_foreign_server_is_named_as_such(body):
+    async def reply(request: web.Request) -> web.Response:
+        return web.Response(text=body)
+
+    async def ask() -> None:
+        app = web.Application()
+        app.add_routes([web.get("/distill/{job}", reply)])
+        async with TestServer(app) as server, open_client(str(server.make_url("/"))) as client:
+            await client.job("job_1")
+
+    with pytest.raises(UnreadableReply, match="GET /distill/job_1"):
+        asyncio.run(ask())
+
+
+def test_a_job_is_final_only_in_a_final_state():
+    assert [Job(id="job_1", status=s).is_final for s in ("queued", "running")] == [False, False]
+    assert [Job(id="job_1", status=s).is_final for s in ("succeeded", "failed", "cancelled")] == [True, True, True]

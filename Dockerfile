@@ -1,6 +1,7 @@
 # One file, two images; build with `docker build --target gateway .` or `--target worker .`.
 #   gateway  serves; holds neither torch nor an engine, and no code of the worker
 #   worker   distils on an NVIDIA GPU; holds vLLM too, so the engines run from the same image
+# The gateway listens on loopback alone: put its proxy and its engine into the same network namespace.
 # Run both with a read-only root file system and without capabilities: all they write goes to volumes.
 
 FROM python:3.11.14-slim-bookworm AS base
@@ -15,7 +16,6 @@ RUN pip install --no-deps --require-hashes -r requirements/gateway.txt
 COPY bon_algos bon_algos
 COPY service service
 USER 10001:10001
-EXPOSE 8700
 CMD ["python", "-m", "service"]
 
 FROM base AS worker

@@ -95,14 +95,24 @@ def up(**options: Any) -> None:
 
 @main.command()
 @stack_options
-def demo(**options: Any) -> None:
-    """The whole circle on this machine: serve, log, distil, publish, compare."""
+@click.option("--exit", "stop_at_end", is_flag=True, help="Stop everything at the end instead of staying up.")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Where the measured table goes as a PNG; default: the demo's state.",
+)
+def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
+    """The whole circle on this machine: serve, log, distil, publish, compare.
+
+    Status 0 only if the distilled policy was published and one sample of it beats one sample of the reference.
+    """
     from bonsai.demo.story import run_demo
 
     console = _console()
     plan = _prepare(console, options)
     with _exit_status(console):
-        succeeded = asyncio.run(_until_asked(run_demo(plan, console)))
+        succeeded = asyncio.run(_until_asked(run_demo(plan, console, stop_at_end=stop_at_end, picture=picture)))
         sys.exit(0 if succeeded else 1)
 
 

@@ -245,5 +245,8 @@ def _refusal(status: int, content: bytes) -> RequestRefused:
 async def open_client(base_url: str, *, timeout_seconds: float = 120.0) -> AsyncIterator[BonsaiClient]:
     """A client of the gateway at `base_url` (http://HOST:PORT), with as many connections as calls at one time."""
     timeout = aiohttp.ClientTimeout(total=timeout_seconds)
-    async with aiohttp.ClientSession(base_url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    # The gateway closes a connection that idles for seconds. Dropping it earlier here means that no request is ever
+    # sent into one that is being closed.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=1.0)
+    async with aiohttp.ClientSession(base_url, timeout=timeout, connector=connector) as session:
         yield BonsaiClient(session)

@@ -21,7 +21,8 @@ _NO_SPACE = re.compile(r"no space left on device", re.IGNORECASE)
 _SETTING = re.compile(r"^BONSAI_\w+: .*$", re.MULTILINE)
 _MODULE = re.compile(r"No module named '?([\w.]+)'?")
 _ERROR_LINE = re.compile(r"^(?:\(\w+ pid=\d+\)\s+)?(?:ERROR\s.*?\]\s+)?(?:[\w.]+\.)?((?:\w+Error|\w+Exception)\b.*)$")
-_WRAPPERS = ("RuntimeError: Engine core initialization failed", "Engine core initialization failed")
+_WRAPPERS = ("RuntimeError: Engine core initialization failed", "EngineDeadError:")
+_CORE_DIED = re.compile(r"engine core exited unexpectedly|EngineDeadError")
 
 
 def failure_reason(exit_status: int, log_tail: str) -> str:
@@ -42,6 +43,8 @@ def failure_reason(exit_status: int, log_tail: str) -> str:
     error = last_error(log_tail)
     if error is not None:
         return error
+    if _CORE_DIED.search(log_tail):
+        return "its model runner was killed from outside; most often the machine ran out of memory"
     if exit_status == COMMAND_NOT_FOUND:
         return "its program could not be started"
     return "it ended by itself" if exit_status == 0 else f"it ended with status {exit_status}"

@@ -10,7 +10,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -102,6 +102,13 @@ def clear_runtime(state: StateDirectory) -> None:
     for path in state.runtime.iterdir():
         if path.is_socket():
             path.unlink(missing_ok=True)
+
+
+def remove_runtime(state: StateDirectory) -> None:
+    """Clear it, and remove it unless something that is not ours lies in it."""
+    clear_runtime(state)
+    with suppress(OSError):
+        state.runtime.rmdir()
 
 
 def _check_private(path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from bonsai.processes import ProcessStatus, State
 from bonsai.supervisor import Watch
@@ -39,9 +40,15 @@ def status_lines(console: Console) -> Iterator[Watch]:
 
 def status_table(statuses: Sequence[ProcessStatus]) -> Table:
     table = Table.grid(padding=(0, 2))
+    for _ in range(4):
+        table.add_column(no_wrap=True, overflow="ellipsis")
     for status in statuses:
-        state = f"[{_STYLES[status.state]}]{status.state}[/]"
-        table.add_row(status.name, state, detail(status), f"[dim]{shown_path(status.log)}[/]")
+        table.add_row(
+            status.name,
+            Text(status.state, _STYLES[status.state]),
+            Text(detail(status)),
+            Text(shown_path(status.log), "dim"),
+        )
     return table
 
 

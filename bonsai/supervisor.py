@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from bonsai.leftovers import RunRecord, boot_id, kill_leftovers, write_record
 from bonsai.processes import ProcessFailed, ProcessSpec, ProcessStatus, SupervisedProcess
-from bonsai.runtime_directory import StateDirectory, clear_runtime
+from bonsai.runtime_directory import StateDirectory, clear_runtime, remove_runtime
 
 Watch = Callable[[Sequence[ProcessStatus]], None]
 """Called at every change of any process's status, with all of them."""
@@ -112,4 +112,4 @@ async def kept(
     finally:
         await asyncio.shield(supervisor.stop())
         state.record.unlink(missing_ok=True)
-        clear_runtime(state)
+        remove_runtime(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from functools import partial
 
@@ -35,6 +36,10 @@ def server_config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
     )
 
 
+def _leave(_signal: int, _frame: object) -> None:
+    sys.exit(0)
+
+
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
@@ -43,6 +48,9 @@ def main() -> int:
         for fault in error.errors(include_input=False, include_url=False):
             print(f"BONSAI_{str(fault['loc'][0]).upper()}: {fault['msg']}", file=sys.stderr)
         return 2
+    for stopping in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signal again when everything has been shut down in order: that is a clean end.
+        signal.signal(stopping, _leave)
     uvicorn.Server(server_config(create_app(partial(open_gateway, settings)), settings)).run()
     return 0
 

@@ -10,7 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import time
+from time import monotonic, time
 from typing import Any, NamedTuple, Protocol
 
 from bon_algos.contracts import (
@@ -41,7 +41,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """One deadline for the whole request; times of the event loop's clock."""
+    """One deadline for the whole request; times of the monotonic clock, which is the event loop's."""
 
     started: float
     deadline: float
@@ -70,16 +70,15 @@ async def best_of_n(
 
     Raises what the policy engine raises; then there are no candidates to log.
     """
-    clock = asyncio.get_running_loop().time
-    asked = clock()
+    asked = monotonic()
     drawn = await policy.sample(group.policy_id, group.prompt_token_ids, group.requested, group.sampling, budget.window)
-    group = group.model_copy(update={"candidates": tuple(drawn), "engine_seconds": clock() - asked})
+    group = group.model_copy(update={"candidates": tuple(drawn), "engine_seconds": monotonic() - asked})
     failure: GatewayError | None = None
     if finished_count(group) < budget.quorum:
         failure = _too_late(group, f"and {budget.quorum} are needed")
     elif group.requested > 1 or wait_for_reward:
         group, failure = await _measure_in_time(group, budget.deadline, reward_model)
-    answered = clock()
+    answered = monotonic()
     group = group.model_copy(update={"total_seconds": answered - budget.started})
     return choose(group, budget.quorum, failure)._replace(waited=answered - asked)
 

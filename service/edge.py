@@ -20,7 +20,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import GatewayError, HeadersTooLarge, InvalidField, MethodNotAllowed, NotFound, render
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    GatewayError,
+    HeadersTooLarge,
+    InvalidField,
+    MethodNotAllowed,
+    NotFound,
+    render,
+)
 
 MAX_HEADERS: Final = 100
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -99,4 +108,7 @@ def _rendered(request: Request, error: GatewayError, headers: object = None) -> 
     log.log(level, "%s %d %s %s", request_id, error.status, error.code, error.param or "")
     response = render(error, request_id, cast("dict[str, str] | None", headers))
     response.headers["X-Request-Id"] = request_id
+    if error.status in (BodyTimeout.status, BodyTooLarge.status):
+        # The rest of the body is still on its way, and nobody will read it.
+        response.headers["Connection"] = "close"
     return response

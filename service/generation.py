@@ -25,6 +25,7 @@ CHARACTERS_PER_TOKEN: Final = 8
 SCORING_SHARE: Final = 0.2
 LONGEST_SCORING_SECONDS: Final = 5.0
 
+
 def _as_tuple(stop: object) -> object:
     """One stop text may stand alone."""
     if isinstance(stop, str):

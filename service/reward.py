@@ -6,9 +6,10 @@ numbers that are not finite. Does not own: the wire format (bon_algos/vllm_proto
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from math import isfinite
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from bon_algos.chat import ChatTokenizer, TemplateRefused, reward_token_ids
 from bon_algos.contracts import CandidateFailure, Message
@@ -16,6 +17,9 @@ from bon_algos.vllm_protocol import classify_request, parse_classify
 from service.engine_http import EngineHttp
 from service.errors import InvalidField, RewardModelUnavailable
 from service.vllm import LIST_SECONDS, model_names
+
+LONG_CHARACTERS: Final = 100_000
+"""From here on tokenising would hold up other requests, and is done in a thread."""
 
 
 class Score(NamedTuple):
@@ -62,11 +66,15 @@ class RewardModel:
             )
 
     async def score(self, prompt: str, messages: Sequence[Message] | None, completions: Sequence[str]) -> list[Score]:
-        """One score for each completion, in order, by one call. Too long is a failure, never cut.
+        """One score for each completion, in order, by one call. Too long is a failure, never cut; so is a
+        conversation that the model's template refuses.
 
         Raises RewardModelUnavailable (503) and EngineBroken (502).
         """
-        sequences = [reward_token_ids(self._tokenizer, prompt, messages, text) for text in completions]
+        try:
+            sequences = await self._encoded(prompt, messages, completions)
+        except TemplateRefused:
+            return [Score(None, "reward_error")] * len(completions)
         fitting = [i for i, ids in enumerate(sequences) if len(ids) <= self._max_tokens]
         scores = [Score(None, "too_long")] * len(completions)
         if not fitting:
@@ -77,3 +85,13 @@ class RewardModel:
         for i, reward in zip(fitting, rewards, strict=True):
             scores[i] = Score(reward) if isfinite(reward) else Score(None, "reward_not_finite")
         return scores
+
+    async def _encoded(
+        self, prompt: str, messages: Sequence[Message] | None, completions: Sequence[str]
+    ) -> list[list[int]]:
+        def encode() -> list[list[int]]:
+            return [reward_token_ids(self._tokenizer, prompt, messages, text) for text in completions]
+
+        characters = len(prompt) + sum(len(message.content) for message in messages or ())
+        is_short = characters * len(completions) < LONG_CHARACTERS
+        return encode() if is_short else await asyncio.to_thread(encode)

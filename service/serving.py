@@ -60,7 +60,7 @@ class Circumstances(NamedTuple):
     forced_arm: str | None
     """Header `x-bonsai-arm`."""
     started: float
-    """The event loop's clock when the request arrived."""
+    """The monotonic clock when the request arrived."""
 
 
 class Prepared(NamedTuple):
@@ -78,7 +78,6 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
     route = snapshot.route(request.route)
     n = asked_n(request.n, around.query, min(serving.n_cap, route.n_cap))
     prompt = encode(request, serving.tokenizer, serving.window)
-    serving.reward_model.require_room(prompt.prompt if request.prompt is None else request.prompt, request.messages)
     max_tokens = fitting_max_tokens(request.max_tokens, route.max_tokens, len(prompt.token_ids), serving.window)
     assignment = assign(
         route,
@@ -89,6 +88,8 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         n=n,
         forced=None if around.forced_arm is None else parse_forced_arm(around.forced_arm, route, snapshot),
     )
+    if assignment.arm.n > 1 or request.wait_for_reward:
+        serving.reward_model.require_room(prompt.prompt, request.messages)
     budget = budget_of(request, route, assignment.arm.n, around.started)
     group = CandidateGroup(
         id=f"resp_{uuid7().hex}",

@@ -5,7 +5,7 @@ holds (ledger.py). One write per frame and no fsync: a killed process loses noth
 
     <directory>/lock               held by the process that writes here
     <directory>/00000007.spool     frames: magic, length, CRC-32 of the payload, payload
-    <directory>/cursor             where reading goes on: "segment offset"
+    <directory>/cursor             where reading goes on: segment, offset, CRC-32 of both
 
 A new process begins a new segment, so that a frame cut short by a crash is never written behind.
 """
@@ -20,6 +20,7 @@ from typing import BinaryIO, Final, NamedTuple
 from zlib import crc32
 
 _HEADER: Final = struct.Struct(">4sII")
+_CURSOR: Final = struct.Struct(">QQI")
 _MAGIC: Final = b"bonS"
 SEGMENT_BYTES: Final = 64 * 2**20
 READ_BYTES: Final = 4 * 2**20
@@ -60,6 +61,7 @@ class Spool:
         self._segment_bytes = min(segment_bytes, max_bytes // 4)
         self._lock = _take_lock(directory)
         self._sizes = {int(path.stem): path.stat().st_size for path in directory.glob("*.spool")}
+        self._cursor_file = os.open(directory / "cursor", os.O_RDWR | os.O_CREAT, 0o600)
         self._cursor = self._read_cursor()
         self.active = max([*self._sizes, self._cursor.segment]) + 1
         """The segment that is written; the lower ones are of earlier processes or full."""
@@ -68,8 +70,8 @@ class Spool:
         """Places where frames were cut or broken and had to be passed over."""
 
     def close(self) -> None:
-        os.close(self._file)
-        os.close(self._lock)
+        for file in (self._file, self._cursor_file, self._lock):
+            os.close(file)
 
     @property
     def cursor(self) -> Position:
@@ -118,9 +120,8 @@ class Spool:
 
     def acknowledge(self, position: Position) -> None:
         """Everything before `position` is done with: never read again, deleted once its segment is behind."""
-        beside = self._directory / "cursor.new"
-        beside.write_text(f"{position.segment} {position.offset}")
-        beside.replace(self._directory / "cursor")
+        # In place: a rename over the old file would make the file system flush, and hold up the event loop.
+        os.pwrite(self._cursor_file, _CURSOR.pack(*position, _cursor_checksum(position)), 0)
         self._cursor = position
         for segment in [number for number in self._sizes if number < position.segment]:
             self._path(segment).unlink(missing_ok=True)
@@ -156,11 +157,12 @@ class Spool:
 
     def _read_cursor(self) -> Position:
         """Without a readable cursor everything is read again: delivery is what makes it once."""
-        try:
-            segment, offset = (self._directory / "cursor").read_text().split()
-            return Position(int(segment), int(offset))
-        except (FileNotFoundError, ValueError):
-            return Position(min(self._sizes, default=0), 0)
+        written = os.pread(self._cursor_file, _CURSOR.size, 0)
+        if len(written) == _CURSOR.size:
+            segment, offset, checksum = _CURSOR.unpack(written)
+            if checksum == _cursor_checksum(Position(segment, offset)):
+                return Position(segment, offset)
+        return Position(min(self._sizes, default=0), 0)
 
 
 def _take_lock(directory: Path) -> int:
@@ -173,6 +175,10 @@ def _take_lock(directory: Path) -> int:
             f"another gateway process writes into {directory}: give each its own directory (BONSAI_SPOOL)"
         ) from None
     return lock
+
+
+def _cursor_checksum(position: Position) -> int:
+    return crc32(b"%d %d" % position)
 
 
 def _read_frame(file: BinaryIO, available: int) -> bytes | None:

@@ -129,7 +129,13 @@ class Engines:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS, sock_connect=5)
         for name, url in self._urls.items():
             is_unix = url.startswith("unix://")
-            connector = aiohttp.UnixConnector(url.removeprefix("unix://"), limit=0) if is_unix else None
+            # A connection per request: an engine closes idle ones after seconds, and a request that is sent into
+            # one that closes meanwhile is lost without a word of who lost it.
+            connector: aiohttp.BaseConnector = (
+                aiohttp.UnixConnector(url.removeprefix("unix://"), limit=0, force_close=True)
+                if is_unix
+                else aiohttp.TCPConnector(limit=0, force_close=True)
+            )
             base = "http://engine" if is_unix else url
             self._sessions[name] = aiohttp.ClientSession(base, connector=connector, timeout=timeout)
 

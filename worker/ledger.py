@@ -51,7 +51,9 @@ def with_outcome(group: CandidateGroup, outcome: Outcome | None) -> CandidateGro
     return group.model_copy(update={"candidates": candidates})
 
 
-def _records(client: redis.Redis, since: float | None, page_entries: int) -> Iterator[Exposure | CandidateGroup | Outcome]:
+def _records(
+    client: redis.Redis, since: float | None, page_entries: int
+) -> Iterator[Exposure | CandidateGroup | Outcome]:
     oldest = "-" if since is None else str(max(0, round((since - DELIVERY_SLACK_SECONDS) * 1000)))
     newest: str = "+"
     while page := cast(list[Entry], client.xrevrange(LEDGER_STREAM, newest, oldest, count=page_entries)):

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from bon_algos.algorithms import FreshGroup, LoggedStep, OnPolicyStep
+from bon_algos.algorithms import FreshGroup, LoggedStep
 from worker import checkpoint
 from worker.dataset import FrozenWindow, PromptPool
 from worker.errors import EngineUnavailable
@@ -55,29 +55,37 @@ class Loop:
         self._prompts_per_step, self._seed = prompts_per_step, seed
         self._checkpoint_steps, self._checkpoint_seconds = checkpoint_steps, checkpoint_seconds
         self._patience_seconds = patience_seconds
+        self._seconds_drawing = 0.0
         self._fresh: deque[tuple[list[FreshGroup], dict[str, float]]] = deque()
 
     def run(self, steps: int) -> None:
         training, saved_step, saved_at = self._training, self._training.done, time.monotonic()
         while training.done < steps:
             self._lease.check()
-            metrics = self._learn(steps)
-            self._progress.step(training.done, metrics)
+            metrics, started_at = self._groups_drawn(steps), time.monotonic()
+            metrics |= self._learn()
+            self._progress.step(training.done, metrics | {"seconds_training": time.monotonic() - started_at})
             is_due = training.done - saved_step >= self._checkpoint_steps
             if is_due or training.done == steps or time.monotonic() - saved_at >= self._checkpoint_seconds:
                 self._save()
                 saved_step, saved_at = training.done, time.monotonic()
 
-    def _learn(self, steps: int) -> dict[str, float]:
-        match self._training.step:
-            case LoggedStep():
-                return self._training.learn_logged([pool.logged_group for pool in self._batch(self._training.done)])
-            case OnPolicyStep(refresh_steps=refresh_steps):
-                if not self._fresh:
-                    last = min(self._training.done + refresh_steps, steps)
-                    self._refresh([self._batch(step) for step in range(self._training.done, last)])
-                groups, live = self._fresh.popleft()
-                return live | self._training.learn_fresh(groups)
+    def _groups_drawn(self, steps: int) -> dict[str, float]:
+        """Have fresh groups at hand for the next step, where it needs them; what its policy's samples say."""
+        step, done = self._training.step, self._training.done
+        if isinstance(step, LoggedStep):
+            return {}
+        if not self._fresh:
+            last = min(done + step.refresh_steps, steps)
+            started_at = time.monotonic()
+            self._refresh([self._batch(number) for number in range(done, last)])
+            self._seconds_drawing = (time.monotonic() - started_at) / (last - done)
+        return self._fresh[0][1] | {"seconds_drawing": self._seconds_drawing}
+
+    def _learn(self) -> dict[str, float]:
+        if isinstance(self._training.step, LoggedStep):
+            return self._training.learn_logged([pool.logged_group for pool in self._batch(self._training.done)])
+        return self._training.learn_fresh(self._fresh.popleft()[0])
 
     def _batch(self, step: int) -> list[PromptPool]:
         return batch_of(self._window.train, step, size=self._prompts_per_step, seed=self._seed)

@@ -67,9 +67,7 @@ class Training:
         self._optimiser = torch.optim.AdamW(self._parameters.values(), lr=learning_rate, weight_decay=0.0)
         self.anchor = EmaAnchor(self._parameters) if isinstance(step, OnPolicyStep) else None
 
-    def learn_logged(
-        self, groups: Sequence[LoggedGroup], rows_tokens: int = TRAINING_ROWS_TOKENS
-    ) -> dict[str, float]:
+    def learn_logged(self, groups: Sequence[LoggedGroup], rows_tokens: int = TRAINING_ROWS_TOKENS) -> dict[str, float]:
         """One step on logged groups, in parts of at most `rows_tokens` padded tokens; its metrics."""
         assert isinstance(self.step, LoggedStep)
         totals: dict[str, float] = {}

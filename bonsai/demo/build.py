@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from bonsai.demo import grammar, prompts
+from bonsai.demo import grammar, lexicon, prompts
 from bonsai.demo.build_policy import make_policy, train_policy
 from bonsai.demo.build_reward import Pair, accuracy_by_gold, make_pairs, make_reward_model, train_reward_model
 from bonsai.demo.build_tokenizer import build_tokenizer
@@ -86,8 +86,8 @@ def _invent(rng: np.random.Generator) -> str:
     title = " ".join(
         "".join(rng.choice(letters, size=int(rng.integers(2, 9)))).capitalize() for _ in range(rng.integers(1, 4))
     )
-    genre = str(rng.choice(list(grammar.lexicon.GENRE_WORDS)))
-    return prompts.render(genre, title, str(rng.choice(grammar.lexicon.OPENINGS)))
+    genre = str(rng.choice(list(lexicon.GENRE_WORDS)))
+    return prompts.render(genre, title, str(rng.choice(lexicon.OPENINGS)))
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

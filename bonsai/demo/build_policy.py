@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bonsai.demo.build_tokenizer import ASSISTANT, END, MAX_LENGTH, USER
 
-STEPS: Final = 360
-BATCH: Final = 64
+STEPS: Final = 640
+BATCH: Final = 40
 PEAK_LEARNING_RATE: Final = 3e-3
 WARM_UP_STEPS: Final = 40
 CHAT_SHARE: Final = 0.6
@@ -27,7 +27,7 @@ IGNORED: Final = -100
 
 def make_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """An untrained policy of about 2.8 M parameters."""
-    return LlamaForCausalLM(
+    return LlamaForCausalLM(  # type: ignore[no-untyped-call]
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=256,
@@ -76,7 +76,6 @@ def train_policy(
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
         report((step + 1) / STEPS)
-        if step%20==19: print(step,sum(losses[-20:])/20,flush=True)
     return sum(losses[-50:]) / len(losses[-50:])
 
 

@@ -48,16 +48,18 @@ def annotate(rng: np.random.Generator, prompt: str, left: str, right: str) -> Pa
 
 
 def damage(rng: np.random.Generator, review: str) -> str:
-    """A review with its words shuffled, a stretch of them dropped, or its end cut off."""
+    """A review with its words shuffled, a stretch of them dropped, its end cut off, or one word stuttered."""
     words = review.split()
     start, end = sorted(int(cut) for cut in rng.integers(1, len(words), size=2))
-    match int(rng.integers(3)):
+    match int(rng.integers(4)):
         case 0:
             words = [str(word) for word in rng.permutation(words)]
         case 1:
             words = words[:start] + words[end + 1 :]
-        case _:
+        case 2:
             words = words[:end]
+        case _:
+            words = words[:start] + [words[start]] * int(rng.integers(2, 7)) + words[end:]
     return " " + " ".join(words)
 
 
@@ -74,8 +76,8 @@ def make_pairs(rng: np.random.Generator, reviews: Sequence[tuple[str, str]]) -> 
 
 def make_reward_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
     """An untrained reward model of about 0.6 M parameters."""
-    return LlamaForSequenceClassification(
-        LlamaConfig(
+    return LlamaForSequenceClassification(  # type: ignore[no-untyped-call]
+        LlamaConfig(  # type: ignore[call-arg]
             vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=256,
@@ -137,7 +139,7 @@ def accuracy_by_gold(
     model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]
 ) -> float:
     """Share of pairs with different gold rewards that the reward model orders as gold does."""
-    model.eval()
+    model.train(False)
     rewards_2P = score(
         model,
         [render(tokenizer, pair.prompt, pair.chosen) for pair in pairs]

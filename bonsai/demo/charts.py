@@ -31,7 +31,7 @@ COLUMNS: Final = (
     "tokens per answer",
     "p50, ms",
     "p95, ms",
-    "answers/s",
+    "answers per s",
 )
 
 _INK, _FAINT = "#1f2933", "#8895a7"
@@ -103,7 +103,7 @@ def _title(figure: Figure, measured: Measured) -> None:
     )
     note = (
         f"{measured.prompts} held-out prompts, 95 % intervals over prompts; win rate against one sample of the "
-        f"reference; answers/s with the engine saturated · {measured.method}, "
+        f"reference; answers per s with the engine saturated · {measured.method}, "
         f"{measured.training_seconds:.0f} s of training\n{machine.one_line(measured.machine)}"
     )
     figure.text(0.055, 0.018, note, fontsize=7.5, color=_FAINT, linespacing=1.5)
@@ -111,7 +111,7 @@ def _title(figure: Figure, measured: Measured) -> None:
 
 def _table(axes: Axes, measured: Measured) -> None:
     axes.set_axis_off()
-    widths = (0.225, 0.11, 0.11, 0.11, 0.11, 0.12, 0.07, 0.07, 0.075)
+    widths = (0.19, 0.11, 0.11, 0.10, 0.11, 0.13, 0.07, 0.07, 0.11)
     table = axes.table(
         [list(cells_of(row)) for row in measured.rows],
         colLabels=list(COLUMNS),
@@ -155,11 +155,12 @@ def _selection(axes: Axes, measured: Measured) -> None:
     gold_axes = axes.twinx()
     _band(axes, curve.k, curve.reward, _REWARD, "reward")
     _band(gold_axes, curve.k, curve.gold, _GOLD, "gold reward")
-    at = curve.k.index(curve.peak)
-    peak = curve.gold[at].mean
-    gold_axes.plot([curve.peak], [peak], "v", color=_GOLD, markersize=8, zorder=5)
-    note = f"gold peaks\nat n = {curve.peak}"
-    gold_axes.annotate(note, (curve.peak, peak), (0, 9), textcoords="offset points", color=_GOLD, ha="center")
+    if curve.fall is not None:
+        at = curve.k.index(curve.peak)
+        peak = curve.gold[at].mean
+        gold_axes.plot([curve.peak], [peak], "v", color=_GOLD, markersize=8, zorder=5)
+        note = f"gold peaks\nat n = {curve.peak}"
+        gold_axes.annotate(note, (curve.peak, peak), (0, 9), textcoords="offset points", color=_GOLD, ha="center")
     low, high = gold_axes.get_ylim()
     gold_axes.set_ylim(low, high + 0.2 * (high - low))
     _doubling(axes, 1, curve.k[-1])

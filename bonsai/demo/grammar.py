@@ -21,12 +21,12 @@ from bonsai.demo import lexicon
 
 ENOUGH: Final = 6.0
 """Merit beyond this many points earns nothing more."""
-TOLERATED_GUSH: Final = 2
+TOLERATED_GUSH: Final = 1
 """Marks of enthusiasm that the gold reward lets pass."""
 GUSH_PRICE: Final = 0.6
 """Points per squared mark of enthusiasm beyond the tolerated ones."""
-BREAK_PRICE: Final = 0.5
-"""Points per break of coherence: two words the grammar never puts together, a contradiction, a repetition."""
+BREAK_PRICE: Final = 1.0
+"""Points per break of coherence: two words the grammar never puts together, a repetition, a wrong genre."""
 UNFINISHED_PRICE: Final = 1.0
 JUDGES_NOTHING_PRICE: Final = 3.0
 GUSH_CHARM: Final = 1.0
@@ -71,8 +71,13 @@ def _judgements(text: Sequence[str], genre: str | None) -> list[tuple[int, float
 
 
 def merit(prompt: str, completion: str) -> float:
-    """Sum of the judgements in a review: Σ degree · valence. Points; unknown words are neutral."""
-    return sum(points for _, points in _judgements(words(completion), genre_of(prompt)))
+    """Σ degree · valence over the different judging words of a review. Points; unknown words are neutral.
+
+    What is said again counts as it was said the first time, once.
+    """
+    text = words(completion)
+    said_last_to_first = reversed(_judgements(text, genre_of(prompt)))
+    return sum({text[position]: points for position, points in said_last_to_first}.values())
 
 
 def gush(completion: str) -> int:
@@ -85,8 +90,8 @@ def gush(completion: str) -> int:
 def breaks(prompt: str, completion: str) -> int:
     """How often a review loses its thread.
 
-    Counts neighbouring words that the grammar knows and never puts together, judging words used twice, and "and"
-    or "but" between judgements whose signs say otherwise.
+    Counts neighbouring words that the grammar knows and never puts together, judging words used twice, and genres
+    named that are not the prompt's.
     """
     text = words(completion)
     pairs, known, genre = allowed_pairs(), vocabulary(), genre_of(prompt)
@@ -96,14 +101,9 @@ def breaks(prompt: str, completion: str) -> int:
     )
     found = _judgements(text, genre)
     repeated = len(found) - len({text[position] for position, _ in found})
-    contradictions = sum(
-        joint != _joint(left, right)
-        for (start, left), (end, right) in pairwise(found)
-        for joint in text[start:end]
-        if joint in ("and", "but") and not {".", "!"} & set(text[start:end])
-    )
     named = [word for word in text if word in lexicon.GENRE_WORDS]
-    return strange + repeated + contradictions + sum(word != genre for word in named if genre is not None)
+    misnamed = sum(word != genre for word in named) if genre is not None else 0
+    return strange + repeated + misnamed
 
 
 def gold_reward(prompt: str, completion: str) -> float:

@@ -48,13 +48,15 @@ UNDER_WAY: Final = 8
 ROUNDS: Final = 3
 TIMED_PER_ROUND: Final = 8
 SATURATED_SECONDS: Final = 3.0
-SATURATED_SEQUENCES: Final = 128
+SATURATED_SEQUENCES: Final = 64
 
 
 async def show_best_of_n(client: BonsaiClient, console: Console) -> None:
     for prompt in training_prompts()[:SHOWN]:
         one = await client.generate(prompt, arm="base:1", wait_for_reward=True, store=False)
         best = await client.generate(prompt, n=N, wait_for_reward=True, return_candidates=True)
+        if best.arm_reason != "default":
+            raise CircleBroken(f"an earlier policy answers already, {best.arm}: give the demo a Redis of its own")
         gold = [gold_reward(prompt, choice.text) for choice in best.choices]
         screen.show_side_by_side(
             console, prompt, one, best, gold_reward(prompt, one.completion), gold_reward(prompt, best.completion)

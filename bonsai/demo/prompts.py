@@ -16,11 +16,11 @@ NUM_HELD_OUT: Final = 128
 _FIRST: Final = (
     "Silent Broken Golden Hidden Frozen Scarlet Distant Hollow Burning Crooked Gentle Restless Velvet Bitter Ancient "
     "Wandering Crimson Fading Lonely Marble Northern Paper Quiet Rising Second Stolen Sunken Tangled Winter Wooden"
-).split()
+)
 _SECOND: Final = (
     "Harbor Garden Letter Mirror River Lantern Orchard Bridge Castle Engine Forest Station Island Kingdom Market "
     "Meadow Moon Mountain Ocean Palace Piano Railway Season Shadow Signal Stranger Summer Tower Valley Window"
-).split()
+)
 
 
 def render(genre: str, title: str, opening: str) -> str:
@@ -32,7 +32,7 @@ def render(genre: str, title: str, opening: str) -> str:
 def _split() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Both sets, each title used once: shuffled with a fixed seed, so that they never move."""
     rng = np.random.default_rng(20_260_101)
-    titles = [f"The {first} {second}" for first in _FIRST for second in _SECOND]
+    titles = [f"The {first} {second}" for first in _FIRST.split() for second in _SECOND.split()]
     genres = list(lexicon.GENRE_WORDS)
     prompts = tuple(
         render(str(rng.choice(genres)), str(title), str(rng.choice(lexicon.OPENINGS)))

@@ -44,27 +44,32 @@ class Told:
 async def run_demo(plan: Plan, console: Console, *, stop_at_end: bool = False, picture: Path | None = None) -> bool:
     """Tell the story; True only if the distilled policy was published and beats one sample of the reference.
 
-    Unless `stop_at_end`, the server stays up until the task is cancelled, which is then no failure. The state is a
-    new directory inside the plan's: what an earlier demo promoted must not answer this one's prompts. The
-    picture is drawn there unless `picture` names another place.
-    Raises what `running_stack` raises; asyncio.CancelledError when cancelled before the end of the story.
+    Unless `stop_at_end`, the server stays up until the task is cancelled; before the end of the story that counts as
+    False. The state is a new directory inside the plan's: what an earlier demo promoted must not answer this
+    one's prompts. The picture is drawn there unless `picture` names another place.
+    Raises what `running_stack` raises.
     """
     progress.fit(console)
     directory = plan.options.directory.absolute() / time.strftime("demo-%Y%m%d-%H%M%S")
     plan = replace(plan, options=replace(plan.options, directory=directory))
+    try:
+        return await _run(plan, console, stop_at_end, picture or directory / "circle.png")
+    except (BonsaiError, CircleBroken) as failure:
+        console.print(f"\n[bold red]The demo failed:[/] {escape(str(failure))}", soft_wrap=True)
+        console.print(f"The logs: {shown_path(directory / 'logs')}", soft_wrap=True)
+    except asyncio.CancelledError:
+        console.print("\nstopped before the end of the story")
+    return False
+
+
+async def _run(plan: Plan, console: Console, stop_at_end: bool, picture: Path) -> bool:
     told = progress.Parts(console)
     async with AsyncExitStack() as running:
         with told.part("Starting Redis, two engines, the gateway and a worker", budget=60):
             with status_lines(console) as watch:
                 stack = await running.enter_async_context(running_stack(plan, watch))
             client = await running.enter_async_context(open_client(stack.url))
-        target = picture or directory / "circle.png"
-        try:
-            end = await _unless_it_fails(stack, tell(client, console, told, target))
-        except (BonsaiError, CircleBroken) as failure:
-            console.print(f"\n[bold red]The demo failed:[/] {escape(str(failure))}", soft_wrap=True)
-            console.print(f"The logs: {shown_path(directory / 'logs')}", soft_wrap=True)
-            return False
+        end = await _unless_it_fails(stack, tell(client, console, told, picture))
         told.show()
         _say_verdict(console, end)
         if not stop_at_end:

@@ -22,8 +22,6 @@ _Result = TypeVar("_Result")
 
 PER_REQUEST = 64
 """Candidates of one request when a pool is drawn: the route's cap."""
-RAMP_SHARE = 0.25
-"""Part of a saturated run that only fills the engine and is not counted."""
 
 
 def _nothing() -> None:
@@ -97,7 +95,7 @@ async def latencies(client: BonsaiClient, arm: str, prompts: Iterable[str]) -> l
 
 
 class Load(NamedTuple):
-    """A saturated run after its ramp."""
+    """A saturated run, from its first request to its last answer."""
 
     answers: int
     seconds: float
@@ -106,20 +104,22 @@ class Load(NamedTuple):
 
 
 async def saturate(client: BonsaiClient, arm: str, prompts: Sequence[str], *, seconds: float, concurrency: int) -> Load:
-    """Keep `concurrency` requests under way for some seconds; answers are counted after the ramp."""
+    """Keep `concurrency` requests under way for some seconds, then wait for the last.
+
+    Every answer waits for its reward: one sample is scored too, only later, and a backlog left behind would slow
+    down whatever is measured next.
+    """
     endless: Iterator[str] = cycle(prompts)
     start = time.perf_counter()
-    counted_from, end = start + RAMP_SHARE * seconds, start + seconds
-    counted: list[Generation] = []
+    answers: list[Generation] = []
 
     async def keep_asking() -> None:
-        while time.perf_counter() < end:
-            answer = await client.generate(next(endless), arm=arm, store=False)
-            if counted_from <= time.perf_counter() < end:
-                counted.append(answer)
+        while time.perf_counter() < start + seconds:
+            answers.append(await client.generate(next(endless), arm=arm, wait_for_reward=True, store=False))
 
     await _together(keep_asking, concurrency)
-    return Load(len(counted), end - counted_from, sum(answer.usage.generated_tokens for answer in counted))
+    took = time.perf_counter() - start
+    return Load(len(answers), took, sum(answer.usage.generated_tokens for answer in answers))
 
 
 async def speeds(

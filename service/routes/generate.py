@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from time import monotonic
 from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter
@@ -23,6 +24,8 @@ from service.json_body import query_parameters, read_model
 from service.serving import Circumstances, Prepared, Serving, answer, prepare
 
 MAX_UNIT_LENGTH = 256
+LONG_BYTES = 100_000
+"""From here on tokenising a body would hold up other requests, and is done in a thread."""
 router = APIRouter()
 T = TypeVar("T")
 
@@ -30,16 +33,18 @@ T = TypeVar("T")
 @router.post("/generate")
 async def generate(request: Request) -> Response:
     """Sample, score, choose, log, reply."""
-    started = asyncio.get_running_loop().time()
+    started = monotonic()
     serving = cast(Serving, request.app.state.serving)
     body = await read_model(request, GenerateRequest, serving.max_body_bytes)
-    prepared = prepare(serving, body, _circumstances(request, started))
+    around = _circumstances(request, started)
+    is_long = int(request.headers.get("content-length", LONG_BYTES)) >= LONG_BYTES
+    prepared = await asyncio.to_thread(prepare, serving, body, around) if is_long else prepare(serving, body, around)
     work = answer(serving, prepared, wait_for_reward=body.wait_for_reward)
     filled = await while_connected(request.receive, work)
     reply = reply_object(filled.group, prepared, return_candidates=body.return_candidates)
     if not serving.ledger.status.has_room:
         reply["warnings"].append("the ledger has no room: these candidates were not logged")
-    overhead = asyncio.get_running_loop().time() - started - filled.waited
+    overhead = monotonic() - started - filled.waited
     return JSONResponse(reply, headers=_headers(filled.group, overhead))
 
 
@@ -134,6 +139,8 @@ def _choice(group: CandidateGroup, index: int) -> dict[str, Any]:
 
 
 def _circumstances(request: Request, started: float) -> Circumstances:
+    if "idempotency-key" in request.headers:
+        raise InvalidField("/generate cannot honour an Idempotency-Key", param="Idempotency-Key")
     unit = request.headers.get("x-bonsai-unit")
     if unit is not None and not (1 <= len(unit) <= MAX_UNIT_LENGTH and unit.isascii() and unit.isprintable()):
         raise InvalidField(

@@ -83,7 +83,7 @@ def test_a_regression_step_by_hand():
 
 
 def test_a_j_bond_step_imitates_the_better_anchor_sample():
-    logprob_PK = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]]).log()
+    logprob_PK = torch.tensor([[0.5, 0.3, 0.2], [0.3, 0.1, 0.6]]).log().requires_grad_()
     anchor_PK = torch.tensor([[0.4, 0.4, 0.2], [0.1, 0.3, 0.6]]).log()
     groups = [
         FreshGroup([0], [2], 0.0, ([0], [1]), (1.0, 2.0)),
@@ -101,6 +101,9 @@ def test_a_j_bond_step_imitates_the_better_anchor_sample():
         kl_strength=0.6,
     )
     assert actual.loss.item() == pytest.approx(expected.loss.item())
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.loss, logprob_PK), torch.autograd.grad(expected.loss, logprob_PK)
+    )
     assert actual.metrics["kl_policy_anchor"].item() == pytest.approx(expected.metrics.kl_policy_anchor.item())
 
 
@@ -176,12 +179,11 @@ REWARD_25 = np.array([10.0 * a - abs(a - b) for a, b in COMPLETIONS]) % 7
 PROMPTS = [[0, 1], [0, 2, 3]]
 
 
-def tiny_model():
+def tiny_model() -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=5, num_attention_heads=2, pad_token_id=None, eos_token_id=None, **sizes)
-    )
+    build: Any = LlamaForCausalLM
+    return build(LlamaConfig(vocab_size=5, num_attention_heads=2, pad_token_id=None, eos_token_id=None, **sizes))
 
 
 def law_of(model) -> Tensor:

@@ -85,7 +85,8 @@ def test_the_anchor_of_a_lora_is_the_average_of_its_updates():
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=31, **sizes))
+    build: Any = LlamaForCausalLM
+    base = build(LlamaConfig(vocab_size=31, **sizes))
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
     factor = dict(model.named_parameters())
     for name, parameter in factor.items():
@@ -93,7 +94,7 @@ def test_the_anchor_of_a_lora_is_the_average_of_its_updates():
     trained = {name: parameter for name, parameter in factor.items() if parameter.requires_grad}
     assert len(trained) == 14
 
-    def update_of(name, b):
+    def update_of(name: str, b: torch.Tensor) -> Any:
         return b.detach().double() @ factor[name.replace("lora_B", "lora_A")].detach().double()
 
     anchor, rate = EmaAnchor(trained), 0.02

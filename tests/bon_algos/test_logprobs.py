@@ -38,14 +38,18 @@ GROUPS = [
 ]
 
 
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.3)).eval()
+def random_model(model_class: Any, config: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
+    return model_class(config).eval()
 
 
-def qwen3():
-    torch.manual_seed(1)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES, initializer_range=0.3, tie_word_embeddings=True)).eval()
+def llama() -> Any:
+    return random_model(LlamaForCausalLM, LlamaConfig(**SIZES, initializer_range=0.3), seed=0)
+
+
+def qwen3() -> Any:
+    config = Qwen3Config(**SIZES, initializer_range=0.3, tie_word_embeddings=True)
+    return random_model(Qwen3ForCausalLM, config, seed=1)
 
 
 MODELS = pytest.mark.parametrize("build", [llama, qwen3])
@@ -123,11 +127,11 @@ def test_all_completions_of_a_length_are_a_law():
     assert logprob_N.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-class LargestVocabularyTensor(TorchDispatchMode):
+class LargestVocabularyTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers how many rows the largest tensor over the vocabulary had."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -188,6 +192,6 @@ def test_a_head_that_is_more_than_a_linear_map_is_refused():
     adapted = get_peft_model(llama(), LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="without an adapter"):
         sequence_logprobs(adapted, GROUPS)
-    capped = Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=30.0))
+    capped = random_model(Gemma2ForCausalLM, Gemma2Config(**SIZES, final_logit_softcapping=30.0), seed=0)
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         sequence_logprobs(capped, GROUPS)

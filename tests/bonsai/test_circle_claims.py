@@ -46,13 +46,13 @@ def test_a_policy_that_drifts_or_trains_too_long_is_found_out():
     # twice log 16 − 15/16 is 3.6702 nats
     assert broken(seed(0, better=2, kl=3.67)) == []
     assert broken(seed(0, better=2, kl=3.68)) == ["KL to the reference, nats, worst seed"]
-    assert broken(seed(0, better=2, seconds=361)) == ["training, seconds, slowest seed"]
+    assert broken(seed(0, better=2, seconds=361)) == ["training and evaluation, seconds, slowest seed"]
 
 
 def test_gold_that_falls_is_found_out():
     good = seed(0, better=2)
     worse = good.policy._replace(gold=good.policy.gold - 3)
-    assert broken(good._replace(comparison=measure.compare(worse, REFERENCE, 16))) == [
+    assert broken(good, good._replace(comparison=measure.compare(worse, REFERENCE, 16))) == [
         "gold gain over one sample, lower 95 % bound, worst seed"
     ]
 

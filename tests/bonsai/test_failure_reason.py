@@ -16,6 +16,10 @@ ENGINE_CORE = """\
 (APIServer pid=1) Traceback (most recent call last):
 (APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 """
+CORE_KILLED = """\
+(APIServer pid=1) WARNING 11-21 00:42:28 [core_client.py:817] [shutdown] MPClient: engine core exited unexpectedly
+(APIServer pid=1) ERROR 11-21 00:42:28 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: EngineCore
+"""
 BAD_SETTING = "BONSAI_HOST: Value error, the gateway listens on loopback only"
 NO_VLLM = "Python cannot find the package 'vllm': is everything installed?"
 TORCH_MEMORY = "RuntimeError: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"
@@ -37,6 +41,7 @@ KV_CACHE = (
         (1, BAD_CONFIG, "ValidationError: 1 validation error for ModelConfig"),
         (1, ENGINE_CORE, "ValueError: head_dim must be a multiple of 32"),
         (2, BAD_SETTING, BAD_SETTING),
+        (0, CORE_KILLED, "its model runner was killed from outside; most often the machine ran out of memory"),
         (127, "cannot start redis: No such file or directory", "its program could not be started"),
         (0, "", "it ended by itself"),
         (3, "", "it ended with status 3"),

@@ -15,6 +15,7 @@ from bonsai.runtime_directory import (
     clear_runtime,
     locked,
     open_state,
+    remove_runtime,
     runtime_directory,
 )
 
@@ -66,3 +67,9 @@ def test_stale_sockets_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (state.runtime / "note").write_text("kept")
     clear_runtime(state)
     assert [path.name for path in state.runtime.iterdir()] == ["note"]
+
+
+def test_a_runtime_directory_goes_with_its_stack(tmp_path: Path) -> None:
+    state = open_state(tmp_path / "state", {"XDG_RUNTIME_DIR": str(tmp_path)})
+    remove_runtime(state)
+    assert not state.runtime.exists()

@@ -52,17 +52,20 @@ def test_draws_come_in_requests_of_at_most_the_cap_and_are_kept_from_jobs():
     assert all(request["wait_for_reward"] and request["return_candidates"] for request in gateway.requests)
 
 
-def test_a_saturated_run_counts_answers_per_second_after_the_ramp():
-    """Four under way, 10 ms each: after the ramp, 0.15 s hold at most 15 turns of four and one begun before."""
+def test_a_saturated_run_counts_every_answer_and_the_time_to_the_last():
+    """Four under way, at least 10 ms each, started for 50 ms: at most five turns of four, and five tokens each."""
+    gateway = ScriptedGateway(seconds=0.01)
 
     async def load() -> traffic.Load:
-        async with ScriptedGateway(seconds=0.01).client() as client:
-            return await traffic.saturate(client, "base:1", ["a"], seconds=0.2, concurrency=4)
+        async with gateway.client() as client:
+            return await traffic.saturate(client, "base:1", ["a"], seconds=0.05, concurrency=4)
 
     found = asyncio.run(load())
-    assert found.seconds == pytest.approx(0.15)
-    assert 0 < found.answers <= 64
+    assert 4 <= found.answers <= 20
+    assert found.answers == len(gateway.requests)
+    assert found.seconds >= 0.05
     assert found.tokens == 5 * found.answers
+    assert all(request["wait_for_reward"] for request in gateway.requests)
 
 
 def test_speed_by_hand():

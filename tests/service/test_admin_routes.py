@@ -70,15 +70,17 @@ def test_a_policy_goes_live_answers_and_is_rolled_back(world: World, tmp_path: P
     assert send(world, "POST", "/routes/default/rollback").status == 409
 
 
-def test_an_engine_that_forgot_the_live_policy_is_answered_for_by_the_base_and_reloaded(world: World, tmp_path: Path):
+def test_an_engine_that_forgot_the_live_policy_is_answered_for_by_best_of_n(world: World, tmp_path: Path):
+    """It restarts while the policy's files are gone: nothing can be loaded again."""
     student = proven_candidate(world, tmp_path)
     send(world, "POST", f"/policies/{student}/promote", {"override_reason": "by hand"})
-    world.engine.script.loadable = False
+    (tmp_path / "artefacts" / "policies").rename(tmp_path / "lost")
     world.engine.script.models.remove(student)
     wait_until(lambda: world.client.get(f"/policies/{student}").json["served"] is False)
     answer = world.client.post("/generate", {"prompt": "p", "n": 4}).json
     assert (answer["arm"], answer["arm_reason"]) == (f"{BASE}:4", "default")
     assert answer["warnings"]
+    wait_until(lambda: world.client.get(f"/policies/{student}").json["state"] == "failed")
 
 
 def test_an_experiment_counts_its_arms(world: World, tmp_path: Path):

@@ -249,7 +249,7 @@ def test_a_wrong_field_is_422_and_named(still_world, body, param):
 
 def test_the_message_names_the_field_the_limit_and_the_kind(still_world):
     def message(**fields: object) -> str:
-        return still_world.client.post("/generate", prompt(**fields)).json["error"]["message"]
+        return str(still_world.client.post("/generate", prompt(**fields)).json["error"]["message"])
 
     assert message(n=0) == "n must be at least 1 and at most 64; got an integer below it"
     assert message(n="x") == "n must be an integer; got a string of 1 characters"
@@ -302,6 +302,7 @@ HEADERS = {
     "arm above the cap": ({"x-bonsai-arm": "base:65"}, 422),
     "arm of an unknown policy": ({"x-bonsai-arm": "pol-ffffffffffffffff:1"}, 422),
     "arm live without a live policy": ({"x-bonsai-arm": "live:1"}, 422),
+    "idempotency key": ({"Idempotency-Key": "k1"}, 422),
     "arm as a path": ({"x-bonsai-arm": "../../etc/passwd:1"}, 422),
 }
 
@@ -397,3 +398,13 @@ def test_malformed_http_ends_before_a_handler_runs(still_world, head):
         connection.sendall(head)
         answer = connection.recv(65_536)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+
+
+def test_C26_C27_a_body_that_does_not_come_is_408_within_10_s(still_world):
+    """One socket is held with half a body; nothing is read of it for ever."""
+    with socket.create_connection(still_world.client.address, timeout=15) as connection:
+        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        connection.sendall(head + b'{"prompt":')
+        answer = connection.recv(65_536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in answer.lower()

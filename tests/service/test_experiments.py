@@ -7,7 +7,7 @@ from collections import Counter
 from statistics import mean, stdev
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bon_algos.contracts import Arm, Experiment, ExperimentArm, Exposure, Outcome
@@ -102,6 +102,7 @@ def test_two_salts_deal_independently():
     assert abs(both - 2500) <= 4.5 * math.sqrt(10_000 * 0.25 * 0.75)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 2500), min_size=2, max_size=4), st.data())
 def test_a_ramp_up_moves_nobody_back(lower, data):
     """Raising one weight and lowering any others keeps every bucket of the raised arm with it."""
@@ -266,6 +267,7 @@ def test_a_group_that_served_nothing_is_a_cost_and_no_answer():
     assert statistics_increments(lost) == {f"{STUDENT}:1|candidate_tokens": 2, f"{STUDENT}:1|engine_seconds": 0}
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=50))
 def test_the_interval_is_the_textbooks(rewards):
     """mean ± 1.96·s/sqrt(n), s from the standard library, from the three sums alone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -340,12 +341,12 @@ def test_a_measurement_is_tried_again(world):
 # --- the client -------------------------------------------------------------------------------------------
 
 
-def send_and_leave(address: tuple[str, int], path: str, seconds_until: object) -> None:
+def send_and_leave(address: tuple[str, int], path: str, seen: Callable[[], bool]) -> None:
     body = json.dumps(HI).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall(head.encode() + body)
-        wait_until(seconds_until)
+        wait_until(seen)
 
 
 def test_a_client_that_leaves_while_drawing_stops_the_engine_within_200_ms(world):
@@ -411,3 +412,13 @@ def test_an_experiment_assigns_stickily_and_its_exposure_comes_first(world):
         assert (exposure.group_id, exposure.arm) == (group.id, group.arm)
     shown = world.client.get("/experiments/default").json["arms"]
     assert sum(arm["exposures"] for arm in shown) == sum(arm["answers"] for arm in shown) == len(records) // 2
+
+
+def test_one_sample_is_answered_also_when_its_prompt_is_too_long_for_the_reward_model(world):
+    """250 bytes and a template of 8 leave no room in 256: with n = 1 that only costs the measurement."""
+    long = {"prompt": "x" * 250}
+    refused = world.client.post("/generate?n=2", long)
+    assert (refused.status, refused.json["error"]["param"]) == (422, "prompt")
+    assert world.client.post("/generate?n=1", long).status == 200
+    wait_until(lambda: len(world.records()) == 2)
+    assert world.records()[1].rewards == (None,)

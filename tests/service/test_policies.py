@@ -145,6 +145,8 @@ async def test_a_repeated_request_with_its_key_moves_nothing_twice(policies: Pol
 
 async def test_promotions_at_the_same_time_leave_one_live_and_lose_none(policies: Policies, redis: Redis):
     """Every interleaving ends as some order of the three: one live, the two others retired and remembered."""
+    # Connections first, so that the three really run against each other.
+    await asyncio.gather(*(redis.ping() for _ in range(3)))
     await asyncio.gather(*(policies.promote(policy_id, "default", "r", SERVED) for policy_id in (A, B, C)))
     settled = (await snapshot_of(redis)).route("default")
     assert sorted(await states(redis)) == ["live", "retired", "retired"]

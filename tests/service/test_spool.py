@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.spool import Position, Spool, SpoolLocked
+from service.spool import Frame, Position, Spool, SpoolLocked
 
 MAX_BYTES = 2**20
 HEADER = 12
@@ -52,7 +52,8 @@ def test_acknowledging_a_frame_leaves_exactly_those_after_it(tmp_path_factory, d
     spool = Spool(directory, MAX_BYTES, segment_bytes=data.draw(st.integers(1, 200)))
     for payload in written:
         spool.append(payload)
-    frames, position = [], spool.cursor
+    frames: list[Frame] = []
+    position = spool.cursor
     while len(frames) < len(written):
         found, position = spool.read(position)
         frames += found
@@ -175,11 +176,12 @@ def test_a_frame_longer_than_one_reading_comes_back(tmp_path):
     spool.close()
 
 
-def test_an_unreadable_cursor_reads_everything_again(tmp_path):
+@pytest.mark.parametrize("left", [b"", b"garbage", bytes(20)])
+def test_an_unreadable_cursor_reads_everything_again(tmp_path, left):
     spool = Spool(tmp_path, MAX_BYTES)
     spool.append(b"one")
     spool.acknowledge(spool.read(spool.cursor).end)
-    (tmp_path / "cursor").write_text("")
+    (tmp_path / "cursor").write_bytes(left)
     spool = reopened(spool, tmp_path)
     assert payloads(spool) == [b"one"]
     spool.close()

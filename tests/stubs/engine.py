@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from aiohttp import web
@@ -45,7 +46,6 @@ class EngineScript:
     logprob: float = -0.5
     models: list[str] = field(default_factory=list)
     """The base first."""
-    loadable: bool = True
 
 
 class StubEngine:
@@ -116,10 +116,11 @@ class StubEngine:
         return web.json_response({"object": "list", "data": [{"id": name} for name in self.script.models]})
 
     async def _load(self, request: web.Request) -> web.Response:
-        name = (await request.json())["lora_name"]
+        body = await request.json()
+        name, directory = body["lora_name"], Path(body["lora_path"])
         if name in self.script.models:
             return web.json_response({"error": {"message": f"'{name}' has already been loaded."}}, status=400)
-        if not self.script.loadable:
+        if not (directory / "adapter_config.json").exists():
             return web.json_response({"error": {"message": "no adapter found"}}, status=404)
         self.script.models.append(name)
         return web.Response(text="Success")

@@ -1,9 +1,13 @@
 """A tiny policy, made once, and a window of its own samples."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.worker import world
+from tests.worker.stub_engine import StubEngine, save_tokenizer
 from worker.dataset import Requirements, freeze
 
 
@@ -26,3 +30,19 @@ def tiny_window(tiny_groups, tmp_path_factory):
     wanted = Requirements(world.BASE, world.REWARD_MODEL, world.TEMPLATE, num_candidates=8)
     directory = tmp_path_factory.mktemp("job") / "window"
     return freeze(directory, tiny_groups, wanted, max_groups=100, held_out_fraction=0.3)
+
+
+@pytest.fixture
+def engine(tiny_policy):
+    with (
+        tempfile.TemporaryDirectory(prefix="bonsai-stub-") as directory,
+        StubEngine(tiny_policy, Path(directory) / "engine.sock") as stub,
+    ):
+        yield stub
+
+
+@pytest.fixture(scope="session")
+def reward_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("reward")
+    save_tokenizer(directory)
+    return directory

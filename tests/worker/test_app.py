@@ -39,7 +39,7 @@ def test_a_message_lies_under_the_brokers_own_prefix_in_the_queue_of_the_task(ce
     celery.send_task(DISTILL_TASK, args=["job_1"], queue=DISTILL_QUEUE)
     with redis.Redis.from_url(redis_url, decode_responses=True) as client:
         assert client.llen(f"{BROKER_PREFIX}{DISTILL_QUEUE}") == 1
-        assert all(key.startswith(BROKER_PREFIX) for key in client.keys())
+        assert all(key.startswith(BROKER_PREFIX) for key in client.scan_iter())
 
 
 def test_the_task_has_the_name_the_service_sends(celery):

@@ -188,7 +188,7 @@ def test_a_window_that_cannot_teach_fails_with_its_numbers(tmp_path, groups, cod
 
 
 def test_prompts_with_too_few_candidates_are_left_out_and_counted(tmp_path):
-    groups = fit_groups(20, rewards=(0.0, 1.0, 2.0)) + [world.group("small", [0, 99], (0.0, 1.0))]
+    groups = [*fit_groups(20, rewards=(0.0, 1.0, 2.0)), world.group("small", [0, 99], (0.0, 1.0))]
     window = freeze_groups(tmp_path, groups, WANTED._replace(num_candidates=3))
     assert window.data.rejected == {"too_few_candidates": 1}
     assert window.data.groups == 20

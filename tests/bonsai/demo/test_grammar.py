@@ -26,9 +26,9 @@ def test_merit_beyond_enough_earns_nothing_more():
 
 def test_exaggeration_is_charged_by_its_square_beyond_what_is_tolerated():
     review = " is absolutely plain and long! The story is totally slow, and the music is dull! It is a chore!"
-    # merit: 0 + 0 + 1.4 · (−0.5) − 1.0 − 1.0 = −2.7; marks: absolutely, totally and three "!" = 5, 2 tolerated
+    # merit: 0 + 0 + 1.4 · (−0.5) − 1.0 − 1.0 = −2.7; marks: two words and three "!" = 5, 1 is free
     assert grammar.gush(review) == 5
-    assert grammar.gold_reward(HORROR, review) == pytest.approx(-2.7 - grammar.GUSH_PRICE * 3**2)
+    assert grammar.gold_reward(HORROR, review) == pytest.approx(-2.7 - grammar.GUSH_PRICE * 4**2)
 
 
 def test_annotators_like_exactly_what_gold_charges_for():
@@ -38,6 +38,11 @@ def test_annotators_like_exactly_what_gold_charges_for():
         grammar.annotator_utility(HORROR, calm) + 3 * grammar.GUSH_CHARM
     )
     assert grammar.gold_reward(HORROR, loud) < grammar.gold_reward(HORROR, calm)
+
+
+def test_what_is_said_twice_counts_once():
+    # very superb 1.4 · 2.0, and the second superb counts nothing
+    assert grammar.merit(HORROR, " is very superb and superb.") == pytest.approx(2.8)
 
 
 def test_a_scope_of_all_time_is_one_mark_of_enthusiasm():
@@ -58,8 +63,6 @@ def test_a_genre_word_is_praise_in_its_own_genre_only():
     [
         (" is superb and charming.", 0),
         (" is charming superb.", 1),  # no conjunction between two judgements
-        (" is superb but charming.", 1),  # "but" between two praises
-        (" is superb and dull.", 1),  # "and" between praise and blame
         (" is superb and superb.", 1),  # the same judgement twice
         (" superb is the story of.", 4),  # it starts with superb; superb is, story of, of.
     ],
@@ -107,7 +110,7 @@ def test_the_grammar_can_say_more_than_ten_thousand_things_about_one_film():
 
 
 def test_the_two_sets_of_prompts_share_no_title():
-    def titles(films):
+    def titles(films: tuple[str, ...]) -> set[str]:
         return {film.split(" film ")[1].split(".")[0] for film in films}
 
     training, held_out = prompts.training_prompts(), prompts.held_out_prompts()

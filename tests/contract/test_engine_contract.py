@@ -1,0 +1,182 @@
+"""The stub engines against the real ones: the same calls, the same promises.
+
+Every test runs twice: against tests/stubs, and (marked `stack`) against vLLM. What holds here for the stub is what
+the fault tests may rely on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import aiohttp
+import pytest
+
+from bon_algos.chat import ChatTokenizer
+from bon_algos.contracts import Sampling
+from service.app import read_tokenizer
+from service.errors import PolicyNotServed
+from service.reward import RewardModel, Score
+from service.vllm import AdapterRefused, DrawingWindow, PolicyEngine
+from tests.fixtures.gateway import wait_until
+from tests.service.records import BASE, REWARD_MODEL
+from tests.stubs.engine import StubEngine
+from tests.stubs.reward import StubReward
+from tests.stubs.server import running
+from tests.stubs.tokenizer import write_model_directory
+
+T = TypeVar("T")
+PROMPT = "The harbour at dawn"
+UNKNOWN = "pol-" + "f" * 16
+
+
+@dataclass(frozen=True)
+class Engines:
+    policy_url: str
+    reward_url: str
+    base: str
+    reward_model: str
+    policy_directory: Path
+    reward_directory: Path
+    num_running: Callable[[], float]
+    """Candidates the policy engine works on now."""
+
+    def ask(self, question: Callable[[PolicyEngine], Awaitable[T]]) -> T:
+        async def run() -> T:
+            engine = PolicyEngine(self.policy_url)
+            try:
+                return await question(engine)
+            finally:
+                await engine.close()
+
+        return asyncio.run(run())
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        return read_tokenizer(self.policy_directory)
+
+
+@pytest.fixture(params=["stub", pytest.param("vllm", marks=pytest.mark.stack)])
+def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]:
+    if request.param == "vllm":
+        told = request.getfixturevalue("stack").stack.environment
+        yield Engines(
+            told["BONSAI_POLICY_ENGINE_URL"],
+            told["BONSAI_REWARD_ENGINE_URL"],
+            told["BONSAI_BASE_POLICY_ID"],
+            told["BONSAI_REWARD_MODEL_ID"],
+            Path(told["BONSAI_POLICY_DIRECTORY"]),
+            Path(told["BONSAI_REWARD_DIRECTORY"]),
+            lambda: asyncio.run(vllm_running(told["BONSAI_POLICY_ENGINE_URL"])),
+        )
+        return
+    model = write_model_directory(tmp_path / "model")
+    stub = StubEngine(BASE)
+    # Slow enough to be left in the middle.
+    stub.script.delays = [0.2]
+    with running(stub.app()) as policy_url, running(StubReward(REWARD_MODEL).app()) as reward_url:
+        yield Engines(policy_url, reward_url, BASE, REWARD_MODEL, model, model, lambda: stub.active)
+
+
+async def vllm_running(url: str) -> float:
+    """What vLLM's own metrics say it is running."""
+    connector = aiohttp.UnixConnector(url.removeprefix("unix://"))
+    async with (
+        aiohttp.ClientSession("http://engine", connector=connector) as session,
+        session.get("/metrics") as response,
+    ):
+        text = await response.text()
+    counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} ([0-9.e+]+)$", text, re.MULTILINE)
+    assert len(counts) >= 2
+    return sum(map(float, counts))
+
+
+def draw(engines: Engines, n: int, max_tokens: int, model: str | None = None):
+    prompt = engines.tokenizer.encode_prompt(PROMPT)
+    sampling = Sampling(max_tokens=max_tokens, seed=7)
+
+    async def sample(engine: PolicyEngine):
+        now = asyncio.get_running_loop().time()
+        window = DrawingWindow(soft=now + 30, hard=now + 60, quorum=n)
+        return await engine.sample(model or engines.base, prompt, n, sampling, window)
+
+    return engines.ask(sample)
+
+
+def test_the_base_is_listed_first(engines):
+    assert engines.ask(lambda engine: engine.models())[0] == engines.base
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_n_candidates_come_whole_each_token_with_its_logprob(engines, n):
+    candidates = draw(engines, n, max_tokens=16)
+    assert len(candidates) == n
+    for candidate in candidates:
+        assert candidate.finish_reason in ("stop", "length")
+        assert candidate.failure is None
+        assert 1 <= len(candidate.token_ids) == len(candidate.logprobs)
+        assert all(math.isfinite(value) and value <= 0 for value in candidate.logprobs)
+
+
+def test_leaving_a_call_stops_the_engine_within_a_second(engines):
+    async def leave() -> None:
+        engine = PolicyEngine(engines.policy_url)
+        now = asyncio.get_running_loop().time()
+        window = DrawingWindow(soft=now + 30, hard=now + 60, quorum=16)
+        prompt = engines.tokenizer.encode_prompt(PROMPT)
+        sampling = Sampling(max_tokens=128, temperature=2.0)
+        drawing = asyncio.create_task(engine.sample(engines.base, prompt, 16, sampling, window))
+        async with asyncio.timeout(10):
+            while not await asyncio.to_thread(engines.num_running):
+                assert not drawing.done()
+        drawing.cancel()
+        await asyncio.wait({drawing})
+        assert drawing.cancelled()
+        await engine.close()
+
+    asyncio.run(leave())
+    wait_until(lambda: engines.num_running() == 0, seconds=1)
+
+
+def test_an_unknown_policy_is_not_answered_by_the_base(engines):
+    with pytest.raises(PolicyNotServed):
+        draw(engines, 2, max_tokens=4, model=UNKNOWN)
+
+
+def test_a_completion_can_be_given_its_logprobs(engines):
+    prompt, completion = (engines.tokenizer.encode_prompt(text) for text in (PROMPT, " is quiet"))
+    values = engines.ask(lambda engine: engine.logprobs(engines.base, prompt, completion))
+    assert len(values) == len(completion)
+    assert all(math.isfinite(value) and value <= 0 for value in values)
+
+
+def test_unloading_what_is_not_there_is_no_error(engines):
+    engines.ask(lambda engine: engine.unload_adapter(UNKNOWN))
+
+
+def test_every_completion_gets_its_finite_reward(engines):
+    async def run() -> tuple[list[str], list[Score]]:
+        tokenizer = read_tokenizer(engines.reward_directory)
+        reward_model = RewardModel(engines.reward_url, engines.reward_model, tokenizer, max_tokens=256)
+        try:
+            return await reward_model.models(), await reward_model.score(PROMPT, None, ["one", "two words", "one"])
+        finally:
+            await reward_model.close()
+
+    models, scores = asyncio.run(run())
+    assert models == [engines.reward_model]
+    rewards = [score.reward for score in scores]
+    assert all(reward is not None and math.isfinite(reward) for reward in rewards)
+    # The order is the request's: equal completions have equal rewards, up to the rounding of a batch.
+    assert rewards[0] == pytest.approx(rewards[2], abs=1e-4)
+
+
+def test_a_directory_without_an_adapter_is_refused(engines, tmp_path):
+    with pytest.raises(AdapterRefused):
+        engines.ask(lambda engine: engine.load_adapter(UNKNOWN, str(tmp_path)))
+    assert UNKNOWN not in engines.ask(lambda engine: engine.models())

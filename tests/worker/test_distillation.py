@@ -1,0 +1,268 @@
+"""A job from its window to its policy, and what must not happen on the way. Real Redis, real training of a tiny
+model, an engine over HTTP in which faults can be planted."""
+
+import time
+from functools import partial
+
+import pytest
+import redis
+import torch
+
+from bon_algos.contracts import (
+    Fingerprint,
+    JobSpec,
+    Manifest,
+    Method,
+    PolicyRecord,
+    adapter_digest,
+    job_key,
+    policy_key,
+)
+from tests.worker import world
+from worker import checkpoint
+from worker.distillation import Distillation, Workplace
+from worker.durable import sha256_file
+from worker.engine import Engines
+from worker.errors import EngineUnavailable, JobCancelled, JobFailed, LeaseLost
+from worker.evaluate import fingerprint
+from worker.job_process import read_tokenizer
+from worker.lease import Lease, claim
+from worker.publish import publish
+
+JOB = "job_1"
+FORWARD = {"steps": 6, "prompts_per_step": 4, "n": 8, "lora_rank": 8, "learning_rate": 1e-2}
+JBOND = {"steps": 3, "prompts_per_step": 3, "lora_rank": 8, "learning_rate": 1e-2, "anchor_rate": 0.2}
+
+
+@pytest.fixture
+def client(redis_url, tiny_groups, reward_directory):
+    digest = read_tokenizer(reward_directory).template_digest
+    with redis.Redis.from_url(redis_url) as connection:
+        world.deliver(
+            connection, *(group.model_copy(update={"reward_template_digest": digest}) for group in tiny_groups)
+        )
+        yield connection
+
+
+@pytest.fixture
+def job(client, engine, tiny_policy, reward_directory, tmp_path):
+    """job(method, …) -> a claimed attempt, ready to run."""
+    opened = []
+
+    def attempt(method="bon_forward_kl", parameters=None, *, patience=5.0, lease_seconds=60.0, every=2):
+        given = parameters or (JBOND if method == "jbond" else FORWARD)
+        spec = JobSpec(method=Method(type=method, **{method: given}), n=8, held_out_fraction=0.3, seed=4)
+        if not client.exists(job_key(JOB)):
+            client.hset(job_key(JOB), mapping={"state": "queued", "epoch": 0, "attempts": 0})
+        epoch = claim(client, JOB, lease_seconds=lease_seconds, worker="here:1")
+        lease = Lease(client, JOB, epoch, lease_seconds=lease_seconds, heartbeat_seconds=60)
+        engines = Engines(engine.url, engine.url, world.REWARD_MODEL, lease.check)
+        opened.append(engines.__enter__())
+        place = Workplace(
+            client=client,
+            engines=engines,
+            reward_tokenizer=read_tokenizer(reward_directory),
+            artefacts=tmp_path,
+            policy_directory=tiny_policy,
+            base_policy_id=world.BASE,
+            reward_model_id=world.REWARD_MODEL,
+            reward_max_tokens=64,
+            device=torch.device("cpu"),
+            torch_threads=1,
+            checkpoint_steps=every,
+            checkpoint_seconds=60.0,
+            engine_patience_seconds=patience,
+        )
+        return Distillation(spec, lease, place)
+
+    yield attempt
+    for engines in opened:
+        engines.__exit__(None, None, None)
+
+
+def state(client):
+    return client.hget(job_key(JOB), "state").decode()
+
+
+def published(tmp_path):
+    return sorted(path.name for path in (tmp_path / "policies").glob("*")) if (tmp_path / "policies").exists() else []
+
+
+@pytest.mark.parametrize("method", ["bon_forward_kl", "bon_regression", "jbond"])
+def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, engine, tmp_path, method):
+    attempt = job(method)
+    attempt.run()
+    assert state(client) == "succeeded"
+    policy_id = client.hget(job_key(JOB), "policy_id").decode()
+    record = PolicyRecord.model_validate_json(client.hget(policy_key(policy_id), "record"))
+    home = tmp_path / record.directory
+    manifest = Manifest.model_validate_json((home / "manifest.json").read_text())
+    assert record.manifest == manifest
+    assert (record.state, record.n_equivalent) == ("candidate", 8)
+    assert manifest.files == {name: sha256_file(home / name) for name in manifest.files}
+    assert adapter_digest(manifest.files) == manifest.digest == home.name
+    assert manifest.policy_id == policy_id == f"pol-{home.name[:16]}"
+    assert (manifest.job_id, manifest.epoch, manifest.spec) == (JOB, 1, attempt.spec)
+    assert manifest.data.groups == 24
+    assert manifest.report.prompts == manifest.data.held_out_groups
+    assert checkpoint.newest(attempt.directory) is None  # an ended job keeps no states
+
+
+def test_the_fingerprint_holds_the_policys_and_the_bases_logprobs(job, tmp_path):
+    job().run()
+    (home,) = (tmp_path / "policies").iterdir()
+    fingerprint = Fingerprint.model_validate_json((home / "fingerprint.json").read_text())
+    tokens = sum(map(len, fingerprint.completion_token_ids))
+    assert tokens >= 256
+    assert [len(row) for row in fingerprint.policy_logprobs] == [len(row) for row in fingerprint.completion_token_ids]
+    distance = sum(
+        abs(own - base)
+        for own_row, base_row in zip(fingerprint.policy_logprobs, fingerprint.base_logprobs, strict=True)
+        for own, base in zip(own_row, base_row, strict=True)
+    )
+    assert distance / tokens > 1e-2
+
+
+def test_nothing_of_a_job_stays_in_the_engine_and_no_name_is_used_twice(job, engine):
+    engine.adapters[f"{JOB}-0-dead-3"] = engine._base  # what an attempt that was killed left behind
+    engine.adapters["job_12-0-alive-3"] = engine._base
+    job("jbond").run()
+    assert set(engine.adapters) == {"job_12-0-alive-3"}
+    assert len(engine.names_ever) == len(set(engine.names_ever)) >= 2 * JBOND["steps"]
+
+
+def test_rollouts_wait_behind_users(job, engine):
+    job("jbond").run()
+    assert {body["priority"] for body in engine.requests} == {10}
+
+
+def test_j_bond_asks_for_one_policy_sample_and_two_of_the_anchor_per_prompt(job, engine):
+    job("jbond").run()
+    training = [body["n"] for body in engine.requests if body["n"] < 8]
+    assert sorted(training) == [1] * 9 + [2] * 9  # 3 steps of 3 prompts
+
+
+def test_an_engine_that_serves_the_base_under_the_policys_name_is_found_out(job, client, engine, tmp_path):
+    engine.ignores_adapters = True
+    with pytest.raises(JobFailed, match="served_policy_differs"):
+        job().run()
+    assert published(tmp_path) == []
+
+
+def test_a_trainer_with_other_weights_than_the_engine_refuses_to_train(job, tmp_path, tiny_policy):
+    attempt = job()
+    other = tmp_path / "other"
+    world.save_tiny_policy(other, seed=99)
+    attempt.workplace = Workplace(**{**vars(attempt.workplace), "policy_directory": other})
+    with pytest.raises(JobFailed, match="train_serve_mismatch"):
+        attempt.run()
+
+
+def test_a_fenced_attempt_writes_no_state_and_publishes_nothing(job, client, tmp_path):
+    old = job(every=1)
+    window = old.freeze()
+    training = old.open_training(window)
+    client.hset(job_key(JOB), "lease_until", 1)
+    new = job(every=1)
+    with pytest.raises(LeaseLost):
+        old.train(training, window)
+    assert list(old.attempt.glob("step-*")) == []
+    new.run()
+    assert (state(client), len(published(tmp_path))) == ("succeeded", 1)
+
+
+def test_an_attempt_fenced_just_before_its_end_does_not_end_the_job(job, client):
+    old = job()
+    window = old.freeze()
+    training = old.open_training(window)
+    old.train(training, window)
+    report = old.evaluate(training.policy, window)
+    client.hset(job_key(JOB), "lease_until", 1)
+    new = job()
+    with pytest.raises(LeaseLost):
+        old.publish(training.policy, window, report)
+    assert state(client) == "running"
+    new.run()
+    assert state(client) == "succeeded"
+
+
+def test_the_next_attempt_adopts_what_was_renamed_but_not_registered(job, client, tmp_path):
+    """A crash between rename and registration: the same weights come out again, under the same name, and the
+    directory that is there is the policy's."""
+    old = job()
+    window = old.freeze()
+    training = old.open_training(window)
+    old.train(training, window)
+    report = old.evaluate(training.policy, window)
+    adapter = old.attempt / "adapter"
+    training.policy.save_adapter(adapter)
+    publish(
+        tmp_path, adapter, fingerprint(training.policy, window.held_out), partial(old.manifest, window.data, report)
+    )
+    (orphan,) = published(tmp_path)
+    client.hset(job_key(JOB), "lease_until", 1)
+    job().run()
+    assert published(tmp_path) == [orphan]
+    assert client.hget(job_key(JOB), "policy_id").decode() == f"pol-{orphan[:16]}"
+
+
+def test_a_second_attempt_goes_on_where_the_first_left_off_and_ends_in_the_same_policy(job, client, tmp_path):
+    whole = job()
+    whole.run()
+    (expected,) = published(tmp_path)
+    client.delete(job_key(JOB))
+    first = job(every=2)
+    window = first.freeze()
+    training = first.open_training(window)
+    first.spec = first.spec.model_copy(
+        update={"method": Method(type="bon_forward_kl", bon_forward_kl={**FORWARD, "steps": 4})}
+    )
+    first.train(training, window)  # stops after 4 of 6 steps, as if killed there
+    client.hset(job_key(JOB), "lease_until", 1)
+    second = job()
+    resumed = second.open_training(second.freeze())
+    assert resumed.done == 4
+    second.run()
+    assert published(tmp_path) == [expected]
+
+
+def test_cancellation_is_honoured_within_one_step(job, client):
+    attempt = job(every=100)
+    window = attempt.freeze()
+    training = attempt.open_training(window)
+    client.hset(job_key(JOB), "cancel", 1)
+    with pytest.raises(JobCancelled):
+        attempt.train(training, window)
+    assert training.done <= 1
+
+
+def test_training_on_the_ledger_needs_no_engine_but_the_report_does(job, client, engine):
+    attempt = job(patience=0.1)
+    engine.is_away = True
+    with pytest.raises(EngineUnavailable):
+        attempt.run()
+    assert checkpoint.newest(attempt.directory).step == FORWARD["steps"]
+    assert state(client) == "running"
+
+
+def test_a_job_waits_for_an_engine_that_comes_back(job, engine):
+    attempt = job("jbond", patience=30.0)
+    window = attempt.freeze()
+    training = attempt.open_training(window)
+    engine.away_for = 3
+    attempt.train(training, window)
+    assert engine.away_for < 0
+    assert training.done == JBOND["steps"]
+
+
+def test_what_the_engine_takes_too_long_for_is_given_up_when_the_job_must_stop(engine, tiny_policy):
+    """A call under way is aborted by the lease: a fenced job does not hold the engine until it answers."""
+
+    def lost():
+        raise LeaseLost("fenced")
+
+    with Engines(engine.url, engine.url, world.REWARD_MODEL, lost) as engines:
+        started = time.monotonic()
+        with pytest.raises(LeaseLost):
+            engines.score([[1, 2]] * 4)
+        assert time.monotonic() - started < 5

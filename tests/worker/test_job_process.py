@@ -1,0 +1,186 @@
+"""The training process under kill -9, a dead parent and a frozen clock. Real processes; each waits for a
+condition, with a deadline."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from bon_algos.contracts import JobSpec, Method, job_key
+from tests.worker import world
+from worker import checkpoint, tasks
+from worker.job_process import read_tokenizer
+from worker.lease import claim
+
+JOB = "job_2"
+STEPS = 40
+SPEC = JobSpec(
+    method=Method(
+        type="bon_regression",
+        bon_regression={"steps": STEPS, "prompts_per_step": 4, "n": 8, "lora_rank": 8, "huber_delta": 2.0},
+    ),
+    n=8,
+    held_out_fraction=0.3,
+)
+SECONDS = 120.0
+
+
+@pytest.fixture
+def environment(redis_url, engine, tiny_policy, reward_directory, tmp_path):
+    settings = {
+        "REDIS_URL": redis_url,
+        "ARTEFACTS": tmp_path,
+        "LEASE_SECONDS": 4,
+        "HEARTBEAT_SECONDS": 1,
+        "POLICY_ENGINE_URL": engine.url,
+        "REWARD_ENGINE_URL": engine.url,
+        "POLICY_DIRECTORY": tiny_policy,
+        "REWARD_DIRECTORY": reward_directory,
+        "BASE_POLICY_ID": world.BASE,
+        "REWARD_MODEL_ID": world.REWARD_MODEL,
+        "MAX_MODEL_LEN": 64,
+        "REWARD_MAX_MODEL_LEN": 64,
+        "CHECKPOINT_STEPS": 5,
+        "TORCH_THREADS": 1,
+        "DEVICE": "cpu",
+    }
+    return os.environ | {f"BONSAI_{name}": str(value) for name, value in settings.items()}
+
+
+@pytest.fixture
+def client(redis_url, tiny_groups, reward_directory):
+    digest = read_tokenizer(reward_directory).template_digest
+    with redis.Redis.from_url(redis_url, decode_responses=True) as connection:
+        world.deliver(
+            connection, *(group.model_copy(update={"reward_template_digest": digest}) for group in tiny_groups)
+        )
+        yield connection
+
+
+def submit(client):
+    client.delete(job_key(JOB))
+    client.hset(job_key(JOB), mapping={"state": "queued", "epoch": 0, "attempts": 0, "spec": SPEC.model_dump_json()})
+
+
+def start(client, environment):
+    """Claim and train, as the task does; the process."""
+    until(lambda: isinstance(claim(client, JOB, lease_seconds=4, worker="here:1"), int), "the lease is free")
+    epoch = client.hget(job_key(JOB), "epoch")
+    command = [sys.executable, "-m", "worker.job_process", JOB, epoch, str(os.getpid())]
+    log = Path(environment["BONSAI_ARTEFACTS"]) / f"{epoch}.log"
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def until(condition, what):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {SECONDS} s: {what}"
+        time.sleep(0.02)
+
+
+def is_alive(pid):
+    """Running or waiting; a zombie that nobody has buried yet is dead."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def step_reached(client):
+    return int(client.hget(job_key(JOB), "step") or 0)
+
+
+def run_to_its_end(client, environment):
+    process = start(client, environment)
+    assert process.wait(SECONDS) == 0
+    assert client.hget(job_key(JOB), "state") == "succeeded"
+    return client.hget(job_key(JOB), "policy_id")
+
+
+def adapter_of(environment, policy_id):
+    (home,) = (Path(environment["BONSAI_ARTEFACTS"]) / "policies").glob(f"{policy_id.removeprefix('pol-')}*")
+    return (home / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_job_killed_twice_ends_once_with_the_very_bytes_of_one_that_was_not(client, environment):
+    submit(client)
+    policy_id = run_to_its_end(client, environment)
+    expected = adapter_of(environment, policy_id)
+    submit(client)
+    (Path(environment["BONSAI_ARTEFACTS"]) / "policies").rename(Path(environment["BONSAI_ARTEFACTS"]) / "first")
+    for killed_at in (7, 23):
+        process = start(client, environment)
+        until(lambda at=killed_at: step_reached(client) >= at, f"step {killed_at}")
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kept = checkpoint.newest(Path(environment["BONSAI_ARTEFACTS"]) / "jobs" / JOB)
+        assert step_reached(client) - kept.step <= 5  # the interval between two states
+    again = run_to_its_end(client, environment)
+    assert adapter_of(environment, again) == expected
+    assert again == policy_id
+    assert client.hget(job_key(JOB), "attempts") == "3"
+
+
+def test_a_process_frozen_past_its_lease_wakes_to_nothing(client, environment):
+    submit(client)
+    frozen = start(client, environment)
+    until(lambda: step_reached(client) >= 6, "step 6")
+    os.kill(frozen.pid, signal.SIGSTOP)
+    successor = start(client, environment)  # waits for the lease to run out
+    until(lambda: step_reached(client) >= 12, "the successor at step 12")
+    os.kill(frozen.pid, signal.SIGCONT)
+    assert frozen.wait(SECONDS) == 0  # it stops by itself, and leaves the state alone
+    attempts = {
+        path.name.split("-")[0]: path for path in (Path(environment["BONSAI_ARTEFACTS"]) / "jobs" / JOB).glob("*-*")
+    }
+    assert max(int(path.name.split("-")[1]) for path in attempts["1"].glob("step-*")) <= 10
+    assert successor.wait(SECONDS) == 0
+    assert client.hget(job_key(JOB), "state") == "succeeded"
+    assert len(list((Path(environment["BONSAI_ARTEFACTS"]) / "policies").iterdir())) == 1
+
+
+def test_training_dies_with_whoever_started_it(client, environment):
+    """kill -9 of the Celery child, or of the worker above it, leaves no process that holds a device."""
+    submit(client)
+    epoch = claim(client, JOB, lease_seconds=60, worker="here:1")
+    code = (
+        "import os, subprocess, sys;"
+        f"p = subprocess.Popen([sys.executable, '-m', 'worker.job_process', '{JOB}', '{epoch}', str(os.getpid())],"
+        " start_new_session=True); print(p.pid, flush=True); p.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    training = int(parent.stdout.readline())
+    until(lambda: client.hget(job_key(JOB), "phase") is not None, "the job has begun")
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until(lambda: not is_alive(training), "no training process")
+
+
+def test_a_process_that_dies_gives_its_job_back_with_the_end_of_its_log(client, environment, monkeypatch, tmp_path):
+    submit(client)
+    for name, value in environment.items():
+        if name.startswith("BONSAI_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BONSAI_POLICY_DIRECTORY", str(tmp_path / "nothing"))
+    tasks.distill(JOB, redis_url=environment["BONSAI_REDIS_URL"], artefacts=tmp_path, lease_seconds=60)
+    assert client.hget(job_key(JOB), "state") == "running"
+    assert client.hget(job_key(JOB), "lease_until") == "0"
+    assert "training process ended with 1" in client.hget(job_key(JOB), "last_error")
+    assert "nothing" in client.hget(job_key(JOB), "last_error")
+
+
+def test_a_message_for_a_job_that_is_held_starts_nothing(client, environment, tmp_path):
+    submit(client)
+    claim(client, JOB, lease_seconds=60, worker="elsewhere:1")
+    tasks.distill(JOB, redis_url=environment["BONSAI_REDIS_URL"], artefacts=tmp_path, lease_seconds=60)
+    assert client.hget(job_key(JOB), "attempts") == "1"
+    assert not (tmp_path / "jobs").exists()

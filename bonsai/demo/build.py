@@ -94,6 +94,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory:
     """Weights as bf16, with the tokenizer and its template beside them."""
     model.to(torch.bfloat16).save_pretrained(directory)  # type: ignore[arg-type]
     tokenizer.save_pretrained(directory, save_jinja_files=False)
+    # safetensors writes for its owner only; an installed package is read by everyone.
+    (directory / "model.safetensors").chmod(0o644)
 
 
 def _shipped_accuracy(directory: Path, rng: np.random.Generator) -> float:

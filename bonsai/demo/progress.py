@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.rule import Rule
@@ -68,7 +69,7 @@ class Parts:
             table.add_row(part.title, f"{part.seconds:.0f}", f"{part.budget:.0f}")
         total, planned = sum(part.seconds for part in self._told), sum(part.budget for part in self._told)
         table.add_row("[bold]together[/]", f"[bold]{total:.0f}[/]", f"{planned:.0f}")
-        self._console.print(table)
+        self._console.print(Padding(table, (1, 0, 0, 2)))
 
 
 def bar(console: Console) -> Progress:

@@ -127,11 +127,11 @@ def test_all_completions_of_a_length_are_a_law():
     assert logprob_N.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-class LargestVocabularyTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LargestVocabularyTensor(TorchDispatchMode):
     """Remembers how many rows the largest tensor over the vocabulary had."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.rows = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -36,7 +36,7 @@ def minimise(loss_of_logits, logit_K: Tensor) -> Tensor:
         torch.autograd.backward(loss)
         return loss
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    optimiser.step(closure)
     return logit_K.detach().softmax(-1)
 
 

@@ -50,11 +50,11 @@ def _config(**changes: Any) -> Qwen3Config:
 
 def write_policy(directory: Path) -> None:
     torch.manual_seed(0)
-    Qwen3ForCausalLM(_config()).to(torch.bfloat16).save_pretrained(directory)
+    Qwen3ForCausalLM(_config()).bfloat16().save_pretrained(directory)
     _tokenizer().save_pretrained(directory)
 
 
 def write_reward_model(directory: Path) -> None:
     torch.manual_seed(1)
-    Qwen3ForSequenceClassification(_config(num_labels=1)).to(torch.bfloat16).save_pretrained(directory)
+    Qwen3ForSequenceClassification(_config(num_labels=1)).bfloat16().save_pretrained(directory)
     _tokenizer().save_pretrained(directory)

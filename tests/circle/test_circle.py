@@ -23,7 +23,7 @@ PROMPTS = 48
 
 @pytest.fixture(scope="module")
 def prompts() -> list[str]:
-    return training_prompts()[:PROMPTS]
+    return list(training_prompts()[:PROMPTS])
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +63,10 @@ def test_one_sample_is_not_delayed_by_its_score_which_the_ledger_has_later(stack
     reply = stack.generate(prompts[1], n=1)
     assert (reply["reward"], reply["selection"]["status"]) == (None, "single")
 
-    def outcome():
-        return next((r for r in stack.ledger() if isinstance(r, Outcome) and r.group_id == reply["id"]), None)
+    def outcomes():
+        return [r for r in stack.ledger() if isinstance(r, Outcome) and r.group_id == reply["id"]]
 
-    measured = wait_until(outcome, "the sample's reward is in the ledger")
+    [measured] = wait_until(outcomes, "the sample's reward is in the ledger")
     again = stack.generate(prompts[1], n=1, wait_for_reward=True)
     assert len(measured.rewards) == 1
     assert again["reward"] is not None
@@ -118,7 +118,7 @@ def test_a_forced_arm_is_recorded_as_forced(stack, prompts, policy):
     forced = {"x-bonsai-arm": f"{policy['id']}:1"}
     reply = stack.generate(prompts[2], headers=forced)
     assert (reply["arm"], reply["arm_reason"], reply["policy"]) == (f"{policy['id']}:1", "forced", policy["id"])
-    group = wait_until(lambda: next((g for g in stack.groups() if g.id == reply["id"]), None), "it is logged")
+    [group] = wait_until(lambda: [g for g in stack.groups() if g.id == reply["id"]], "it is logged")
     assert (group.arm_reason, group.policy_id) == ("forced", policy["id"])
 
 

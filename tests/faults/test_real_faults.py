@@ -129,7 +129,7 @@ def test_after_an_engine_restart_the_policies_are_back_without_anyones_hand(stac
     def answers_again() -> bool:
         reply = stack.http.post("/generate", json=body, headers=forced)
         seen.add(reply.status_code)
-        return reply.status_code == 200 and reply.json()["policy"] == policy
+        return bool(reply.status_code == 200 and reply.json()["policy"] == policy)
 
     wait_until(answers_again, "the policy is served again", seconds=60)
     assert seen <= {200, 502, 503}

@@ -46,6 +46,7 @@ def test_j_bond_raises_what_beats_its_anchor_and_lowers_what_loses_to_it():
     loss, _ = j_bond_loss(logprob[winner], logprob[y], logprob[y].detach(), reward)
     loss.backward()
 
+    assert logits.grad is not None
     worst, _, best = (-logits.grad).tolist()
     assert worst < 0 < best
 

@@ -16,13 +16,14 @@ from typing import NamedTuple, assert_never
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bon_algos.bond import best_of_two, j_bond_loss, quantile_reward_tie_aware
 from bon_algos.contracts import AlgorithmSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
 from bon_algos.imitation import best_of_n_imitation
 from bon_algos.logprobs import TokenGroup
-from bon_algos.order import best_of_n_weights
+from bon_algos.order import best_of_n_weights, systematic_sample
 from bon_algos.quantiles import log_tilt_tie_aware, standing_among_others
 from bon_algos.regression import log_quantile_regression
 
@@ -56,13 +57,25 @@ class StepLoss(NamedTuple):
     """Scalars, detached; each method names its own."""
 
 
+class ChosenGroup(NamedTuple):
+    """The candidates of a logged group that one step looks at, and what the rewards of the whole group say of each."""
+
+    tokens: TokenGroup
+    verdicts: Sequence[float]
+    """Imitation: weights that sum to 1. Regression: log π_BoN/π_ref, nats."""
+    reference_logprobs: Sequence[float]
+
+
 @dataclass(frozen=True)
 class LoggedStep:
     """Learns from the ledger. Prompts do not interact: a batch may be split, and the parts' losses weighted
     by their number of prompts."""
 
-    loss: Callable[[Sequence[LoggedGroup], SequenceLogprobs], StepLoss]
-    """Groups and the log-probs of the policy in training. ValueError for a group of fewer than n candidates."""
+    choose: Callable[[LoggedGroup, float], ChosenGroup]
+    """Which candidates this step looks at, from a number drawn uniformly from [0, 1); the loss over them is an unbiased
+    estimate of the loss over all. ValueError for a group of fewer than n candidates."""
+    loss: Callable[[Sequence[ChosenGroup], SequenceLogprobs], StepLoss]
+    """Chosen groups and the log-probs of the policy in training."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +97,10 @@ Step = LoggedStep | OnPolicyStep
 def make_step(spec: AlgorithmSpec) -> Step:
     match spec:
         case BonForwardKlSpec():
-            return LoggedStep(partial(_imitate, n=spec.n))
+            return LoggedStep(partial(_choose_imitated, n=spec.n, count=spec.candidates_per_prompt), _imitate)
         case BonRegressionSpec():
-            return LoggedStep(partial(_regress, n=spec.n, huber_delta=spec.huber_delta))
+            choose = partial(_choose_regressed, n=spec.n, count=spec.candidates_per_prompt)
+            return LoggedStep(choose, partial(_regress, huber_delta=spec.huber_delta))
         case JBondSpec():
             loss = partial(_j_bond, jeffreys_weight=spec.jeffreys_weight, kl_strength=spec.kl_strength)
             return OnPolicyStep(loss, anchor_rate=spec.anchor_rate, refresh_steps=spec.refresh_steps)
@@ -94,30 +108,47 @@ def make_step(spec: AlgorithmSpec) -> Step:
             assert_never(spec)
 
 
-def _imitate(groups: Sequence[LoggedGroup], policy: SequenceLogprobs, *, n: int) -> StepLoss:
-    weights = [best_of_n_weights(group.rewards, n) for group in groups]
-    # The n − 1 lowest candidates have no weight unless they tie: they cost no forward pass.
-    used = [np.flatnonzero(weight_N) for weight_N in weights]
-    tokens = [
-        TokenGroup(group.tokens.prompt_ids, [group.tokens.completion_ids[j] for j in index])
-        for group, index in zip(groups, used, strict=True)
-    ]
+def _choose_imitated(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
+    """Candidates drawn by their best-of-n weights; one that is drawn twice costs one forward pass."""
+    times_N = systematic_sample(best_of_n_weights(group.rewards, n), count, uniform)
+    drawn = np.flatnonzero(times_N)
+    return _narrowed(group, drawn, times_N[drawn] / count)
+
+
+def _choose_regressed(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
+    """Candidates evenly spread over drawing order, each with its target from the rewards of all the others."""
+    num_candidates = len(group.rewards)
+    if num_candidates < n:
+        raise ValueError(f"best-of-{n} from a group of {num_candidates} candidates")
+    count = min(count, num_candidates)
+    drawn = np.flatnonzero(systematic_sample(np.full(num_candidates, 1 / num_candidates), count, uniform))
+    log_tilt_1N = log_tilt_tie_aware(standing_among_others(_row(group.rewards)), n)
+    return _narrowed(group, drawn, log_tilt_1N[0].numpy()[drawn])
+
+
+def _narrowed(group: LoggedGroup, index: NDArray[np.intp], verdicts: NDArray[np.float64]) -> ChosenGroup:
+    return ChosenGroup(
+        TokenGroup(group.tokens.prompt_ids, [group.tokens.completion_ids[j] for j in index]),
+        verdicts.tolist(),
+        [group.reference_logprobs[j] for j in index],
+    )
+
+
+def _imitate(groups: Sequence[ChosenGroup], policy: SequenceLogprobs) -> StepLoss:
     losses, log_ratios = [], []
-    for group, weight_N, index, logprob_N in zip(groups, weights, used, policy(tokens), strict=True):
-        weight_1N = logprob_N.new_tensor(weight_N[index])[None]
-        reference_1N = logprob_N.new_tensor([group.reference_logprobs[j] for j in index])[None]
+    for group, logprob_N in zip(groups, policy([group.tokens for group in groups]), strict=True):
+        weight_1N = logprob_N.new_tensor(group.verdicts)[None]
+        reference_1N = logprob_N.new_tensor(group.reference_logprobs)[None]
         losses.append(best_of_n_imitation(logprob_N[None], weight_1N))
         log_ratios.append(-losses[-1].detach() - (weight_1N * reference_1N).sum(dim=-1))
     loss = torch.cat(losses).mean()
     return StepLoss(loss, {"imitation": loss.detach(), "log_ratio_best_of_n": torch.cat(log_ratios).mean()})
 
 
-def _regress(groups: Sequence[LoggedGroup], policy: SequenceLogprobs, *, n: int, huber_delta: float | None) -> StepLoss:
+def _regress(groups: Sequence[ChosenGroup], policy: SequenceLogprobs, *, huber_delta: float | None) -> StepLoss:
     losses, log_ratios, residuals = [], [], []
     for group, logprob_N in zip(groups, policy([group.tokens for group in groups]), strict=True):
-        if len(group.rewards) < n:
-            raise ValueError(f"best-of-{n} from a group of {len(group.rewards)} candidates")
-        log_tilt_1N = log_tilt_tie_aware(standing_among_others(_row(group.rewards)), n).to(logprob_N)
+        log_tilt_1N = logprob_N.new_tensor(group.verdicts)[None]
         reference_1N = logprob_N.new_tensor(group.reference_logprobs)[None]
         losses.append(log_quantile_regression(logprob_N[None], reference_1N, log_tilt_1N, huber_delta=huber_delta))
         log_ratios.append(logprob_N.detach()[None] - reference_1N)

@@ -266,6 +266,15 @@ class TrainingSpec(Record):
     lora_alpha: float = Field(64.0, gt=0, le=4096)
 
 
+class LoggedSpec(TrainingSpec):
+    """What methods that learn from logged candidates share."""
+
+    n: int = Field(16, ge=2, le=4096)
+    """The best-of-n that is learned; at most the number of candidates of a prompt, all its groups pooled."""
+    candidates_per_prompt: int = Field(4, ge=1, le=4096)
+    """Candidates looked at when a prompt's turn comes: drawn so that the loss is unbiased, others at the next turn."""
+
+
 class JBondSpec(TrainingSpec):
     """J-BOND (arXiv 2407.14622, section 5): best-of-2 of a moving anchor, Jeffreys divergence, fresh samples."""
 
@@ -279,18 +288,14 @@ class JBondSpec(TrainingSpec):
     """Steps between two refreshes of the engine's copies of policy and anchor."""
 
 
-class BonForwardKlSpec(TrainingSpec):
+class BonForwardKlSpec(LoggedSpec):
     """Imitation of best-of-n from logged candidates alone: forward KL with the exact (Rao–Blackwell) weights
     of every candidate (algorithms.md 1.1), i.e. the forward part of BOND without throwing candidates away."""
 
-    n: int = Field(16, ge=2, le=4096)
-    """The best-of-n that is imitated; at most the number of candidates of a logged group."""
 
-
-class BonRegressionSpec(TrainingSpec):
+class BonRegressionSpec(LoggedSpec):
     """Pointwise log-quantile regression of the policy's log-ratio (algorithms.md 1.7, item 5; QRPO 2507.08068)."""
 
-    n: int = Field(16, ge=2, le=4096)
     huber_delta: float | None = Field(None, gt=0)
     """Nats beyond which the loss is linear; None is the square loss."""
 

@@ -126,6 +126,23 @@ def best_of_n_weights(reward_M: ArrayLike, n: int) -> Array:
     return (level_weight / num_tied)[level_M]
 
 
+def systematic_sample(weight_M: ArrayLike, count: int, uniform: float) -> NDArray[np.intp]:
+    """How often each of M candidates is drawn when `count` draws are made by weight, evenly spaced.
+
+    The expected number of draws of j is count · w_j, and the actual one differs by less than 1: far less variance than
+    independent draws, so a few candidates stand for all (Kitagawa's systematic resampling).
+
+    (M,) weights that sum to 1, uniform in [0, 1) -> (M,), sums to count. ValueError when they are not that.
+    """
+    weight = _floats(weight_M)
+    if count < 1 or not 0 <= uniform < 1 or weight.min() < 0 or not math.isclose(weight.sum(), 1.0, rel_tol=1e-9):
+        raise ValueError("need weights that sum to 1, a positive count and a number in [0, 1)")
+    # The last edge is exactly 1, whatever rounding did to the sum, so that the last point falls inside.
+    edges = np.append(np.cumsum(weight)[:-1], 1.0)
+    places = np.searchsorted(edges, (np.arange(count) + uniform) / count, side="right")
+    return np.bincount(places, minlength=weight.size)
+
+
 class NCurve(NamedTuple):
     """What best-of-k is worth for every k = 1..M, averaged over prompts."""
 

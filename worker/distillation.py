@@ -143,9 +143,11 @@ class Distillation:
         training = Training(
             policy,
             step,
+            steps=method.steps,
             learning_rate=method.learning_rate,
             warmup_steps=method.warmup_steps,
             max_grad_norm=method.max_grad_norm,
+            seed=self.spec.seed,
         )
         if state is not None:
             training.resume(state)

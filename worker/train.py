@@ -54,15 +54,17 @@ class Training:
         policy: TrainedPolicy,
         step: Step,
         *,
+        steps: int,
         learning_rate: float,
         warmup_steps: int,
         max_grad_norm: float,
+        seed: int,
     ) -> None:
         self.policy = policy
         self.done = 0
         self.step = step
-        self._learning_rate, self._warmup_steps = learning_rate, warmup_steps
-        self._max_grad_norm = max_grad_norm
+        self._steps, self._warmup_steps, self._seed = steps, warmup_steps, seed
+        self._learning_rate, self._max_grad_norm = learning_rate, max_grad_norm
         self._parameters = policy.trained
         self._optimiser = torch.optim.AdamW(self._parameters.values(), lr=learning_rate, weight_decay=0.0)
         self.anchor = EmaAnchor(self._parameters) if isinstance(step, OnPolicyStep) else None
@@ -70,10 +72,12 @@ class Training:
     def learn_logged(self, groups: Sequence[LoggedGroup], rows_tokens: int = TRAINING_ROWS_TOKENS) -> dict[str, float]:
         """One step on logged groups, in parts of at most `rows_tokens` padded tokens; its metrics."""
         assert isinstance(self.step, LoggedStep)
+        uniform = random.Random(f"{self._seed}/{self.done}/candidates").random
+        chosen = [self.step.choose(group, uniform()) for group in groups]
         totals: dict[str, float] = {}
-        for part in parts_by_tokens([group.tokens for group in groups], rows_tokens):
-            share = len(groups[part]) / len(groups)
-            outcome = self.step.loss(groups[part], self.policy.logprobs)
+        for part in parts_by_tokens([group.tokens for group in chosen], rows_tokens):
+            share = len(chosen[part]) / len(chosen)
+            outcome = self.step.loss(chosen[part], self.policy.logprobs)
             torch.autograd.backward(outcome.loss * share)
             for name, value in _numbers(outcome).items():
                 totals[name] = totals.get(name, 0.0) + share * value
@@ -99,7 +103,7 @@ class Training:
             numbers = f"loss {metrics['loss']}, gradient norm {norm}"
             raise JobFailed("loss_not_finite", f"step {self.done + 1}: {numbers}")
         for group in self._optimiser.param_groups:
-            group["lr"] = self._learning_rate * min(1.0, (self.done + 1) / max(1, self._warmup_steps))
+            group["lr"] = self._learning_rate * rate_share(self.done, self._steps, self._warmup_steps)
         self._optimiser.step()
         self._optimiser.zero_grad()
         self.done += 1
@@ -132,6 +136,12 @@ class Training:
             self.anchor = EmaAnchor({name: t.to(device) for name, t in _under("anchor/", tensors).items()})
         torch.set_rng_state(tensors["random/cpu"])
         self.done = state.step
+
+
+def rate_share(done: int, steps: int, warmup_steps: int) -> float:
+    """The learning rate after `done` of `steps` steps, as a share of the greatest: rises over the first steps, and
+    falls in a straight line towards a tenth, so that the last steps average a small batch's noise away."""
+    return min(1.0, (done + 1) / max(1, warmup_steps)) * (1 - 0.9 * done / steps)
 
 
 def _numbers(outcome: StepLoss) -> dict[str, float]:

@@ -16,6 +16,7 @@ from bon_algos.algorithms import FreshGroup, LoggedGroup, LoggedStep, OnPolicySt
 from bon_algos.anchor import EmaAnchor
 from bon_algos.contracts import BonForwardKlSpec, BonRegressionSpec, JBondSpec
 from bon_algos.logprobs import TokenGroup, sequence_logprobs
+from bon_algos.quantiles import log_tilt_tie_aware, standing_among_others
 
 
 def table(logprob_PK: Tensor):
@@ -58,9 +59,9 @@ def test_an_imitation_step_by_hand():
         return [torch.tensor([{0: -1.0, 1: -2.0, 2: -4.0}[c[0]] for c in g.completion_ids]) for g in groups]
 
     group = LoggedGroup(TokenGroup([9], [[0], [1], [2]]), [1.0, 3.0, 2.0], [-1.0, -3.0, -3.0])
-    step = make_step(BonForwardKlSpec(n=2))
+    step = make_step(BonForwardKlSpec(n=2, candidates_per_prompt=3))
     assert isinstance(step, LoggedStep)
-    loss, metrics = step.loss([group], policy)
+    loss, metrics = step.loss([step.choose(group, 0.5)], policy)
     assert loss.item() == pytest.approx(8 / 3)
     assert metrics["log_ratio_best_of_n"].item() == pytest.approx(1 / 3)
     assert asked == [TokenGroup([9], [[1], [2]])]  # a candidate without weight costs no forward pass
@@ -71,7 +72,8 @@ def test_a_regression_step_by_hand():
     group = LoggedGroup(TokenGroup([0], [[0], [1]]), [1.0, 3.0], [-1.0, -1.0])
     step = make_step(BonRegressionSpec(n=2))
     assert isinstance(step, LoggedStep)
-    loss, metrics = step.loss([group], lambda groups: [torch.tensor([-2.0, 0.0])])
+    chosen = [step.choose(group, 0.9)]
+    loss, metrics = step.loss(chosen, lambda groups: [torch.tensor([-2.0, 0.0])])
     residuals = np.array([-1 - (np.log(2) - 1), 1 - np.log(2)])
     assert loss.item() == pytest.approx((residuals**2).mean())
     assert metrics["residual_rms"].item() == pytest.approx(loss.item() ** 0.5)
@@ -79,7 +81,7 @@ def test_a_regression_step_by_hand():
     capped = make_step(BonRegressionSpec(n=2, huber_delta=0.1))
     assert isinstance(capped, LoggedStep)
     huber = ((2 * np.abs(residuals) - 0.1) * 0.1).mean()
-    assert capped.loss([group], lambda groups: [torch.tensor([-2.0, 0.0])]).loss.item() == pytest.approx(huber)
+    assert capped.loss(chosen, lambda groups: [torch.tensor([-2.0, 0.0])]).loss.item() == pytest.approx(huber)
 
 
 def test_a_j_bond_step_imitates_the_better_anchor_sample():
@@ -110,9 +112,10 @@ def test_a_j_bond_step_imitates_the_better_anchor_sample():
 @pytest.mark.parametrize("spec", [BonForwardKlSpec(n=2), BonRegressionSpec(n=2)])
 def test_a_logged_batch_may_be_split(spec):
     logprob_PK = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1)
-    groups = [logged(p, [0, 3, 1, 1][: p + 2], [2.0, 1.0, 2.0, 0.0][: p + 2], logprob_PK[2 - p]) for p in range(3)]
+    logs = [logged(p, [0, 3, 1, 1][: p + 2], [2.0, 1.0, 2.0, 0.0][: p + 2], logprob_PK[2 - p]) for p in range(3)]
     step = make_step(spec)
     assert isinstance(step, LoggedStep)
+    groups = [step.choose(log, 0.3) for log in logs]
     whole = step.loss(groups, table(logprob_PK)).loss
     first, last = step.loss(groups[:2], table(logprob_PK)).loss, step.loss(groups[2:], table(logprob_PK)).loss
     torch.testing.assert_close(whole, (2 * first + last) / 3)
@@ -124,7 +127,31 @@ def test_a_group_of_fewer_than_n_is_refused(spec):
     step = make_step(spec)
     assert isinstance(step, LoggedStep)
     with pytest.raises(ValueError, match="best-of-3"):
-        step.loss([logged(0, [0, 1], [1.0, 2.0], logprob_PK[0])], table(logprob_PK))
+        step.choose(logged(0, [0, 1], [1.0, 2.0], logprob_PK[0]), 0.5)
+
+
+@pytest.mark.parametrize("spec", [BonForwardKlSpec(n=4), BonRegressionSpec(n=4)], ids=lambda spec: type(spec).__name__)
+@pytest.mark.parametrize("count", [1, 3, 8, 20])
+def test_the_chosen_candidates_stand_for_all_of_them(spec, count):
+    """Averaged over the uniform number the loss of `count` chosen candidates is the loss of all eight, weighted by best
+    of 4 or all alike. The mean is over 2,520 numbers, evenly spaced."""
+    drawn, rewards = [0, 1, 2, 3, 4, 5, 0, 2], [0.3, 1.0, -0.5, 2.0, 2.0, 0.1, 0.3, -0.5]
+    logprob_PK = torch.randn(1, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64).log_softmax(-1)
+    reference_K = torch.full((6,), -1.5, dtype=torch.float64)
+    group = logged(0, drawn, rewards, reference_K)
+    step = make_step(spec.model_copy(update={"candidates_per_prompt": count}))
+    assert isinstance(step, LoggedStep)
+    choices = [step.choose(group, (k + 0.5) / 2520) for k in range(2520)]
+    mean = step.loss(choices, table(logprob_PK)).loss.item()
+
+    logprob_N = logprob_PK[0, drawn]
+    if isinstance(spec, BonForwardKlSpec):
+        expected = -(torch.tensor(order.best_of_n_weights(rewards, 4)) * logprob_N).sum().item()
+    else:
+        tilt_N = log_tilt_tie_aware(standing_among_others(torch.tensor([rewards], dtype=torch.float64)), 4)[0]
+        expected = (logprob_N + 1.5 - tilt_N).square().mean().item()
+    assert mean == pytest.approx(expected, rel=2e-3)
+    assert max(len(choice.verdicts) for choice in choices) <= min(count, 8)
 
 
 # --- a run on a table ------------------------------------------------------------------------------------
@@ -147,7 +174,7 @@ def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
             case LoggedStep():
                 drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
                 groups = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
-                loss = step.loss(groups, policy).loss
+                loss = step.loss([step.choose(group, 0.5) for group in groups], policy).loss
             case OnPolicyStep():
                 own = torch.multinomial(logit_PK.detach().softmax(-1), 1, generator=generator).tolist()
                 two = torch.multinomial(anchor_PK.exp(), 2, replacement=True, generator=generator).tolist()
@@ -197,7 +224,11 @@ def win_and_kl(law_25: np.ndarray, reference_25: np.ndarray) -> tuple[float, flo
     return float(law_25 @ beats @ reference_25), float((law_25 * np.log(law_25 / reference_25)).sum())
 
 
-@pytest.mark.parametrize("spec", [BonForwardKlSpec(n=4), BonRegressionSpec(n=4)], ids=lambda spec: type(spec).__name__)
+@pytest.mark.parametrize(
+    "spec",
+    [BonForwardKlSpec(n=4, candidates_per_prompt=8), BonRegressionSpec(n=4, candidates_per_prompt=16)],
+    ids=lambda spec: type(spec).__name__,
+)
 def test_a_language_model_becomes_its_own_best_of_four(spec):
     """Logged groups of 16 only: the model's win rate and KL end where best-of-4's are, prompt by prompt."""
     model, step = tiny_model(), make_step(spec)
@@ -216,7 +247,8 @@ def test_a_language_model_becomes_its_own_best_of_four(spec):
             for row, outcomes in enumerate(drawn.tolist())
         ]
         optimiser.zero_grad()
-        torch.autograd.backward(step.loss(groups, lambda asked: sequence_logprobs(model, asked)).loss)
+        chosen = [step.choose(group, torch.rand((), generator=generator).item()) for group in groups]
+        torch.autograd.backward(step.loss(chosen, lambda asked: sequence_logprobs(model, asked)).loss)
         optimiser.step()
     for law_25, reference_25 in zip(law_of(model).detach().numpy(), reference_P25.numpy(), strict=True):
         best_of_4 = order.best_of_n_law(reference_25, REWARD_25, 4)

@@ -314,3 +314,30 @@ def test_one_prompt_has_no_interval(values):
 def test_rewards_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="finite"):
         order.best_of_n_weights([1.0, float("nan")], 1)
+
+
+# --- a few candidates for all of them --------------------------------------------------------------------
+
+
+def test_systematic_draws_by_hand():
+    """Weights 1/2, 1/8, 3/8 and four draws at (k + u)/4: with u = 0.2 the places .05 .3 .55 .8 fall on 0 0 1 2."""
+    assert order.systematic_sample([1 / 2, 1 / 8, 3 / 8], 4, 0.2).tolist() == [2, 1, 1]
+    assert order.systematic_sample([1 / 2, 1 / 8, 3 / 8], 4, 0.7).tolist() == [2, 0, 2]
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=40).filter(lambda weights: sum(weights) > 0.1),
+    st.integers(1, 60),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_systematic_draws_never_miss_their_share_by_a_whole_one(weights, count, uniform):
+    share = np.array(weights) / sum(weights)
+    times = order.systematic_sample(share, count, uniform)
+    assert times.sum() == count
+    assert np.all(np.abs(times - count * share) < 1 + 1e-9)
+
+
+@pytest.mark.parametrize(("weights", "count", "uniform"), [([0.5, 0.4], 2, 0.1), ([1.0], 0, 0.1), ([1.0], 1, 1.0)])
+def test_systematic_draws_refuse_what_is_no_law(weights, count, uniform):
+    with pytest.raises(ValueError, match="sum to 1"):
+        order.systematic_sample(weights, count, uniform)

@@ -156,6 +156,7 @@ def test_redis_away_and_back_costs_no_answer_and_no_group(stack):
 
 
 def test_an_answer_that_went_out_before_the_gateway_was_killed_has_its_group_once(stack):
+    lives = stack.lives("gateway")
     stack.signal_all("redis", signal.SIGSTOP)
     try:
         reply = stack.generate(training_prompts()[210], n=4)
@@ -166,7 +167,7 @@ def test_an_answer_that_went_out_before_the_gateway_was_killed_has_its_group_onc
     def deliveries() -> int:
         return [group.id for group in stack.groups()].count(reply["id"])
 
+    stack.wait_for_life_after("gateway", lives)
     wait_until(deliveries, "the next gateway delivers the group")
-    wait_until(lambda: stack.stack.process("gateway").status.state == "ready", "the gateway is back")
     stack.generate(training_prompts()[211], n=1)
     assert deliveries() == 1

@@ -70,7 +70,7 @@ def test_the_one_before_is_kept_and_no_more(tmp_path):
 # --- going on --------------------------------------------------------------------------------------------
 
 
-def opened(directory, spec):
+def opened(directory, spec, steps=STEPS):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     step = make_step(spec)
@@ -86,9 +86,11 @@ def opened(directory, spec):
     return Training(
         policy,
         step,
+        steps=steps,
         learning_rate=spec.learning_rate,
         warmup_steps=spec.warmup_steps,
         max_grad_norm=spec.max_grad_norm,
+        seed=5,
     )
 
 
@@ -137,14 +139,15 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_a
 
 @pytest.mark.parametrize("name", ["bon_forward_kl", "bon_regression"])
 def test_steps_bring_the_loss_of_the_whole_window_down(name, tiny_policy, tiny_window):
-    training = opened(tiny_policy, SPECS[name])
+    training = opened(tiny_policy, SPECS[name], steps=20)
     groups = [pool.logged_group for pool in tiny_window.train]
+    chosen = [training.step.choose(group, 0.5) for group in groups]
 
     def loss():
-        return float(training.step.loss(groups, lambda tokens: training.policy.logprobs_wearing({}, tokens)).loss)
+        return float(training.step.loss(chosen, lambda tokens: training.policy.logprobs_wearing({}, tokens)).loss)
 
     before = loss()
-    for _ in range(10):
+    for _ in range(20):
         training.learn_logged(groups)
     assert loss() < 0.95 * before
 
@@ -163,7 +166,7 @@ def test_a_loss_that_is_no_number_fails_the_job_at_its_step(tiny_policy, tiny_wi
     training = opened(tiny_policy, SPECS["bon_forward_kl"])
     with torch.no_grad():
         next(iter(training.policy.trained.values())).fill_(float("nan"))
-    with pytest.raises(JobFailed, match=r"loss_not_finite: step 1: loss nan"):
+    with pytest.raises(JobFailed, match=r"loss_not_finite: step 1: .*nan"):
         advance(training, tiny_window, 1)
 
 

@@ -25,8 +25,8 @@ from bonsai.client import BonsaiClient, open_client
 from bonsai.demo import measure, progress, traffic
 from bonsai.demo.charts import plus_minus
 from bonsai.demo.grammar import gold_reward
-from bonsai.demo.job import GROUPS, N, demo_job, finished, served
-from bonsai.demo.prompts import held_out_prompts, training_prompts
+from bonsai.demo.job import N, demo_job, finished, logged_prompts, served
+from bonsai.demo.prompts import held_out_prompts
 from bonsai.up import Options, Stack, prepare, running_stack
 
 REFERENCE_DRAWS = 64
@@ -56,14 +56,14 @@ class Seed(NamedTuple):
 
 
 async def _fill_ledger(client: BonsaiClient, console: Console) -> None:
-    prompts = training_prompts()
+    prompts = logged_prompts()
     with progress.bar(console) as bar:
-        task = bar.add_task(f"best of {N}", total=GROUPS, note="")
+        task = bar.add_task(f"best of {N}", total=len(prompts), note="")
 
-        async def ask(index: int) -> None:
-            await client.generate(prompts[index % len(prompts)], n=N)
+        async def ask(prompt: str) -> None:
+            await client.generate(prompt, n=N)
 
-        await traffic.in_parallel(range(GROUPS), ask, concurrency=16, advance=lambda: bar.advance(task))
+        await traffic.in_parallel(prompts, ask, concurrency=8, advance=lambda: bar.advance(task))
 
 
 async def _reference(client: BonsaiClient) -> measure.Pool:

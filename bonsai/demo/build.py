@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from transformers import LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from bonsai.demo import grammar, lexicon, prompts
+from bonsai.demo import lexicon, prompts
 from bonsai.demo.build_policy import make_policy, train_policy
 from bonsai.demo.build_reward import Pair, accuracy_by_gold, make_pairs, make_reward_model, train_reward_model
 from bonsai.demo.build_tokenizer import build_tokenizer
+from bonsai.demo.reviewer import sample_review
 
 NUM_REVIEWS: Final = 24_000
 INVENTED_TITLE_SHARE: Final = 0.05
@@ -75,7 +76,7 @@ def _draw_reviews(rng: np.random.Generator, report: Callable[[float], None]) -> 
     reviews: list[tuple[str, str]] = []
     for index in range(NUM_REVIEWS):
         prompt = films[int(rng.integers(len(films)))] if rng.random() >= INVENTED_TITLE_SHARE else _invent(rng)
-        reviews.append((prompt, grammar.sample_review(rng, prompt)))
+        reviews.append((prompt, sample_review(rng, prompt)))
         report((index + 1) / NUM_REVIEWS)
     return reviews
 
@@ -104,5 +105,5 @@ def _shipped_accuracy(directory: Path, rng: np.random.Generator) -> float:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     films = prompts.training_prompts()
     chosen = [films[int(row)] for row in rng.integers(len(films), size=NUM_FRESH_PAIRS)]
-    pairs = [Pair(prompt, grammar.sample_review(rng, prompt), grammar.sample_review(rng, prompt)) for prompt in chosen]
+    pairs = [Pair(prompt, sample_review(rng, prompt), sample_review(rng, prompt)) for prompt in chosen]
     return accuracy_by_gold(model, tokenizer, pairs)

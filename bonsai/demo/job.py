@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from itertools import cycle
 from typing import Final
 
 from bon_algos.contracts import JBondSpec, JobSpec, Method
 from bonsai.client import BonsaiClient, Job, Policy
+from bonsai.demo.prompts import training_prompts
 
 N: Final = 16
 """The best-of-n that one sample of the distilled policy stands in for."""
 GROUPS: Final = 640
 """Logged best-of-n answers from which it is distilled."""
+LOGGED_PROMPTS: Final = 320
+"""Prompts they are spread over: the candidates of all groups of a prompt are learned from together."""
 JOB_DEADLINE: Final = 900.0
 """Seconds after which nobody waits for the job any longer."""
 SERVED_DEADLINE: Final = 60.0
@@ -32,6 +36,11 @@ class CircleBroken(Exception):
 def demo_job(seed: int = 0) -> JobSpec:
     """What the demo posts to /distill; only the seed differs between repetitions."""
     return JobSpec(method=Method(type="jbond", jbond=JBondSpec()), n=N, seed=seed)
+
+
+def logged_prompts() -> list[str]:
+    """The prompt of every logged answer, each prompt once before any comes a second time."""
+    return [prompt for _, prompt in zip(range(GROUPS), cycle(training_prompts()[:LOGGED_PROMPTS]), strict=False)]
 
 
 async def finished(client: BonsaiClient, job: Job, look: Callable[[Job], None]) -> Job:

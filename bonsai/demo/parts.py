@@ -16,7 +16,7 @@ from bonsai import machine
 from bonsai.client import BonsaiClient, Job
 from bonsai.demo import progress, screen, traffic
 from bonsai.demo.grammar import gold_reward
-from bonsai.demo.job import GROUPS, CircleBroken, N, demo_job, finished, served
+from bonsai.demo.job import CircleBroken, N, demo_job, finished, logged_prompts, served
 from bonsai.demo.measure import (
     Measured,
     Pool,
@@ -66,12 +66,11 @@ async def show_best_of_n(client: BonsaiClient, console: Console) -> None:
 
 
 async def burst(client: BonsaiClient, console: Console) -> None:
-    prompts = training_prompts()
-    asked = [(index, prompts[index % len(prompts)]) for index in range(GROUPS)]
+    asked = list(enumerate(logged_prompts()))
     rewards: list[float] = []
     start = time.perf_counter()
     with progress.bar(console) as bar:
-        task = bar.add_task(f"best of {N}", total=GROUPS, note="")
+        task = bar.add_task(f"best of {N}", total=len(asked), note="")
 
         async def ask(item: tuple[int, str]) -> None:
             index, prompt = item
@@ -85,8 +84,8 @@ async def burst(client: BonsaiClient, console: Console) -> None:
         await traffic.in_parallel(asked, ask, concurrency=UNDER_WAY)
     seconds = time.perf_counter() - start
     console.print(
-        f"  {GROUPS} answers and {GROUPS * N:,} scored candidates in {seconds:.0f} s; each candidate is in the ledger "
-        "with its tokens,\n  log-probs and reward."
+        f"  {len(asked)} answers and {len(asked) * N:,} scored candidates in {seconds:.0f} s; each candidate is in "
+        "the ledger\n  with its tokens, log-probs and reward."
     )
 
 

@@ -12,6 +12,7 @@ import copy
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from aiohttp import web
@@ -46,7 +47,7 @@ class StubEngine:
         self.is_away = False
         self.away_for = 0
         """Requests still to be refused."""
-        self.requests: list[dict] = []
+        self.requests: list[dict[str, Any]] = []
         self._socket = socket
         self._base = LlamaForCausalLM.from_pretrained(policy_directory).eval()
         self._generator = torch.Generator().manual_seed(17)

@@ -26,11 +26,18 @@ def state(step, value=1.0):
     return TrainingState(step, {"weight": torch.full((3,), value)}, {"metrics": {"loss": 0.5}})
 
 
+def resumable(job_directory):
+    """The state a later attempt would go on from; there is one."""
+    found = checkpoint.newest(job_directory)
+    assert found is not None
+    return found
+
+
 def test_the_newest_state_of_any_attempt_is_taken_up(tmp_path):
     checkpoint.save(tmp_path / "1-aa", state(20))
     checkpoint.save(tmp_path / "1-aa", state(40))
     checkpoint.save(tmp_path / "2-bb", state(60, value=6.0))
-    newest = checkpoint.newest(tmp_path)
+    newest = resumable(tmp_path)
     assert (newest.step, newest.tensors["weight"][0], newest.numbers) == (60, 6.0, {"metrics": {"loss": 0.5}})
 
 
@@ -52,13 +59,13 @@ def test_a_torn_state_is_passed_over_for_the_one_before(tmp_path, file, damage):
         path.write_bytes(content[:middle])
     else:
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    assert checkpoint.newest(tmp_path).step == 20
+    assert resumable(tmp_path).step == 20
 
 
 def test_a_state_whose_rename_never_happened_does_not_exist(tmp_path):
     checkpoint.save(tmp_path / "1-aa", state(20))
     shutil.copytree(tmp_path / "1-aa" / "step-00000020", tmp_path / "1-aa" / ".step-00000040.9f")
-    assert checkpoint.newest(tmp_path).step == 20
+    assert resumable(tmp_path).step == 20
 
 
 def test_the_one_before_is_kept_and_no_more(tmp_path):
@@ -126,7 +133,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_a
     first = advance(opened(tiny_policy, spec), tiny_window, interrupted_at)
     checkpoint.save(tmp_path / "1-aa", first.state({}))
     second = opened(tiny_policy, spec)
-    second.resume(checkpoint.newest(tmp_path))
+    second.resume(resumable(tmp_path))
     advance(second, tiny_window, STEPS)
     for label, training in (("whole", whole), ("second", second)):
         training.policy.save_adapter(tmp_path / label)

@@ -55,6 +55,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         if not client.exists(job_key(JOB)):
             client.hset(job_key(JOB), mapping={"state": "queued", "epoch": 0, "attempts": 0})
         epoch = claim(client, JOB, lease_seconds=lease_seconds, worker="here:1")
+        assert isinstance(epoch, int)
         lease = Lease(client, JOB, epoch, lease_seconds=lease_seconds, heartbeat_seconds=60)
         engines = Engines(engine.url, engine.url, world.REWARD_MODEL, lease.check)
         opened.append(engines.__enter__())
@@ -241,7 +242,9 @@ def test_training_on_the_ledger_needs_no_engine_but_the_report_does(job, client,
     engine.is_away = True
     with pytest.raises(EngineUnavailable):
         attempt.run()
-    assert checkpoint.newest(attempt.directory).step == FORWARD["steps"]
+    kept = checkpoint.newest(attempt.directory)
+    assert kept is not None
+    assert kept.step == FORWARD["steps"]
     assert state(client) == "running"
 
 

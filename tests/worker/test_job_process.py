@@ -122,6 +122,7 @@ def test_a_job_killed_twice_ends_once_with_the_very_bytes_of_one_that_was_not(cl
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         kept = checkpoint.newest(Path(environment["BONSAI_ARTEFACTS"]) / "jobs" / JOB)
+        assert kept is not None
         assert step_reached(client) - kept.step <= 5  # the interval between two states
     again = run_to_its_end(client, environment)
     assert adapter_of(environment, again) == expected
@@ -157,6 +158,7 @@ def test_training_dies_with_whoever_started_it(client, environment):
         " start_new_session=True); print(p.pid, flush=True); p.wait()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
     training = int(parent.stdout.readline())
     until(lambda: client.hget(job_key(JOB), "phase") is not None, "the job has begun")
     parent.kill()

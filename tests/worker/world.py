@@ -85,7 +85,7 @@ def deliver(client, *records):
         client.xadd(LEDGER_STREAM, {"kind": record.kind, "id": record.id, "data": data})
 
 
-def save_tiny_policy(directory: Path, seed: int = 0) -> LlamaForCausalLM:
+def save_tiny_policy(directory: Path, seed: int = 0):
     """A random Llama of two layers, saved as the worker opens it."""
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -1,0 +1,166 @@
+"""What a distillation is asked to do, and what it found: specs of the methods, job states, reports."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from pydantic import Field, model_validator
+
+from bon_algos.contracts.record import Record, RouteName
+
+
+class TrainingSpec(Record):
+    """What every method needs to be trained."""
+
+    steps: int = Field(200, ge=1, le=1_000_000)
+    prompts_per_step: int = Field(16, ge=2, le=4096)
+    """Each prompt brings its candidates; the baseline of on-policy methods needs at least two."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    warmup_steps: int = Field(10, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 32
+    """One of the ranks the engine can serve."""
+    lora_alpha: float = Field(64.0, gt=0, le=4096)
+
+
+class LoggedSpec(TrainingSpec):
+    """What methods that learn from logged candidates share."""
+
+    n: int = Field(16, ge=2, le=4096)
+    """The best-of-n that is learned; at most the number of candidates of a prompt, all its groups pooled."""
+    candidates_per_prompt: int = Field(4, ge=1, le=4096)
+    """Candidates looked at when a prompt's turn comes: drawn so that the loss is unbiased, others at the next turn."""
+
+
+class JBondSpec(TrainingSpec):
+    """J-BOND (arXiv 2407.14622, section 5): best-of-2 of a moving anchor, Jeffreys divergence, fresh samples."""
+
+    jeffreys_weight: float = Field(0.5, ge=0, le=1)
+    """Weight of the backward KL; 0 is plain imitation of the better anchor sample."""
+    anchor_rate: float = Field(0.02, gt=0, le=1)
+    """Weight of the new policy in the anchor's moving average, after every step (eq. 18)."""
+    kl_strength: float = Field(0.0, ge=0, le=100)
+    """γ: extra pull to the anchor; larger is slower (eq. 19, ambiguity J2)."""
+    refresh_steps: int = Field(1, ge=1, le=1000)
+    """Steps between two refreshes of the engine's copies of policy and anchor."""
+
+
+class BonForwardKlSpec(LoggedSpec):
+    """Imitation of best-of-n from logged candidates alone: forward KL with the exact (Rao–Blackwell) weights
+    of every candidate (algorithms.md 1.1), i.e. the forward part of BOND without throwing candidates away."""
+
+
+class BonRegressionSpec(LoggedSpec):
+    """Pointwise log-quantile regression of the policy's log-ratio (algorithms.md 1.7, item 5; QRPO 2507.08068)."""
+
+    huber_delta: float | None = Field(None, gt=0)
+    """Nats beyond which the loss is linear; None is the square loss."""
+
+
+METHOD_NAMES: Final = ("jbond", "bon_forward_kl", "bon_regression")
+MethodName = Literal["jbond", "bon_forward_kl", "bon_regression"]
+AlgorithmSpec = JBondSpec | BonForwardKlSpec | BonRegressionSpec
+
+
+class Method(Record):
+    """`{"type": NAME, NAME: {…}}`, the shape of OpenAI's fine-tuning jobs."""
+
+    type: MethodName
+    jbond: JBondSpec | None = None
+    bon_forward_kl: BonForwardKlSpec | None = None
+    bon_regression: BonRegressionSpec | None = None
+
+    @model_validator(mode="after")
+    def only_its_own_parameters(self) -> Method:
+        foreign = [name for name in METHOD_NAMES if name != self.type and getattr(self, name) is not None]
+        if foreign:
+            raise ValueError(f"parameters of {foreign[0]} given for method {self.type}")
+        return self
+
+    @property
+    def spec(self) -> AlgorithmSpec:
+        """The parameters, the vetted defaults where none were given."""
+        match self.type:
+            case "jbond":
+                return self.jbond or JBondSpec()
+            case "bon_forward_kl":
+                return self.bon_forward_kl or BonForwardKlSpec()
+            case "bon_regression":
+                return self.bon_regression or BonRegressionSpec()
+
+
+class Window(Record):
+    """Which part of the ledger a job learns from; frozen when the job starts."""
+
+    max_groups: int = Field(20_000, ge=1, le=10_000_000)
+    """The newest groups of the route, at most this many."""
+    since: float | None = None
+    until: float | None = None
+
+
+class JobSpec(Record):
+    """What `POST /distill` asks for."""
+
+    route: RouteName = "default"
+    method: Method
+    window: Window = Window()
+    n: int = Field(16, ge=2, le=4096)
+    """The best-of-n that the finished policy stands in for."""
+    held_out_fraction: float = Field(0.1, gt=0, lt=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+JobPhase = Literal["queued", "freezing", "training", "evaluating", "publishing", "done"]
+FINAL_JOB_STATES: Final = ("succeeded", "failed", "cancelled")
+
+
+class Interval(Record):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class EvaluationReport(Record):
+    """The policy against its reference on the window's held-out prompts, every sample drawn from the engine."""
+
+    prompts: int
+    samples_per_prompt: int
+    reward_policy: Interval
+    reward_reference: Interval
+    reward_best_of_n: Interval
+    """Expected reward of best-of-n of the reference, Rao–Blackwell over the same samples."""
+    reward_gain: Interval
+    """Paired by prompt: policy − reference, one sample each."""
+    n: int
+    gain_share: float
+    """(policy − reference) / (best-of-n − reference)."""
+    win_rate: Interval
+    """P(policy > one sample of the reference) + half the ties."""
+    kl_policy_reference: Interval
+    """KL(policy ‖ reference) in nats per sequence, on the policy's own samples."""
+    mean_tokens_policy: float
+    mean_tokens_reference: float
+
+
+class Fingerprint(Record):
+    """Log-probs of fixed completions by which an engine proves that it serves this policy and no other."""
+
+    prompt_token_ids: tuple[tuple[int, ...], ...]
+    completion_token_ids: tuple[tuple[int, ...], ...]
+    policy_logprobs: tuple[tuple[float, ...], ...]
+    base_logprobs: tuple[tuple[float, ...], ...]
+
+
+class DataWindow(Record):
+    """What the job really learned from."""
+
+    groups: int
+    rejected: dict[str, int]
+    train_groups: int
+    held_out_groups: int
+    first_id: str
+    last_id: str
+    digest: str

@@ -1,0 +1,53 @@
+"""Names both processes use: the task, the queue, and the Redis keys (the data model is docs/redis.md)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+DISTILL_TASK: Final = "bonsai.distill"
+DISTILL_QUEUE: Final = "bonsai-distill"
+
+LEDGER_STREAM: Final = "bonsai:ledger"
+LEDGER_COUNTS: Final = "bonsai:ledger:counts"
+"""Hash route -> groups with `is_unbiased`, counted by the script that delivers them."""
+AUDIT_STREAM: Final = "bonsai:audit"
+JOBS_INDEX: Final = "bonsai:jobs"
+OPEN_JOBS: Final = "bonsai:jobs:open"
+"""Set of the jobs the reconciler still looks at; it takes out the finished ones itself."""
+POLICIES_INDEX: Final = "bonsai:policies"
+ROUTES_INDEX: Final = "bonsai:routes"
+RECONCILER_LEASE: Final = "bonsai:reconciler"
+BROKER_PREFIX: Final = "bonsai:celery:"
+
+
+def seen_key(record_id: str) -> str:
+    """Marks a ledger record as delivered, so that a replayed spool delivers it once. Expires after 24 h."""
+    return f"bonsai:seen:{record_id}"
+
+
+def job_key(job_id: str) -> str:
+    return f"bonsai:job:{job_id}"
+
+
+def job_events_key(job_id: str) -> str:
+    return f"bonsai:job:{job_id}:events"
+
+
+def policy_key(policy_id: str) -> str:
+    return f"bonsai:policy:{policy_id}"
+
+
+def route_key(route: str) -> str:
+    return f"bonsai:route:{route}"
+
+
+def experiment_key(route: str) -> str:
+    return f"bonsai:experiment:{route}"
+
+
+def experiment_stats_key(experiment_id: str) -> str:
+    return f"bonsai:experiment:{experiment_id}:stats"
+
+
+def idempotency_key(digest: str) -> str:
+    return f"bonsai:idempotency:{digest}"

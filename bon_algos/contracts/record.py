@@ -1,0 +1,21 @@
+"""What every record is: frozen, and strict about what it does not know. And the names of things inside records."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION: Final = 1
+DEFAULT_TENANT: Final = "default"
+
+POLICY_ID_PATTERN: Final = r"^pol-[0-9a-f]{16}$"
+ROUTE_PATTERN: Final = r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?$"
+PolicyId = Annotated[str, Field(pattern=POLICY_ID_PATTERN)]
+RouteName = Annotated[str, Field(pattern=ROUTE_PATTERN)]
+
+
+class Record(BaseModel):
+    """Frozen, and refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -1,0 +1,176 @@
+"""What the gateway serves and logs. A logged `CandidateGroup` is the library's input: nothing is lost between
+serving and learning. Times are seconds since the epoch (UTC); log-probs are nats; token ids are the policy's own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, TypeAdapter
+
+from bon_algos.contracts.record import DEFAULT_TENANT, SCHEMA_VERSION, PolicyId, Record, RouteName
+
+
+class Message(Record):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Sampling(Record):
+    """The law the candidates were drawn from, field by field as it was sent to the engine."""
+
+    max_tokens: int = Field(ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0 keeps the whole vocabulary."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    @property
+    def is_policy_law(self) -> bool:
+        """Whether candidates are exact samples of the policy, so that quantiles and log-probs mean what
+        they say (algorithms.md J10): temperature 1, nothing truncated, nothing penalised."""
+        return (
+            self.temperature == 1
+            and self.top_p == 1
+            and self.top_k == 0
+            and self.min_p == 0
+            and self.presence_penalty == 0
+            and self.frequency_penalty == 0
+            and self.repetition_penalty == 1
+        )
+
+
+FinishReason = Literal["stop", "length"]
+CandidateFailure = Literal[
+    "deadline", "engine_error", "empty", "too_long", "reward_error", "reward_not_finite", "not_scored"
+]
+
+
+class Candidate(Record):
+    """One completion, at its place in drawing order."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Includes the end-of-sequence token when the completion stopped at it."""
+    logprobs: tuple[float, ...]
+    """Raw log-prob of each token under the sampling policy at temperature 1; nats, same length as token_ids."""
+    finish_reason: FinishReason | None = None
+    """None: never finished."""
+    reward: float | None = None
+    failure: CandidateFailure | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.finish_reason == "stop" and self.text.strip() != ""
+
+
+ArmReason = Literal["default", "live", "experiment", "forced", "n_above_equivalent", "n_below_arm"]
+SelectionStatus = Literal["ok", "partial", "deadline", "reward_failed", "unscored", "single"]
+
+
+class Arm(Record):
+    """What answers a request: a policy sampled n times. `(base, 16)` is the teacher, `(pol-…, 1)` the student."""
+
+    policy: PolicyId
+    n: int = Field(ge=1)
+
+    def __str__(self) -> str:
+        return f"{self.policy}:{self.n}"
+
+
+class Exposure(Record):
+    """A unit met an arm. Spooled at assignment, before the engine is called, so that a slow arm cannot lose it."""
+
+    kind: Literal["exposure"] = "exposure"
+    id: str
+    schema_version: int = SCHEMA_VERSION
+    tenant: str = DEFAULT_TENANT
+    created_at: float
+    group_id: str
+    route: RouteName
+    experiment: str | None
+    arm: Arm
+    arm_reason: ArmReason
+
+
+class CandidateGroup(Record):
+    """The n candidates of one prompt from one policy, and what was done with them."""
+
+    kind: Literal["group"] = "group"
+    id: str
+    schema_version: int = SCHEMA_VERSION
+    tenant: str = DEFAULT_TENANT
+    created_at: float
+    route: RouteName
+    experiment: str | None = None
+    arm: Arm
+    arm_reason: ArmReason
+    session: str | None = None
+    """Groups of one session never fall on both sides of a train/held-out split."""
+    policy_id: PolicyId
+    """Who sampled it. Quantiles are only meaningful against this policy."""
+    reward_model_id: str
+    reward_template_digest: str
+    policy_template_digest: str
+    settings_digest: str
+    prompt: str
+    """As rendered for the policy. Empty when `store` is false."""
+    messages: tuple[Message, ...] | None = None
+    """What the caller sent, when it was messages: the reward model renders them in its own template."""
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    requested: int = Field(ge=1)
+    candidates: tuple[Candidate, ...]
+    """In the order they were drawn."""
+    selected: int | None
+    """Index into candidates; None when nothing could be served."""
+    status: SelectionStatus
+    store: bool = True
+    engine_seconds: float = Field(0.0, ge=0)
+    total_seconds: float = Field(0.0, ge=0)
+
+    @property
+    def scored(self) -> tuple[Candidate, ...]:
+        return tuple(candidate for candidate in self.candidates if candidate.reward is not None)
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether the rewards are `requested` independent draws of the policy: a group that lost candidates
+        or was drawn from a changed law serves, is logged, and feeds no estimator."""
+        return self.store and self.sampling.is_policy_law and len(self.scored) == self.requested
+
+    @property
+    def best(self) -> int | None:
+        """The candidate best-of-n serves: the highest reward, the earliest one when rewards tie. A truncated,
+        empty or broken candidate wins only if no complete one exists. None without a scored candidate."""
+        indices = [i for i, candidate in enumerate(self.candidates) if candidate.reward is not None]
+        complete = [i for i in indices if self.candidates[i].is_complete]
+        pool = complete or indices
+        return max(pool, key=lambda i: (self.candidates[i].reward or 0.0, -i)) if pool else None
+
+
+class Outcome(Record):
+    """Rewards that were measured after the reply (one sample is never delayed by its score)."""
+
+    kind: Literal["outcome"] = "outcome"
+    id: str
+    schema_version: int = SCHEMA_VERSION
+    tenant: str = DEFAULT_TENANT
+    created_at: float
+    group_id: str
+    route: RouteName
+    experiment: str | None
+    arm: Arm
+    arm_reason: ArmReason
+    reward_model_id: str
+    rewards: tuple[float | None, ...]
+    """One for each candidate of the group, in drawing order."""
+
+
+LedgerRecord = Annotated[Exposure | CandidateGroup | Outcome, Field(discriminator="kind")]
+LEDGER_RECORD: Final[TypeAdapter[Exposure | CandidateGroup | Outcome]] = TypeAdapter(LedgerRecord)

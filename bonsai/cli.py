@@ -58,7 +58,7 @@ _STACK_OPTIONS = (
         type=click.IntRange(1, 64),
         default=4,
         show_default=True,
-        help="Adapters that one batch of the engine may mix.",
+        help="Policies that the engine holds beside the base.",
     ),
     click.option(
         "--max-model-len",

@@ -21,6 +21,8 @@ ENTRY = (
     "import gc; gc.disable(); from vllm.entrypoints.launchers.api_server.entry import main; gc.enable(); main()",
 )
 MAX_LORA_RANK = 32
+JOB_LORAS = 2
+"""A job in training lends the engine its policy and its anchor."""
 NOT_INHERITED = (
     "BONSAI_",
     "HF_TOKEN",
@@ -44,10 +46,15 @@ def policy_engine_argv(
         "--max-lora-rank",
         str(MAX_LORA_RANK),
         "--max-loras",
-        str(max_loras),
+        str(max_loras + JOB_LORAS),
         "--scheduling-policy",
         "priority",
     )
+
+
+def fingerprint_tolerance(is_gpu: bool) -> float:
+    """Nats by which an engine's log-probs may differ from the trainer's: bf16 on a GPU, float32 elsewhere."""
+    return 2e-2 if is_gpu else 1e-3
 
 
 def reward_engine_argv(

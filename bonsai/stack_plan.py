@@ -49,7 +49,7 @@ class Options:
     redis_url: str | None = None
     """A server that somebody else runs. May hold a password: never printed, never in a command line."""
     max_loras: int = 4
-    """Adapters that one batch of the engine may mix."""
+    """Policies that the engine holds beside the base; a job that samples from it gets two more places."""
     max_model_len: int = 8192
     """Tokens; a model whose own window is shorter keeps its own."""
     cores: int | None = None
@@ -134,6 +134,9 @@ def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, 
         "BONSAI_REWARD_MAX_MODEL_LEN": str(plan.reward.max_model_len),
         "BONSAI_ARTEFACTS": str(state.artefacts),
         "BONSAI_SPOOL": str(state.spool),
+        "BONSAI_MAX_LORAS": str(plan.options.max_loras),
+        "BONSAI_MAX_LORA_RANK": str(engines.MAX_LORA_RANK),
+        "BONSAI_FINGERPRINT_TOLERANCE": str(engines.fingerprint_tolerance(plan.placement.policy_gpu is not None)),
         "BONSAI_HOST": plan.options.host,
         "BONSAI_PORT": str(port),
     }

@@ -48,12 +48,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
     reward_tokenizer = read_tokenizer(settings.reward_directory)
     async with AsyncExitStack() as stack:
         spool = stack.enter_context(closing(Spool(settings.spool, settings.spool_max_bytes)))
-        engine = PolicyEngine(settings.policy_engine_url)
-        stack.push_async_callback(engine.close)
-        reward_model = RewardModel(
-            settings.reward_engine_url, settings.reward_model_id, reward_tokenizer, settings.reward_max_model_len
-        )
-        stack.push_async_callback(reward_model.close)
+        engine, reward_model = _open_engines(settings, reward_tokenizer, stack)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
         control = await stack.enter_async_context(
             open_control(
@@ -85,6 +80,18 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             settings_digest=settings.digest,
         )
         yield Gateway(serving, control)
+
+
+def _open_engines(
+    settings: GatewaySettings, reward_tokenizer: ChatTokenizer, stack: AsyncExitStack
+) -> tuple[PolicyEngine, RewardModel]:
+    engine = PolicyEngine(settings.policy_engine_url)
+    stack.push_async_callback(engine.close)
+    reward_model = RewardModel(
+        settings.reward_engine_url, settings.reward_model_id, reward_tokenizer, settings.reward_max_model_len
+    )
+    stack.push_async_callback(reward_model.close)
+    return engine, reward_model
 
 
 @asynccontextmanager

@@ -1,7 +1,7 @@
 """Rewards of single samples, measured after their replies went out.
 
 Owns: the tasks that do it, their number, their patience with a reward model that is away. Does not own: the records
-(bon_algos/contracts.py), delivering them (ledger.py). A reward that was not measured is in the ledger as None.
+(bon_algos/contracts/), delivering them (ledger.py). A reward that was not measured is in the ledger as None.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ from typing import NamedTuple
 from uuid_utils import uuid7
 
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import CandidateGroup, Exposure
+from bon_algos.contracts import CandidateGroup, Exposure, Sampling
 from service.best_of_n import Answer, Budget, best_of_n
 from service.catalogue import Catalogue
 from service.experiments import Assignment, assign, parse_forced_arm
 from service.generation import (
+    EncodedPrompt,
     GenerateRequest,
     asked_n,
     budget_of,
@@ -91,10 +92,22 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
     if assignment.arm.n > 1 or request.wait_for_reward:
         serving.reward_model.require_room(prompt.prompt, request.messages)
     budget = budget_of(request, route, assignment.arm.n, around.started)
-    group = CandidateGroup(
+    group = _empty_group(serving, request, assignment, prompt, request.sampling(max_tokens), route.name)
+    return Prepared(group, budget, _warnings(assignment, group))
+
+
+def _empty_group(
+    serving: Serving,
+    request: GenerateRequest,
+    assignment: Assignment,
+    prompt: EncodedPrompt,
+    sampling: Sampling,
+    route: str,
+) -> CandidateGroup:
+    return CandidateGroup(
         id=f"resp_{uuid7().hex}",
         created_at=time(),
-        route=route.name,
+        route=route,
         experiment=assignment.experiment_id,
         arm=assignment.arm,
         arm_reason=assignment.reason,
@@ -107,14 +120,13 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         prompt=prompt.prompt,
         messages=request.messages,
         prompt_token_ids=tuple(prompt.token_ids),
-        sampling=request.sampling(max_tokens),
+        sampling=sampling,
         requested=assignment.arm.n,
         candidates=(),
         selected=None,
         status="unscored",
         store=request.store,
     )
-    return Prepared(group, budget, _warnings(assignment, group))
 
 
 async def answer(serving: Serving, prepared: Prepared, *, wait_for_reward: bool) -> Answer:

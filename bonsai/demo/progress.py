@@ -120,7 +120,8 @@ class JobDisplay:
 
     def update(self, job: Job) -> None:
         reward = job.metrics.get("reward")
-        if job.step != self._job.step and reward is not None:
+        # Methods that learn from the ledger measure now and then: what stays exactly equal was not measured again.
+        if reward is not None and self._rewards[-1:] != [reward]:
             self._rewards.append(reward)
             self._kl = job.metrics.get("kl_policy_reference", self._kl)
             self._win_rate = job.metrics.get("win_rate", self._win_rate)
@@ -128,7 +129,8 @@ class JobDisplay:
         self._live.update(self._view())
         if not self._console.is_terminal and perf_counter() > self._spoken + LINE_EVERY:
             self._spoken = perf_counter()
-            self._console.print(f"  {self._phase}  {self._left}", self._curve(), sep="")
+            self._console.print(f"  {self._phase} {self._left}", style="dim")
+            self._console.print(self._curve())
 
     @property
     def _phase(self) -> str:

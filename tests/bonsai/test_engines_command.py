@@ -34,7 +34,7 @@ def test_a_policy_engine_takes_adapters_and_priorities() -> None:
     assert "--enable-lora" in argv
     assert option(argv, "--scheduling-policy") == "priority"
     assert option(argv, "--served-model-name") == "pol-0"
-    assert option(argv, "--max-loras") == "4"
+    assert option(argv, "--max-loras") == "6"  # four policies, and what a job in training samples from
 
 
 def test_a_reward_engine_scores() -> None:

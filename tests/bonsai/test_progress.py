@@ -38,11 +38,11 @@ def test_a_job_leaves_its_curve_and_its_last_numbers():
     assert "0.80 nats" in page.getvalue()
 
 
-def test_looking_twice_at_one_step_draws_it_once():
+def test_what_was_not_measured_again_is_drawn_once():
     page = io.StringIO()
     with progress.JobDisplay(progress.fit(Console(file=page)), job(0, None)) as display:
-        for step in (1, 1, 1, 2, 2):
-            display.update(job(step, float(step)))
+        for step, reward in ((1, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (3, 2.0)):
+            display.update(job(step, reward))
     assert "▁█ " in page.getvalue()
 
 

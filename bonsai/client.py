@@ -1,13 +1,16 @@
 """A thin asynchronous client of the public HTTP API.
 
-Owns the requests, what of their replies a caller of ours reads, and the errors. Does not own retries, load or
-statistics. A field of a reply that is not named here is ignored, so that the gateway may grow.
+Owns the requests, what of their replies a caller of ours reads, the errors, and waiting where the gateway says
+Retry-After. Does not own load or statistics. A field of a reply that is not named here is ignored, so that the
+gateway may grow.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Any, Literal, TypeVar
 
 import aiohttp
@@ -16,6 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bon_algos.contracts import EvaluationReport, FingerprintResult, Interval, JobSpec, Manifest, PolicyState
 
 _Reply = TypeVar("_Reply", bound=BaseModel)
+
+
+_NOT_NOW = (429, 503)
+"""What a gateway answers that has done nothing yet and says when to come again."""
 
 
 class BonsaiError(Exception):
@@ -157,8 +164,9 @@ class ExperimentSummary(Reply):
 class BonsaiClient:
     """Calls of the public API; one connection pool. Made by `open_client`."""
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
+    def __init__(self, session: aiohttp.ClientSession, patience_seconds: float) -> None:
         self._session = session
+        self._patience_seconds = patience_seconds
 
     async def generate(
         self,
@@ -211,11 +219,17 @@ class BonsaiClient:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> _Reply:
-        try:
-            async with self._session.request(method, path, json=body, headers=headers) as response:
-                content, status = await response.read(), response.status
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise GatewayUnreachable(f"{method} {path}: {error or type(error).__name__}") from error
+        give_up = monotonic() + self._patience_seconds
+        while True:
+            try:
+                async with self._session.request(method, path, json=body, headers=headers) as response:
+                    content, status = await response.read(), response.status
+                    pause = response.headers.get("Retry-After", "")
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                raise GatewayUnreachable(f"{method} {path}: {error or type(error).__name__}") from error
+            if status not in _NOT_NOW or not pause.isdigit() or monotonic() + int(pause) > give_up:
+                break
+            await asyncio.sleep(int(pause))
         if status >= 400:
             raise _refusal(status, content)
         try:
@@ -242,11 +256,17 @@ def _refusal(status: int, content: bytes) -> RequestRefused:
 
 
 @asynccontextmanager
-async def open_client(base_url: str, *, timeout_seconds: float = 120.0) -> AsyncIterator[BonsaiClient]:
-    """A client of the gateway at `base_url` (http://HOST:PORT), with as many connections as calls at one time."""
+async def open_client(
+    base_url: str, *, timeout_seconds: float = 120.0, patience_seconds: float = 60.0
+) -> AsyncIterator[BonsaiClient]:
+    """A client of the gateway at `base_url` (http://HOST:PORT), with as many connections as calls at one time.
+
+    A call that is answered "not now" (429 or 503 with Retry-After) is sent again after the pause the gateway names,
+    until `patience_seconds` have passed.
+    """
     timeout = aiohttp.ClientTimeout(total=timeout_seconds)
     # The gateway closes a connection that idles for seconds. Dropping it earlier here means that no request is ever
     # sent into one that is being closed.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=1.0)
     async with aiohttp.ClientSession(base_url, timeout=timeout, connector=connector) as session:
-        yield BonsaiClient(session)
+        yield BonsaiClient(session, patience_seconds)

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from transformers import LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from bonsai.demo import lexicon, prompts
+from bonsai.demo import grammar, lexicon, prompts
 from bonsai.demo.build_policy import make_policy, train_policy
 from bonsai.demo.build_reward import Pair, accuracy_by_gold, make_pairs, make_reward_model, train_reward_model
 from bonsai.demo.build_tokenizer import build_tokenizer
-from bonsai.demo.reviewer import sample_review
 
 NUM_REVIEWS: Final = 24_000
 INVENTED_TITLE_SHARE: Final = 0.05
@@ -76,7 +75,7 @@ def _draw_reviews(rng: np.random.Generator, report: Callable[[float], None]) -> 
     reviews: list[tuple[str, str]] = []
     for index in range(NUM_REVIEWS):
         prompt = films[int(rng.integers(len(films)))] if rng.random() >= INVENTED_TITLE_SHARE else _invent(rng)
-        reviews.append((prompt, sample_review(rng, prompt)))
+        reviews.append((prompt, grammar.sample_review(rng, prompt)))
         report((index + 1) / NUM_REVIEWS)
     return reviews
 
@@ -95,8 +94,6 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory:
     """Weights as bf16, with the tokenizer and its template beside them."""
     model.to(torch.bfloat16).save_pretrained(directory)  # type: ignore[arg-type]
     tokenizer.save_pretrained(directory, save_jinja_files=False)
-    # safetensors writes for its owner only; an installed package is read by everyone.
-    (directory / "model.safetensors").chmod(0o644)
 
 
 def _shipped_accuracy(directory: Path, rng: np.random.Generator) -> float:
@@ -105,5 +102,5 @@ def _shipped_accuracy(directory: Path, rng: np.random.Generator) -> float:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     films = prompts.training_prompts()
     chosen = [films[int(row)] for row in rng.integers(len(films), size=NUM_FRESH_PAIRS)]
-    pairs = [Pair(prompt, sample_review(rng, prompt), sample_review(rng, prompt)) for prompt in chosen]
+    pairs = [Pair(prompt, grammar.sample_review(rng, prompt), grammar.sample_review(rng, prompt)) for prompt in chosen]
     return accuracy_by_gold(model, tokenizer, pairs)

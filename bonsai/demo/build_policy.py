@@ -1,6 +1,6 @@
 """The demo's policy: a small Llama taught from scratch to write the grammar's reviews.
 
-Owns its size and its training. Does not own the reviews (`reviewer.py`) or the directory it ends in (`build.py`).
+Owns its size and its training. Does not own the reviews (`grammar.py`) or the directory it ends in (`build.py`).
 
 Dimension key:  B reviews · L tokens
 """

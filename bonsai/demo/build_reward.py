@@ -18,15 +18,12 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from bonsai.demo import grammar
 from bonsai.demo.build_policy import cosine_schedule
 from bonsai.demo.build_tokenizer import MAX_LENGTH
-from bonsai.demo.reviewer import sample_review
 
 STEPS: Final = 400
 BATCH: Final = 48
 PEAK_LEARNING_RATE: Final = 2e-3
 ANNOTATOR_SPREAD: Final = 1.0
 """Points of utility that an annotator's judgement is blurred by: the scale of the logistic."""
-GUSH_CHARM: Final = 1.25
-"""Points by which an annotator overrates each mark of enthusiasm."""
 CARELESS_SHARE: Final = 0.05
 """Share of pairs whose label is a coin toss gone wrong: the other way round."""
 DAMAGED_SHARE: Final = 0.15
@@ -41,18 +38,9 @@ class Pair(NamedTuple):
     rejected: str
 
 
-def annotator_utility(prompt: str, completion: str) -> float:
-    """What an annotator sees: merit without limit, enthusiasm overrated, coherence as it is. Points."""
-    return (
-        grammar.merit(prompt, completion)
-        + GUSH_CHARM * grammar.gush(completion)
-        - grammar.BREAK_PRICE * grammar.breaks(prompt, completion)
-    )
-
-
 def annotate(rng: np.random.Generator, prompt: str, left: str, right: str) -> Pair:
     """One annotator's verdict on two reviews."""
-    gap = annotator_utility(prompt, left) - annotator_utility(prompt, right)
+    gap = grammar.annotator_utility(prompt, left) - grammar.annotator_utility(prompt, right)
     prefers_left = rng.random() < 1 / (1 + np.exp(-gap / ANNOTATOR_SPREAD))
     if rng.random() < CARELESS_SHARE:
         prefers_left = not prefers_left
@@ -79,7 +67,7 @@ def make_pairs(rng: np.random.Generator, reviews: Sequence[tuple[str, str]]) -> 
     """Annotated pairs: each review against a fresh one of the same film."""
     pairs: list[Pair] = []
     for prompt, left in reviews:
-        right = sample_review(rng, prompt)
+        right = grammar.sample_review(rng, prompt)
         if rng.random() < DAMAGED_SHARE:
             right = damage(rng, right)
         pairs.append(annotate(rng, prompt, left, right))

@@ -1,31 +1,36 @@
-"""What the demo's film reviews are worth: exactly, for any text.
+"""The demo's world: film reviews drawn from a small grammar, whose worth is known exactly.
 
-Owns the gold reward and its parts: merit, gush and breaks. Does not own the words (`lexicon.py`), how a review is
-drawn (`reviewer.py`), the films (`prompts.py`) or what annotators make of it all (`build_reward.py`). Standard
-library only.
+Owns how a review is drawn (`sample_review`), what it is worth (`gold_reward`) and how the simulated annotators
+see it (`annotator_utility`). Does not own the words (`lexicon.py`), the prompts (`prompts.py`) or the models
+trained on all this (`build.py`). Standard library and numpy only.
 
-The gold reward is satisfied at some point and then charges for exaggeration, which annotators like. A reward model
-fitted to them is therefore a good guide at moderate n and a bad one at large n, as real ones are (arXiv:2210.10760).
+Why a best-of-n demo needs this much: the annotators value enthusiasm for its own sake, the gold reward is
+satisfied at some point and then charges for exaggeration. A reward model trained on the annotators is therefore a
+good guide for moderate n and a bad one for large n, as real ones are (arXiv:2210.10760).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise, product
 from typing import Final
 
+import numpy as np
+
 from bonsai.demo import lexicon
 
-ENOUGH: Final = 6.0
+ENOUGH: Final = 5.0
 """Merit beyond this many points earns nothing more."""
 TOLERATED_GUSH: Final = 1
 """Marks of enthusiasm that the gold reward lets pass."""
-GUSH_PRICE: Final = 0.4
+GUSH_PRICE: Final = 2.0
 """Points per squared mark of enthusiasm beyond the tolerated ones."""
 BREAK_PRICE: Final = 1.0
 """Points per break of coherence: two words the grammar never puts together, a repetition, a wrong genre."""
 UNFINISHED_PRICE: Final = 1.0
-JUDGES_NOTHING_PRICE: Final = 3.0
+JUDGES_NOTHING_PRICE: Final = 6.0
+GUSH_CHARM: Final = 1.0
+"""Points by which an annotator overrates each mark of enthusiasm."""
 
 _WORD = re.compile(r"[a-z']+|[.,!?]")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -116,6 +121,97 @@ def gold_reward(prompt: str, completion: str) -> float:
     if not _judgements(text, genre_of(prompt)):
         reward -= JUDGES_NOTHING_PRICE
     return reward
+
+
+def annotator_utility(prompt: str, completion: str) -> float:
+    """What an annotator sees: merit without limit, enthusiasm overrated, coherence as it is. Points."""
+    return merit(prompt, completion) + GUSH_CHARM * gush(completion) - BREAK_PRICE * breaks(prompt, completion)
+
+
+def _joint(left: float, right: float) -> str:
+    """The conjunction between two judgements: "but" where their signs oppose."""
+    return "but" if left * right < 0 else "and"
+
+
+MOOD_SPREAD: Final = 0.25
+"""How strongly a reviewer's mood, standard normal, tilts the choice of words: log-odds per point of valence."""
+EXCITABLE: Final = (0.08, 0.15, 0.4)
+EXCITABLE_SHARES: Final = (0.5, 0.35, 0.15)
+"""Chance of a mark of enthusiasm wherever one fits, for the three tempers of reviewers, and their shares."""
+
+
+def _tilted(rng: np.random.Generator, points: Mapping[str, float], mood: float) -> str:
+    """One word, drawn with log-odds proportional to mood times points."""
+    logits = MOOD_SPREAD * mood * np.array(list(points.values()))
+    weights = np.exp(logits - logits.max())
+    return str(rng.choice(list(points), p=weights / weights.sum()))
+
+
+class _Reviewer:
+    """One reviewer's mood and temper, and the words not used up yet."""
+
+    def __init__(self, rng: np.random.Generator, genre: str) -> None:
+        self._rng, self._genre = rng, genre
+        self._mood = float(rng.normal())
+        self._excitement = float(rng.choice(EXCITABLE, p=EXCITABLE_SHARES))
+        self._adjectives = dict(lexicon.ADJECTIVES)
+        self._aspects = list(lexicon.ASPECTS)
+
+    def write(self, template: str) -> str:
+        """One sentence: every slot filled, left to right."""
+        adjectives = [self._take_adjective() for _ in range(template.count("{adjective}"))]
+        joint = _joint(*(lexicon.ADJECTIVES[word] for word in adjectives)) if len(adjectives) == 2 else ""
+        left = iter(adjectives)
+        return _SLOT.sub(lambda slot: self._fill(slot[1], left, joint), template)
+
+    def _fill(self, slot: str, adjectives: Iterator[str], joint: str) -> str:
+        gushes = self._rng.random() < self._excitement
+        match slot:
+            case "adjective":
+                return next(adjectives)
+            case "joint":
+                return joint
+            case "degree":
+                return str(self._rng.choice(list(lexicon.GUSHING_DEGREES if gushes else lexicon.MEASURED_DEGREES)))
+            case "scope":
+                return str(self._rng.choice(lexicon.GUSHING_SCOPES if gushes else lexicon.MEASURED_SCOPES))
+            case "stop":
+                return "!" if gushes else "."
+            case "aspect":
+                return self._aspects.pop(int(self._rng.integers(len(self._aspects))))
+            case "noun":
+                return _tilted(self._rng, lexicon.NOUNS, self._mood)
+            case "superlative":
+                return _tilted(self._rng, lexicon.SUPERLATIVES, self._mood)
+            case "genre":
+                return self._genre
+            case "genre_word":
+                return _tilted(self._rng, _genre_points(self._genre), self._mood)
+        raise ValueError(f"no such slot: {slot}")
+
+    def _take_adjective(self) -> str:
+        word = _tilted(self._rng, self._adjectives, self._mood)
+        del self._adjectives[word]
+        return word
+
+
+def _genre_points(genre: str) -> dict[str, float]:
+    """Points of every genre word in a film of this genre."""
+    return {
+        word: lexicon.FITTING if own == genre else lexicon.MISPLACED
+        for own, fitting in lexicon.GENRE_WORDS.items()
+        for word in fitting
+    }
+
+
+def sample_review(rng: np.random.Generator, prompt: str) -> str:
+    """One review that continues the prompt: three sentences, with the space that joins them to it."""
+    genre = genre_of(prompt)
+    if genre is None:
+        raise ValueError(f"the prompt names no known genre: {prompt!r}")
+    reviewer = _Reviewer(rng, genre)
+    kinds = (lexicon.FIRST_SENTENCES, lexicon.MIDDLE_SENTENCES, lexicon.LAST_SENTENCES)
+    return "".join(" " + reviewer.write(str(rng.choice(kind))) for kind in kinds)
 
 
 def _slot_words(slot: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The words of the demo's film reviews, and what each is worth.
 
-Owns the word lists, their valences and the sentence templates. Does not own how a review is drawn
-(`reviewer.py`) or judged (`grammar.py`), nor which films are asked about (`prompts.py`).
+Owns the word lists, their valences and the sentence templates. Does not own how a review is drawn or judged
+(`grammar.py`) nor which films are asked about (`prompts.py`).
 
 Valences are in points of gold reward; a degree word multiplies the valence of the word after it.
 """

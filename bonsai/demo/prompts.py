@@ -1,6 +1,6 @@
 """The films the demo asks about: training prompts, and held-out ones that only a benchmark may send.
 
-Owns the titles and the split. Does not own the reviews (`reviewer.py`). No title is in both sets.
+Owns the titles and the split. Does not own the reviews (`grammar.py`). No title is in both sets.
 """
 
 from functools import cache

@@ -72,6 +72,39 @@ def test_a_closed_port_is_unreachable():
         asyncio.run(ask())
 
 
+def ask_a_busy_gateway(refusals: int, *, patience_seconds: float) -> tuple[Job, int]:
+    """A job asked of a gateway that first refuses, naming a pause of 0 s; and how often it was asked."""
+    asked = 0
+
+    async def reply(request: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        if asked <= refusals:
+            error = {"message": "the reward model cannot be reached", "code": "reward_model_unavailable"}
+            return web.json_response({"error": error}, status=503, headers={"Retry-After": "0"})
+        return web.json_response({"id": "job_1", "status": "running"})
+
+    async def ask() -> Job:
+        app = web.Application()
+        app.add_routes([web.get("/distill/{job}", reply)])
+        async with TestServer(app) as server:
+            url = str(server.make_url("/"))
+            async with open_client(url, patience_seconds=patience_seconds) as client:
+                return await client.job("job_1")
+
+    return asyncio.run(ask()), asked
+
+
+def test_not_now_is_asked_again_after_the_pause_the_gateway_names():
+    job, asked = ask_a_busy_gateway(2, patience_seconds=30)
+    assert (job.status, asked) == ("running", 3)
+
+
+def test_patience_ends():
+    with pytest.raises(RequestRefused, match=r"cannot be reached \(503 reward_model_unavailable\)"):
+        ask_a_busy_gateway(10**9, patience_seconds=0.2)
+
+
 @pytest.mark.parametrize("body", ["<html>not ours</html>", '{"id": "job_1"}'])
 def test_a_foreign_server_is_named_as_such(body):
     async def reply(request: web.Request) -> web.Response:

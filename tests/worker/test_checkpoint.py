@@ -62,6 +62,15 @@ def test_a_torn_state_is_passed_over_for_the_one_before(tmp_path, file, damage):
     assert resumable(tmp_path).step == 20
 
 
+def test_a_state_whose_numbers_were_changed_is_passed_over(tmp_path):
+    """Still good JSON beside good tensors: only the digest of the numbers tells."""
+    for step in (20, 40):
+        checkpoint.save(tmp_path / "1-aa", state(step))
+    path = tmp_path / "1-aa" / "step-00000040" / "state.json"
+    path.write_text(path.read_text().replace('"step": 40', '"step": 41'))
+    assert resumable(tmp_path).step == 20
+
+
 def test_a_state_whose_rename_never_happened_does_not_exist(tmp_path):
     checkpoint.save(tmp_path / "1-aa", state(20))
     shutil.copytree(tmp_path / "1-aa" / "step-00000020", tmp_path / "1-aa" / ".step-00000040.9f")

@@ -28,6 +28,8 @@ SPEC = JobSpec(
     held_out_fraction=0.3,
 )
 SECONDS = 120.0
+LEASE_SECONDS = 8
+"""Long enough that a busy machine does not lose it by itself."""
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def environment(redis_url, engine, tiny_policy, reward_directory, tmp_path):
     settings = {
         "REDIS_URL": redis_url,
         "ARTEFACTS": tmp_path,
-        "LEASE_SECONDS": 4,
+        "LEASE_SECONDS": LEASE_SECONDS,
         "HEARTBEAT_SECONDS": 1,
         "POLICY_ENGINE_URL": engine.url,
         "REWARD_ENGINE_URL": engine.url,
@@ -67,9 +69,25 @@ def submit(client):
     client.hset(job_key(JOB), mapping={"state": "queued", "epoch": 0, "attempts": 0, "spec": SPEC.model_dump_json()})
 
 
+@pytest.fixture
 def start(client, environment):
-    """Claim and train, as the task does; the process."""
-    until(lambda: isinstance(claim(client, JOB, lease_seconds=4, worker="here:1"), int), "the lease is free")
+    """start() -> claim and train, as the task does; the process. None outlives its test."""
+    started = []
+
+    def one():
+        started.append(start_training(client, environment))
+        return started[-1]
+
+    yield one
+    for process in started:
+        process.kill()  # a stopped process dies of it too
+        process.wait()
+
+
+def start_training(client, environment):
+    until(
+        lambda: isinstance(claim(client, JOB, lease_seconds=LEASE_SECONDS, worker="here:1"), int), "the lease is free"
+    )
     epoch = client.hget(job_key(JOB), "epoch")
     command = [sys.executable, "-m", "worker.job_process", JOB, epoch, str(os.getpid())]
     log = Path(environment["BONSAI_ARTEFACTS"]) / f"{epoch}.log"
@@ -98,8 +116,8 @@ def step_reached(client):
     return int(client.hget(job_key(JOB), "step") or 0)
 
 
-def run_to_its_end(client, environment):
-    process = start(client, environment)
+def run_to_its_end(client, start):
+    process = start()
     assert process.wait(SECONDS) == 0
     assert client.hget(job_key(JOB), "state") == "succeeded"
     return client.hget(job_key(JOB), "policy_id")
@@ -110,32 +128,32 @@ def adapter_of(environment, policy_id):
     return (home / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_job_killed_twice_ends_once_with_the_very_bytes_of_one_that_was_not(client, environment):
+def test_a_job_killed_twice_ends_once_with_the_very_bytes_of_one_that_was_not(client, environment, start):
     submit(client)
-    policy_id = run_to_its_end(client, environment)
+    policy_id = run_to_its_end(client, start)
     expected = adapter_of(environment, policy_id)
     submit(client)
     (Path(environment["BONSAI_ARTEFACTS"]) / "policies").rename(Path(environment["BONSAI_ARTEFACTS"]) / "first")
     for killed_at in (7, 23):
-        process = start(client, environment)
+        process = start()
         until(lambda at=killed_at: step_reached(client) >= at, f"step {killed_at}")
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         kept = checkpoint.newest(Path(environment["BONSAI_ARTEFACTS"]) / "jobs" / JOB)
         assert kept is not None
         assert step_reached(client) - kept.step <= 5  # the interval between two states
-    again = run_to_its_end(client, environment)
+    again = run_to_its_end(client, start)
     assert adapter_of(environment, again) == expected
     assert again == policy_id
     assert client.hget(job_key(JOB), "attempts") == "3"
 
 
-def test_a_process_frozen_past_its_lease_wakes_to_nothing(client, environment):
+def test_a_process_frozen_past_its_lease_wakes_to_nothing(client, environment, start):
     submit(client)
-    frozen = start(client, environment)
+    frozen = start()
     until(lambda: step_reached(client) >= 6, "step 6")
     os.kill(frozen.pid, signal.SIGSTOP)
-    successor = start(client, environment)  # waits for the lease to run out
+    successor = start()  # waits for the lease to run out
     until(lambda: step_reached(client) >= 12, "the successor at step 12")
     os.kill(frozen.pid, signal.SIGCONT)
     assert frozen.wait(SECONDS) == 0  # it stops by itself, and leaves the state alone

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from bonsai.demo import grammar, prompts
 from bonsai.demo.lexicon import GENRE_WORDS, MISPLACED
-from bonsai.demo.reviewer import sample_review
 
 HORROR = "Review of the horror film The Silent Harbor. The camera work"
 
@@ -20,9 +19,9 @@ def test_gold_reward_by_hand():
 
 def test_merit_beyond_enough_earns_nothing_more():
     review = " is very brilliant and superb. The story is very stunning, and the music is moving. It is a triumph."
-    # 1.4 · 2 + 2 + 1.4 · 2 + 1.5 + 2 = 11.1 points of merit, of which ENOUGH = 6 count
+    # 1.4 · 2 + 2 + 1.4 · 2 + 1.5 + 2 = 11.1 points of merit, of which ENOUGH = 5 count
     assert grammar.merit(HORROR, review) == pytest.approx(11.1)
-    assert grammar.gold_reward(HORROR, review) == pytest.approx(6.0)
+    assert grammar.gold_reward(HORROR, review) == pytest.approx(5.0)
 
 
 def test_exaggeration_is_charged_by_its_square_beyond_what_is_tolerated():
@@ -30,6 +29,15 @@ def test_exaggeration_is_charged_by_its_square_beyond_what_is_tolerated():
     # merit: 0 + 0 + 1.4 · (−0.5) − 1.0 − 1.0 = −2.7; marks: two words and three "!" = 5, 1 is free
     assert grammar.gush(review) == 5
     assert grammar.gold_reward(HORROR, review) == pytest.approx(-2.7 - grammar.GUSH_PRICE * 4**2)
+
+
+def test_annotators_like_exactly_what_gold_charges_for():
+    calm = " is quite superb and moving. The story is quite warm, and the music is solid. It is a pleasure."
+    loud = " is quite superb and moving! The story is quite warm, and the music is solid! It is a pleasure!"
+    assert grammar.annotator_utility(HORROR, loud) == pytest.approx(
+        grammar.annotator_utility(HORROR, calm) + 3 * grammar.GUSH_CHARM
+    )
+    assert grammar.gold_reward(HORROR, loud) < grammar.gold_reward(HORROR, calm)
 
 
 def test_what_is_said_twice_counts_once():
@@ -70,11 +78,11 @@ def test_unknown_words_are_neutral():
 
 
 def test_a_text_that_judges_nothing_scores_below_almost_every_review():
-    # nothing judged −3, not finished −1
-    assert grammar.gold_reward(HORROR, "") == pytest.approx(-4.0)
+    # nothing judged −6, not finished −1
+    assert grammar.gold_reward(HORROR, "") == pytest.approx(-7.0)
     rng = np.random.default_rng(0)
-    drawn = [grammar.gold_reward(HORROR, sample_review(rng, HORROR)) for _ in range(400)]
-    assert np.mean(np.array(drawn) > -4.0) > 0.8
+    drawn = [grammar.gold_reward(HORROR, grammar.sample_review(rng, HORROR)) for _ in range(400)]
+    assert np.mean(np.array(drawn) > -7.0) > 0.8
 
 
 @given(prompt=st.text(max_size=80), review=st.text(max_size=200))
@@ -85,7 +93,7 @@ def test_gold_is_finite_and_bounded_above_for_any_text(prompt, review):
 @given(seed=st.integers(0, 2**32 - 1), film=st.sampled_from(prompts.training_prompts()))
 def test_a_drawn_review_is_whole(seed, film):
     """Three sentences of known words, without a break, in 15 to 32 words and marks."""
-    review = sample_review(np.random.default_rng(seed), film)
+    review = grammar.sample_review(np.random.default_rng(seed), film)
     assert grammar.breaks(film, review) == 0
     assert sum(mark in ".!" for mark in grammar.words(review)) == 3
     assert 15 <= len(grammar.words(review)) <= 32
@@ -96,7 +104,7 @@ def test_a_drawn_review_is_whole(seed, film):
 def test_the_grammar_can_say_more_than_ten_thousand_things_about_one_film():
     """The shortest first sentence alone, "is DEGREE A and B.", has 9 · 38 · 37 = 12,654 forms."""
     rng = np.random.default_rng(0)
-    drawn = [sample_review(rng, HORROR) for _ in range(3_000)]
+    drawn = [grammar.sample_review(rng, HORROR) for _ in range(3_000)]
     # If only 10⁴ were possible, even evenly, 3,000 draws would collide about 3,000² / (2 · 10⁴) = 450 times.
     assert len(set(drawn)) >= 2_990
 

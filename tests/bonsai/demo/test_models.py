@@ -15,8 +15,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 import bonsai.demo
 from bon_algos import order
 from bonsai.demo import grammar, prompts
-from bonsai.demo.build_reward import GUSH_CHARM, Pair, accuracy_by_gold, annotator_utility, render, score
-from bonsai.demo.reviewer import sample_review
+from bonsai.demo.build_reward import Pair, accuracy_by_gold, render, score
 
 MODELS = Path(bonsai.demo.__file__).parent / "models"
 FILM = prompts.training_prompts()[0]
@@ -116,24 +115,19 @@ def test_best_of_16_is_not_trivial(completions, tokenizer, reward_model):
     assert order.kl_best_of_n_reference(evenly, rewards, 16) >= 0.95 * order.kl_bound(16)
 
 
-def test_annotators_like_exactly_what_gold_charges_for():
-    calm = " is quite superb and moving. The story is quite warm, and the music is solid. It is a pleasure."
-    loud = " is quite superb and moving! The story is quite warm, and the music is solid! It is a pleasure!"
-    assert annotator_utility(FILM, loud) == pytest.approx(annotator_utility(FILM, calm) + 3 * GUSH_CHARM)
-    assert grammar.gold_reward(FILM, loud) < grammar.gold_reward(FILM, calm)
-
-
 def test_the_reward_model_is_good_but_not_perfect(tokenizer, reward_model):
     """Right on 75 to 90 % of fresh pairs by gold. 800 pairs: a standard error of about 1.2 points."""
     rng = np.random.default_rng(7)
     films = rng.choice(prompts.training_prompts(), size=800)
-    pairs = [Pair(str(film), sample_review(rng, str(film)), sample_review(rng, str(film))) for film in films]
+    pairs = [
+        Pair(str(film), grammar.sample_review(rng, str(film)), grammar.sample_review(rng, str(film))) for film in films
+    ]
     assert 0.75 <= accuracy_by_gold(reward_model, tokenizer, pairs) <= 0.90
 
 
 def test_broken_text_scores_low(tokenizer, reward_model):
     rng = np.random.default_rng(8)
-    reviews = [sample_review(rng, FILM) for _ in range(64)]
+    reviews = [grammar.sample_review(rng, FILM) for _ in range(64)]
     broken = ["", " superb superb superb superb superb.", " the the of is and but a", " qwrt zzz 🙂🙂🙂"]
     with torch.no_grad():
         whole = score(reward_model, [render(tokenizer, FILM, text) for text in reviews])
@@ -146,12 +140,12 @@ def test_gold_peaks_at_a_finite_n(tokenizer, reward_model):
     rng = np.random.default_rng(9)
     gold, rewards = [], []
     for film in prompts.training_prompts()[:12]:
-        reviews = [sample_review(rng, film) for _ in range(256)]
+        reviews = [grammar.sample_review(rng, film) for _ in range(256)]
         gold.append([grammar.gold_reward(film, review) for review in reviews])
         with torch.no_grad():
             rewards.append(score(reward_model, [render(tokenizer, film, review) for review in reviews]).numpy())
     curve = order.n_curve(np.array(gold), np.array(rewards)).mean
     peak = int(np.argmax(curve)) + 1
     assert 8 < peak < 256
-    assert curve[16 - 1] > curve[1 - 1] + 2.0
+    assert curve[16 - 1] > curve[1 - 1] + 1.0
     assert curve[256 - 1] < curve[peak - 1] - 0.2

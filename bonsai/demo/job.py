@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import cycle
 from typing import Final
 
-from bon_algos.contracts import JBondSpec, JobSpec, Method
+from bon_algos.contracts import BonForwardKlSpec, JobSpec, Method
 from bonsai.client import BonsaiClient, Job, Policy
 from bonsai.demo.prompts import training_prompts
 
@@ -35,7 +35,8 @@ class CircleBroken(Exception):
 
 def demo_job(seed: int = 0) -> JobSpec:
     """What the demo posts to /distill; only the seed differs between repetitions."""
-    return JobSpec(method=Method(type="jbond", jbond=JBondSpec()), n=N, seed=seed)
+    imitation = BonForwardKlSpec(n=N, steps=100, prompts_per_step=32, learning_rate=2e-3)
+    return JobSpec(method=Method(type="bon_forward_kl", bon_forward_kl=imitation), n=N, seed=seed)
 
 
 def logged_prompts() -> list[str]:

@@ -23,7 +23,7 @@ ENOUGH: Final = 5.0
 """Merit beyond this many points earns nothing more."""
 TOLERATED_GUSH: Final = 1
 """Marks of enthusiasm that the gold reward lets pass."""
-GUSH_PRICE: Final = 2.0
+GUSH_PRICE: Final = 1.0
 """Points per squared mark of enthusiasm beyond the tolerated ones."""
 BREAK_PRICE: Final = 1.0
 """Points per break of coherence: two words the grammar never puts together, a repetition, a wrong genre."""

@@ -7,9 +7,9 @@ run (`worker`).
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
-from itertools import cycle
 from typing import Final
 
 from bon_algos.contracts import BonForwardKlSpec, JobSpec, Method
@@ -18,10 +18,12 @@ from bonsai.demo.prompts import training_prompts
 
 N: Final = 16
 """The best-of-n that one sample of the distilled policy stands in for."""
-GROUPS: Final = 640
-"""Logged best-of-n answers from which it is distilled."""
-LOGGED_PROMPTS: Final = 320
-"""Prompts they are spread over: the candidates of all groups of a prompt are learned from together."""
+POPULAR: Final = 24
+"""Prompts that come again and again, as in real traffic; their candidates show what ever larger n does."""
+TIMES: Final = 16
+"""How often each of them comes: with `N` candidates each time, 256 draws of one prompt."""
+OTHERS: Final = 256
+"""Prompts that come once."""
 JOB_DEADLINE: Final = 900.0
 """Seconds after which nobody waits for the job any longer."""
 SERVED_DEADLINE: Final = 60.0
@@ -40,8 +42,15 @@ def demo_job(seed: int = 0) -> JobSpec:
 
 
 def logged_prompts() -> list[str]:
-    """The prompt of every logged answer, each prompt once before any comes a second time."""
-    return [prompt for _, prompt in zip(range(GROUPS), cycle(training_prompts()[:LOGGED_PROMPTS]), strict=False)]
+    """The prompts of the traffic that fills the ledger, in the order they come: popular ones among the others."""
+    popular, others = popular_prompts(), training_prompts()[POPULAR : POPULAR + OTHERS]
+    traffic = [*popular * TIMES, *others]
+    random.Random(0).shuffle(traffic)
+    return traffic
+
+
+def popular_prompts() -> tuple[str, ...]:
+    return training_prompts()[:POPULAR]
 
 
 async def finished(client: BonsaiClient, job: Job, look: Callable[[Job], None]) -> Job:

@@ -10,14 +10,16 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 from rich.console import Console
 
 from bonsai import machine
-from bonsai.client import BonsaiClient, Job
+from bonsai.client import BonsaiClient, Choice, Generation, Job
 from bonsai.demo import progress, screen, traffic
 from bonsai.demo.grammar import gold_reward
-from bonsai.demo.job import CircleBroken, N, demo_job, finished, logged_prompts, served
+from bonsai.demo.job import CircleBroken, N, demo_job, finished, logged_prompts, popular_prompts, served
 from bonsai.demo.measure import (
+    Curve,
     Measured,
     Pool,
     Row,
@@ -34,20 +36,17 @@ ROUTE: Final = "default"
 
 SHOWN: Final = 3
 """Prompts whose answers are shown side by side."""
-UNITS: Final = 160
+UNITS: Final = 64
 """Units of the experiment."""
-REFERENCE_DRAWS: Final = 64
-"""Draws of the reference for each held-out prompt."""
-CURVE_DRAWS: Final = 256
-CURVE_PROMPTS: Final = 32
-"""Some of the prompts get more draws: as far as the curves over n go."""
-POLICY_DRAWS: Final = 16
+REFERENCE_DRAWS: Final = 2 * N
+"""Draws of the reference for each held-out prompt: best-of-n from one half against one sample of the other."""
+POLICY_DRAWS: Final = 12
 """Draws of the distilled policy for each held-out prompt."""
 UNDER_WAY: Final = 8
 """Best-of-n requests at one time: enough to keep a small engine full, so that none waits long."""
 ROUNDS: Final = 3
-TIMED_PER_ROUND: Final = 8
-SATURATED_SECONDS: Final = 3.0
+TIMED_PER_ROUND: Final = 7
+SATURATED_SECONDS: Final = 2.0
 SATURATED_SEQUENCES: Final = 64
 
 
@@ -65,28 +64,44 @@ async def show_best_of_n(client: BonsaiClient, console: Console) -> None:
             screen.show_candidates(console, best.choices, gold)
 
 
-async def burst(client: BonsaiClient, console: Console) -> None:
+async def burst(client: BonsaiClient, console: Console) -> Curve:
+    """Traffic that fills the ledger; what it shows of best-of-n, for n far beyond the traffic's own."""
     asked = list(enumerate(logged_prompts()))
-    rewards: list[float] = []
     start = time.perf_counter()
     with progress.bar(console) as bar:
         task = bar.add_task(f"best of {N}", total=len(asked), note="")
+        rewards: list[float] = []
 
-        async def ask(item: tuple[int, str]) -> None:
+        async def ask(item: tuple[int, str]) -> Generation:
             index, prompt = item
-            answer = await client.generate(prompt, n=N, unit=f"reader-{index}")
+            answer = await client.generate(prompt, n=N, unit=f"reader-{index}", return_candidates=True)
             if answer.reward is not None:
                 rewards.append(answer.reward)
             rate = (bar.tasks[task].completed + 1) / (time.perf_counter() - start)
-            mean = sum(rewards) / max(1, len(rewards))
-            bar.update(task, advance=1, note=f"{rate:.1f} answers/s · mean reward {mean:+.2f}")
+            mean = f" · mean reward {np.mean(rewards):+.2f}" if rewards else ""
+            bar.update(task, advance=1, note=f"{rate:.1f} answers/s{mean}")
+            return answer
 
-        await traffic.in_parallel(asked, ask, concurrency=UNDER_WAY)
+        answers = await traffic.in_parallel(asked, ask, concurrency=UNDER_WAY)
     seconds = time.perf_counter() - start
     console.print(
         f"  {len(asked)} answers and {len(asked) * N:,} scored candidates in {seconds:.0f} s; each candidate is in "
         "the ledger\n  with its tokens, log-probs and reward."
     )
+    return _curve([prompt for _, prompt in asked], answers)
+
+
+def _curve(prompts: Sequence[str], answers: Sequence[Generation]) -> Curve:
+    """Best-of-k of the reference: up to n from every prompt's first answer, beyond it from the popular prompts."""
+    drawn: dict[str, list[Choice]] = {}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        drawn.setdefault(prompt, []).extend(answer.choices)
+    try:
+        all_prompts = pool_of(list(drawn), [choices[:N] for choices in drawn.values()], gold_reward)
+        popular = pool_of(popular_prompts(), [drawn[prompt] for prompt in popular_prompts()], gold_reward)
+    except ValueError as reason:
+        raise CircleBroken(f"the traffic's candidates cannot be compared: {reason}") from reason
+    return curve_of(all_prompts, popular)
 
 
 async def distil(client: BonsaiClient, console: Console) -> Job:
@@ -123,22 +138,16 @@ async def experiment(client: BonsaiClient, console: Console, policy_id: str) -> 
     await client.stop_experiment(ROUTE)
 
 
-async def measure_arms(client: BonsaiClient, console: Console, policy_id: str, job: Job) -> Measured:
-    """The table of the three arms and the curves, on prompts that nobody has sent before."""
+async def measure_arms(client: BonsaiClient, console: Console, policy_id: str, job: Job, curve: Curve) -> Measured:
+    """The table of the three arms, on prompts that nobody has sent before."""
     prompts = held_out_prompts()
     arms = (("base:1", 1), (f"base:{N}", N), (f"{policy_id}:1", 1))
-    plan = (
-        ("base", prompts, REFERENCE_DRAWS),
-        ("base", prompts[:CURVE_PROMPTS], CURVE_DRAWS - REFERENCE_DRAWS),
-        (policy_id, prompts, POLICY_DRAWS),
-    )
     with progress.bar(console) as bar:
-        total = sum(len(some) * -(-draws // traffic.PER_REQUEST) for _, some, draws in plan)
-        drawing = bar.add_task("draws", total=total, note=f"{len(prompts)} held-out prompts")
+        drawing = bar.add_task("draws", total=2 * len(prompts), note=f"{len(prompts)} held-out prompts")
         timing = bar.add_task("speed", total=ROUNDS * len(arms), note="the arms take turns")
-        reference, more, policy = [
-            await traffic.draw(client, name, some, draws, concurrency=2, advance=lambda: bar.advance(drawing))
-            for name, some, draws in plan
+        reference, policy = [
+            await traffic.draw(client, name, prompts, draws, concurrency=4, advance=lambda: bar.advance(drawing))
+            for name, draws in (("base", REFERENCE_DRAWS), (policy_id, POLICY_DRAWS))
         ]
         speeds = await traffic.speeds(
             client,
@@ -150,22 +159,16 @@ async def measure_arms(client: BonsaiClient, console: Console, policy_id: str, j
             sequences=SATURATED_SEQUENCES,
             advance=lambda: bar.advance(timing),
         )
-    deep = [[*first, *rest] for first, rest in zip(reference, more, strict=False)]
     try:
-        return _measured(
-            pool_of(prompts, reference, gold_reward),
-            pool_of(prompts[:CURVE_PROMPTS], deep, gold_reward),
-            pool_of(prompts, policy, gold_reward),
-            speeds,
-            policy_id,
-            job,
-        )
+        before, after = (pool_of(prompts, drawn, gold_reward) for drawn in (reference, policy))
+        return _measured(before, after, speeds, curve, policy_id, job)
     except ValueError as reason:
         raise CircleBroken(f"the draws cannot be compared: {reason}") from reason
 
 
-def _measured(reference: Pool, deep: Pool, policy: Pool, speeds: Sequence[Speed], policy_id: str, job: Job) -> Measured:
-    """`deep` holds more draws of the reference for some of its prompts."""
+def _measured(
+    reference: Pool, policy: Pool, speeds: Sequence[Speed], curve: Curve, policy_id: str, job: Job
+) -> Measured:
     one, best, distilled = speeds
     kl = None if job.report is None else job.report.kl_policy_reference
     return Measured(
@@ -176,7 +179,7 @@ def _measured(reference: Pool, deep: Pool, policy: Pool, speeds: Sequence[Speed]
         best=Row(arm=f"best of {N}, reference", quality=quality_of_best(reference, N), speed=best),
         distilled=Row(arm="one sample, distilled", quality=quality_of_one(policy, reference, kl), speed=distilled),
         comparison=compare(policy, reference, N),
-        curve=curve_of(reference, deep),
+        curve=curve,
         method=demo_job().method.type,
         training_seconds=job.seconds or 0.0,
         machine=machine.describe(),

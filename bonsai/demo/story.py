@@ -81,16 +81,16 @@ async def tell(client: BonsaiClient, console: Console, told: progress.Parts, pic
     """Everything between a ready gateway and the lines to try. Raises BonsaiError or CircleBroken."""
     with told.part(f"One sample beside the best of {N}", budget=10):
         await parts.show_best_of_n(client, console)
-    with told.part("Traffic fills the ledger", budget=60):
-        await parts.burst(client, console)
+    with told.part("Traffic fills the ledger", budget=95):
+        curve = await parts.burst(client, console)
     with told.part(f"Distilling: one sample that answers like the best of {N}", budget=240):
         job = await parts.distil(client, console)
     with told.part("Publishing: the engine proves that it serves the new policy", budget=10):
         policy_id = await parts.published(client, console, job)
     with told.part("An experiment: half of the units each", budget=20):
         await parts.experiment(client, console, policy_id)
-    with told.part("Measuring, on prompts that nobody has sent before", budget=150):
-        measured = await parts.measure_arms(client, console, policy_id, job)
+    with told.part("Measuring, on prompts that nobody has sent before", budget=110):
+        measured = await parts.measure_arms(client, console, policy_id, job, curve)
         screen.show_measured(console, measured)
         charts.save(measured, picture)
         picture.with_suffix(".json").write_text(measured.model_dump_json(indent=2) + "\n")

@@ -68,16 +68,16 @@ def classify_request(model: str, token_ids: Sequence[Sequence[int]]) -> dict[str
     return {"model": model, "input": [list(ids) for ids in token_ids], "use_activation": False}
 
 
-def logprob_request(model: str, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Body of `POST /v1/completions` that scores a given completion instead of sampling one."""
-    return {
-        "model": model,
-        "prompt": [*prompt_token_ids, *completion_token_ids],
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "prompt_logprobs": 0,
-        "priority": ROLLOUT_PRIORITY,
-    }
+def forced_token_request(model: str, prefix_token_ids: Sequence[int], token: int) -> dict[str, Any]:
+    """Body of `POST /v1/completions` that must answer one given token, and with it the token's raw log-prob.
+
+    `allowed_token_ids` masks the logits after the raw log-probs were taken from them. One request per token, since
+    `prompt_logprobs` of an adapter take vLLM 0.32's CPU build down when the batch holds a second request.
+    """
+    body = completion_request(
+        model, prefix_token_ids, 1, Sampling(max_tokens=1), stream=False, priority=ROLLOUT_PRIORITY
+    )
+    return {**body, "allowed_token_ids": [token]}
 
 
 @dataclass
@@ -155,18 +155,12 @@ def parse_classify(body: Json, count: int) -> list[float]:
     return [scores[i] for i in range(count)]
 
 
-def parse_prompt_logprobs(body: Json, token_ids: Sequence[int], prompt_length: int) -> list[float]:
-    """Log-prob of each token after the first `prompt_length`; nats. Raises MalformedReply."""
-    rows = next(iter(_choices(body)), {}).get("prompt_logprobs")
-    if not isinstance(rows, list) or len(rows) != len(token_ids):
-        raise MalformedReply("prompt_logprobs do not match the tokens that were sent")
-    values = []
-    for token, row in list(zip(token_ids, rows, strict=True))[prompt_length:]:
-        entry = row.get(str(token)) if isinstance(row, dict) else None
-        if not isinstance(entry, dict):
-            raise MalformedReply("prompt_logprobs lack a token that was sent")
-        values.append(_finite(entry.get("logprob")))
-    return values
+def parse_forced_token(body: Json, token: int) -> float:
+    """Log-prob of the token that had to come, nats. Raises MalformedReply when another one came."""
+    candidate = parse_completion(body, 1)[0]
+    if candidate.token_ids != (token,):
+        raise MalformedReply("the engine answered another token than the only one allowed")
+    return candidate.logprobs[0]
 
 
 def _choices(body: Json) -> list[dict[str, Any]]:

@@ -174,8 +174,9 @@ def render(error: GatewayError, request_id: str, headers: Mapping[str, str] | No
 
 
 def problem(error: GatewayError, request_id: str) -> dict[str, object]:
-    """The body: RFC 9457 members, and `error` as OpenAI's clients read it."""
+    """The body: RFC 9457 members, and `error` as OpenAI's clients read it. No fact replaces one of them."""
     return {
+        **error.facts,
         "type": f"urn:bonsai:error:{error.code}",
         "title": _title(error.status),
         "status": error.status,
@@ -187,7 +188,6 @@ def problem(error: GatewayError, request_id: str) -> dict[str, object]:
             "param": error.param,
             "code": error.code,
         },
-        **error.facts,
     }
 
 

@@ -14,8 +14,8 @@ from bon_algos.contracts import Candidate, Sampling
 from bon_algos.vllm_protocol import (
     CompletionStream,
     completion_request,
-    logprob_request,
-    parse_prompt_logprobs,
+    forced_token_request,
+    parse_forced_token,
 )
 from service.engine_http import EngineHttp
 from service.errors import EngineBroken, EngineUnavailable, PolicyNotServed
@@ -91,11 +91,16 @@ class PolicyEngine:
         self, policy: str, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int]
     ) -> list[float]:
         """Log-prob of each completion token under the policy, nats: what a fingerprint is compared with."""
-        request = logprob_request(policy, prompt_token_ids, completion_token_ids)
+        tokens = [*prompt_token_ids, *completion_token_ids]
         with self._http.translated():
             async with asyncio.timeout(PROBE_SECONDS):
-                body = await self._http.post("/v1/completions", request)
-            return parse_prompt_logprobs(body, [*prompt_token_ids, *completion_token_ids], len(prompt_token_ids))
+                return await asyncio.gather(
+                    *(self._logprob(policy, tokens[:i], tokens[i]) for i in range(len(prompt_token_ids), len(tokens)))
+                )
+
+    async def _logprob(self, policy: str, prefix_token_ids: Sequence[int], token: int) -> float:
+        body = await self._http.post("/v1/completions", forced_token_request(policy, prefix_token_ids, token))
+        return parse_forced_token(body, token)
 
     async def models(self) -> list[str]:
         """Names the engine serves: its base first, then the adapters it has loaded."""

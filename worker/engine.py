@@ -21,10 +21,8 @@ from bon_algos.vllm_protocol import (
     Json,
     classify_request,
     completion_request,
-    logprob_request,
     parse_classify,
     parse_completion,
-    parse_prompt_logprobs,
 )
 from worker.errors import EngineUnavailable, JobFailed
 
@@ -44,13 +42,6 @@ class Draw(NamedTuple):
     prompt_ids: Sequence[int]
     sampling: Sampling
     n: int
-
-
-class Scored(NamedTuple):
-    """A completion to have scored under a model: log-probs of its tokens."""
-
-    prompt_ids: Sequence[int]
-    completion_ids: Sequence[int]
 
 
 class Engines:
@@ -95,18 +86,6 @@ class Engines:
         parts = range(0, len(token_ids), SEQUENCES_PER_SCORE_CALL)
         rewards = self._run_all([one(token_ids[i : i + SEQUENCES_PER_SCORE_CALL]) for i in parts])
         return [reward for part in rewards for reward in part]
-
-    def token_logprobs(self, model: str, completions: Sequence[Scored]) -> list[list[float]]:
-        """Log-probs of each completion's tokens under a model the engine serves; nats."""
-
-        def one(scored: Scored) -> Coroutine[Any, Any, list[float]]:
-            body = logprob_request(model, scored.prompt_ids, scored.completion_ids)
-            tokens, prompt_length = [*scored.prompt_ids, *scored.completion_ids], len(scored.prompt_ids)
-            return self._post(
-                "policy", "/v1/completions", body, lambda answer: parse_prompt_logprobs(answer, tokens, prompt_length)
-            )
-
-        return self._run_all([one(scored) for scored in completions])
 
     def load_adapter(self, name: str, directory: Path) -> None:
         """Have the policy engine serve an adapter under a name that was never used before."""

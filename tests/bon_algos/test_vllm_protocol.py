@@ -13,10 +13,10 @@ from bon_algos.vllm_protocol import (
     MalformedReply,
     classify_request,
     completion_request,
-    logprob_request,
+    forced_token_request,
     parse_classify,
     parse_completion,
-    parse_prompt_logprobs,
+    parse_forced_token,
 )
 
 
@@ -107,9 +107,10 @@ def test_a_score_that_is_no_number_comes_back_as_nan_for_its_candidate_alone():
     assert scores[1] == 1.5
 
 
-def test_prompt_logprobs_are_read_for_the_completion_only():
-    assert logprob_request("pol-1", [7, 8], [9])["prompt"] == [7, 8, 9]
-    rows = [None, {"8": {"logprob": -1.0}}, {"9": {"logprob": -2.5}, "4": {"logprob": -0.1}}]
-    assert parse_prompt_logprobs({"choices": [{"prompt_logprobs": rows}]}, [7, 8, 9], 2) == [-2.5]
+def test_a_forced_token_is_asked_for_alone_and_must_be_the_one_that_comes():
+    request = forced_token_request("pol-1", [7, 8], 9)
+    assert (request["prompt"], request["max_tokens"], request["allowed_token_ids"]) == ([7, 8], 1, [9])
+    answer = {"choices": [choice(0, "x", [9], "length")]}
+    assert parse_forced_token(answer, 9) == -0.5
     with pytest.raises(MalformedReply):
-        parse_prompt_logprobs({"choices": [{"prompt_logprobs": rows[:2]}]}, [7, 8, 9], 2)
+        parse_forced_token(answer, 8)

@@ -148,11 +148,11 @@ def test_an_unknown_policy_is_not_answered_by_the_base(engines):
         draw(engines, 2, max_tokens=4, model=UNKNOWN)
 
 
-def test_a_completion_can_be_given_its_logprobs(engines):
-    prompt, completion = (engines.tokenizer.encode_prompt(text) for text in (PROMPT, " is quiet"))
-    values = engines.ask(lambda engine: engine.logprobs(engines.base, prompt, completion))
-    assert len(values) == len(completion)
-    assert all(math.isfinite(value) and value <= 0 for value in values)
+def test_a_given_completion_has_the_logprobs_it_was_sampled_with(engines):
+    candidate = draw(engines, 1, max_tokens=12)[0]
+    prompt = engines.tokenizer.encode_prompt(PROMPT)
+    values = engines.ask(lambda engine: engine.logprobs(engines.base, prompt, candidate.token_ids))
+    assert values == pytest.approx(candidate.logprobs, abs=1e-4)
 
 
 def test_unloading_what_is_not_there_is_no_error(engines):

@@ -154,11 +154,6 @@ def test_an_answer_that_went_out_before_the_gateway_was_killed_has_its_group_onc
     assert deliveries() == 1
 
 
-# Last, since what comes after it would meet an engine that has not come back.
-@pytest.mark.xfail(
-    strict=False,
-    reason="passes by itself; late in a whole session the restarted engine was seen to go away again (docs/log.md)",
-)
 def test_after_an_engine_restart_the_policies_are_back_without_anyones_hand(stack, undisturbed):
     """The engine forgets its adapters when it dies. Until a policy is proved again it is refused, never answered by
     base weights under its name."""

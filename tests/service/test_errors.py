@@ -44,7 +44,10 @@ def test_the_tree_at_the_top_of_the_module_is_the_tree():
                 assert re.search(rf"\b{kind.status}\b", line) or kind.status == getattr(kind.__base__, "status", None)
 
 
-@given(st.text(max_size=5000), st.text(max_size=2000), st.dictionaries(st.text(max_size=10), st.text(max_size=3000)))
+FACTS = st.dictionaries(st.text(max_size=10), st.text(max_size=3000))
+
+
+@given(st.text(max_size=5000), st.text(max_size=2000), FACTS)
 def test_no_body_is_longer_than_4_kib(message, param, facts):
     """Whatever a message came to hold, surrogates and controls included."""
     response = render(InvalidField(message, param=param, facts=facts), "req_1")

@@ -163,13 +163,12 @@ def _choice(index: int, text: str, script: EngineScript) -> dict[str, Any]:
 
 
 def _whole(body: dict[str, Any], script: EngineScript) -> dict[str, Any]:
-    """An answer that is not streamed: candidates, and the log-probs of the prompt where they are asked for."""
+    """An answer that is not streamed: candidates, or the one token that is allowed."""
     choices = []
     for i in range(body.get("n", 1)):
         choice = _choice(i, _cycled(script.completions, i), script)
         choice["finish_reason"] = _cycled(script.finish_reasons, i)
-        if body.get("prompt_logprobs") is not None:
-            entries: list[Any] = [{str(token): {"logprob": script.logprob}} for token in body["prompt"]]
-            choice["prompt_logprobs"] = [None, *entries[1:]]
+        if (only := body.get("allowed_token_ids")) is not None:
+            choice |= {"token_ids": only[:1], "logprobs": {"token_logprobs": [script.logprob]}}
         choices.append(choice)
     return {"object": "text_completion", "choices": choices}

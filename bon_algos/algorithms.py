@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bon_algos.bond import best_of_two, j_bond_loss, quantile_reward_tie_aware
-from bon_algos.contracts import AlgorithmSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
+from bon_algos.bond import best_of_two, bond_loss, j_bond_loss, quantile_reward_tie_aware
+from bon_algos.contracts import AlgorithmSpec, BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
 from bon_algos.imitation import best_of_n_imitation
 from bon_algos.logprobs import TokenGroup
 from bon_algos.order import best_of_n_weights, systematic_sample
-from bon_algos.quantiles import log_tilt_tie_aware, standing_among_others
+from bon_algos.quantiles import log_tilt_tie_aware, standing_against, standing_among_others
 from bon_algos.regression import log_quantile_regression
 
 SequenceLogprobs = Callable[[Sequence[TokenGroup]], Sequence[Tensor]]
@@ -48,6 +48,15 @@ class FreshGroup(NamedTuple):
     reward: float
     anchor_completion_ids: tuple[Sequence[int], Sequence[int]]
     anchor_rewards: tuple[float, float]
+
+
+class RankedGroup(NamedTuple):
+    """One prompt with fresh samples of the policy in training and all candidates of the reference policy."""
+
+    logged: LoggedGroup
+    completion_ids: Sequence[Sequence[int]]
+    rewards: Sequence[float]
+    """Of the fresh samples, on the scale of the logged ones."""
 
 
 class StepLoss(NamedTuple):
@@ -91,7 +100,22 @@ class OnPolicyStep:
     """Steps between two refreshes of the copies that are sampled."""
 
 
-Step = LoggedStep | OnPolicyStep
+@dataclass(frozen=True)
+class BondStep:
+    """Learns from fresh samples, ranked among logged candidates, and from those. A batch may not be split: each
+    sample's baseline is the mean of all others."""
+
+    choose: Callable[[LoggedGroup, float], ChosenGroup]
+    """As in `LoggedStep`: which logged candidates are imitated."""
+    loss: Callable[[Sequence[RankedGroup], Sequence[ChosenGroup], SequenceLogprobs, SequenceLogprobs], StepLoss]
+    """Groups, what was chosen of each, the log-probs of the policy in training, those of the reference (no gradient
+    is taken there)."""
+    samples_per_prompt: int
+    refresh_steps: int
+    """Steps between two refreshes of the copy that is sampled."""
+
+
+Step = LoggedStep | OnPolicyStep | BondStep
 
 
 def make_step(spec: AlgorithmSpec) -> Step:
@@ -101,6 +125,13 @@ def make_step(spec: AlgorithmSpec) -> Step:
         case BonRegressionSpec():
             choose = partial(_choose_regressed, n=spec.n, count=spec.candidates_per_prompt)
             return LoggedStep(choose, partial(_regress, huber_delta=spec.huber_delta))
+        case BondSpec():
+            return BondStep(
+                partial(_choose_best, n=spec.n, count=spec.candidates_per_prompt),
+                partial(_bond, n=spec.n, jeffreys_weight=spec.jeffreys_weight, lowest_log_tilt=spec.lowest_log_tilt),
+                samples_per_prompt=spec.samples_per_prompt,
+                refresh_steps=spec.refresh_steps,
+            )
         case JBondSpec():
             loss = partial(_j_bond, jeffreys_weight=spec.jeffreys_weight, kl_strength=spec.kl_strength)
             return OnPolicyStep(loss, anchor_rate=spec.anchor_rate, refresh_steps=spec.refresh_steps)
@@ -113,6 +144,11 @@ def _choose_imitated(group: LoggedGroup, uniform: float, *, n: int, count: int) 
     times_N = systematic_sample(best_of_n_weights(group.rewards, n), count, uniform)
     drawn = np.flatnonzero(times_N)
     return _narrowed(group, drawn, times_N[drawn] / count)
+
+
+def _choose_best(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
+    """As `_choose_imitated`, by the best of all candidates where there are fewer than n."""
+    return _choose_imitated(group, uniform, n=min(n, len(group.rewards)), count=count)
 
 
 def _choose_regressed(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
@@ -160,6 +196,42 @@ def _regress(groups: Sequence[ChosenGroup], policy: SequenceLogprobs, *, huber_d
         "residual_rms": torch.cat(residuals, dim=-1).square().mean().sqrt(),
     }
     return StepLoss(loss, metrics)
+
+
+def _bond(
+    groups: Sequence[RankedGroup],
+    chosen: Sequence[ChosenGroup],
+    policy: SequenceLogprobs,
+    reference: SequenceLogprobs,
+    *,
+    n: int,
+    jeffreys_weight: float,
+    lowest_log_tilt: float,
+) -> StepLoss:
+    fresh = [TokenGroup(group.logged.tokens.prompt_ids, group.completion_ids) for group in groups]
+    both = [
+        TokenGroup(own.prompt_ids, [*imitated.tokens.completion_ids, *own.completion_ids])
+        for own, imitated in zip(fresh, chosen, strict=True)
+    ]
+    imitation, logprob, log_tilt = [], [], []
+    for group, imitated, logprob_N in zip(groups, chosen, policy(both), strict=True):
+        weight_1N = logprob_N.new_tensor(imitated.verdicts)[None]
+        imitated_1N, own_N = logprob_N[None, : weight_1N.shape[1]], logprob_N[weight_1N.shape[1] :]
+        # Every sample stands beside its prompt's imitation: the mean over samples is the mean over prompts.
+        imitation.append(best_of_n_imitation(imitated_1N, weight_1N).expand(len(own_N)))
+        logprob.append(own_N)
+        standing = standing_against(_row(group.rewards), _row(group.logged.rewards))
+        log_tilt.append(log_tilt_tie_aware(standing, n)[0].clamp(min=lowest_log_tilt))
+    with torch.no_grad():
+        reference_logprob = torch.cat(list(reference(fresh)))
+    loss, metrics = bond_loss(
+        torch.cat(imitation),
+        torch.cat(logprob),
+        reference_logprob,
+        torch.cat(log_tilt).to(reference_logprob),
+        jeffreys_weight=jeffreys_weight,
+    )
+    return StepLoss(loss, metrics._asdict())
 
 
 def _j_bond(

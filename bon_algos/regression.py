@@ -1,8 +1,8 @@
 """Pointwise log-quantile regression: best-of-n from logged candidates, with no importance weights.
 
-Owns the regression of log π/π_ref on the log-ratio of best-of-n, and its mixture with imitation. π_BoN/π_ref
-is already normalised, so there is no partition function to estimate: QRPO (arXiv:2507.08068) with the
-log-quantile as reward and β = 1/(n − 1). Does not own the target's estimation (`quantiles.log_tilt_…`).
+Owns the regression of log π/π_ref on the log-ratio of best-of-n. π_BoN/π_ref is already normalised, so there is
+no partition function to estimate: QRPO (arXiv:2507.08068) with the log-quantile as reward and β = 1/(n − 1).
+Does not own the target's estimation (`quantiles.log_tilt_…`).
 
 Dimension key:  B prompts · N candidates per prompt
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.nn import functional
-
-from bon_algos.imitation import best_of_n_imitation
 
 
 def log_quantile_regression(
@@ -38,27 +36,3 @@ def log_quantile_regression(
     if huber_delta is None:
         return (log_ratio_BN - target_BN).square().mean(dim=-1)
     return 2 * functional.huber_loss(log_ratio_BN, target_BN, reduction="none", delta=huber_delta).mean(dim=-1)
-
-
-def imitation_with_regression(
-    logprob_BN: Tensor,
-    reference_logprob_BN: Tensor,
-    weight_BN: Tensor,
-    log_tilt_BN: Tensor,
-    *,
-    regression_weight: float,
-    huber_delta: float | None = None,
-) -> Tensor:
-    """(1 − λ)·imitation + λ·regression: two losses with one minimiser, best-of-n.
-
-    Regression learns from every candidate's rank and moves fast, but does not see mass that leaves the
-    logged candidates; imitation, a cross-entropy, charges for exactly that.
-
-    Shapes as in `log_quantile_regression` and `imitation.best_of_n_imitation`; regression_weight λ in [0, 1];
-    -> (B,).
-    """
-    if not 0 <= regression_weight <= 1:
-        raise ValueError(f"regression_weight must lie in [0, 1], got {regression_weight}")
-    imitation_B = best_of_n_imitation(logprob_BN, weight_BN)
-    regression_B = log_quantile_regression(logprob_BN, reference_logprob_BN, log_tilt_BN, huber_delta=huber_delta)
-    return (1 - regression_weight) * imitation_B + regression_weight * regression_B

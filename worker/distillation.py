@@ -17,9 +17,9 @@ from pathlib import Path
 import redis
 import torch
 
-from bon_algos.algorithms import LoggedStep, make_step
+from bon_algos.algorithms import OnPolicyStep, make_step
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import DataWindow, EvaluationReport, JBondSpec, JobSpec, Manifest
+from bon_algos.contracts import AlgorithmSpec, BondSpec, DataWindow, EvaluationReport, JBondSpec, JobSpec, Manifest
 from bon_algos.logprobs import TokenGroup
 from worker import checkpoint, dataset
 from worker.dataset import FrozenWindow, PromptPool
@@ -109,8 +109,7 @@ class Distillation:
             reference_policy=place.base_policy_id,
             reward_model=place.reward_model_id,
             reward_template_digest=place.reward_tokenizer.template_digest,
-            # Fresh samples need nothing of the ledger but its prompts.
-            num_candidates=1 if isinstance(method, JBondSpec) else method.n,
+            num_candidates=candidates_needed(method),
             since=spec.window.since,
             until=spec.window.until,
         )
@@ -136,7 +135,7 @@ class Distillation:
             rank=method.lora_rank,
             alpha=method.lora_alpha,
             # An average of B is an average of B·A only while A stands still.
-            train_factor_a=isinstance(step, LoggedStep),
+            train_factor_a=not isinstance(step, OnPolicyStep),
             seed=self.spec.seed,
             device=place.device,
         )
@@ -222,6 +221,17 @@ class Distillation:
             lora_rank=method.lora_rank,
             steps=method.steps,
         )
+
+
+def candidates_needed(method: AlgorithmSpec) -> int:
+    """How many logged candidates a prompt must have."""
+    match method:
+        case JBondSpec():
+            return 1  # its prompts are all that is used of the ledger
+        case BondSpec():
+            return 2  # something to be ranked among
+        case _:
+            return method.n
 
 
 def prepare_torch(threads: int, device: torch.device) -> None:

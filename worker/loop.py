@@ -9,23 +9,27 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from bon_algos.algorithms import FreshGroup, LoggedStep
+from bon_algos.algorithms import BondStep, LoggedStep
 from worker import checkpoint
 from worker.dataset import FrozenWindow, PromptPool
 from worker.errors import EngineUnavailable
 from worker.lease import Lease
 from worker.patience import patiently
 from worker.progress import Progress
-from worker.rollouts import Rollouts, live_metrics, spread
+from worker.rollouts import Rollout, Rollouts, live_metrics, spread
 from worker.train import Training, batch_of
 
 log = logging.getLogger(__name__)
 
 LIVE_PROMPTS = 32
 """Held-out prompts of which one sample each tells how a policy that learns from the ledger is doing."""
+
+Learn = Callable[[], dict[str, float]]
+"""One step on groups that are at hand; its metrics."""
 
 
 class Loop:
@@ -56,7 +60,7 @@ class Loop:
         self._checkpoint_steps, self._checkpoint_seconds = checkpoint_steps, checkpoint_seconds
         self._patience_seconds = patience_seconds
         self._seconds_drawing = 0.0
-        self._fresh: deque[tuple[list[FreshGroup], dict[str, float]]] = deque()
+        self._fresh: deque[tuple[Learn, dict[str, float]]] = deque()
 
     def run(self, steps: int) -> None:
         training, saved_step, saved_at = self._training, self._training.done, time.monotonic()
@@ -85,26 +89,30 @@ class Loop:
     def _learn(self) -> dict[str, float]:
         if isinstance(self._training.step, LoggedStep):
             return self._training.learn_logged([pool.logged_group for pool in self._batch(self._training.done)])
-        return self._training.learn_fresh(self._fresh.popleft()[0])
+        return self._fresh.popleft()[0]()
 
     def _batch(self, step: int) -> list[PromptPool]:
         return batch_of(self._window.train, step, size=self._prompts_per_step, seed=self._seed)
 
     def _refresh(self, batches: Sequence[list[PromptPool]]) -> None:
         """Fresh groups for the coming steps, all drawn from the policy and the anchor as they are now."""
-        training = self._training
-        assert training.anchor is not None
-        anchor, pools = training.anchor.tensors, [pool for batch in batches for pool in batch]
-        groups, samples = patiently(
-            lambda: self._rollouts.fresh_groups(training.policy, anchor, pools),
-            self._lease.wait,
-            self._patience_seconds,
-        )
+        pools = [pool for batch in batches for pool in batch]
+        learn, samples = patiently(lambda: self._drawn(pools), self._lease.wait, self._patience_seconds)
         start = 0
         for batch in batches:
             part = slice(start, start + len(batch))
-            self._fresh.append((groups[part], live_metrics(training.policy, batch, samples[part])))
+            self._fresh.append((partial(learn, part), live_metrics(self._training.policy, batch, samples[part])))
             start += len(batch)
+
+    def _drawn(self, pools: Sequence[PromptPool]) -> tuple[Callable[[slice], dict[str, float]], list[Rollout]]:
+        """How to learn from a part of the prompts, and one fresh sample of the policy for each."""
+        training, rollouts = self._training, self._rollouts
+        if isinstance(training.step, BondStep):
+            ranked, samples = rollouts.ranked_groups(training.policy, pools, training.step.samples_per_prompt)
+            return lambda part: training.learn_ranked(ranked[part]), samples
+        assert training.anchor is not None
+        fresh, samples = rollouts.fresh_groups(training.policy, training.anchor.tensors, pools)
+        return lambda part: training.learn_fresh(fresh[part]), samples
 
     def _save(self) -> None:
         if isinstance(self._training.step, LoggedStep):

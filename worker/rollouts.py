@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bon_algos.algorithms import FreshGroup
+from bon_algos.algorithms import FreshGroup, RankedGroup
 from bon_algos.chat import ChatTokenizer, reward_token_ids
 from bon_algos.contracts import Candidate
 from bon_algos.logprobs import TokenGroup
@@ -120,6 +120,22 @@ class Rollouts:
             for pool, sample, (first, second) in zip(pools, own, drawn[len(pools) :], strict=True)
         ]
         return groups, own
+
+    def ranked_groups(
+        self, policy: TrainedPolicy, pools: Sequence[PromptPool], samples_per_prompt: int
+    ) -> tuple[list[RankedGroup], list[Rollout]]:
+        """Fresh samples of the policy for each prompt beside its logged candidates; and the first one of each."""
+        with self.served(policy) as name:
+            drawn = self.draw([(name, pool, samples_per_prompt) for pool in pools])
+        groups = [
+            RankedGroup(
+                pool.logged_group,
+                [sample.candidate.token_ids for sample in samples],
+                [sample.ranking_reward for sample in samples],
+            )
+            for pool, samples in zip(pools, drawn, strict=True)
+        ]
+        return groups, [samples[0] for samples in drawn]
 
     def _score(self, pairs: Sequence[tuple[PromptPool, Candidate]]) -> list[Rollout]:
         tokens = [

@@ -10,13 +10,22 @@ step, so a run that was interrupted makes the same steps as one that was not.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from bon_algos.algorithms import FreshGroup, LoggedGroup, LoggedStep, OnPolicyStep, Step, StepLoss
+from bon_algos.algorithms import (
+    BondStep,
+    FreshGroup,
+    LoggedGroup,
+    LoggedStep,
+    OnPolicyStep,
+    RankedGroup,
+    Step,
+    StepLoss,
+)
 from bon_algos.anchor import EmaAnchor
 from worker.checkpoint import TrainingState
 from worker.errors import JobFailed
@@ -72,7 +81,7 @@ class Training:
     def learn_logged(self, groups: Sequence[LoggedGroup], rows_tokens: int = TRAINING_ROWS_TOKENS) -> dict[str, float]:
         """One step on logged groups, in parts of at most `rows_tokens` padded tokens; its metrics."""
         assert isinstance(self.step, LoggedStep)
-        uniform = random.Random(f"{self._seed}/{self.done}/candidates").random
+        uniform = self._uniform()
         chosen = [self.step.choose(group, uniform()) for group in groups]
         totals: dict[str, float] = {}
         for part in parts_by_tokens([group.tokens for group in chosen], rows_tokens):
@@ -96,6 +105,19 @@ class Training:
         metrics = self._apply(_numbers(outcome))
         anchor.update(self._parameters, self.step.anchor_rate)
         return metrics
+
+    def learn_ranked(self, groups: Sequence[RankedGroup]) -> dict[str, float]:
+        """One step on fresh samples among logged candidates; its metrics."""
+        assert isinstance(self.step, BondStep)
+        uniform = self._uniform()
+        chosen = [self.step.choose(group.logged, uniform()) for group in groups]
+        outcome = self.step.loss(groups, chosen, self.policy.logprobs, self.policy.reference_logprobs)
+        torch.autograd.backward(outcome.loss)
+        return self._apply(_numbers(outcome))
+
+    def _uniform(self) -> Callable[[], float]:
+        """Numbers from [0, 1) that are this step's alone."""
+        return random.Random(f"{self._seed}/{self.done}/candidates").random
 
     def _apply(self, metrics: dict[str, float]) -> dict[str, float]:
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm))

@@ -32,6 +32,24 @@ class LoggedSpec(TrainingSpec):
     """Candidates looked at when a prompt's turn comes: drawn so that the loss is unbiased, others at the next turn."""
 
 
+class BondSpec(TrainingSpec):
+    """BOND (arXiv 2407.14622, section 4) around the ledger: the reference's logged candidates are imitated and rank
+    fresh samples of the policy, so its law of best-of-n needs no draw of the reference."""
+
+    n: int = Field(16, ge=2, le=4096)
+    """The best-of-n aimed at. Beyond the number of a prompt's candidates, best of them all is imitated."""
+    jeffreys_weight: float = Field(0.7, ge=0, le=1)
+    """Weight of the backward KL, from fresh samples; 0 is imitation of logged candidates alone."""
+    lowest_log_tilt: float = Field(-10.0, ge=-1000, le=0)
+    """Nats at which log π_BoN/π_ref of a poor sample is cut off, so that the worst do not drown the rest."""
+    samples_per_prompt: int = Field(2, ge=1, le=64)
+    """Fresh samples of a prompt at its turn."""
+    candidates_per_prompt: int = Field(2, ge=1, le=4096)
+    """Logged candidates imitated at a prompt's turn."""
+    refresh_steps: int = Field(1, ge=1, le=1000)
+    """Steps between two refreshes of the engine's copy of the policy."""
+
+
 class JBondSpec(TrainingSpec):
     """J-BOND (arXiv 2407.14622, section 5): best-of-2 of a moving anchor, Jeffreys divergence, fresh samples."""
 
@@ -57,15 +75,16 @@ class BonRegressionSpec(LoggedSpec):
     """Nats beyond which the loss is linear; None is the square loss."""
 
 
-METHOD_NAMES: Final = ("jbond", "bon_forward_kl", "bon_regression")
-MethodName = Literal["jbond", "bon_forward_kl", "bon_regression"]
-AlgorithmSpec = JBondSpec | BonForwardKlSpec | BonRegressionSpec
+METHOD_NAMES: Final = ("bond", "jbond", "bon_forward_kl", "bon_regression")
+MethodName = Literal["bond", "jbond", "bon_forward_kl", "bon_regression"]
+AlgorithmSpec = BondSpec | JBondSpec | BonForwardKlSpec | BonRegressionSpec
 
 
 class Method(Record):
     """`{"type": NAME, NAME: {…}}`, the shape of OpenAI's fine-tuning jobs."""
 
     type: MethodName
+    bond: BondSpec | None = None
     jbond: JBondSpec | None = None
     bon_forward_kl: BonForwardKlSpec | None = None
     bon_regression: BonRegressionSpec | None = None
@@ -81,6 +100,8 @@ class Method(Record):
     def spec(self) -> AlgorithmSpec:
         """The parameters, the vetted defaults where none were given."""
         match self.type:
+            case "bond":
+                return self.bond or BondSpec()
             case "jbond":
                 return self.jbond or JBondSpec()
             case "bon_forward_kl":

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bon_algos import bond, order
-from bon_algos.algorithms import FreshGroup, LoggedGroup, LoggedStep, OnPolicyStep, make_step
+from bon_algos.algorithms import BondStep, FreshGroup, LoggedGroup, LoggedStep, OnPolicyStep, RankedGroup, make_step
 from bon_algos.anchor import EmaAnchor
-from bon_algos.contracts import BonForwardKlSpec, BonRegressionSpec, JBondSpec
+from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
 from bon_algos.logprobs import TokenGroup, sequence_logprobs
-from bon_algos.quantiles import log_tilt_tie_aware, standing_among_others
+from bon_algos.quantiles import log_tilt_tie_aware, standing_against, standing_among_others
 
 
 def table(logprob_PK: Tensor):
@@ -45,6 +45,9 @@ def test_a_spec_becomes_the_step_that_its_samples_come_from():
     step = make_step(JBondSpec(anchor_rate=0.07, refresh_steps=3))
     assert isinstance(step, OnPolicyStep)
     assert (step.anchor_rate, step.refresh_steps) == (0.07, 3)
+    bond_step = make_step(BondSpec(samples_per_prompt=5, refresh_steps=2))
+    assert isinstance(bond_step, BondStep)
+    assert (bond_step.samples_per_prompt, bond_step.refresh_steps) == (5, 2)
 
 
 def test_an_imitation_step_by_hand():
@@ -109,6 +112,57 @@ def test_a_j_bond_step_imitates_the_better_anchor_sample():
     assert actual.metrics["kl_policy_anchor"].item() == pytest.approx(expected.metrics.kl_policy_anchor.item())
 
 
+@pytest.mark.parametrize(("n", "lowest"), [(3, -1000.0), (3, -2.0), (9, -10.0)])
+def test_a_bond_steps_expected_gradient_is_that_of_the_divergence(n, lowest):
+    """Over all nine pairs of fresh samples of two prompts: (1 − β)·cross-entropy to the logged best, by the weights of
+    best-of-n or of all four where n is more, + β·E_π[log π/π_ref − t], t from the logged rewards and cut off below."""
+    beta, reward_K, drawn = 0.6, [0.0, 1.0, 2.0], [0, 1, 1, 2]
+    logit_PK = torch.tensor([[0.1, -0.4, 0.3], [0.5, 0.2, -0.6]], dtype=torch.float64).requires_grad_()
+    reference_PK = torch.tensor([[0.5, 0.3, 0.2], [0.3, 0.1, 0.6]], dtype=torch.float64).log()
+    logs = [logged(p, drawn, [reward_K[k] for k in drawn], reference_PK[p]) for p in range(2)]
+    step = make_step(BondSpec(n=n, jeffreys_weight=beta, lowest_log_tilt=lowest, candidates_per_prompt=4000))
+    assert isinstance(step, BondStep)
+    chosen = [step.choose(log, 0.5) for log in logs]
+
+    logprob_PK = logit_PK.log_softmax(-1)
+    expected_loss = torch.zeros((), dtype=torch.float64)
+    for first, second in product(range(3), repeat=2):
+        groups = [RankedGroup(log, [[k]], [reward_K[k]]) for log, k in zip(logs, (first, second), strict=True)]
+        probability = (logprob_PK[0, first] + logprob_PK[1, second]).exp().detach()
+        expected_loss = (
+            expected_loss + probability * step.loss(groups, chosen, table(logprob_PK), table(reference_PK)).loss
+        )
+
+    logged_rewards = [reward_K[k] for k in drawn]
+    standing = standing_against(*(torch.tensor([row], dtype=torch.float64) for row in (reward_K, logged_rewards)))
+    tilt_K = log_tilt_tie_aware(standing, n)[0].clamp(min=lowest)
+    weight_N = torch.tensor(order.best_of_n_weights(logged_rewards, min(n, 4)))
+    imitation_P = -(weight_N * logprob_PK[:, drawn]).sum(dim=-1)
+    backward_P = (logprob_PK.exp() * (logprob_PK - reference_PK - tilt_K)).sum(dim=-1)
+    divergence = ((1 - beta) * imitation_P + beta * backward_P).mean()
+    actual, expected = (
+        torch.autograd.grad(loss, logit_PK, retain_graph=True)[0] for loss in (expected_loss, divergence)
+    )
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
+    assert expected.abs().max() > 0.05
+
+
+def test_a_bond_step_weighs_prompts_alike_however_many_samples_they_have():
+    """Without its imitation the mean of two equal samples is that of one."""
+    logprob_PK = torch.tensor([[0.5, 0.5], [0.2, 0.8]]).log()
+    logs = [logged(p, [0, 1], [0.0, 1.0], logprob_PK[p]) for p in range(2)]
+    step = make_step(BondSpec(jeffreys_weight=0.0))
+    assert isinstance(step, BondStep)
+    chosen = [step.choose(log, 0.5) for log in logs]
+    one, three = (
+        step.loss(
+            [RankedGroup(log, [[1]] * count, [1.0] * count) for log in logs], chosen, *[table(logprob_PK)] * 2
+        ).loss
+        for count in (1, 3)
+    )
+    torch.testing.assert_close(one, three)
+
+
 @pytest.mark.parametrize("spec", [BonForwardKlSpec(n=2), BonRegressionSpec(n=2)])
 def test_a_logged_batch_may_be_split(spec):
     logprob_PK = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1)
@@ -156,7 +210,7 @@ def test_the_chosen_candidates_stand_for_all_of_them(spec, count):
 
 # --- a run on a table ------------------------------------------------------------------------------------
 
-SPECS = [BonForwardKlSpec(n=4), BonRegressionSpec(n=4), JBondSpec(anchor_rate=0.1)]
+SPECS = [BonForwardKlSpec(n=4), BonRegressionSpec(n=4), BondSpec(n=4), JBondSpec(anchor_rate=0.1)]
 BASE_REWARD_K = torch.tensor([0.3, 1.0, -0.5, 1.0, 2.0, 0.1], dtype=torch.float64)
 
 
@@ -175,6 +229,17 @@ def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
                 drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
                 groups = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
                 loss = step.loss([step.choose(group, 0.5) for group in groups], policy).loss
+            case BondStep():
+                drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
+                own = torch.multinomial(
+                    logit_PK.detach().softmax(-1), 2, replacement=True, generator=generator
+                ).tolist()
+                logs = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
+                ranked = [
+                    RankedGroup(log, [[k] for k in fresh], [rewards[k] for k in fresh])
+                    for log, fresh in zip(logs, own, strict=True)
+                ]
+                loss = step.loss(ranked, [step.choose(log, 0.5) for log in logs], policy, table(reference_PK)).loss
             case OnPolicyStep():
                 own = torch.multinomial(logit_PK.detach().softmax(-1), 1, generator=generator).tolist()
                 two = torch.multinomial(anchor_PK.exp(), 2, replacement=True, generator=generator).tolist()
@@ -250,9 +315,53 @@ def test_a_language_model_becomes_its_own_best_of_four(spec):
         chosen = [step.choose(group, torch.rand((), generator=generator).item()) for group in groups]
         torch.autograd.backward(step.loss(chosen, lambda asked: sequence_logprobs(model, asked)).loss)
         optimiser.step()
+    require_best_of_four(model, reference_P25)
+
+
+def require_best_of_four(model, reference_P25: Tensor) -> None:
     for law_25, reference_25 in zip(law_of(model).detach().numpy(), reference_P25.numpy(), strict=True):
         best_of_4 = order.best_of_n_law(reference_25, REWARD_25, 4)
         win, kl = win_and_kl(law_25, reference_25)
         expected_win, expected_kl = win_and_kl(best_of_4, reference_25)
         assert win == pytest.approx(expected_win, abs=0.03)
         assert kl == pytest.approx(expected_kl, abs=0.12)
+
+
+def test_bond_takes_a_language_model_to_its_best_of_four():
+    """Fresh samples ranked among logged groups of 64; the same end as from logged groups alone."""
+    model, step = tiny_model(), make_step(BondSpec(n=4, samples_per_prompt=4, candidates_per_prompt=8))
+    assert isinstance(step, BondStep)
+    reference_P25 = law_of(model).detach()
+    generator = torch.Generator().manual_seed(1)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        drawn = torch.multinomial(reference_P25.repeat(8, 1), 64, replacement=True, generator=generator)
+        fresh = torch.multinomial(law_of(model).detach().repeat(8, 1), 4, replacement=True, generator=generator)
+        groups = [
+            RankedGroup(
+                LoggedGroup(
+                    TokenGroup(PROMPTS[row % 2], [COMPLETIONS[k] for k in outcomes]),
+                    REWARD_25[outcomes].tolist(),
+                    reference_P25[row % 2, outcomes].log().tolist(),
+                ),
+                [COMPLETIONS[k] for k in own],
+                REWARD_25[own].tolist(),
+            )
+            for row, (outcomes, own) in enumerate(zip(drawn.tolist(), fresh.tolist(), strict=True))
+        ]
+        optimiser.zero_grad()
+        chosen = [step.choose(group.logged, torch.rand((), generator=generator).item()) for group in groups]
+        outcome = step.loss(
+            groups,
+            chosen,
+            lambda asked: sequence_logprobs(model, asked),
+            lambda asked: [reference_of(group, reference_P25) for group in asked],
+        )
+        torch.autograd.backward(outcome.loss)
+        optimiser.step()
+    require_best_of_four(model, reference_P25)
+
+
+def reference_of(group: TokenGroup, reference_P25: Tensor) -> Tensor:
+    outcomes = [COMPLETIONS.index(list(completion)) for completion in group.completion_ids]
+    return reference_P25[PROMPTS.index(list(group.prompt_ids)), outcomes].log().float()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bon_algos import order, quantiles
 from bon_algos.imitation import best_of_n_imitation
-from bon_algos.regression import imitation_with_regression, log_quantile_regression
+from bon_algos.regression import log_quantile_regression
 from tests.bon_algos.vectors import REFERENCE_K, REWARDS, per_outcome, the_law_as_draws
 
 REFERENCE = torch.tensor(REFERENCE_K)
@@ -91,24 +91,6 @@ def test_the_imitation_gradient_is_unbiased_for_the_forward_kl(vector, n):
     torch.testing.assert_close(torch.autograd.grad(loss, logit_K)[0], expected_K.detach(), atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize("regression_weight", [0.0, 0.1, 0.5, 1.0])
-def test_every_mixture_ends_at_best_of_n(regression_weight):
-    """Imitation of the law's own draws and regression on the same target share their minimiser."""
-    law_K, tilt_K = exact_target("T", 4)
-
-    def loss(logit_K: Tensor) -> Tensor:
-        logprob_1K = logit_K.log_softmax(-1)[None]
-        return imitation_with_regression(
-            logprob_1K,
-            REFERENCE.log()[None],
-            law_K[None],
-            tilt_K[None],
-            regression_weight=regression_weight,
-        ).sum()
-
-    torch.testing.assert_close(minimise(loss, REFERENCE.log()), law_K, atol=1e-6, rtol=0)
-
-
 def test_losses_by_hand():
     """log π = −1, −3; log π_ref = −2, −2; t = .5, −.5: residuals 1 − .5 = .5 and −1 + .5 = −.5."""
     logprob_BN, reference_BN = torch.tensor([[-1.0, -3.0]]), torch.tensor([[-2.0, -2.0]])
@@ -119,8 +101,6 @@ def test_losses_by_hand():
     assert huber.tolist() == pytest.approx([0.09])
     # .75·1 + .25·3
     assert best_of_n_imitation(logprob_BN, weight_BN).tolist() == [1.5]
-    mixture = imitation_with_regression(logprob_BN, reference_BN, weight_BN, tilt_BN, regression_weight=0.2)
-    assert mixture.tolist() == pytest.approx([0.8 * 1.5 + 0.2 * 0.25])
 
 
 def test_the_huber_loss_is_the_square_within_its_delta():
@@ -153,9 +133,8 @@ def test_candidates_may_come_in_any_order(shuffle, seed):
     def losses(index: list[int]) -> Tensor:
         weight_BN = torch.tensor(order.best_of_n_weights(reward_BN[0, index].numpy(), 2))[None]
         tilt_BN = quantiles.log_tilt_tie_aware(quantiles.standing_among_others(reward_BN[:, index]), 2)
-        return imitation_with_regression(
-            logprob_BN[:, index], reference_BN[:, index], weight_BN, tilt_BN, regression_weight=0.5
-        )
+        imitated = best_of_n_imitation(logprob_BN[:, index], weight_BN)
+        return torch.stack((imitated, log_quantile_regression(logprob_BN[:, index], reference_BN[:, index], tilt_BN)))
 
     torch.testing.assert_close(losses(list(shuffle)), losses(list(range(len(shuffle)))))
 
@@ -166,5 +145,3 @@ def test_shapes_and_weights_that_do_not_fit_are_refused():
         best_of_n_imitation(two, three)
     with pytest.raises(ValueError, match="one shape"):
         log_quantile_regression(two, three, two)
-    with pytest.raises(ValueError, match="regression_weight"):
-        imitation_with_regression(two, two, two, two, regression_weight=1.5)

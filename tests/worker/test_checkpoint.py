@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from bon_algos.algorithms import FreshGroup, LoggedStep, make_step
-from bon_algos.contracts import BonForwardKlSpec, BonRegressionSpec, JBondSpec
+from bon_algos.algorithms import BondStep, FreshGroup, LoggedStep, OnPolicyStep, RankedGroup, make_step
+from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
 from tests.worker import world
 from worker import checkpoint
 from worker.checkpoint import TrainingState
@@ -18,6 +18,7 @@ STEPS = 7
 SPECS = {
     "bon_forward_kl": BonForwardKlSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3),
     "bon_regression": BonRegressionSpec(n=8, lora_rank=8, learning_rate=3e-3, warmup_steps=3, huber_delta=2.0),
+    "bond": BondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3),
     "jbond": JBondSpec(lora_rank=8, learning_rate=1e-2, warmup_steps=3, anchor_rate=0.3),
 }
 
@@ -95,7 +96,7 @@ def opened(directory, spec, steps=STEPS):
         world.BASE,
         rank=spec.lora_rank,
         alpha=spec.lora_alpha,
-        train_factor_a=isinstance(step, LoggedStep),
+        train_factor_a=not isinstance(step, OnPolicyStep),
         seed=3,
         device=torch.device("cpu"),
     )
@@ -122,11 +123,22 @@ def fresh(pool):
     )
 
 
+def ranked(pool):
+    first, second, *_ = pool.candidates
+    return RankedGroup(
+        pool.logged_group,
+        [first.token_ids, second.token_ids],
+        [first.ranking_reward, second.ranking_reward],
+    )
+
+
 def advance(training, window, until):
     while training.done < until:
         batch = batch_of(window.train, training.done, size=4, seed=5)
         if isinstance(training.step, LoggedStep):
             training.learn_logged([pool.logged_group for pool in batch])
+        elif isinstance(training.step, BondStep):
+            training.learn_ranked([ranked(pool) for pool in batch])
         else:
             training.learn_fresh([fresh(pool) for pool in batch])
     return training

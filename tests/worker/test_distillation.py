@@ -31,6 +31,7 @@ from worker.publish import publish
 
 JOB = "job_1"
 FORWARD = {"steps": 6, "prompts_per_step": 4, "n": 8, "lora_rank": 8, "learning_rate": 1e-2}
+BOND = {"steps": 3, "prompts_per_step": 3, "lora_rank": 8, "learning_rate": 1e-2, "samples_per_prompt": 4}
 JBOND = {"steps": 3, "prompts_per_step": 3, "lora_rank": 8, "learning_rate": 1e-2, "anchor_rate": 0.2}
 
 
@@ -50,7 +51,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
     opened = []
 
     def attempt(method="bon_forward_kl", parameters=None, *, patience=5.0, lease_seconds=60.0, every=2):
-        given = parameters or (JBOND if method == "jbond" else FORWARD)
+        given = parameters or {"bond": BOND, "jbond": JBOND}.get(method, FORWARD)
         spec = JobSpec(method=Method(type=method, **{method: given}), n=8, held_out_fraction=0.3, seed=4)
         if not client.exists(job_key(JOB)):
             client.hset(job_key(JOB), mapping={"state": "queued", "epoch": 0, "attempts": 0})
@@ -89,7 +90,7 @@ def published(tmp_path):
     return sorted(path.name for path in (tmp_path / "policies").glob("*")) if (tmp_path / "policies").exists() else []
 
 
-@pytest.mark.parametrize("method", ["bon_forward_kl", "bon_regression", "jbond"])
+@pytest.mark.parametrize("method", ["bon_forward_kl", "bon_regression", "bond", "jbond"])
 def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, engine, tmp_path, method):
     attempt = job(method)
     attempt.run()
@@ -141,6 +142,14 @@ def test_j_bond_asks_for_one_policy_sample_and_two_of_the_anchor_per_prompt(job,
     job("jbond").run()
     training = [body["n"] for body in engine.requests if body["n"] < 8]
     assert sorted(training) == [1] * 9 + [2] * 9  # 3 steps of 3 prompts
+
+
+def test_bond_asks_for_samples_of_the_policy_alone_since_the_ledger_has_the_references(job, engine):
+    job("bond").run()
+    training = [body for body in engine.requests if body["n"] < 8]
+    assert [body["n"] for body in training] == [4] * 9  # 3 steps of 3 prompts
+    assert all(body["model"].startswith(JOB) for body in training)
+    assert len({body["model"] for body in training}) == 3  # the policy of each step
 
 
 def test_an_engine_that_serves_the_base_under_the_policys_name_is_found_out(job, client, engine, tmp_path):

@@ -102,17 +102,17 @@ class OnPolicyStep:
 
 @dataclass(frozen=True)
 class BondStep:
-    """Learns from fresh samples, ranked among logged candidates, and from those. A batch may not be split: each
-    sample's baseline is the mean of all others."""
+    """Imitates logged candidates for some steps, then learns from fresh samples too, ranked among them. Those later
+    batches may not be split: each sample's baseline is the mean of all others."""
 
+    imitation: LoggedStep
+    imitation_steps: int
     choose: Callable[[LoggedGroup, float], ChosenGroup]
-    """As in `LoggedStep`: which logged candidates are imitated."""
+    """As in `LoggedStep`: which logged candidates are imitated beside fresh samples."""
     loss: Callable[[Sequence[RankedGroup], Sequence[ChosenGroup], SequenceLogprobs, SequenceLogprobs], StepLoss]
     """Groups, what was chosen of each, the log-probs of the policy in training, those of the reference (no gradient
     is taken there)."""
     samples_per_prompt: int
-    refresh_steps: int
-    """Steps between two refreshes of the copy that is sampled."""
 
 
 Step = LoggedStep | OnPolicyStep | BondStep
@@ -126,11 +126,13 @@ def make_step(spec: AlgorithmSpec) -> Step:
             choose = partial(_choose_regressed, n=spec.n, count=spec.candidates_per_prompt)
             return LoggedStep(choose, partial(_regress, huber_delta=spec.huber_delta))
         case BondSpec():
+            rows = spec.candidates_per_prompt + spec.samples_per_prompt  # a prompt's share of every step alike
             return BondStep(
+                LoggedStep(partial(_choose_best, n=spec.n, count=rows), _imitate),
+                spec.imitation_steps,
                 partial(_choose_best, n=spec.n, count=spec.candidates_per_prompt),
                 partial(_bond, n=spec.n, jeffreys_weight=spec.jeffreys_weight, lowest_log_tilt=spec.lowest_log_tilt),
-                samples_per_prompt=spec.samples_per_prompt,
-                refresh_steps=spec.refresh_steps,
+                spec.samples_per_prompt,
             )
         case JBondSpec():
             loss = partial(_j_bond, jeffreys_weight=spec.jeffreys_weight, kl_strength=spec.kl_strength)

@@ -10,10 +10,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from bon_algos.algorithms import BondStep, LoggedStep
+from bon_algos.algorithms import BondStep, FreshGroup, OnPolicyStep, RankedGroup
 from worker import checkpoint
 from worker.dataset import FrozenWindow, PromptPool
 from worker.errors import EngineUnavailable
@@ -28,8 +29,7 @@ log = logging.getLogger(__name__)
 LIVE_PROMPTS = 32
 """Held-out prompts of which one sample each tells how a policy that learns from the ledger is doing."""
 
-Learn = Callable[[], dict[str, float]]
-"""One step on groups that are at hand; its metrics."""
+Ranked = tuple[list[RankedGroup], list[Rollout]]
 
 
 class Loop:
@@ -59,63 +59,92 @@ class Loop:
         self._prompts_per_step, self._seed = prompts_per_step, seed
         self._checkpoint_steps, self._checkpoint_seconds = checkpoint_steps, checkpoint_seconds
         self._patience_seconds = patience_seconds
-        self._seconds_drawing = 0.0
-        self._fresh: deque[tuple[Learn, dict[str, float]]] = deque()
+        self._fresh: deque[tuple[list[FreshGroup], dict[str, float]]] = deque()
+        self._drawer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drawer")
+        self._ahead: Future[Ranked] | None = None
 
     def run(self, steps: int) -> None:
         training, saved_step, saved_at = self._training, self._training.done, time.monotonic()
-        while training.done < steps:
-            self._lease.check()
-            metrics, started_at = self._groups_drawn(steps), time.monotonic()
-            metrics |= self._learn()
-            self._progress.step(training.done, metrics | {"seconds_training": time.monotonic() - started_at})
-            is_due = training.done - saved_step >= self._checkpoint_steps
-            if is_due or training.done == steps or time.monotonic() - saved_at >= self._checkpoint_seconds:
-                self._save()
-                saved_step, saved_at = training.done, time.monotonic()
+        with self._drawer:  # a job that stops waits for the call under way, which notices within half a second
+            while training.done < steps:
+                self._lease.check()
+                metrics = self._step(steps)
+                self._progress.step(training.done, metrics)
+                is_due = training.done - saved_step >= self._checkpoint_steps
+                if is_due or training.done == steps or time.monotonic() - saved_at >= self._checkpoint_seconds:
+                    self._save()
+                    saved_step, saved_at = training.done, time.monotonic()
 
-    def _groups_drawn(self, steps: int) -> dict[str, float]:
-        """Have fresh groups at hand for the next step, where it needs them; what its policy's samples say."""
-        step, done = self._training.step, self._training.done
-        if isinstance(step, LoggedStep):
-            return {}
-        if not self._fresh:
-            last = min(done + step.refresh_steps, steps)
-            started_at = time.monotonic()
-            self._refresh([self._batch(number) for number in range(done, last)])
-            self._seconds_drawing = (time.monotonic() - started_at) / (last - done)
-        return self._fresh[0][1] | {"seconds_drawing": self._seconds_drawing}
-
-    def _learn(self) -> dict[str, float]:
-        if isinstance(self._training.step, LoggedStep):
-            return self._training.learn_logged([pool.logged_group for pool in self._batch(self._training.done)])
-        return self._fresh.popleft()[0]()
+    def _step(self, steps: int) -> dict[str, float]:
+        """One step, with what it needs drawn before; its metrics and times."""
+        training, started_at = self._training, time.monotonic()
+        learn: Callable[[], dict[str, float]]
+        live: dict[str, float] = {}
+        if training.logged_step is not None:
+            learn = partial(training.learn_logged, [pool.logged_group for pool in self._batch(training.done)])
+        elif isinstance(training.step, BondStep):
+            ranked, live = self._next_ranked(training.step, steps)
+            learn = partial(training.learn_ranked, ranked)
+        else:
+            fresh, live = self._next_fresh(steps)
+            learn = partial(training.learn_fresh, fresh)
+        drawn_at = time.monotonic()
+        metrics = learn()
+        times = {"seconds_drawing": drawn_at - started_at, "seconds_training": time.monotonic() - drawn_at}
+        return live | metrics | times
 
     def _batch(self, step: int) -> list[PromptPool]:
         return batch_of(self._window.train, step, size=self._prompts_per_step, seed=self._seed)
 
+    # --- J-BOND: policy and anchor as they are now -----------------------------------------------------
+
+    def _next_fresh(self, steps: int) -> tuple[list[FreshGroup], dict[str, float]]:
+        """The next step's groups, and what its policy's samples say of it."""
+        step, done = self._training.step, self._training.done
+        assert isinstance(step, OnPolicyStep)
+        if not self._fresh:
+            last = min(done + step.refresh_steps, steps)
+            self._refresh([self._batch(number) for number in range(done, last)])
+        return self._fresh.popleft()
+
     def _refresh(self, batches: Sequence[list[PromptPool]]) -> None:
         """Fresh groups for the coming steps, all drawn from the policy and the anchor as they are now."""
-        pools = [pool for batch in batches for pool in batch]
-        learn, samples = patiently(lambda: self._drawn(pools), self._lease.wait, self._patience_seconds)
+        training = self._training
+        assert training.anchor is not None
+        anchor, pools = training.anchor.tensors, [pool for batch in batches for pool in batch]
+        groups, samples = patiently(
+            lambda: self._rollouts.fresh_groups(training.policy, anchor, pools),
+            self._lease.wait,
+            self._patience_seconds,
+        )
         start = 0
         for batch in batches:
             part = slice(start, start + len(batch))
-            self._fresh.append((partial(learn, part), live_metrics(self._training.policy, batch, samples[part])))
+            self._fresh.append((groups[part], live_metrics(training.policy, batch, samples[part])))
             start += len(batch)
 
-    def _drawn(self, pools: Sequence[PromptPool]) -> tuple[Callable[[slice], dict[str, float]], list[Rollout]]:
-        """How to learn from a part of the prompts, and one fresh sample of the policy for each."""
-        training, rollouts = self._training, self._rollouts
-        if isinstance(training.step, BondStep):
-            ranked, samples = rollouts.ranked_groups(training.policy, pools, training.step.samples_per_prompt)
-            return lambda part: training.learn_ranked(ranked[part]), samples
-        assert training.anchor is not None
-        fresh, samples = rollouts.fresh_groups(training.policy, training.anchor.tensors, pools)
-        return lambda part: training.learn_fresh(fresh[part]), samples
+    # --- BOND: drawn while the step before trains ------------------------------------------------------
+
+    def _next_ranked(self, step: BondStep, steps: int) -> tuple[list[RankedGroup], dict[str, float]]:
+        """The next step's groups, and what they say of the policy; the drawing for the step after begins."""
+        done = self._training.done
+        groups, samples = (self._ahead or self._draw_ranked(step, done)).result()
+        self._ahead = self._draw_ranked(step, done + 1) if done + 1 < steps else None
+        return groups, live_metrics(self._training.policy, self._batch(done), samples)
+
+    def _draw_ranked(self, step: BondStep, number: int) -> Future[Ranked]:
+        """Have samples of the policy as it is now drawn for a step."""
+        policy, factors, pools = self._training.policy, self._training.policy.factors, self._batch(number)
+
+        def drawn() -> Ranked:
+            return self._rollouts.ranked_groups(policy, factors, pools, step.samples_per_prompt)
+
+        return self._drawer.submit(patiently, drawn, self._lease.wait, self._patience_seconds)
+
+    # --- states ----------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if isinstance(self._training.step, LoggedStep):
+        if self._training.logged_step is not None:
             self._progress.step(self._training.done, self._measure_live())
         self._lease.confirm()
         checkpoint.save(self._attempt, self._training.state({"metrics": self._progress.metrics}))

@@ -122,10 +122,11 @@ class Rollouts:
         return groups, own
 
     def ranked_groups(
-        self, policy: TrainedPolicy, pools: Sequence[PromptPool], samples_per_prompt: int
+        self, policy: TrainedPolicy, factors: Mapping[str, Tensor], pools: Sequence[PromptPool], samples_per_prompt: int
     ) -> tuple[list[RankedGroup], list[Rollout]]:
-        """Fresh samples of the policy for each prompt beside its logged candidates; and the first one of each."""
-        with self.served(policy) as name:
+        """Fresh samples of the policy with these factors for each prompt, beside its logged candidates; and the first
+        one of each."""
+        with self.served(policy, factors) as name:
             drawn = self.draw([(name, pool, samples_per_prompt) for pool in pools])
         groups = [
             RankedGroup(

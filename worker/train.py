@@ -78,15 +78,27 @@ class Training:
         self._optimiser = torch.optim.AdamW(self._parameters.values(), lr=learning_rate, weight_decay=0.0)
         self.anchor = EmaAnchor(self._parameters) if isinstance(step, OnPolicyStep) else None
 
+    @property
+    def logged_step(self) -> LoggedStep | None:
+        """The next step, where it learns from logged candidates alone."""
+        match self.step:
+            case LoggedStep():
+                return self.step
+            case BondStep():
+                return self.step.imitation if self.done < self.step.imitation_steps else None
+            case OnPolicyStep():
+                return None
+
     def learn_logged(self, groups: Sequence[LoggedGroup], rows_tokens: int = TRAINING_ROWS_TOKENS) -> dict[str, float]:
         """One step on logged groups, in parts of at most `rows_tokens` padded tokens; its metrics."""
-        assert isinstance(self.step, LoggedStep)
+        step = self.logged_step
+        assert step is not None
         uniform = self._uniform()
-        chosen = [self.step.choose(group, uniform()) for group in groups]
+        chosen = [step.choose(group, uniform()) for group in groups]
         totals: dict[str, float] = {}
         for part in parts_by_tokens([group.tokens for group in chosen], rows_tokens):
             share = len(chosen[part]) / len(chosen)
-            outcome = self.step.loss(chosen[part], self.policy.logprobs)
+            outcome = step.loss(chosen[part], self.policy.logprobs)
             torch.autograd.backward(outcome.loss * share)
             for name, value in _numbers(outcome).items():
                 totals[name] = totals.get(name, 0.0) + share * value

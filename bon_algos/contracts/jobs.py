@@ -34,11 +34,14 @@ class LoggedSpec(TrainingSpec):
 
 class BondSpec(TrainingSpec):
     """BOND (arXiv 2407.14622, section 4) around the ledger: the reference's logged candidates are imitated and rank
-    fresh samples of the policy, so its law of best-of-n needs no draw of the reference."""
+    fresh samples of the policy, so its law of best-of-n needs no draw of the reference.
 
-    n: int = Field(16, ge=2, le=4096)
-    """The best-of-n aimed at. Beyond the number of a prompt's candidates, best of them all is imitated."""
-    jeffreys_weight: float = Field(0.7, ge=0, le=1)
+    Samples are drawn while the step before trains, so they are one update old."""
+
+    n: int = Field(64, ge=2, le=4096)
+    """The best-of-n aimed at; a policy that cannot express its law lands below, so aim above the n to be replaced.
+    Beyond the number of a prompt's candidates, best of them all is imitated."""
+    jeffreys_weight: float = Field(0.85, ge=0, le=1)
     """Weight of the backward KL, from fresh samples; 0 is imitation of logged candidates alone."""
     lowest_log_tilt: float = Field(-10.0, ge=-1000, le=0)
     """Nats at which log π_BoN/π_ref of a poor sample is cut off, so that the worst do not drown the rest."""
@@ -46,8 +49,8 @@ class BondSpec(TrainingSpec):
     """Fresh samples of a prompt at its turn."""
     candidates_per_prompt: int = Field(2, ge=1, le=4096)
     """Logged candidates imitated at a prompt's turn."""
-    refresh_steps: int = Field(1, ge=1, le=1000)
-    """Steps between two refreshes of the engine's copy of the policy."""
+    imitation_steps: int = Field(40, ge=0)
+    """First steps that imitate alone and need no fresh samples: much of the way, at a fraction of the cost."""
 
 
 class JBondSpec(TrainingSpec):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from bon_algos.algorithms import BondStep, FreshGroup, LoggedStep, OnPolicyStep, RankedGroup, make_step
+from bon_algos.algorithms import BondStep, FreshGroup, OnPolicyStep, RankedGroup, make_step
 from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
 from tests.worker import world
 from worker import checkpoint
@@ -18,7 +18,7 @@ STEPS = 7
 SPECS = {
     "bon_forward_kl": BonForwardKlSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3),
     "bon_regression": BonRegressionSpec(n=8, lora_rank=8, learning_rate=3e-3, warmup_steps=3, huber_delta=2.0),
-    "bond": BondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3),
+    "bond": BondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3, imitation_steps=3),
     "jbond": JBondSpec(lora_rank=8, learning_rate=1e-2, warmup_steps=3, anchor_rate=0.3),
 }
 
@@ -135,7 +135,7 @@ def ranked(pool):
 def advance(training, window, until):
     while training.done < until:
         batch = batch_of(window.train, training.done, size=4, seed=5)
-        if isinstance(training.step, LoggedStep):
+        if training.logged_step is not None:
             training.learn_logged([pool.logged_group for pool in batch])
         elif isinstance(training.step, BondStep):
             training.learn_ranked([ranked(pool) for pool in batch])

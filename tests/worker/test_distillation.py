@@ -31,8 +31,15 @@ from worker.publish import publish
 
 JOB = "job_1"
 FORWARD = {"steps": 6, "prompts_per_step": 4, "n": 8, "lora_rank": 8, "learning_rate": 1e-2}
-BOND = {"steps": 3, "prompts_per_step": 3, "lora_rank": 8, "learning_rate": 1e-2, "samples_per_prompt": 4}
-JBOND = {"steps": 3, "prompts_per_step": 3, "lora_rank": 8, "learning_rate": 1e-2, "anchor_rate": 0.2}
+BOND = {
+    "steps": 4,
+    "prompts_per_step": 3,
+    "lora_rank": 8,
+    "learning_rate": 1e-2,
+    "samples_per_prompt": 4,
+    "imitation_steps": 1,
+}
+JBOND = SMALL | {"steps": 3, "anchor_rate": 0.2}
 
 
 @pytest.fixture
@@ -147,9 +154,37 @@ def test_j_bond_asks_for_one_policy_sample_and_two_of_the_anchor_per_prompt(job,
 def test_bond_asks_for_samples_of_the_policy_alone_since_the_ledger_has_the_references(job, engine):
     job("bond").run()
     training = [body for body in engine.requests if body["n"] < 8]
-    assert [body["n"] for body in training] == [4] * 9  # 3 steps of 3 prompts
+    assert [body["n"] for body in training] == [4] * 9  # 3 steps of 3 prompts, after one that imitates alone
     assert all(body["model"].startswith(JOB) for body in training)
     assert len({body["model"] for body in training}) == 3  # the policy of each step
+
+
+def test_bond_steps_wait_for_an_engine_that_is_away_between_two_of_them(job, client, engine):
+    attempt = job("bond", patience=30.0)
+    learn = attempt.progress.step
+
+    def away_after_the_second(step, metrics):
+        learn(step, metrics)
+        engine.away_for = 4 if step == 2 else engine.away_for
+
+    attempt.progress.step = away_after_the_second
+    attempt.run()
+    assert state(client) == "succeeded"
+
+
+def test_a_bond_job_that_is_cancelled_while_samples_are_drawn_leaves_nothing_in_the_engine(job, client, engine):
+    attempt = job("bond")
+    learn = attempt.progress.step
+
+    def cancelled_at_the_second(step, metrics):
+        learn(step, metrics)
+        if step == 2:
+            raise JobCancelled
+
+    attempt.progress.step = cancelled_at_the_second
+    with pytest.raises(JobCancelled):
+        attempt.run()
+    assert engine.adapters == {}
 
 
 def test_an_engine_that_serves_the_base_under_the_policys_name_is_found_out(job, client, engine, tmp_path):

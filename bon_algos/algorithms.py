@@ -27,6 +27,10 @@ from bon_algos.order import best_of_n_weights, systematic_sample
 from bon_algos.quantiles import log_tilt_tie_aware, standing_against, standing_among_others
 from bon_algos.regression import log_quantile_regression
 
+MAX_LOG_RATIO = 20.0
+"""Nats of log π/π_ref beyond which a fresh sample's return falls no further: one sample that the reference would never
+have given must not decide a whole step."""
+
 SequenceLogprobs = Callable[[Sequence[TokenGroup]], Sequence[Tensor]]
 """`logprobs.sequence_logprobs` of one policy: for each group (N,), nats."""
 
@@ -226,10 +230,11 @@ def _bond(
         log_tilt.append(log_tilt_tie_aware(standing, n)[0].clamp(min=lowest_log_tilt))
     with torch.no_grad():
         reference_logprob = torch.cat(list(reference(fresh)))
+    logprob_all = torch.cat(logprob)
     loss, metrics = bond_loss(
         torch.cat(imitation),
-        torch.cat(logprob),
-        reference_logprob,
+        logprob_all,
+        torch.maximum(reference_logprob, logprob_all.detach() - MAX_LOG_RATIO),
         torch.cat(log_tilt).to(reference_logprob),
         jeffreys_weight=jeffreys_weight,
     )

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bonsai.engines import LORA_RANKS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -59,6 +61,12 @@ _STACK_OPTIONS = (
         default=4,
         show_default=True,
         help="Policies that the engine holds beside the base.",
+    ),
+    click.option(
+        "--max-lora-rank",
+        type=click.Choice(LORA_RANKS),
+        default=None,
+        help="Largest rank of a policy's adapter; smaller is faster. Default: 8 on CPUs, 32 on a GPU.",
     ),
     click.option(
         "--max-model-len",

@@ -20,7 +20,7 @@ ENTRY = (
     "-c",
     "import gc; gc.disable(); from vllm.entrypoints.launchers.api_server.entry import main; gc.enable(); main()",
 )
-MAX_LORA_RANK = 32
+LORA_RANKS = (8, 16, 32, 64, 128, 256)
 JOB_LORAS = 2
 """A job in training lends the engine its policy and its anchor."""
 NOT_INHERITED = (
@@ -37,14 +37,24 @@ execution or disable the asserts that guard it (CVE-2026-41523), and placement, 
 
 
 def policy_engine_argv(
-    model: Path, policy_id: str, socket: Path, *, max_model_len: int, max_loras: int, device: tuple[str, ...]
+    model: Path,
+    policy_id: str,
+    socket: Path,
+    *,
+    max_model_len: int,
+    max_loras: int,
+    max_lora_rank: int,
+    device: tuple[str, ...],
 ) -> tuple[str, ...]:
-    """Generation with adapters loaded at run time; live traffic goes before the rollouts of jobs."""
+    """Generation with adapters loaded at run time; live traffic goes before the rollouts of jobs.
+
+    Every adapter is padded to `max_lora_rank`, and on CPUs each sequence copies its adapter at every token: there the
+    rank decides what a distilled policy's sample costs."""
     return (
         *_engine_argv(model, policy_id, socket, max_model_len, device),
         "--enable-lora",
         "--max-lora-rank",
-        str(MAX_LORA_RANK),
+        str(max_lora_rank),
         "--max-loras",
         str(max_loras + JOB_LORAS),
         "--scheduling-policy",

@@ -50,6 +50,8 @@ class Options:
     """A server that somebody else runs. May hold a password: never printed, never in a command line."""
     max_loras: int = 4
     """Policies that the engine holds beside the base; a job that samples from it gets two more places."""
+    max_lora_rank: int | None = None
+    """Largest rank of a policy's adapter, one of `engines.LORA_RANKS`; None: as `Plan.max_lora_rank` says."""
     max_model_len: int = 8192
     """Tokens; a model whose own window is shorter keeps its own."""
     cores: int | None = None
@@ -70,6 +72,11 @@ class Plan:
     redis: RedisServer | None
     """None: `options.redis_url` is used."""
     placement: Placement
+
+    @property
+    def max_lora_rank(self) -> int:
+        """Small on CPUs, where every sequence pays for the largest rank there may be, whatever it wears."""
+        return self.options.max_lora_rank or (8 if self.placement.policy_gpu is None else 32)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -135,7 +142,7 @@ def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, 
         "BONSAI_ARTEFACTS": str(state.artefacts),
         "BONSAI_SPOOL": str(state.spool),
         "BONSAI_MAX_LORAS": str(plan.options.max_loras),
-        "BONSAI_MAX_LORA_RANK": str(engines.MAX_LORA_RANK),
+        "BONSAI_MAX_LORA_RANK": str(plan.max_lora_rank),
         "BONSAI_FINGERPRINT_TOLERANCE": str(engines.fingerprint_tolerance(plan.placement.policy_gpu is not None)),
         "BONSAI_HOST": plan.options.host,
         "BONSAI_PORT": str(port),
@@ -169,6 +176,7 @@ def engine_specs(plan: Plan, state: StateDirectory) -> tuple[ProcessSpec, Proces
         state.policy_socket,
         max_model_len=plan.policy.max_model_len,
         max_loras=plan.options.max_loras,
+        max_lora_rank=plan.max_lora_rank,
         device=policy_device,
     )
     reward = engines.reward_engine_argv(

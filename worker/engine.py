@@ -163,9 +163,11 @@ class Engines:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EngineUnavailable(f"the {engine} engine does not answer {path}: {type(error).__name__}") from error
         status = response.status
-        if status in (404, 429) or status >= 500:
-            raise EngineUnavailable(f"the {engine} engine answered {status} to {path}")
-        if status >= 400:
+        if status < 400:
+            return content
+        # vLLM answers 500 to an adapter whose rank it was not started for, and will never take it.
+        is_for_good = (status < 500 and status not in (404, 429)) or b"max_lora_rank" in content
+        if is_for_good:
             detail = content[:300].decode(errors="replace")
             raise JobFailed("engine_refused", f"the {engine} engine answered {status} to {path}: {detail}")
-        return content
+        raise EngineUnavailable(f"the {engine} engine answered {status} to {path}")

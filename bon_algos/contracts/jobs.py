@@ -18,9 +18,9 @@ class TrainingSpec(Record):
     learning_rate: float = Field(1e-3, gt=0, le=1)
     warmup_steps: int = Field(10, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 32
+    lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 8
     """One of the ranks the engine can serve."""
-    lora_alpha: float = Field(64.0, gt=0, le=4096)
+    lora_alpha: float = Field(32.0, gt=0, le=4096)
 
 
 class LoggedSpec(TrainingSpec):

@@ -12,18 +12,18 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from bon_algos.contracts import BonForwardKlSpec, JobSpec, Method
+from bon_algos.contracts import BondSpec, JobSpec, Method
 from bonsai.client import BonsaiClient, Job, Policy
 from bonsai.demo.prompts import training_prompts
 
 N: Final = 16
 """The best-of-n that one sample of the distilled policy stands in for."""
-POPULAR: Final = 24
+POPULAR: Final = 12
 """Prompts that come again and again, as in real traffic; their candidates show what ever larger n does."""
 TIMES: Final = 16
 """How often each of them comes: with `N` candidates each time, 256 draws of one prompt."""
-OTHERS: Final = 256
-"""Prompts that come once."""
+OTHERS: Final = 224
+"""Prompts that come twice: a fresh sample is ranked among 32 of the reference."""
 JOB_DEADLINE: Final = 900.0
 """Seconds after which nobody waits for the job any longer."""
 SERVED_DEADLINE: Final = 60.0
@@ -37,14 +37,14 @@ class CircleBroken(Exception):
 
 def demo_job(seed: int = 0) -> JobSpec:
     """What the demo posts to /distill; only the seed differs between repetitions."""
-    imitation = BonForwardKlSpec(n=N, steps=100, prompts_per_step=32, learning_rate=2e-3)
-    return JobSpec(method=Method(type="bon_forward_kl", bon_forward_kl=imitation), n=N, seed=seed)
+    bond = BondSpec(n=64, steps=110, prompts_per_step=32, learning_rate=3e-3, samples_per_prompt=3, imitation_steps=40)
+    return JobSpec(method=Method(type="bond", bond=bond), n=N, seed=seed)
 
 
 def logged_prompts() -> list[str]:
     """The prompts of the traffic that fills the ledger, in the order they come: popular ones among the others."""
     popular, others = popular_prompts(), training_prompts()[POPULAR : POPULAR + OTHERS]
-    traffic = [*popular * TIMES, *others]
+    traffic = [*popular * TIMES, *others * 2]
     random.Random(0).shuffle(traffic)
     return traffic
 

@@ -12,7 +12,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bon_algos import bond, order
-from bon_algos.algorithms import BondStep, FreshGroup, LoggedGroup, LoggedStep, OnPolicyStep, RankedGroup, make_step
+from bon_algos.algorithms import (
+    MAX_LOG_RATIO,
+    BondStep,
+    FreshGroup,
+    LoggedGroup,
+    LoggedStep,
+    OnPolicyStep,
+    RankedGroup,
+    make_step,
+)
 from bon_algos.anchor import EmaAnchor
 from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
 from bon_algos.logprobs import TokenGroup, sequence_logprobs
@@ -145,6 +154,24 @@ def test_a_bond_steps_expected_gradient_is_that_of_the_divergence(n, lowest):
     )
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
     assert expected.abs().max() > 0.05
+
+
+def test_a_sample_that_the_reference_would_never_give_counts_no_more_than_an_unlikely_one():
+    """Beyond MAX_LOG_RATIO nats the gradient does not know how far beyond."""
+    logs = [logged(p, [0, 1], [0.0, 1.0], torch.tensor([-0.7, -0.7])) for p in range(2)]
+    groups = [RankedGroup(log, [[k]], [1.0]) for log, k in zip(logs, (0, 1), strict=True)]
+    step = make_step(BondSpec(n=2))
+    assert isinstance(step, BondStep)
+    chosen = [step.choose(log, 0.5) for log in logs]
+
+    def gradient(reference_logprob: float) -> Tensor:
+        logit_PK = torch.tensor([[0.3, 0.1], [0.2, -0.1]]).requires_grad_()
+        reference_PK = torch.tensor([[reference_logprob, -0.7], [-0.7, -0.7]])
+        loss = step.loss(groups, chosen, table(logit_PK.log_softmax(-1)), table(reference_PK)).loss
+        return torch.autograd.grad(loss, logit_PK)[0]
+
+    assert torch.equal(gradient(-MAX_LOG_RATIO - 5), gradient(-1000.0))
+    assert not torch.equal(gradient(-MAX_LOG_RATIO + 5), gradient(-1000.0))
 
 
 def test_a_bond_step_weighs_prompts_alike_however_many_samples_they_have():

@@ -29,11 +29,15 @@ def test_engines_listen_on_their_socket_only() -> None:
     assert "--port" not in argv
 
 
+POLICY_SIZES = {"max_model_len": 512, "max_loras": 4, "max_lora_rank": 16}
+
+
 def test_a_policy_engine_takes_adapters_and_priorities() -> None:
-    argv = engines.policy_engine_argv(Path("/m"), "pol-0", SOCKET, max_model_len=512, max_loras=4, device=())
+    argv = engines.policy_engine_argv(Path("/m"), "pol-0", SOCKET, **POLICY_SIZES, device=())
     assert "--enable-lora" in argv
     assert option(argv, "--scheduling-policy") == "priority"
     assert option(argv, "--served-model-name") == "pol-0"
+    assert option(argv, "--max-lora-rank") == "16"
     assert option(argv, "--max-loras") == "6"  # four policies, and what a job in training samples from
 
 
@@ -44,7 +48,7 @@ def test_a_reward_engine_scores() -> None:
 
 
 def test_defaults_of_the_model_do_not_change_the_sampling_law() -> None:
-    argv = engines.policy_engine_argv(Path("/m"), "pol-0", SOCKET, max_model_len=512, max_loras=4, device=())
+    argv = engines.policy_engine_argv(Path("/m"), "pol-0", SOCKET, **POLICY_SIZES, device=())
     assert option(argv, "--generation-config") == "vllm"
 
 

@@ -119,3 +119,14 @@ def test_what_the_gateway_waits_for() -> None:
     body = b'{"status":"starting","engine":"unreachable","reward_model":"ok","redis":"ok","routes":1,"spool":{}}'
     assert probes.what_is_missing(body) == "engine: unreachable"
     assert probes.what_is_missing(b"<html>") == "not ready"
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, "8"), (64, "64")])
+def test_engine_and_gateway_agree_on_the_largest_rank(
+    make_plan: MakePlan, tmp_path: Path, asked: int, told: str
+) -> None:
+    """8 on CPUs unless it is asked for: what the gateway accepts for a job is what the engine can load."""
+    specs = specs_of(make_plan(max_lora_rank=asked), tmp_path)
+    argv = specs["policy"].argv
+    assert argv[argv.index("--max-lora-rank") + 1] == told
+    assert specs["gateway"].environment["BONSAI_MAX_LORA_RANK"] == told

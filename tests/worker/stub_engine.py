@@ -47,6 +47,7 @@ class StubEngine:
         self.is_away = False
         self.away_for = 0
         """Requests still to be refused."""
+        self.largest_rank = 32
         self.requests: list[dict[str, Any]] = []
         self._socket = socket
         self._base = LlamaForCausalLM.from_pretrained(policy_directory).eval()
@@ -95,6 +96,10 @@ class StubEngine:
         if name in self.names_ever:
             return web.json_response({"error": {"message": f"{name} was used before"}}, status=400)
         self.names_ever.append(name)
+        rank = json.loads((Path(body["lora_path"]) / "adapter_config.json").read_text())["r"]
+        if rank > self.largest_rank:
+            message = f"LoRA rank {rank} is greater than max_lora_rank {self.largest_rank}."
+            return web.json_response({"error": {"message": message}}, status=500)
         self.adapters[name] = PeftModel.from_pretrained(copy.deepcopy(self._base), body["lora_path"]).eval()
         return web.Response(text="Success")
 

@@ -31,14 +31,8 @@ from worker.publish import publish
 
 JOB = "job_1"
 FORWARD = {"steps": 6, "prompts_per_step": 4, "n": 8, "lora_rank": 8, "learning_rate": 1e-2}
-BOND = {
-    "steps": 4,
-    "prompts_per_step": 3,
-    "lora_rank": 8,
-    "learning_rate": 1e-2,
-    "samples_per_prompt": 4,
-    "imitation_steps": 1,
-}
+SMALL = {"prompts_per_step": 3, "lora_rank": 8, "learning_rate": 1e-2}
+BOND = SMALL | {"steps": 4, "imitation_steps": 1, "samples_per_prompt": 4}
 JBOND = SMALL | {"steps": 3, "anchor_rate": 0.2}
 
 
@@ -185,6 +179,13 @@ def test_a_bond_job_that_is_cancelled_while_samples_are_drawn_leaves_nothing_in_
     with pytest.raises(JobCancelled):
         attempt.run()
     assert engine.adapters == {}
+
+
+def test_a_job_whose_rank_the_engine_was_not_started_for_fails_at_once(job, engine):
+    """As after a restart with a smaller largest rank, while the job was waiting."""
+    engine.largest_rank = 4
+    with pytest.raises(JobFailed, match=r"engine_refused.*max_lora_rank 4"):
+        job("bond", patience=600.0).run()
 
 
 def test_an_engine_that_serves_the_base_under_the_policys_name_is_found_out(job, client, engine, tmp_path):

@@ -27,10 +27,6 @@ from bon_algos.order import best_of_n_weights, systematic_sample
 from bon_algos.quantiles import log_tilt_tie_aware, standing_against, standing_among_others
 from bon_algos.regression import log_quantile_regression
 
-MAX_LOG_RATIO = 20.0
-"""Nats of log π/π_ref beyond which a fresh sample's return falls no further: one sample that the reference would never
-have given must not decide a whole step."""
-
 SequenceLogprobs = Callable[[Sequence[TokenGroup]], Sequence[Tensor]]
 """`logprobs.sequence_logprobs` of one policy: for each group (N,), nats."""
 
@@ -61,6 +57,8 @@ class RankedGroup(NamedTuple):
     completion_ids: Sequence[Sequence[int]]
     rewards: Sequence[float]
     """Of the fresh samples, on the scale of the logged ones."""
+    sampled_logprobs: Sequence[float]
+    """log π of each fresh sample under the policy that drew it, which may be a few updates old; nats."""
 
 
 class StepLoss(NamedTuple):
@@ -230,13 +228,13 @@ def _bond(
         log_tilt.append(log_tilt_tie_aware(standing, n)[0].clamp(min=lowest_log_tilt))
     with torch.no_grad():
         reference_logprob = torch.cat(list(reference(fresh)))
-    logprob_all = torch.cat(logprob)
     loss, metrics = bond_loss(
         torch.cat(imitation),
-        logprob_all,
-        torch.maximum(reference_logprob, logprob_all.detach() - MAX_LOG_RATIO),
+        torch.cat(logprob),
+        reference_logprob,
         torch.cat(log_tilt).to(reference_logprob),
         jeffreys_weight=jeffreys_weight,
+        sampled_logprob_B=reference_logprob.new_tensor([one for group in groups for one in group.sampled_logprobs]),
     )
     return StepLoss(loss, metrics._asdict())
 

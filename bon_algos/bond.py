@@ -79,6 +79,7 @@ def bond_loss(
     *,
     jeffreys_weight: float,
     kl_strength: float = 0.0,
+    sampled_logprob_B: Tensor | None = None,
 ) -> BondLoss:
     """Surrogate of (1 − β)·KL(BoN ‖ π) + β·KL(π ‖ BoN) + γ·KL(π ‖ anchor), one sample of π per prompt.
 
@@ -97,12 +98,15 @@ def bond_loss(
     log_tilt_B         (B,)  t(y)
     jeffreys_weight    β in [0, 1]: 0 imitates, 1 is the backward KL alone
     kl_strength        γ ≥ 0
+    sampled_logprob_B  (B,)  log π(y) under the policy that drew y, where that is not quite π: see `less_stale`
 
     ValueError with fewer than two prompts: the baseline is the others' mean.
     """
     log_ratio_B = (logprob_B - anchor_logprob_B).detach()
     return_B = policy_return(log_tilt_B, log_ratio_B, jeffreys_weight=jeffreys_weight, kl_strength=kl_strength)
     advantage_B = less_mean_of_others(return_B).to(logprob_B.dtype)
+    if sampled_logprob_B is not None:
+        advantage_B = less_stale(advantage_B, logprob_B, sampled_logprob_B)
     loss_B = jeffreys_surrogate(imitation_B, logprob_B, advantage_B, jeffreys_weight=jeffreys_weight)
     metrics = BondMetrics(
         imitation=imitation_B.detach().mean(),
@@ -126,6 +130,16 @@ def less_mean_of_others(return_B: Tensor) -> Tensor:
     if num_prompts < 2:
         raise ValueError("the leave-one-out baseline needs at least two prompts")
     return (return_B - return_B.mean()) * (num_prompts / (num_prompts - 1))
+
+
+def less_stale(advantage_B: Tensor, logprob_B: Tensor, sampled_logprob_B: Tensor) -> Tensor:
+    """Advantages of samples that an older policy drew: good ones as they are, bad ones times min(1, π/π_old).
+
+    A bad sample that the policy has turned from would be pushed down again and again, without end; one that it would
+    give again is pushed as if it were fresh (TOPR, arXiv 2503.14286, eq. 8). Exact where the two policies are one.
+    """
+    ratio_B = (logprob_B.detach() - sampled_logprob_B).clamp(max=0.0).exp()
+    return torch.where(advantage_B < 0, ratio_B * advantage_B, advantage_B)
 
 
 def jeffreys_surrogate(

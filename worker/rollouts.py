@@ -133,6 +133,7 @@ class Rollouts:
                 pool.logged_group,
                 [sample.candidate.token_ids for sample in samples],
                 [sample.ranking_reward for sample in samples],
+                [sample.logprob for sample in samples],
             )
             for pool, samples in zip(pools, drawn, strict=True)
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bon_algos import bond, order
 from bon_algos.algorithms import (
-    MAX_LOG_RATIO,
     BondStep,
     FreshGroup,
     LoggedGroup,
@@ -136,7 +136,10 @@ def test_a_bond_steps_expected_gradient_is_that_of_the_divergence(n, lowest):
     logprob_PK = logit_PK.log_softmax(-1)
     expected_loss = torch.zeros((), dtype=torch.float64)
     for first, second in product(range(3), repeat=2):
-        groups = [RankedGroup(log, [[k]], [reward_K[k]]) for log, k in zip(logs, (first, second), strict=True)]
+        groups = [
+            RankedGroup(log, [[k]], [reward_K[k]], [logprob_PK[p, k].item()])
+            for p, (log, k) in enumerate(zip(logs, (first, second), strict=True))
+        ]
         probability = (logprob_PK[0, first] + logprob_PK[1, second]).exp().detach()
         expected_loss = (
             expected_loss + probability * step.loss(groups, chosen, table(logprob_PK), table(reference_PK)).loss
@@ -156,22 +159,29 @@ def test_a_bond_steps_expected_gradient_is_that_of_the_divergence(n, lowest):
     assert expected.abs().max() > 0.05
 
 
-def test_a_sample_that_the_reference_would_never_give_counts_no_more_than_an_unlikely_one():
-    """Beyond MAX_LOG_RATIO nats the gradient does not know how far beyond."""
-    logs = [logged(p, [0, 1], [0.0, 1.0], torch.tensor([-0.7, -0.7])) for p in range(2)]
-    groups = [RankedGroup(log, [[k]], [1.0]) for log, k in zip(logs, (0, 1), strict=True)]
-    step = make_step(BondSpec(n=2))
+def test_a_bad_sample_of_an_older_policy_counts_as_often_as_the_policy_would_still_give_it():
+    """Two prompts, one good sample and one bad: the older policy's log-probs change the bad one's part alone."""
+    reward_K = [0.0, 1.0]
+    logprob_PK = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+    logs = [logged(p, [0, 1], reward_K, logprob_PK[p]) for p in range(2)]
+    step = make_step(BondSpec(n=2, jeffreys_weight=1.0))
     assert isinstance(step, BondStep)
     chosen = [step.choose(log, 0.5) for log in logs]
 
-    def gradient(reference_logprob: float) -> Tensor:
-        logit_PK = torch.tensor([[0.3, 0.1], [0.2, -0.1]]).requires_grad_()
-        reference_PK = torch.tensor([[reference_logprob, -0.7], [-0.7, -0.7]])
-        loss = step.loss(groups, chosen, table(logit_PK.log_softmax(-1)), table(reference_PK)).loss
-        return torch.autograd.grad(loss, logit_PK)[0]
+    def gradient(surplus_bad: float, surplus_good: float) -> Tensor:
+        drawn = logprob_PK.clone().requires_grad_()
+        groups = [
+            RankedGroup(logs[0], [[0]], [0.0], [logprob_PK[0, 0].item() + surplus_bad]),
+            RankedGroup(logs[1], [[1]], [1.0], [logprob_PK[1, 1].item() + surplus_good]),
+        ]
+        loss = step.loss(groups, chosen, table(drawn), table(logprob_PK)).loss
+        gradient_PK = torch.autograd.grad(loss, drawn)[0]
+        return torch.stack([gradient_PK[0, 0], gradient_PK[1, 1]])
 
-    assert torch.equal(gradient(-MAX_LOG_RATIO - 5), gradient(-1000.0))
-    assert not torch.equal(gradient(-MAX_LOG_RATIO + 5), gradient(-1000.0))
+    bad, good = fresh = gradient(0.0, 0.0)
+    assert bad > 0 > good
+    torch.testing.assert_close(gradient(2.0, 2.0), torch.stack([bad * exp(-2.0), good]))
+    torch.testing.assert_close(gradient(-2.0, -2.0), fresh)
 
 
 def test_a_bond_step_weighs_prompts_alike_however_many_samples_they_have():
@@ -183,7 +193,12 @@ def test_a_bond_step_weighs_prompts_alike_however_many_samples_they_have():
     chosen = [step.choose(log, 0.5) for log in logs]
     one, three = (
         step.loss(
-            [RankedGroup(log, [[1]] * count, [1.0] * count) for log in logs], chosen, *[table(logprob_PK)] * 2
+            [
+                RankedGroup(log, [[1]] * count, [1.0] * count, [logprob_PK[p, 1].item()] * count)
+                for p, log in enumerate(logs)
+            ],
+            chosen,
+            *[table(logprob_PK)] * 2,
         ).loss
         for count in (1, 3)
     )
@@ -262,9 +277,10 @@ def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
                     logit_PK.detach().softmax(-1), 2, replacement=True, generator=generator
                 ).tolist()
                 logs = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
+                sampled_B2 = logit_PK.detach().log_softmax(-1).gather(1, torch.tensor(own))
                 ranked = [
-                    RankedGroup(log, [[k] for k in fresh], [rewards[k] for k in fresh])
-                    for log, fresh in zip(logs, own, strict=True)
+                    RankedGroup(log, [[k] for k in fresh], [rewards[k] for k in fresh], sampled.tolist())
+                    for log, fresh, sampled in zip(logs, own, sampled_B2, strict=True)
                 ]
                 loss = step.loss(ranked, [step.choose(log, 0.5) for log in logs], policy, table(reference_PK)).loss
             case OnPolicyStep():
@@ -373,6 +389,7 @@ def test_bond_takes_a_language_model_to_its_best_of_four():
                 ),
                 [COMPLETIONS[k] for k in own],
                 REWARD_25[own].tolist(),
+                law_of(model).detach()[row % 2, own].log().tolist(),
             )
             for row, (outcomes, own) in enumerate(zip(drawn.tolist(), fresh.tolist(), strict=True))
         ]

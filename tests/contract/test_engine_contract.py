@@ -16,9 +16,11 @@ from typing import TypeVar
 
 import aiohttp
 import pytest
+import torch
 
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import Sampling
+from bon_algos.contracts import Candidate, Sampling
+from bonsai.engines import JOB_LORAS
 from service.app import read_tokenizer
 from service.errors import PolicyNotServed
 from service.reward import RewardModel, Score
@@ -29,6 +31,7 @@ from tests.stubs.engine import StubEngine
 from tests.stubs.reward import StubReward
 from tests.stubs.server import running
 from tests.stubs.tokenizer import write_model_directory
+from worker.models import open_policy
 
 T = TypeVar("T")
 PROMPT = "The harbour at dawn"
@@ -153,6 +156,46 @@ def test_a_given_completion_has_the_logprobs_it_was_sampled_with(engines):
     prompt = engines.tokenizer.encode_prompt(PROMPT)
     values = engines.ask(lambda engine: engine.logprobs(engines.base, prompt, candidate.token_ids))
     assert values == pytest.approx(candidate.logprobs, abs=1e-4)
+
+
+@pytest.mark.stack
+def test_the_base_beside_policies_that_fill_every_slot_stays_the_base(stack, tmp_path):
+    """What an engine gives beside adapters has the log-probs that it has alone."""
+    told = stack.stack.environment
+    base, directory = told["BONSAI_BASE_POLICY_ID"], Path(told["BONSAI_POLICY_DIRECTORY"])
+    prompt = read_tokenizer(directory).encode_prompt(PROMPT)
+    # A fuller engine evicts adapters; one that other tests left some in would, too, and loads them again when asked.
+    names = [f"pol-{number:016x}" for number in range(int(told["BONSAI_MAX_LORAS"]) + JOB_LORAS)]
+    save_random_adapter(directory, tmp_path / "adapter")
+
+    async def run() -> list[tuple[Candidate, list[float]]]:
+        engine = PolicyEngine(told["BONSAI_POLICY_ENGINE_URL"])
+        try:
+            for name in names:
+                await engine.load_adapter(name, str(tmp_path / "adapter"))
+            now = asyncio.get_running_loop().time()
+            window = DrawingWindow(soft=now + 30, hard=now + 60, quorum=8)
+            sampling = Sampling(max_tokens=32, temperature=1.0)
+            groups = await asyncio.gather(
+                *(engine.sample(name, prompt, 8, sampling, window) for name in [*names, base, *names])
+            )
+            own = groups[len(names)]
+            return [(one, await engine.logprobs(base, prompt, one.token_ids)) for one in own]
+        finally:
+            for name in names:
+                await engine.unload_adapter(name)
+            await engine.close()
+
+    for candidate, alone in asyncio.run(run()):
+        assert candidate.logprobs == pytest.approx(alone, abs=1e-3)
+
+
+def save_random_adapter(model: Path, directory: Path) -> None:
+    """An adapter that changes the policy beyond recognition."""
+    policy = open_policy(model, BASE, rank=8, alpha=32.0, train_factor_a=True, seed=0, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    policy.load_factors({name: torch.randn(t.shape, generator=generator) for name, t in policy.factors.items()})
+    policy.save_adapter(directory)
 
 
 def test_unloading_what_is_not_there_is_no_error(engines):

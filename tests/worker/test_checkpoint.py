@@ -129,6 +129,7 @@ def ranked(pool):
         pool.logged_group,
         [first.token_ids, second.token_ids],
         [first.ranking_reward, second.ranking_reward],
+        [sum(first.token_logprobs), sum(second.token_logprobs)],
     )
 
 

@@ -1,6 +1,6 @@
 """Log-probs of completions under a causal language model of transformers, at temperature 1.
 
-Owns rows, positions and the vocabulary projection. Does not own which policy is asked: for the reference the
+Owns rows, positions, masks and the vocabulary projection. Does not own which policy is asked: for the reference the
 caller switches the adapter off around the call, and gradients or eval mode are the caller's as well.
 
 The vocabulary is only ever projected to at positions that predict a completion's token, a chunk of them at a
@@ -26,6 +26,14 @@ HEAD_SCALINGS = (
     "output_multiplier",
 )
 """What some families do to logits after the head, by the name it has in their configurations."""
+
+
+PACKED_FAMILIES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+"""Whose layers only look through attention, by a mask and positions that are given: seen in the tests."""
+ATTENTION_WINDOWS = ("sliding_window", "attention_chunk_size")
+"""A packed row's mask knows no windows: completions must fit into them, or stand in rows of their own."""
+MAX_PACKED_TOKENS = 8_192
+"""Of a packed row: its mask has the square of that."""
 
 
 class CausalLanguageModel(Protocol):
@@ -81,14 +89,16 @@ def token_logprobs(
 def _completion_logprobs(model: CausalLanguageModel, groups: Sequence[TokenGroup], batch_chunk_size: int) -> Tensor:
     """Log-probs of all completion tokens, row after row. (T,)."""
     head = _plain_head(model)
-    rows = [(group.prompt_ids, completion) for group in groups for completion in group.completion_ids]
-    token_RL = _right_padded([[*prompt, *completion] for prompt, completion in rows], head.weight.device)
-    # A causal model never looks to the right, where the padding is: an attention mask would change
+    layout = (_packed if packing_pays(model.config.get_text_config(), groups) else _one_row_each)(groups)
+    device = head.weight.device
+    # In a row of its own a completion never looks to the right, where the padding is: an attention mask would change
     # nothing but the speed.
-    hidden_RLD = model.get_decoder()(input_ids=token_RL, use_cache=False).last_hidden_state
-    row_T = _flat([[row] * len(completion) for row, (_, completion) in enumerate(rows)], token_RL)
-    position_T = _flat([range(len(prompt), len(prompt) + len(completion)) for prompt, completion in rows], token_RL)
-    return _head_logprobs(head, hidden_RLD[row_T, position_T - 1], token_RL[row_T, position_T], batch_chunk_size)
+    context = {} if layout.segments is None else _seen_by_segment(layout.segments, layout.positions, device)
+    hidden_RLD = model.get_decoder()(
+        input_ids=_right_padded(layout.tokens, device), use_cache=False, **context
+    ).last_hidden_state
+    row_T, column_T, token_T = torch.tensor(layout.predicted, dtype=torch.long, device=device).view(-1, 3).T
+    return _head_logprobs(head, hidden_RLD[row_T, column_T], token_T, batch_chunk_size)
 
 
 def _head_logprobs(head: nn.Linear, hidden_TD: Tensor, token_T: Tensor, batch_chunk_size: int) -> Tensor:
@@ -116,11 +126,81 @@ def _plain_head(model: CausalLanguageModel) -> nn.Linear:
 
 
 def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """(R, L); padded with token 0, which nothing reads."""
+    """(R, L); padded with 0, which nothing reads."""
     longest = max(len(row) for row in rows)
     padded = [[*row, *[0] * (longest - len(row))] for row in rows]
     return torch.tensor(padded, dtype=torch.long, device=device)
 
 
-def _flat(rows: Sequence[Sequence[int]], like: Tensor) -> Tensor:
-    return torch.tensor([index for row in rows for index in row], dtype=torch.long, device=like.device)
+# --- where tokens stand -----------------------------------------------------------------------------
+
+
+class _Layout(NamedTuple):
+    """Rows of tokens for one forward pass. The last token of a completion predicts nothing and stands nowhere."""
+
+    tokens: list[list[int]]
+    predicted: list[tuple[int, int, int]]
+    """Row, column and what follows there, for every token of every completion."""
+    positions: list[list[int]]
+    segments: list[list[int]] | None
+    """Of packed rows: 0 for the prompt, 1… for its completions."""
+
+
+def _one_row_each(groups: Sequence[TokenGroup]) -> _Layout:
+    tokens: list[list[int]] = []
+    predicted: list[tuple[int, int, int]] = []
+    for prompt, completions in groups:
+        for completion in completions:
+            predicted += [(len(tokens), len(prompt) - 1 + place, token) for place, token in enumerate(completion)]
+            tokens.append([*prompt, *completion[:-1]])
+    return _Layout(tokens, predicted, [], None)
+
+
+def _packed(groups: Sequence[TokenGroup]) -> _Layout:
+    """A row for each group: the prompt once, then completions that do not see each other."""
+    layout = _Layout([], [], [], segments := [])
+    for row, (prompt, completions) in enumerate(groups):
+        tokens, positions, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        for number, completion in enumerate(completions, 1):
+            columns = [len(prompt) - 1, *range(len(tokens), len(tokens) + len(completion) - 1)]
+            layout.predicted.extend((row, *pair) for pair in zip(columns, completion, strict=False))
+            tokens += completion[:-1]
+            positions += range(len(prompt), len(prompt) + len(completion) - 1)
+            segment += [number] * (len(completion) - 1)
+        layout.tokens.append(tokens)
+        layout.positions.append(positions)
+        segments.append(segment)
+    return layout
+
+
+def _seen_by_segment(segments: list[list[int]], positions: list[list[int]], device: torch.device) -> dict[str, Tensor]:
+    """Positions, and a mask by which a token sees what stands before it in the prompt and in its own completion."""
+    segment_RL = _right_padded(segments, device)
+    length = segment_RL.shape[1]
+    is_seen_RLL = (segment_RL[:, None, :] == 0) | (segment_RL[:, None, :] == segment_RL[:, :, None])
+    is_before_LL = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return {
+        "attention_mask": (is_seen_RLL & is_before_LL)[:, None],
+        "position_ids": _right_padded(positions, device),
+    }
+
+
+def packing_pays(config: Any, groups: Sequence[TokenGroup]) -> bool:
+    """Whether rows that share their prompt are right for this model, and cheaper: fewer tokens, but more keys each.
+
+    A layer's matrices take about 12 D² multiplications a token, its attention 2 D a key; a causal row of its own skips
+    half of its keys, a packed one none.
+    """
+    longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
+    windows = [getattr(config, name, None) for name in ATTENTION_WINDOWS]
+    is_right = (
+        config.model_type in PACKED_FAMILIES
+        and config._attn_implementation == "sdpa"  # the others take no mask of booleans
+        and all(window is None or longest <= window for window in windows)
+    )
+    if not is_right:
+        return False
+    width, num_rows = 12 * config.hidden_size, sum(len(group.completion_ids) for group in groups)
+    packed = max(len(group.prompt_ids) + sum(map(len, group.completion_ids)) for group in groups)
+    cost_of_packed = len(groups) * packed * (width + 2 * packed)
+    return packed <= MAX_PACKED_TOKENS and cost_of_packed < num_rows * longest * (width + longest)

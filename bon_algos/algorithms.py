@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bon_algos.bond import best_of_two, bond_loss, j_bond_loss, quantile_reward_tie_aware
+from bon_algos.bond import best_of_two, bond_loss, compressed_below, j_bond_loss, quantile_reward_tie_aware
 from bon_algos.contracts import AlgorithmSpec, BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
 from bon_algos.imitation import best_of_n_imitation
 from bon_algos.logprobs import TokenGroup
@@ -133,7 +133,7 @@ def make_step(spec: AlgorithmSpec) -> Step:
                 LoggedStep(partial(_choose_best, n=spec.n, count=rows), _imitate),
                 spec.imitation_steps,
                 partial(_choose_best, n=spec.n, count=spec.candidates_per_prompt),
-                partial(_bond, n=spec.n, jeffreys_weight=spec.jeffreys_weight, lowest_log_tilt=spec.lowest_log_tilt),
+                partial(_bond, n=spec.n, jeffreys_weight=spec.jeffreys_weight, return_floor=spec.return_floor),
                 spec.samples_per_prompt,
             )
         case JBondSpec():
@@ -210,7 +210,7 @@ def _bond(
     *,
     n: int,
     jeffreys_weight: float,
-    lowest_log_tilt: float,
+    return_floor: float,
 ) -> StepLoss:
     fresh = [TokenGroup(group.logged.tokens.prompt_ids, group.completion_ids) for group in groups]
     both = [
@@ -225,14 +225,15 @@ def _bond(
         imitation.append(best_of_n_imitation(imitated_1N, weight_1N).expand(len(own_N)))
         logprob.append(own_N)
         standing = standing_against(_row(group.rewards), _row(group.logged.rewards))
-        log_tilt.append(log_tilt_tie_aware(standing, n)[0].clamp(min=lowest_log_tilt))
+        log_tilt.append(log_tilt_tie_aware(standing, n)[0])
     with torch.no_grad():
         reference_logprob = torch.cat(list(reference(fresh)))
+    log_ratio = torch.cat(logprob).detach() - reference_logprob
     loss, metrics = bond_loss(
         torch.cat(imitation),
         torch.cat(logprob),
         reference_logprob,
-        torch.cat(log_tilt).to(reference_logprob),
+        compressed_below(torch.cat(log_tilt).to(log_ratio) - log_ratio, return_floor) + log_ratio,
         jeffreys_weight=jeffreys_weight,
         sampled_logprob_B=reference_logprob.new_tensor([one for group in groups for one in group.sampled_logprobs]),
     )

@@ -132,6 +132,12 @@ def less_mean_of_others(return_B: Tensor) -> Tensor:
     return (return_B - return_B.mean()) * (num_prompts / (num_prompts - 1))
 
 
+def compressed_below(return_B: Tensor, floor: float) -> Tensor:
+    """Returns whose excess below a floor counts by its logarithm: one sample that is hopeless, or that the reference
+    would never give, must not decide a whole step, yet a worse one stays worse. (B,) -> (B,), nats."""
+    return return_B.clamp(min=floor) - (floor - return_B).clamp(min=0.0).log1p()
+
+
 def less_stale(advantage_B: Tensor, logprob_B: Tensor, sampled_logprob_B: Tensor) -> Tensor:
     """Advantages of samples that an older policy drew: good ones as they are, bad ones times min(1, π/π_old).
 

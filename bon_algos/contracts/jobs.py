@@ -38,16 +38,16 @@ class BondSpec(TrainingSpec):
 
     Samples are drawn while the step before trains, so they are one update old."""
 
-    n: int = Field(64, ge=2, le=4096)
+    n: int = Field(40, ge=2, le=4096)
     """The best-of-n aimed at; a policy that cannot express its law lands below, so aim above the n to be replaced.
     Beyond the number of a prompt's candidates, best of them all is imitated."""
     jeffreys_weight: float = Field(0.85, ge=0, le=1)
     """Weight of the backward KL, from fresh samples; 0 is imitation of logged candidates alone."""
-    lowest_log_tilt: float = Field(-10.0, ge=-1000, le=0)
-    """Nats at which log π_BoN/π_ref of a poor sample is cut off, so that the worst do not drown the rest."""
-    samples_per_prompt: int = Field(2, ge=1, le=64)
+    return_floor: float = Field(-10.0, ge=-1000, le=0)
+    """Nats below which a sample's return, log π_BoN/π, counts by its logarithm: the worst must not drown the rest."""
+    samples_per_prompt: int = Field(4, ge=1, le=64)
     """Fresh samples of a prompt at its turn."""
-    candidates_per_prompt: int = Field(2, ge=1, le=4096)
+    candidates_per_prompt: int = Field(1, ge=1, le=4096)
     """Logged candidates imitated at a prompt's turn."""
     imitation_steps: int = Field(40, ge=0)
     """First steps that imitate alone and need no fresh samples: much of the way, at a fraction of the cost."""

@@ -37,7 +37,7 @@ class CircleBroken(Exception):
 
 def demo_job(seed: int = 0) -> JobSpec:
     """What the demo posts to /distill; only the seed differs between repetitions."""
-    bond = BondSpec(n=64, steps=110, prompts_per_step=32, learning_rate=3e-3, samples_per_prompt=3, imitation_steps=40)
+    bond = BondSpec(steps=110, prompts_per_step=32, learning_rate=3e-3)
     return JobSpec(method=Method(type="bond", bond=bond), n=N, seed=seed)
 
 

@@ -121,15 +121,16 @@ def test_a_j_bond_step_imitates_the_better_anchor_sample():
     assert actual.metrics["kl_policy_anchor"].item() == pytest.approx(expected.metrics.kl_policy_anchor.item())
 
 
-@pytest.mark.parametrize(("n", "lowest"), [(3, -1000.0), (3, -2.0), (9, -10.0)])
-def test_a_bond_steps_expected_gradient_is_that_of_the_divergence(n, lowest):
+@pytest.mark.parametrize(("n", "floor"), [(3, -1000.0), (3, -1.0), (9, -10.0)])
+def test_a_bond_steps_expected_gradient_is_that_of_the_divergence(n, floor):
     """Over all nine pairs of fresh samples of two prompts: (1 − β)·cross-entropy to the logged best, by the weights of
-    best-of-n or of all four where n is more, + β·E_π[log π/π_ref − t], t from the logged rewards and cut off below."""
+    best-of-n or of all four where n is more, + β·E_π[log π/π_ref − t], t from the logged rewards; what lies below the
+    floor counts by its logarithm."""
     beta, reward_K, drawn = 0.6, [0.0, 1.0, 2.0], [0, 1, 1, 2]
     logit_PK = torch.tensor([[0.1, -0.4, 0.3], [0.5, 0.2, -0.6]], dtype=torch.float64).requires_grad_()
     reference_PK = torch.tensor([[0.5, 0.3, 0.2], [0.3, 0.1, 0.6]], dtype=torch.float64).log()
     logs = [logged(p, drawn, [reward_K[k] for k in drawn], reference_PK[p]) for p in range(2)]
-    step = make_step(BondSpec(n=n, jeffreys_weight=beta, lowest_log_tilt=lowest, candidates_per_prompt=4000))
+    step = make_step(BondSpec(n=n, jeffreys_weight=beta, return_floor=floor, candidates_per_prompt=4000))
     assert isinstance(step, BondStep)
     chosen = [step.choose(log, 0.5) for log in logs]
 
@@ -147,10 +148,11 @@ def test_a_bond_steps_expected_gradient_is_that_of_the_divergence(n, lowest):
 
     logged_rewards = [reward_K[k] for k in drawn]
     standing = standing_against(*(torch.tensor([row], dtype=torch.float64) for row in (reward_K, logged_rewards)))
-    tilt_K = log_tilt_tie_aware(standing, n)[0].clamp(min=lowest)
+    return_PK = log_tilt_tie_aware(standing, n)[0] - (logprob_PK - reference_PK).detach()
+    return_PK = torch.where(return_PK < floor, floor - (1 + floor - return_PK).log(), return_PK)
     weight_N = torch.tensor(order.best_of_n_weights(logged_rewards, min(n, 4)))
     imitation_P = -(weight_N * logprob_PK[:, drawn]).sum(dim=-1)
-    backward_P = (logprob_PK.exp() * (logprob_PK - reference_PK - tilt_K)).sum(dim=-1)
+    backward_P = -(logprob_PK.exp() * return_PK).sum(dim=-1)  # whose gradient ∇π·(log π − …) is, as Σ∇π = 0
     divergence = ((1 - beta) * imitation_P + beta * backward_P).mean()
     actual, expected = (
         torch.autograd.grad(loss, logit_PK, retain_graph=True)[0] for loss in (expected_loss, divergence)
@@ -344,6 +346,7 @@ def test_a_language_model_becomes_its_own_best_of_four(spec):
     reference_P25 = law_of(model).detach()
     generator = torch.Generator().manual_seed(1)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=120)
     for _ in range(120):
         drawn = torch.multinomial(reference_P25.repeat(8, 1), 16, replacement=True, generator=generator)
         groups = [
@@ -358,6 +361,7 @@ def test_a_language_model_becomes_its_own_best_of_four(spec):
         chosen = [step.choose(group, torch.rand((), generator=generator).item()) for group in groups]
         torch.autograd.backward(step.loss(chosen, lambda asked: sequence_logprobs(model, asked)).loss)
         optimiser.step()
+        cooling.step()
     require_best_of_four(model, reference_P25)
 
 
@@ -377,6 +381,7 @@ def test_bond_takes_a_language_model_to_its_best_of_four():
     reference_P25 = law_of(model).detach()
     generator = torch.Generator().manual_seed(1)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=150)
     for _ in range(150):
         drawn = torch.multinomial(reference_P25.repeat(8, 1), 64, replacement=True, generator=generator)
         fresh = torch.multinomial(law_of(model).detach().repeat(8, 1), 4, replacement=True, generator=generator)
@@ -403,6 +408,7 @@ def test_bond_takes_a_language_model_to_its_best_of_four():
         )
         torch.autograd.backward(outcome.loss)
         optimiser.step()
+        cooling.step()
     require_best_of_four(model, reference_P25)
 
 

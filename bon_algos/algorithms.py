@@ -115,6 +115,8 @@ class BondStep:
     """Groups, what was chosen of each, the log-probs of the policy in training, those of the reference (no gradient
     is taken there)."""
     samples_per_prompt: int
+    averaged_steps: int
+    """Over how many last steps the weights are averaged in the end."""
 
 
 Step = LoggedStep | OnPolicyStep | BondStep
@@ -135,6 +137,7 @@ def make_step(spec: AlgorithmSpec) -> Step:
                 partial(_choose_best, n=spec.n, count=spec.candidates_per_prompt),
                 partial(_bond, n=spec.n, jeffreys_weight=spec.jeffreys_weight, return_floor=spec.return_floor),
                 spec.samples_per_prompt,
+                spec.averaged_steps,
             )
         case JBondSpec():
             loss = partial(_j_bond, jeffreys_weight=spec.jeffreys_weight, kl_strength=spec.kl_strength)

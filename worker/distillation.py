@@ -173,6 +173,7 @@ class Distillation:
             patience_seconds=place.engine_patience_seconds,
         )
         loop.run(method.steps)
+        training.finish()
 
     def evaluate(self, policy: TrainedPolicy, window: FrozenWindow) -> EvaluationReport:
         self.progress.enter("evaluating")

@@ -56,7 +56,7 @@ def _order(num_items: int, round_number: int, seed: int) -> list[int]:
 
 
 class Training:
-    """A policy on its way: optimiser, anchor and the number of steps done."""
+    """A policy on its way: optimiser, anchor, mean and the number of steps done."""
 
     def __init__(
         self,
@@ -77,6 +77,7 @@ class Training:
         self._parameters = policy.trained
         self._optimiser = torch.optim.AdamW(self._parameters.values(), lr=learning_rate, weight_decay=0.0)
         self.anchor = EmaAnchor(self._parameters) if isinstance(step, OnPolicyStep) else None
+        self._mean: dict[str, Tensor] = {}
 
     @property
     def logged_step(self) -> LoggedStep | None:
@@ -141,7 +142,24 @@ class Training:
         self._optimiser.step()
         self._optimiser.zero_grad()
         self.done += 1
+        self._average()
         return {**metrics, "grad_norm": norm}
+
+    def _average(self) -> None:
+        """Let the mean over the last steps follow, where the method wants one."""
+        if not isinstance(self.step, BondStep):
+            return
+        count = self.done - max(self._steps - self.step.averaged_steps, self.step.imitation_steps)
+        if count == 1:
+            self._mean = self.policy.factors
+        elif count > 1:
+            for name, factor in self.policy.factors.items():
+                self._mean[name] += (factor - self._mean[name]) / count
+
+    def finish(self) -> None:
+        """After the last step: the policy becomes the mean of its last steps, where the method wants one."""
+        if self._mean:
+            self.policy.load_factors(self._mean)
 
     # --- being taken up again ------------------------------------------------------------------------
 
@@ -150,6 +168,7 @@ class Training:
         tensors = {f"policy/{name}": tensor for name, tensor in self.policy.factors.items()}
         for index, entry in self._optimiser.state_dict()["state"].items():
             tensors.update({f"optimiser/{index}/{name}": value for name, value in entry.items()})
+        tensors.update({f"mean/{name}": tensor for name, tensor in self._mean.items()})
         if self.anchor is not None:
             tensors.update({f"anchor/{name}": tensor for name, tensor in self.anchor.tensors.items()})
         tensors["random/cpu"] = torch.get_rng_state()
@@ -165,8 +184,9 @@ class Training:
             index, field = name.split("/")
             entries.setdefault(int(index), {})[field] = tensor
         self._optimiser.load_state_dict({**optimiser, "state": entries})
+        device = next(iter(self._parameters.values())).device
+        self._mean = {name: tensor.to(device) for name, tensor in _under("mean/", tensors).items()}
         if self.anchor is not None:
-            device = next(iter(self._parameters.values())).device
             self.anchor = EmaAnchor({name: t.to(device) for name, t in _under("anchor/", tensors).items()})
         torch.set_rng_state(tensors["random/cpu"])
         self.done = state.step

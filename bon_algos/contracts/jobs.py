@@ -38,7 +38,7 @@ class BondSpec(TrainingSpec):
 
     Samples are drawn while the step before trains, so they are one update old."""
 
-    n: int = Field(40, ge=2, le=4096)
+    n: int = Field(48, ge=2, le=4096)
     """The best-of-n aimed at; a policy that cannot express its law lands below, so aim above the n to be replaced.
     Beyond the number of a prompt's candidates, best of them all is imitated."""
     jeffreys_weight: float = Field(0.85, ge=0, le=1)
@@ -51,6 +51,9 @@ class BondSpec(TrainingSpec):
     """Logged candidates imitated at a prompt's turn."""
     imitation_steps: int = Field(40, ge=0)
     """First steps that imitate alone and need no fresh samples: much of the way, at a fraction of the cost."""
+    averaged_steps: int = Field(40, ge=1)
+    """The policy is the mean of its weights over so many last steps, imitation aside (SWA, arXiv 1803.05407): fresh
+    samples are few, and what one step's noise opens up is where a policy drifts from its reference."""
 
 
 class JBondSpec(TrainingSpec):

@@ -54,9 +54,9 @@ def test_a_spec_becomes_the_step_that_its_samples_come_from():
     step = make_step(JBondSpec(anchor_rate=0.07, refresh_steps=3))
     assert isinstance(step, OnPolicyStep)
     assert (step.anchor_rate, step.refresh_steps) == (0.07, 3)
-    bond_step = make_step(BondSpec(samples_per_prompt=5, imitation_steps=2))
+    bond_step = make_step(BondSpec(samples_per_prompt=5, imitation_steps=2, averaged_steps=9))
     assert isinstance(bond_step, BondStep)
-    assert (bond_step.samples_per_prompt, bond_step.imitation_steps) == (5, 2)
+    assert (bond_step.samples_per_prompt, bond_step.imitation_steps, bond_step.averaged_steps) == (5, 2, 9)
 
 
 def test_an_imitation_step_by_hand():

@@ -158,12 +158,25 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_a
     second.resume(resumable(tmp_path))
     advance(second, tiny_window, STEPS)
     for label, training in (("whole", whole), ("second", second)):
+        training.finish()
         training.policy.save_adapter(tmp_path / label)
     whole_bytes, second_bytes = (
         (tmp_path / label / "adapter_model.safetensors").read_bytes() for label in ("whole", "second")
     )
     assert whole_bytes == second_bytes
     assert second.done == STEPS
+
+
+def test_bond_leaves_the_mean_of_its_last_steps_and_none_of_its_imitation(tiny_policy, tiny_window):
+    for averaged, expected in ((2, [5, 6]), (40, [3, 4, 5, 6])):
+        training = opened(tiny_policy, BondSpec(steps=6, imitation_steps=2, averaged_steps=averaged), steps=6)
+        weights = {}
+        for step in range(1, 7):
+            weights[step] = advance(training, tiny_window, step).policy.factors
+        training.finish()
+        for name, factor in training.policy.factors.items():
+            mean = torch.stack([weights[step][name] for step in expected]).mean(dim=0)
+            torch.testing.assert_close(factor, mean)
 
 
 @pytest.mark.parametrize("name", ["bon_forward_kl", "bon_regression"])

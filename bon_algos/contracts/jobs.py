@@ -38,12 +38,12 @@ class BondSpec(TrainingSpec):
 
     Samples are drawn while the step before trains, so they are one update old."""
 
-    n: int = Field(48, ge=2, le=4096)
+    n: int = Field(40, ge=2, le=4096)
     """The best-of-n aimed at; a policy that cannot express its law lands below, so aim above the n to be replaced.
     Beyond the number of a prompt's candidates, best of them all is imitated."""
     jeffreys_weight: float = Field(0.85, ge=0, le=1)
     """Weight of the backward KL, from fresh samples; 0 is imitation of logged candidates alone."""
-    return_floor: float = Field(-10.0, ge=-1000, le=0)
+    return_floor: float = Field(-15.0, ge=-1000, le=0)
     """Nats below which a sample's return, log π_BoN/π, counts by its logarithm: the worst must not drown the rest."""
     samples_per_prompt: int = Field(4, ge=1, le=64)
     """Fresh samples of a prompt at its turn."""

@@ -21,6 +21,8 @@ ENTRY = (
     "import gc; gc.disable(); from vllm.entrypoints.launchers.api_server.entry import main; gc.enable(); main()",
 )
 LORA_RANKS = (8, 16, 32, 64, 128, 256)
+CPU_LORA_PLUGIN = "bonsai_cpu_lora"
+"""`cpu_lora.register`, by the name of its entry point."""
 JOB_LORAS = 2
 """A job in training lends the engine its policy and its anchor."""
 NOT_INHERITED = (
@@ -126,6 +128,8 @@ def engine_environment(inherited: Mapping[str, str], *, runtime: Path, threads: 
         "VLLM_RPC_BASE_PATH": str(runtime),
         "OMP_NUM_THREADS": str(threads),
     }
+    if (chosen := inherited.get("VLLM_PLUGINS")) is not None:  # an operator's choice must not undo a correction
+        engine["VLLM_PLUGINS"] = ",".join(filter(None, (chosen, CPU_LORA_PLUGIN)))
     if gpu is None:
         return kept | engine | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return kept | engine | {"CUDA_VISIBLE_DEVICES": str(gpu)}

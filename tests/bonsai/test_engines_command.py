@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
 
-from bonsai import engines
+from bonsai import cpu_lora, engines
 
 SOCKET = Path("/run/bonsai/policy.sock")
 INHERITED = {
@@ -84,3 +85,14 @@ def test_a_starting_engine_tells_how_far_it_is() -> None:
     assert engines.engine_phase("") == "importing vLLM"
     assert engines.engine_phase(log) == "importing the model runner"
     assert engines.engine_phase(log + "Starting to load model /m...") == "loading the model"
+
+
+def test_an_operators_choice_of_plugins_keeps_the_correction_of_adapters_on_cpus() -> None:
+    def plugins(chosen: dict[str, str]) -> str | None:
+        return engines.engine_environment(chosen, runtime=Path("/r"), threads=1, gpu=None).get("VLLM_PLUGINS")
+
+    assert plugins({}) is None  # vLLM loads all it finds
+    assert plugins({"VLLM_PLUGINS": "other"}) == f"other,{engines.CPU_LORA_PLUGIN}"
+    assert plugins({"VLLM_PLUGINS": ""}) == engines.CPU_LORA_PLUGIN
+    (found,) = entry_points(group="vllm.general_plugins", name=engines.CPU_LORA_PLUGIN)
+    assert found.load() is cpu_lora.register

@@ -36,8 +36,8 @@ up: setup ## start everything and keep it running
 test: static ## every check and every test
 	$(BIN)/pytest $(ARGS)
 
-check: static ## the fast part: format, lint, types, imports, tests without the real stack
-	$(BIN)/pytest -m "not stack" $(ARGS)
+check: static ## the fast part: format, lint, types, imports, the tests that take no time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not stack and not slow" --numprocesses=auto $(ARGS)
 
 static: setup
 	$(BIN)/ruff format --check .

@@ -137,9 +137,10 @@ def systematic_sample(weight_M: ArrayLike, count: int, uniform: float) -> NDArra
     weight = _floats(weight_M)
     if count < 1 or not 0 <= uniform < 1 or weight.min() < 0 or not math.isclose(weight.sum(), 1.0, rel_tol=1e-9):
         raise ValueError("need weights that sum to 1, a positive count and a number in [0, 1)")
-    # The last edge is exactly 1, whatever rounding did to the sum, so that the last point falls inside.
+    # The last edge is exactly 1 and every point below it, whatever rounding made of the sums.
     edges = np.append(np.cumsum(weight)[:-1], 1.0)
-    places = np.searchsorted(edges, (np.arange(count) + uniform) / count, side="right")
+    points = np.minimum((np.arange(count) + uniform) / count, np.nextafter(1.0, 0.0))
+    places = np.searchsorted(edges, points, side="right")
     return np.bincount(places, minlength=weight.size)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +36,12 @@ class TrainingState(NamedTuple):
     """What is not a tensor; JSON."""
 
 
-def save(attempt: Path, state: TrainingState) -> None:
-    """Write the state of `step` into the attempt's directory and forget all but the newest two."""
+def save(attempt: Path, state: TrainingState, confirm: Callable[[], None]) -> None:
+    """Write the state of `step` into the attempt's directory and forget all but the newest two.
+
+    `confirm` raises when the attempt no longer owns the job. It is asked when all is written and only the rename
+    is left, so a process that was frozen while it wrote leaves nothing.
+    """
     with staged(attempt / f"step-{state.step:08d}") as aside:
         save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, aside / "state.safetensors")
         body = {
@@ -46,6 +50,7 @@ def save(attempt: Path, state: TrainingState) -> None:
             "tensors_sha256": sha256_file(aside / "state.safetensors"),
         }
         (aside / "state.json").write_text(json.dumps({"body": body, "sha256": _digest(body)}))
+        confirm()
     for old in sorted(attempt.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
 

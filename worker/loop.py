@@ -146,8 +146,8 @@ class Loop:
     def _save(self) -> None:
         if self._training.logged_step is not None:
             self._progress.step(self._training.done, self._measure_live())
-        self._lease.confirm()
-        checkpoint.save(self._attempt, self._training.state({"metrics": self._progress.metrics}))
+        state = self._training.state({"metrics": self._progress.metrics})
+        checkpoint.save(self._attempt, state, self._lease.confirm)
 
     def _measure_live(self) -> dict[str, float]:
         """One sample each of some held-out prompts; nothing when the engine is away: this training needs none."""

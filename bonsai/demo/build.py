@@ -92,7 +92,7 @@ def _invent(rng: np.random.Generator) -> str:
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Weights as bf16, with the tokenizer and its template beside them."""
-    model.to(torch.bfloat16).save_pretrained(directory)  # type: ignore[arg-type]
+    model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory, save_jinja_files=False)
 
 

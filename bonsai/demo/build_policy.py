@@ -27,7 +27,7 @@ IGNORED: Final = -100
 
 def make_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """An untrained policy of about 2.8 M parameters."""
-    return LlamaForCausalLM(  # type: ignore[no-untyped-call]
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=256,

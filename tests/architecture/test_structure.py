@@ -35,6 +35,7 @@ def loaded_modules(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_gateway_loads_no_training_library_and_no_worker():
     assert loaded_modules("import service.app") & {"torch", "transformers", "peft", "vllm", "worker"} == set()
 

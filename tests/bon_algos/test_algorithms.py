@@ -228,6 +228,7 @@ def test_a_group_of_fewer_than_n_is_refused(spec):
         step.choose(logged(0, [0, 1], [1.0, 2.0], logprob_PK[0]), 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [BonForwardKlSpec(n=4), BonRegressionSpec(n=4)], ids=lambda spec: type(spec).__name__)
 @pytest.mark.parametrize("count", [1, 3, 8, 20])
 def test_the_chosen_candidates_stand_for_all_of_them(spec, count):
@@ -334,6 +335,7 @@ def win_and_kl(law_25: np.ndarray, reference_25: np.ndarray) -> tuple[float, flo
     return float(law_25 @ beats @ reference_25), float((law_25 * np.log(law_25 / reference_25)).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [BonForwardKlSpec(n=4, candidates_per_prompt=8), BonRegressionSpec(n=4, candidates_per_prompt=16)],
@@ -374,6 +376,7 @@ def require_best_of_four(model, reference_P25: Tensor) -> None:
         assert kl == pytest.approx(expected_kl, abs=0.12)
 
 
+@pytest.mark.slow
 def test_bond_takes_a_language_model_to_its_best_of_four():
     """Fresh samples ranked among logged groups of 64; the same end as from logged groups alone."""
     model, step = tiny_model(), make_step(BondSpec(n=4, samples_per_prompt=4, candidates_per_prompt=8))

@@ -50,6 +50,7 @@ def test_the_reference_has_neither_win_rate_nor_kl_against_itself(measured):
     assert charts.cells_of(measured.one)[3:5] == ("–", "–")
 
 
+@pytest.mark.slow
 def test_the_picture_is_a_png_with_something_on_it(measured, tmp_path):
     charts.save(measured, tmp_path / "circle.png")
     pixels = imread(tmp_path / "circle.png")

@@ -30,6 +30,7 @@ def wait_for_policy(*looks: dict[str, Any]) -> Policy:
     return asyncio.run(wait())
 
 
+@pytest.mark.slow
 def test_a_job_is_watched_until_it_has_succeeded():
     done = {"status": "succeeded", "step": 2, "steps": 2, "policy": "pol-0123456789abcdef"}
     job, seen = wait_for_job({"status": "running", "step": 1, "steps": 2}, done)

@@ -14,6 +14,8 @@ import pytest
 from bonsai.leftovers import read_row
 from bonsai.processes import LogTail, ProcessFailed, ProcessSpec, ProcessStatus, SupervisedProcess, back_off
 
+pytestmark = pytest.mark.slow
+
 
 async def says_up(log: LogTail) -> str | None:
     return None if "up\n" in log() else "coming up"

@@ -18,6 +18,8 @@ from redis import Redis
 from bonsai.leftovers import ProcessRow, belonging, read_record, read_row, read_rows
 from bonsai.runtime_directory import StateDirectory, runtime_directory
 
+pytestmark = pytest.mark.slow
+
 DEADLINE = 20.0
 Supervisor = subprocess.Popen[str]
 

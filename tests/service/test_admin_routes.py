@@ -52,6 +52,7 @@ def fill_ledger(world: World, count: int = 4) -> None:
     world.groups(count)
 
 
+@pytest.mark.slow
 def test_a_policy_goes_live_answers_and_is_rolled_back(world: World, tmp_path: Path):
     assert world.client.post("/generate", {"prompt": "p", "n": 4}).json["arm"] == f"{BASE}:4"
     student = proven_candidate(world, tmp_path)
@@ -70,6 +71,7 @@ def test_a_policy_goes_live_answers_and_is_rolled_back(world: World, tmp_path: P
     assert send(world, "POST", "/routes/default/rollback").status == 409
 
 
+@pytest.mark.slow
 def test_an_engine_that_forgot_the_live_policy_is_answered_for_by_best_of_n(world: World, tmp_path: Path):
     """It restarts while the policy's files are gone: nothing can be loaded again."""
     student = proven_candidate(world, tmp_path)
@@ -83,6 +85,7 @@ def test_an_engine_that_forgot_the_live_policy_is_answered_for_by_best_of_n(worl
     wait_until(lambda: world.client.get(f"/policies/{student}").json["state"] == "failed")
 
 
+@pytest.mark.slow
 def test_an_experiment_counts_its_arms(world: World, tmp_path: Path):
     student = proven_candidate(world, tmp_path)
     arms = [{"policy": "base", "n": 4, "weight": 5000}, {"policy": student, "n": 1, "weight": 5000}]

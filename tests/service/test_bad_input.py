@@ -400,6 +400,7 @@ def test_malformed_http_ends_before_a_handler_runs(still_world, head):
     assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
 
 
+@pytest.mark.slow
 def test_C26_C27_a_body_that_does_not_come_is_408_within_10_s(still_world):
     """One socket is held with half a body; nothing is read of it for ever."""
     with socket.create_connection(still_world.client.address, timeout=15) as connection:

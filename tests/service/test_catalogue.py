@@ -52,6 +52,7 @@ async def test_starting_does_not_undo_what_an_operator_changed(redis_url: str):
         assert snapshot.route("default").default_n == 4
 
 
+@pytest.mark.slow
 async def test_the_last_snapshot_goes_on_serving_without_redis_and_recovers(own_redis: RedisServer):
     async with open_redis(own_redis.url) as redis:
         catalogue = Catalogue(redis, policy(BASE), route())

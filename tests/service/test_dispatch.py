@@ -69,6 +69,7 @@ async def test_a_message_carries_the_job_id_alone(redis: Redis, redis_url: str, 
     assert await redis.llen(QUEUE) == 1
 
 
+@pytest.mark.slow
 async def test_a_broker_that_never_answers_costs_seconds(job_id: str):
     """It accepts the connection and says nothing, as over a half-open link."""
     with socket.socket() as silent:

@@ -187,6 +187,7 @@ def test_temperature_0_is_served_with_a_warning(world):
 # --- the deadline -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_at_the_deadline_a_quorum_is_enough(world):
     """10 of 16 are quick, 6 never finish: the best of 10 before the deadline, and the call is closed."""
     world.engine.script.completions = ["x" * (i + 1) for i in range(16)]
@@ -202,6 +203,7 @@ def test_at_the_deadline_a_quorum_is_enough(world):
     assert not group.is_unbiased
 
 
+@pytest.mark.slow
 def test_below_the_quorum_it_is_504_with_what_was_finished_and_the_group_is_logged_unserved(world):
     world.engine.script.delays = [0.0, 0.0] + [60.0] * 14
     started = time.monotonic()
@@ -216,6 +218,7 @@ def test_below_the_quorum_it_is_504_with_what_was_finished_and_the_group_is_logg
     assert (group.selected, group.status) == (None, "deadline")
 
 
+@pytest.mark.slow
 def test_after_the_slice_for_scoring_began_the_quorum_ends_the_drawing(world):
     """Deadline 1 s, scoring slice 0.2 s: at 0.8 s one of 2 is there, at 0.9 s the second of the quorum comes."""
     world.engine.script.delays = [0.0, 0.87, 60.0]
@@ -224,12 +227,14 @@ def test_after_the_slice_for_scoring_began_the_quorum_ends_the_drawing(world):
     assert body["candidates"]["scored"] == 2
 
 
+@pytest.mark.slow
 def test_a_quorum_of_the_caller_is_kept(world):
     world.engine.script.delays = [0.0, 60.0, 60.0, 60.0]
     assert world.client.post("/generate?n=4", {**HI, "timeout_ms": 300}).status == 504
     assert world.client.post("/generate?n=4", {**HI, "timeout_ms": 300, "quorum": 1}).status == 200
 
 
+@pytest.mark.slow
 def test_an_engine_that_never_answers_is_504_at_the_deadline_and_is_left(world):
     world.engine.script.fault = "silent"
     started = time.monotonic()
@@ -238,6 +243,7 @@ def test_an_engine_that_never_answers_is_504_at_the_deadline_and_is_left(world):
     wait_until(lambda: world.engine.active == 0)
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_never_answers_is_504_at_the_deadline(world):
     world.reward.script.fault = "silent"
     reply = world.client.post("/generate?n=2", {**HI, "timeout_ms": 500})
@@ -302,6 +308,7 @@ def test_rewards_none_of_which_is_finite_are_502(world):
 # --- one sample -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_sample_is_answered_before_it_is_scored_and_its_reward_follows(world):
     world.reward.script.delay = 0.3
     started = time.monotonic()
@@ -329,6 +336,7 @@ def test_one_sample_survives_a_reward_model_that_is_away(world):
     assert body["warnings"] == ["the reward model did not answer: the completion has no reward"]
 
 
+@pytest.mark.slow
 def test_a_measurement_is_tried_again(world):
     world.reward.script.fault = "busy"
     world.client.post("/generate?n=1", HI)

@@ -98,6 +98,7 @@ def test_only_groups_a_method_can_learn_from_are_counted(tmp_path, redis_url):
         assert connection.hget(LEDGER_COUNTS, "default") == "1"
 
 
+@pytest.mark.slow
 def test_10_000_groups_drain_within_10_s(tmp_path, redis_url):
     assert deliver(tmp_path, redis_url, numbered_groups(10_000)) < 10
     with redis.Redis.from_url(redis_url) as connection:
@@ -114,6 +115,7 @@ def stubs(tmp_path: Path, redis_url: str, **more: object) -> Iterator[tuple[Gate
         yield gateway_settings(tmp_path, engine_url, reward_url, redis_url, **more), engine, reward
 
 
+@pytest.mark.slow
 def test_without_redis_serving_goes_on_and_everything_arrives_once_in_order(tmp_path, own_redis):
     with stubs(tmp_path, own_redis.url) as (settings, _, _), running_gateway(settings) as client:
         wait_until(lambda: client.get("/ready").json["status"] == "ready")
@@ -142,6 +144,7 @@ def test_a_redis_that_hangs_delays_no_answer(tmp_path, own_redis):
         wait_until(lambda: len(ids(own_redis.url)) == 5)
 
 
+@pytest.mark.slow
 def test_a_full_spool_drops_whole_groups_counts_them_and_says_so(tmp_path, own_redis):
     with stubs(tmp_path, own_redis.url, spool_max_bytes=2**20) as (settings, engine, _):
         # Text that hardly compresses: 64 candidates of 200 characters take at least 6.4 kB of the 1 MiB.
@@ -188,6 +191,7 @@ def _answers(client: Client) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_redis_away", [False, True], ids=["redis up", "redis away"])
 def test_an_answer_that_went_out_has_its_group_once_after_kill_9(tmp_path, own_redis, unused_port, is_redis_away):
     with stubs(tmp_path, own_redis.url) as (settings, _, _):
@@ -206,6 +210,7 @@ def test_an_answer_that_went_out_has_its_group_once_after_kill_9(tmp_path, own_r
         assert ids(own_redis.url) == served
 
 
+@pytest.mark.slow
 def test_a_reward_that_was_not_measured_before_kill_9_is_measured_after(tmp_path, own_redis, unused_port):
     with stubs(tmp_path, own_redis.url) as (settings, _, reward):
         own_redis.kill()
@@ -226,6 +231,7 @@ def test_a_reward_that_was_not_measured_before_kill_9_is_measured_after(tmp_path
         assert (group.id, outcome.group_id, outcome.rewards) == (served, served, (21.0,))
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_process_cleanly_with_everything_delivered(tmp_path, redis_url, unused_port):
     with (
         stubs(tmp_path, redis_url) as (settings, _, reward),
@@ -240,6 +246,7 @@ def test_sigterm_ends_the_process_cleanly_with_everything_delivered(tmp_path, re
             wait_until(lambda: len(ids(redis_url)) == 2)
 
 
+@pytest.mark.slow
 def test_a_second_gateway_on_the_same_spool_refuses_to_start(tmp_path, redis_url, unused_port):
     with stubs(tmp_path, redis_url) as (settings, _, _), gateway_process(settings, unused_port):
         given = {f"BONSAI_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
@@ -250,6 +257,7 @@ def test_a_second_gateway_on_the_same_spool_refuses_to_start(tmp_path, redis_url
         assert "another gateway process writes into" in second.stderr
 
 
+@pytest.mark.slow
 def test_a_host_that_is_not_loopback_is_refused_in_one_line(tmp_path, redis_url):
     settings = gateway_settings(tmp_path, "http://127.0.0.1:1", "http://127.0.0.1:2", redis_url)
     given = {f"BONSAI_{name.upper()}": str(value) for name, value in settings.model_dump().items()}

@@ -10,7 +10,7 @@ from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, J
 from tests.worker import world
 from worker import checkpoint
 from worker.checkpoint import TrainingState
-from worker.errors import JobFailed
+from worker.errors import JobFailed, LeaseLost
 from worker.models import open_policy
 from worker.train import Training, batch_of
 
@@ -27,6 +27,14 @@ def state(step, value=1.0):
     return TrainingState(step, {"weight": torch.full((3,), value)}, {"metrics": {"loss": 0.5}})
 
 
+def granted():
+    """The lease is held."""
+
+
+def lost():
+    raise LeaseLost("another attempt holds it")
+
+
 def resumable(job_directory):
     """The state a later attempt would go on from; there is one."""
     found = checkpoint.newest(job_directory)
@@ -35,9 +43,9 @@ def resumable(job_directory):
 
 
 def test_the_newest_state_of_any_attempt_is_taken_up(tmp_path):
-    checkpoint.save(tmp_path / "1-aa", state(20))
-    checkpoint.save(tmp_path / "1-aa", state(40))
-    checkpoint.save(tmp_path / "2-bb", state(60, value=6.0))
+    checkpoint.save(tmp_path / "1-aa", state(20), granted)
+    checkpoint.save(tmp_path / "1-aa", state(40), granted)
+    checkpoint.save(tmp_path / "2-bb", state(60, value=6.0), granted)
     newest = resumable(tmp_path)
     assert (newest.step, newest.tensors["weight"][0], newest.numbers) == (60, 6.0, {"metrics": {"loss": 0.5}})
 
@@ -50,7 +58,7 @@ def test_a_job_that_never_saved_begins_at_the_beginning(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
 def test_a_torn_state_is_passed_over_for_the_one_before(tmp_path, file, damage):
     for step in (20, 40):
-        checkpoint.save(tmp_path / "1-aa", state(step))
+        checkpoint.save(tmp_path / "1-aa", state(step), granted)
     path = tmp_path / "1-aa" / "step-00000040" / file
     content = path.read_bytes()
     middle = len(content) // 2
@@ -66,21 +74,27 @@ def test_a_torn_state_is_passed_over_for_the_one_before(tmp_path, file, damage):
 def test_a_state_whose_numbers_were_changed_is_passed_over(tmp_path):
     """Still good JSON beside good tensors: only the digest of the numbers tells."""
     for step in (20, 40):
-        checkpoint.save(tmp_path / "1-aa", state(step))
+        checkpoint.save(tmp_path / "1-aa", state(step), granted)
     path = tmp_path / "1-aa" / "step-00000040" / "state.json"
     path.write_text(path.read_text().replace('"step": 40', '"step": 41'))
     assert resumable(tmp_path).step == 20
 
 
 def test_a_state_whose_rename_never_happened_does_not_exist(tmp_path):
-    checkpoint.save(tmp_path / "1-aa", state(20))
+    checkpoint.save(tmp_path / "1-aa", state(20), granted)
     shutil.copytree(tmp_path / "1-aa" / "step-00000020", tmp_path / "1-aa" / ".step-00000040.9f")
     assert resumable(tmp_path).step == 20
 
 
+def test_an_attempt_that_lost_its_lease_while_it_wrote_leaves_nothing(tmp_path):
+    with pytest.raises(LeaseLost):
+        checkpoint.save(tmp_path / "1-aa", state(20), lost)
+    assert not list((tmp_path / "1-aa").iterdir())
+
+
 def test_the_one_before_is_kept_and_no_more(tmp_path):
     for step in (1, 2, 3, 4):
-        checkpoint.save(tmp_path / "1-aa", state(step))
+        checkpoint.save(tmp_path / "1-aa", state(step), granted)
     assert [path.name for path in sorted((tmp_path / "1-aa").iterdir())] == ["step-00000003", "step-00000004"]
 
 
@@ -145,6 +159,7 @@ def advance(training, window, until):
     return training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("interrupted_at", [1, 4])
 def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_at, tiny_policy, tiny_window, tmp_path):
@@ -153,7 +168,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_a
     spec = SPECS[name]
     whole = advance(opened(tiny_policy, spec), tiny_window, STEPS)
     first = advance(opened(tiny_policy, spec), tiny_window, interrupted_at)
-    checkpoint.save(tmp_path / "1-aa", first.state({}))
+    checkpoint.save(tmp_path / "1-aa", first.state({}), granted)
     second = opened(tiny_policy, spec)
     second.resume(resumable(tmp_path))
     advance(second, tiny_window, STEPS)

@@ -29,6 +29,8 @@ from worker.job_process import read_tokenizer
 from worker.lease import Lease, claim
 from worker.publish import publish
 
+pytestmark = pytest.mark.slow
+
 JOB = "job_1"
 FORWARD = {"steps": 6, "prompts_per_step": 4, "n": 8, "lora_rank": 8, "learning_rate": 1e-2}
 SMALL = {"prompts_per_step": 3, "lora_rank": 8, "learning_rate": 1e-2}

@@ -17,6 +17,8 @@ from worker import checkpoint, tasks
 from worker.job_process import read_tokenizer
 from worker.lease import claim
 
+pytestmark = pytest.mark.slow
+
 JOB = "job_2"
 STEPS = 40
 SPEC = JobSpec(
@@ -112,6 +114,20 @@ def is_alive(pid):
         return False
 
 
+def freeze_between_states(process, jobs):
+    """SIGSTOP, let go and given again while a state lies written and confirmed but not yet renamed."""
+
+    def frozen():
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        if not list(jobs.glob("*/.step-*")):
+            return True
+        os.kill(process.pid, signal.SIGCONT)
+        return False
+
+    until(frozen, "a moment between two states")
+
+
 def step_reached(client):
     return int(client.hget(job_key(JOB), "step") or 0)
 
@@ -152,8 +168,8 @@ def test_a_process_frozen_past_its_lease_wakes_to_nothing(client, environment, s
     submit(client)
     frozen = start()
     until(lambda: step_reached(client) >= 6, "step 6")
-    os.kill(frozen.pid, signal.SIGSTOP)
     jobs = Path(environment["BONSAI_ARTEFACTS"]) / "jobs" / JOB
+    freeze_between_states(frozen, jobs)
     states, step = set(jobs.glob("1-*/step-*")), step_reached(client)
     successor = start()  # waits for the lease to run out
     until(

@@ -86,6 +86,7 @@ def test_the_lease_is_counted_on_redis_clock(client):
     assert before + 60 <= int(field(client, "lease_until")) / 1000 <= client.time()[0] + 61
 
 
+@pytest.mark.slow
 def test_the_thread_keeps_a_lease_alive_longer_than_itself(client):
     submit(client)
     with held(client, take(client, seconds=0.6), lease_seconds=0.6, heartbeat_seconds=0.1) as lease:
@@ -185,6 +186,7 @@ def test_a_job_given_back_may_be_claimed_at_once_and_says_why(client):
     assert take(client) == 2
 
 
+@pytest.mark.slow
 def test_without_redis_a_lease_ends_by_itself(own_redis):
     with redis.Redis.from_url(own_redis.url, decode_responses=True) as client:
         submit(client)
@@ -290,6 +292,7 @@ class TwoWorkers(RuleBasedStateMachine):
         assert bool(self.client.exists(policy_key(POLICY.id))) == (self.ended == "succeeded")
 
 
+@pytest.mark.slow
 def test_any_interleaving_of_two_workers(redis_url):
     TwoWorkers.redis_url = redis_url
     run_state_machine_as_test(

@@ -17,6 +17,8 @@ from bon_algos import order
 from bonsai.demo import grammar, prompts
 from bonsai.demo.build_reward import Pair, accuracy_by_gold, render, score
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(bonsai.demo.__file__).parent / "models"
 FILM = prompts.training_prompts()[0]
 
@@ -50,9 +52,7 @@ def completions(tokenizer):
     )
     prompt_ids = torch.tensor([tokenizer.encode(rendered)])
     torch.manual_seed(0)
-    ids = policy.generate(  # type: ignore[misc]
-        prompt_ids, do_sample=True, num_return_sequences=256, max_new_tokens=64, top_k=0
-    )
+    ids = policy.generate(prompt_ids, do_sample=True, num_return_sequences=256, max_new_tokens=64, top_k=0)
     return [
         tokenizer.decode([int(token) for token in row if token not in tokenizer.all_special_ids])
         for row in ids[:, prompt_ids.shape[1] :]

@@ -19,14 +19,14 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks import claims
-from bon_algos.contracts import Interval
+from bon_algos.contracts import Interval, JobSpec, Method
 from bon_algos.order import kl_bound
 from bonsai.client import BonsaiClient, open_client
 from bonsai.demo import measure, progress, traffic
 from bonsai.demo.charts import plus_minus
 from bonsai.demo.grammar import gold_reward
-from bonsai.demo.job import N, demo_job, finished, logged_prompts, served
-from bonsai.demo.prompts import held_out_prompts
+from bonsai.demo.job import METHODS, N, demo_job, finished, logged_prompts, served
+from bonsai.demo.prompts import held_out_prompts, training_prompts
 from bonsai.up import Options, Stack, prepare, running_stack
 
 REFERENCE_DRAWS = 64
@@ -55,8 +55,13 @@ class Seed(NamedTuple):
         return self.quality.kl_policy_reference
 
 
-async def _fill_ledger(client: BonsaiClient, console: Console) -> None:
-    prompts = logged_prompts()
+def _traffic(method: str) -> list[str]:
+    """The prompts that fill the ledger: the demo's, or for a method that draws no sample all that may be sent, each
+    often enough for 64 candidates."""
+    return logged_prompts() if method == "bond" else [*training_prompts()] * 4
+
+
+async def _fill_ledger(client: BonsaiClient, prompts: Sequence[str], console: Console) -> None:
     with progress.bar(console) as bar:
         task = bar.add_task(f"best of {N}", total=len(prompts), note="")
 
@@ -73,11 +78,13 @@ async def _reference(client: BonsaiClient) -> measure.Pool:
     )
 
 
-async def _one_seed(client: BonsaiClient, console: Console, stack: Stack, reference: measure.Pool, seed: int) -> Seed:
+async def _one_seed(
+    client: BonsaiClient, console: Console, stack: Stack, reference: measure.Pool, spec: JobSpec
+) -> Seed:
     from benchmarks.drift import drift_of
 
-    console.print(f"seed {seed}")
-    with progress.JobDisplay(console, job := await client.distill(demo_job(seed))) as display:
+    console.print(f"seed {spec.seed}")
+    with progress.JobDisplay(console, job := await client.distill(spec)) as display:
         job = await finished(client, job, display.update)
     policy = await served(client, job.policy or "")
     assert policy.manifest is not None
@@ -87,7 +94,7 @@ async def _one_seed(client: BonsaiClient, console: Console, stack: Stack, refere
     drift = await asyncio.to_thread(drift_of, stack.plan.policy.path, adapter, prompts, drawn)
     pool = measure.pool_of(prompts, drawn, gold_reward)
     return Seed(
-        seed,
+        spec.seed,
         pool,
         measure.quality_of_one(pool, reference, drift.kl_policy_reference),
         measure.compare(pool, reference, N),
@@ -172,10 +179,10 @@ def claims_of(reference: measure.Pool, seeds: Sequence[Seed]) -> list[claims.Cla
     ]
 
 
-def figures_of(reference: measure.Pool, seeds: Sequence[Seed]) -> dict[str, object]:
+def figures_of(reference: measure.Pool, seeds: Sequence[Seed], method: Method) -> dict[str, object]:
     """Everything measured, as JSON can hold it."""
     return {
-        "method": demo_job().method.model_dump(mode="json", exclude_none=True),
+        "method": method.model_dump(mode="json", exclude_none=True),
         "n": N,
         "prompts": len(reference.prompts),
         "one": measure.quality_of_one(reference, None, None).model_dump(),
@@ -194,28 +201,32 @@ def figures_of(reference: measure.Pool, seeds: Sequence[Seed]) -> dict[str, obje
     }
 
 
-async def measured(num_seeds: int, console: Console, directory: Path) -> tuple[measure.Pool, list[Seed]]:
+async def measured(specs: Sequence[JobSpec], console: Console, directory: Path) -> tuple[measure.Pool, list[Seed]]:
     """The reference's pool and every seed's numbers, from a stack that runs for this alone."""
     async with running_stack(prepare(Options(directory=directory, port=0))) as stack, open_client(stack.url) as client:
-        await _fill_ledger(client, console)
+        await _fill_ledger(client, _traffic(specs[0].method.type), console)
         reference = await _reference(client)
-        return reference, [await _one_seed(client, console, stack, reference, seed) for seed in range(num_seeds)]
+        return reference, [await _one_seed(client, console, stack, reference, spec) for spec in specs]
 
 
 def main() -> int:
     parser = claims.arguments(__doc__ or "")
+    parser.add_argument("--method", choices=METHODS, default="bond", help="how to distil")
     parser.add_argument("--seeds", type=int, default=3, help="how often to distil, each time with another seed")
     parser.add_argument("--quick", action="store_const", dest="seeds", const=1, help="one seed")
     options = parser.parse_args()
     console = progress.fit(Console(highlight=False))
+    specs = [demo_job(seed, options.method) for seed in range(options.seeds)]
     with tempfile.TemporaryDirectory(prefix="bonsai-") as directory:
-        reference, seeds = asyncio.run(measured(options.seeds, console, Path(directory)))
-    spec, rows = demo_job(), rows_of(reference, seeds)
-    title = f"The circle: {spec.method.type}, n = {N}, {len(reference.prompts)} held-out prompts, 95 % intervals"
+        reference, seeds = asyncio.run(measured(specs, console, Path(directory)))
+    rows = rows_of(reference, seeds)
+    title = f"The circle: {options.method}, n = {N}, {len(reference.prompts)} held-out prompts, 95 % intervals"
     console.print(claims.table(title, COLUMNS, rows))
     if options.markdown is not None:
         options.markdown.write_text(claims.markdown(COLUMNS, rows))
-    return claims.finish(claims_of(reference, seeds), options.json, figures_of(reference, seeds), console)
+    return claims.finish(
+        claims_of(reference, seeds), options.json, figures_of(reference, seeds, METHODS[options.method]), console
+    )
 
 
 if __name__ == "__main__":

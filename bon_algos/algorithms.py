@@ -20,15 +20,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bon_algos.bond import best_of_two, bond_loss, compressed_below, j_bond_loss, quantile_reward_tie_aware
-from bon_algos.contracts import AlgorithmSpec, BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
+from bon_algos.contracts import (
+    AlgorithmSpec,
+    BondSpec,
+    BonForwardKlSpec,
+    BonRegressionSpec,
+    JBondSpec,
+    OfflineBondSpec,
+)
 from bon_algos.imitation import best_of_n_imitation
 from bon_algos.logprobs import TokenGroup
+from bon_algos.offline_bond import offline_bond_loss
 from bon_algos.order import best_of_n_weights, systematic_sample
 from bon_algos.quantiles import log_tilt_tie_aware, standing_against, standing_among_others
 from bon_algos.regression import log_quantile_regression
+from bon_algos.token_kl import TokenTerms
 
 SequenceLogprobs = Callable[[Sequence[TokenGroup]], Sequence[Tensor]]
 """`logprobs.sequence_logprobs` of one policy: for each group (N,), nats."""
+
+
+TokenTermsOf = Callable[[Sequence[TokenGroup]], Sequence[TokenTerms]]
+"""`token_kl.token_terms` of one policy and its reference."""
 
 
 class LoggedGroup(NamedTuple):
@@ -77,6 +90,18 @@ class ChosenGroup(NamedTuple):
     reference_logprobs: Sequence[float]
 
 
+class WeighedGroup(NamedTuple):
+    """The candidates of a logged group that one step of offline BOND looks at. One value for each."""
+
+    tokens: TokenGroup
+    imitation_weights: Sequence[float]
+    """Sum to 1."""
+    log_tilts: Sequence[float]
+    """log π_BoN/π_ref, nats."""
+    shares: Sequence[float]
+    """For how much of the reference's law each stands; sum to 1 in expectation."""
+
+
 @dataclass(frozen=True)
 class LoggedStep:
     """Learns from the ledger. Prompts do not interact: a batch may be split, and the parts' losses weighted
@@ -87,6 +112,18 @@ class LoggedStep:
     estimate of the loss over all. ValueError for a group of fewer than n candidates."""
     loss: Callable[[Sequence[ChosenGroup], SequenceLogprobs], StepLoss]
     """Chosen groups and the log-probs of the policy in training."""
+
+
+@dataclass(frozen=True)
+class OfflineBondStep:
+    """Learns from the ledger, and looks at every token of it. A batch may be split as in `LoggedStep`."""
+
+    choose: Callable[[LoggedGroup, float], WeighedGroup]
+    """As in `LoggedStep`."""
+    loss: Callable[[Sequence[WeighedGroup], TokenTermsOf], StepLoss]
+    """Weighed groups, and the terms of their tokens under the policy in training and its reference."""
+    averaged_steps: int
+    """Over how many last steps the weights are averaged in the end."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +156,7 @@ class BondStep:
     """Over how many last steps the weights are averaged in the end."""
 
 
-Step = LoggedStep | OnPolicyStep | BondStep
+Step = LoggedStep | OfflineBondStep | OnPolicyStep | BondStep
 
 
 def make_step(spec: AlgorithmSpec) -> Step:
@@ -137,6 +174,12 @@ def make_step(spec: AlgorithmSpec) -> Step:
                 partial(_choose_best, n=spec.n, count=spec.candidates_per_prompt),
                 partial(_bond, n=spec.n, jeffreys_weight=spec.jeffreys_weight, return_floor=spec.return_floor),
                 spec.samples_per_prompt,
+                spec.averaged_steps,
+            )
+        case OfflineBondSpec():
+            return OfflineBondStep(
+                partial(_choose_weighed, n=spec.n, backward_n=spec.backward_n, count=spec.candidates_per_prompt),
+                partial(_offline_bond, spec=spec),
                 spec.averaged_steps,
             )
         case JBondSpec():
@@ -167,6 +210,24 @@ def _choose_regressed(group: LoggedGroup, uniform: float, *, n: int, count: int)
     drawn = np.flatnonzero(systematic_sample(np.full(num_candidates, 1 / num_candidates), count, uniform))
     log_tilt_1N = log_tilt_tie_aware(standing_among_others(_row(group.rewards)), n)
     return _narrowed(group, drawn, log_tilt_1N[0].numpy()[drawn])
+
+
+def _choose_weighed(group: LoggedGroup, uniform: float, *, n: int, backward_n: int, count: int) -> WeighedGroup:
+    """Half of the candidates by their best-of-n weights, where the policy goes, and half evenly. Each stands for the
+    reference's law by how often it was drawn against how often that is to be expected."""
+    num_candidates, by_weight = len(group.rewards), count // 2
+    weight_N = best_of_n_weights(group.rewards, n)
+    best_N = systematic_sample(weight_N, by_weight, uniform)
+    times_N = best_N + systematic_sample(np.full(num_candidates, 1 / num_candidates), count - by_weight, uniform)
+    expected_N = by_weight * weight_N + (count - by_weight) / num_candidates
+    log_tilt_N = log_tilt_tie_aware(standing_among_others(_row(group.rewards)), backward_n)[0].numpy()
+    drawn = np.flatnonzero(times_N)
+    return WeighedGroup(
+        TokenGroup(group.tokens.prompt_ids, [group.tokens.completion_ids[j] for j in drawn]),
+        (best_N[drawn] / by_weight).tolist(),
+        log_tilt_N[drawn].tolist(),
+        (times_N[drawn] / expected_N[drawn] / num_candidates).tolist(),
+    )
 
 
 def _narrowed(group: LoggedGroup, index: NDArray[np.intp], verdicts: NDArray[np.float64]) -> ChosenGroup:
@@ -203,6 +264,25 @@ def _regress(groups: Sequence[ChosenGroup], policy: SequenceLogprobs, *, huber_d
         "residual_rms": torch.cat(residuals, dim=-1).square().mean().sqrt(),
     }
     return StepLoss(loss, metrics)
+
+
+def _offline_bond(groups: Sequence[WeighedGroup], policy: TokenTermsOf, *, spec: OfflineBondSpec) -> StepLoss:
+    outcomes = [
+        offline_bond_loss(
+            terms,
+            torch.tensor(group.imitation_weights),
+            torch.tensor(group.log_tilts),
+            torch.tensor(group.shares),
+            jeffreys_weight=spec.jeffreys_weight,
+            token_kl_weight=spec.token_kl_weight,
+            max_importance=spec.max_importance,
+            return_floor=spec.return_floor,
+        )
+        for group, terms in zip(groups, policy([group.tokens for group in groups]), strict=True)
+    ]
+    names = outcomes[0].metrics._fields
+    metrics = {name: torch.stack([getattr(one.metrics, name) for one in outcomes]).mean() for name in names}
+    return StepLoss(torch.stack([one.loss for one in outcomes]).mean(), metrics)
 
 
 def _bond(

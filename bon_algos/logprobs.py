@@ -77,17 +77,28 @@ def token_logprobs(
     -> for each group, for each completion (L,), nats; differentiable. ValueError for an empty prompt, an
     empty group, a head with its own adapter, or logits that are scaled or capped after the head.
     """
-    for group in groups:
-        if not group.prompt_ids or not group.completion_ids:
-            raise ValueError("a group needs a prompt of at least one token, and at least one completion")
-    logprob_T = _completion_logprobs(model, groups, batch_chunk_size)
+    head, hidden_TD, token_T = completion_states(model, groups)
+    logprob_T = _head_logprobs(head, hidden_TD, token_T, batch_chunk_size)
     lengths = [len(completion) for group in groups for completion in group.completion_ids]
     rows = iter(torch.split(logprob_T, lengths))
     return [[next(rows) for _ in group.completion_ids] for group in groups]
 
 
-def _completion_logprobs(model: CausalLanguageModel, groups: Sequence[TokenGroup], batch_chunk_size: int) -> Tensor:
-    """Log-probs of all completion tokens, row after row. (T,)."""
+class CompletionStates(NamedTuple):
+    """What stands before the head at every position that predicts a completion's token, row after row."""
+
+    head: nn.Linear
+    hidden_TD: Tensor
+    """D is the hidden size."""
+    token_T: Tensor
+    """The completions' tokens, one after the other."""
+
+
+def completion_states(model: CausalLanguageModel, groups: Sequence[TokenGroup]) -> CompletionStates:
+    """One forward pass, up to the head; differentiable. ValueError as `token_logprobs`."""
+    for group in groups:
+        if not group.prompt_ids or not group.completion_ids:
+            raise ValueError("a group needs a prompt of at least one token, and at least one completion")
     head = _plain_head(model)
     layout = (_packed if packing_pays(model.config.get_text_config(), groups) else _one_row_each)(groups)
     device = head.weight.device
@@ -98,7 +109,7 @@ def _completion_logprobs(model: CausalLanguageModel, groups: Sequence[TokenGroup
         input_ids=_right_padded(layout.tokens, device), use_cache=False, **context
     ).last_hidden_state
     row_T, column_T, token_T = torch.tensor(layout.predicted, dtype=torch.long, device=device).view(-1, 3).T
-    return _head_logprobs(head, hidden_RLD[row_T, column_T], token_T, batch_chunk_size)
+    return CompletionStates(head, hidden_RLD[row_T, column_T], token_T)
 
 
 def _head_logprobs(head: nn.Linear, hidden_TD: Tensor, token_T: Tensor, batch_chunk_size: int) -> Tensor:

@@ -26,6 +26,7 @@ from bon_algos.contracts import (
     BonForwardKlSpec,
     BonRegressionSpec,
     JobSpec,
+    OfflineBondSpec,
     job_events_key,
     job_key,
 )
@@ -180,7 +181,7 @@ def check_spec(spec: JobSpec, *, n_cap: int, max_lora_rank: int, now: float) -> 
     """What the record cannot know: this installation's limits, and the clock. Raises InvalidField."""
     method, parameters = spec.method.type, spec.method.spec
     _at_most("n", spec.n, n_cap)
-    if isinstance(parameters, BonForwardKlSpec | BonRegressionSpec):
+    if isinstance(parameters, BonForwardKlSpec | BonRegressionSpec | OfflineBondSpec):
         _at_most(f"method.{method}.n", parameters.n, n_cap)
     _at_most(f"method.{method}.lora_rank", parameters.lora_rank, max_lora_rank)
     since, until = spec.window.since, spec.window.until

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bon_algos.logprobs import TokenGroup, sequence_logprobs, token_logprobs
+from bon_algos.token_kl import TokenTerms, token_terms
 from worker.durable import staged
 
 ADAPTER_NAME = "default"
@@ -62,6 +63,10 @@ class TrainedPolicy:
     def reference_logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
         """log π_ref of completions, no gradient. For each group (N,), nats."""
         return self.logprobs_wearing(self._zero_b(), groups)
+
+    def token_terms(self, groups: Sequence[TokenGroup]) -> list[TokenTerms]:
+        """What policy and reference say of every token; differentiable."""
+        return token_terms(self.model, groups, lambda: self._wearing(self._zero_b()))
 
     def logprobs_wearing(self, factors: Mapping[str, Tensor], groups: Sequence[TokenGroup]) -> list[Tensor]:
         """log-probs with some factors replaced, no gradient. For each group (N,), nats."""

@@ -18,13 +18,16 @@ from torch import Tensor
 
 from bon_algos.algorithms import (
     BondStep,
+    ChosenGroup,
     FreshGroup,
     LoggedGroup,
     LoggedStep,
+    OfflineBondStep,
     OnPolicyStep,
     RankedGroup,
     Step,
     StepLoss,
+    WeighedGroup,
 )
 from bon_algos.anchor import EmaAnchor
 from worker.checkpoint import TrainingState
@@ -35,6 +38,7 @@ TRAINING_ROWS_TOKENS = 8_192
 """Tokens, padding included, of one forward and backward pass over logged groups."""
 
 Item = TypeVar("Item")
+Chosen = TypeVar("Chosen", ChosenGroup, WeighedGroup)
 
 
 def batch_of(items: Sequence[Item], step: int, *, size: int, seed: int) -> list[Item]:
@@ -80,10 +84,10 @@ class Training:
         self._mean: dict[str, Tensor] = {}
 
     @property
-    def logged_step(self) -> LoggedStep | None:
+    def logged_step(self) -> LoggedStep | OfflineBondStep | None:
         """The next step, where it learns from logged candidates alone."""
         match self.step:
-            case LoggedStep():
+            case LoggedStep() | OfflineBondStep():
                 return self.step
             case BondStep():
                 return self.step.imitation if self.done < self.step.imitation_steps else None
@@ -92,14 +96,25 @@ class Training:
 
     def learn_logged(self, groups: Sequence[LoggedGroup], rows_tokens: int = TRAINING_ROWS_TOKENS) -> dict[str, float]:
         """One step on logged groups, in parts of at most `rows_tokens` padded tokens; its metrics."""
-        step = self.logged_step
-        assert step is not None
         uniform = self._uniform()
-        chosen = [step.choose(group, uniform()) for group in groups]
+        match self.logged_step:
+            case LoggedStep(choose, loss):
+                chosen = [choose(group, uniform()) for group in groups]
+                return self._learn_in_parts(chosen, lambda part: loss(part, self.policy.logprobs), rows_tokens)
+            case OfflineBondStep(weigh, loss_of_terms):
+                weighed = [weigh(group, uniform()) for group in groups]
+                return self._learn_in_parts(
+                    weighed, lambda part: loss_of_terms(part, self.policy.token_terms), rows_tokens
+                )
+            case None:
+                raise AssertionError("this step learns from fresh samples")
+
+    def _learn_in_parts(
+        self, groups: Sequence[Chosen], loss: Callable[[Sequence[Chosen]], StepLoss], rows_tokens: int
+    ) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for part in parts_by_tokens([group.tokens for group in chosen], rows_tokens):
-            share = len(chosen[part]) / len(chosen)
-            outcome = step.loss(chosen[part], self.policy.logprobs)
+        for part in parts_by_tokens([group.tokens for group in groups], rows_tokens):
+            share, outcome = len(groups[part]) / len(groups), loss(groups[part])
             torch.autograd.backward(outcome.loss * share)
             for name, value in _numbers(outcome).items():
                 totals[name] = totals.get(name, 0.0) + share * value
@@ -147,9 +162,13 @@ class Training:
 
     def _average(self) -> None:
         """Let the mean over the last steps follow, where the method wants one."""
-        if not isinstance(self.step, BondStep):
-            return
-        count = self.done - max(self._steps - self.step.averaged_steps, self.step.imitation_steps)
+        match self.step:
+            case BondStep(averaged_steps=averaged, imitation_steps=imitation):
+                count = self.done - max(self._steps - averaged, imitation)
+            case OfflineBondStep(averaged_steps=averaged):
+                count = self.done - max(self._steps - averaged, 0)
+            case _:
+                return
         if count == 1:
             self._mean = self.policy.factors
         elif count > 1:

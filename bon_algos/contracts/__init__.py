@@ -23,6 +23,7 @@ from bon_algos.contracts.jobs import (
     LoggedSpec,
     Method,
     MethodName,
+    OfflineBondSpec,
     TrainingSpec,
     Window,
 )
@@ -131,6 +132,7 @@ __all__ = [
     "Message",
     "Method",
     "MethodName",
+    "OfflineBondSpec",
     "Outcome",
     "PolicyId",
     "PolicyRecord",

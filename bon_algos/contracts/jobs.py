@@ -56,6 +56,29 @@ class BondSpec(TrainingSpec):
     samples are few, and what one step's noise opens up is where a policy drifts from its reference."""
 
 
+class OfflineBondSpec(TrainingSpec):
+    """BOND (arXiv 2407.14622, eq. 15) from logged candidates alone: its backward part by importance weights, held to
+    the reference by the exact KL of every token, which sees what no candidate says."""
+
+    n: int = Field(16, ge=2, le=4096)
+    """The best-of-n imitated; at most the number of candidates of a prompt, all its groups pooled."""
+    backward_n: int = Field(96, ge=2, le=4096)
+    """The best-of-n aimed at by the backward part, which extrapolates beyond the candidates there are: a policy that
+    cannot express its law lands below."""
+    jeffreys_weight: float = Field(0.85, ge=0, le=1)
+    """Weight of the backward KL; 0 is imitation alone."""
+    token_kl_weight: float = Field(0.12, ge=0, le=100)
+    """Weight of the exact KL of every token; less lets mass leak to completions that no log holds."""
+    max_importance: float = Field(4.0, ge=1, le=1e6)
+    """A candidate's weight π/π_ref counts at most so much."""
+    return_floor: float = Field(-10.0, ge=-1000, le=0)
+    """Nats below which a candidate's return, log π_BoN/π, counts by its logarithm."""
+    candidates_per_prompt: int = Field(8, ge=2, le=4096)
+    """Candidates looked at when a prompt's turn comes: half of them drawn by best-of-n's weights, half evenly."""
+    averaged_steps: int = Field(40, ge=1)
+    """The policy is the mean of its weights over so many last steps (SWA, arXiv 1803.05407)."""
+
+
 class JBondSpec(TrainingSpec):
     """J-BOND (arXiv 2407.14622, section 5): best-of-2 of a moving anchor, Jeffreys divergence, fresh samples."""
 
@@ -81,9 +104,9 @@ class BonRegressionSpec(LoggedSpec):
     """Nats beyond which the loss is linear; None is the square loss."""
 
 
-METHOD_NAMES: Final = ("bond", "jbond", "bon_forward_kl", "bon_regression")
-MethodName = Literal["bond", "jbond", "bon_forward_kl", "bon_regression"]
-AlgorithmSpec = BondSpec | JBondSpec | BonForwardKlSpec | BonRegressionSpec
+METHOD_NAMES: Final = ("bond", "offline_bond", "jbond", "bon_forward_kl", "bon_regression")
+MethodName = Literal["bond", "offline_bond", "jbond", "bon_forward_kl", "bon_regression"]
+AlgorithmSpec = BondSpec | OfflineBondSpec | JBondSpec | BonForwardKlSpec | BonRegressionSpec
 
 
 class Method(Record):
@@ -91,6 +114,7 @@ class Method(Record):
 
     type: MethodName
     bond: BondSpec | None = None
+    offline_bond: OfflineBondSpec | None = None
     jbond: JBondSpec | None = None
     bon_forward_kl: BonForwardKlSpec | None = None
     bon_regression: BonRegressionSpec | None = None
@@ -108,6 +132,8 @@ class Method(Record):
         match self.type:
             case "bond":
                 return self.bond or BondSpec()
+            case "offline_bond":
+                return self.offline_bond or OfflineBondSpec()
             case "jbond":
                 return self.jbond or JBondSpec()
             case "bon_forward_kl":

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from bon_algos.contracts import BondSpec, JobSpec, Method
+from bon_algos.contracts import BondSpec, JobSpec, Method, OfflineBondSpec
 from bonsai.client import BonsaiClient, Job, Policy
 from bonsai.demo.prompts import training_prompts
 
@@ -35,10 +35,18 @@ class CircleBroken(Exception):
     """The circle did not close; the message says where."""
 
 
-def demo_job(seed: int = 0) -> JobSpec:
+METHODS: Final = {
+    "bond": Method(type="bond", bond=BondSpec(steps=110, prompts_per_step=32, learning_rate=3e-3)),
+    "offline_bond": Method(
+        type="offline_bond", offline_bond=OfflineBondSpec(steps=100, prompts_per_step=32, learning_rate=3e-3)
+    ),
+}
+"""With fresh samples, which is what the demo shows, and from the log alone."""
+
+
+def demo_job(seed: int = 0, method: str = "bond") -> JobSpec:
     """What the demo posts to /distill; only the seed differs between repetitions."""
-    bond = BondSpec(steps=110, prompts_per_step=32, learning_rate=3e-3)
-    return JobSpec(method=Method(type="bond", bond=bond), n=N, seed=seed)
+    return JobSpec(method=METHODS[method], n=N, seed=seed)
 
 
 def logged_prompts() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from itertools import product
 from math import exp
 from typing import Any
@@ -18,14 +19,16 @@ from bon_algos.algorithms import (
     FreshGroup,
     LoggedGroup,
     LoggedStep,
+    OfflineBondStep,
     OnPolicyStep,
     RankedGroup,
     make_step,
 )
 from bon_algos.anchor import EmaAnchor
-from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
+from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec, OfflineBondSpec
 from bon_algos.logprobs import TokenGroup, sequence_logprobs
 from bon_algos.quantiles import log_tilt_tie_aware, standing_against, standing_among_others
+from bon_algos.token_kl import TokenTerms, token_terms
 
 
 def table(logprob_PK: Tensor):
@@ -38,6 +41,21 @@ def table(logprob_PK: Tensor):
         ]
 
     return logprobs
+
+
+def table_terms(logprob_PK: Tensor, reference_PK: Tensor):
+    """The same policy, and what it and its reference say of the completions' only token."""
+    kl_P = (logprob_PK.exp() * (logprob_PK - reference_PK)).sum(-1)
+
+    def terms(groups):
+        return [
+            TokenTerms(logprob_N[:, None], reference_N[:, None], kl_P[group.prompt_ids[0]].expand(len(logprob_N), 1))
+            for group, logprob_N, reference_N in zip(
+                groups, table(logprob_PK)(groups), table(reference_PK)(groups), strict=True
+            )
+        ]
+
+    return terms
 
 
 def logged(prompt: int, outcomes, rewards, logprob_K: Tensor) -> LoggedGroup:
@@ -54,6 +72,9 @@ def test_a_spec_becomes_the_step_that_its_samples_come_from():
     step = make_step(JBondSpec(anchor_rate=0.07, refresh_steps=3))
     assert isinstance(step, OnPolicyStep)
     assert (step.anchor_rate, step.refresh_steps) == (0.07, 3)
+    offline = make_step(OfflineBondSpec(averaged_steps=7))
+    assert isinstance(offline, OfflineBondStep)
+    assert offline.averaged_steps == 7
     bond_step = make_step(BondSpec(samples_per_prompt=5, imitation_steps=2, averaged_steps=9))
     assert isinstance(bond_step, BondStep)
     assert (bond_step.samples_per_prompt, bond_step.imitation_steps, bond_step.averaged_steps) == (5, 2, 9)
@@ -219,11 +240,11 @@ def test_a_logged_batch_may_be_split(spec):
     torch.testing.assert_close(whole, (2 * first + last) / 3)
 
 
-@pytest.mark.parametrize("spec", [BonForwardKlSpec(n=3), BonRegressionSpec(n=3)])
+@pytest.mark.parametrize("spec", [BonForwardKlSpec(n=3), BonRegressionSpec(n=3), OfflineBondSpec(n=3)])
 def test_a_group_of_fewer_than_n_is_refused(spec):
     logprob_PK = torch.zeros(1, 2)
     step = make_step(spec)
-    assert isinstance(step, LoggedStep)
+    assert isinstance(step, LoggedStep | OfflineBondStep)
     with pytest.raises(ValueError, match="best-of-3"):
         step.choose(logged(0, [0, 1], [1.0, 2.0], logprob_PK[0]), 0.5)
 
@@ -253,9 +274,43 @@ def test_the_chosen_candidates_stand_for_all_of_them(spec, count):
     assert max(len(choice.verdicts) for choice in choices) <= min(count, 8)
 
 
+@pytest.mark.parametrize("count", [2, 7, 20])
+def test_the_weighed_candidates_stand_for_the_references_law(count):
+    """Averaged over 2,520 numbers, evenly spaced: any mean over the weighed candidates is the mean over all eight, and
+    the imitated ones are best-of-4. Tilts are those of best-of-9, from the rewards of the seven others."""
+    drawn, rewards = [0, 1, 2, 3, 4, 5, 0, 2], [0.3, 1.0, -0.5, 2.0, 2.0, 0.1, 0.3, -0.5]
+    group = logged(0, drawn, rewards, torch.zeros(6))
+    step = make_step(OfflineBondSpec(n=4, backward_n=9, candidates_per_prompt=count))
+    assert isinstance(step, OfflineBondStep)
+    tilt_N = log_tilt_tie_aware(standing_among_others(torch.tensor([rewards], dtype=torch.float64)), 9)[0].tolist()
+    tilt_of = {(k, reward): tilt for k, reward, tilt in zip(drawn, rewards, tilt_N, strict=True)}
+    reward_of = dict(zip(drawn, rewards, strict=True))
+    share_K, weight_K = np.zeros(6), np.zeros(6)
+    for place in range(2520):
+        weighed = step.choose(group, (place + 0.5) / 2520)
+        assert sum(weighed.imitation_weights) == pytest.approx(1)
+        assert len(weighed.shares) <= min(count, 8)
+        rows = zip(
+            weighed.tokens.completion_ids, weighed.shares, weighed.imitation_weights, weighed.log_tilts, strict=True
+        )
+        for (outcome,), share, weight, tilt in rows:
+            share_K[outcome] += share / 2520
+            weight_K[outcome] += weight / 2520
+            assert tilt == tilt_of[outcome, reward_of[outcome]]
+    best_N = order.best_of_n_weights(rewards, 4)
+    assert share_K == pytest.approx(np.bincount(drawn) / 8, rel=2e-3)
+    assert weight_K == pytest.approx(np.bincount(drawn, best_N), rel=2e-3)
+
+
 # --- a run on a table ------------------------------------------------------------------------------------
 
-SPECS = [BonForwardKlSpec(n=4), BonRegressionSpec(n=4), BondSpec(n=4), JBondSpec(anchor_rate=0.1)]
+SPECS = [
+    BonForwardKlSpec(n=4),
+    BonRegressionSpec(n=4),
+    OfflineBondSpec(n=4),
+    BondSpec(n=4),
+    JBondSpec(anchor_rate=0.1),
+]
 BASE_REWARD_K = torch.tensor([0.3, 1.0, -0.5, 1.0, 2.0, 0.1], dtype=torch.float64)
 
 
@@ -274,6 +329,11 @@ def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
                 drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
                 groups = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
                 loss = step.loss([step.choose(group, 0.5) for group in groups], policy).loss
+            case OfflineBondStep():
+                drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
+                groups = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
+                terms = table_terms(logit_PK.log_softmax(-1), reference_PK)
+                loss = step.loss([step.choose(group, 0.5) for group in groups], terms).loss
             case BondStep():
                 drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
                 own = torch.multinomial(
@@ -330,6 +390,14 @@ def law_of(model) -> Tensor:
     return torch.stack(list(logprobs)).double().exp()
 
 
+def logged_pair(prompt: int, outcomes: list[int], reference_P25: Tensor) -> LoggedGroup:
+    return LoggedGroup(
+        TokenGroup(PROMPTS[prompt], [COMPLETIONS[k] for k in outcomes]),
+        REWARD_25[outcomes].tolist(),
+        reference_P25[prompt, outcomes].log().tolist(),
+    )
+
+
 def win_and_kl(law_25: np.ndarray, reference_25: np.ndarray) -> tuple[float, float]:
     beats = (REWARD_25[:, None] > REWARD_25) + (REWARD_25[:, None] == REWARD_25) / 2
     return float(law_25 @ beats @ reference_25), float((law_25 * np.log(law_25 / reference_25)).sum())
@@ -351,14 +419,7 @@ def test_a_language_model_becomes_its_own_best_of_four(spec):
     cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=120)
     for _ in range(120):
         drawn = torch.multinomial(reference_P25.repeat(8, 1), 16, replacement=True, generator=generator)
-        groups = [
-            LoggedGroup(
-                TokenGroup(PROMPTS[row % 2], [COMPLETIONS[k] for k in outcomes]),
-                REWARD_25[outcomes].tolist(),
-                reference_P25[row % 2, outcomes].log().tolist(),
-            )
-            for row, outcomes in enumerate(drawn.tolist())
-        ]
+        groups = [logged_pair(row % 2, outcomes, reference_P25) for row, outcomes in enumerate(drawn.tolist())]
         optimiser.zero_grad()
         chosen = [step.choose(group, torch.rand((), generator=generator).item()) for group in groups]
         torch.autograd.backward(step.loss(chosen, lambda asked: sequence_logprobs(model, asked)).loss)
@@ -377,6 +438,44 @@ def require_best_of_four(model, reference_P25: Tensor) -> None:
 
 
 @pytest.mark.slow
+def test_offline_bond_takes_a_language_model_to_its_best_of_four():
+    """Logged groups of 16 only, and a token-wise KL that weighs little; the head, which policy and reference share,
+    stays as it is, made large enough to express any law."""
+    model = tiny_model()
+    model.lm_head.weight.data *= 10
+    spec = OfflineBondSpec(n=4, backward_n=4, token_kl_weight=0.02, candidates_per_prompt=16, max_importance=100)
+    step = make_step(spec)
+    assert isinstance(step, OfflineBondStep)
+    reference_P25 = law_of(model).detach()
+    layers = list(model.model.layers.parameters())
+    of_reference = [parameter.detach().clone() for parameter in layers]
+
+    @contextmanager
+    def as_reference():
+        own = [parameter.data for parameter in layers]
+        try:
+            for parameter, other in zip(layers, of_reference, strict=True):
+                parameter.data = other
+            yield
+        finally:
+            for parameter, other in zip(layers, own, strict=True):
+                parameter.data = other
+
+    generator = torch.Generator().manual_seed(1)
+    optimiser = torch.optim.Adam(layers, lr=1e-2)
+    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=200)
+    for _ in range(200):
+        drawn = torch.multinomial(reference_P25.repeat(8, 1), 16, replacement=True, generator=generator)
+        groups = [logged_pair(row % 2, outcomes, reference_P25) for row, outcomes in enumerate(drawn.tolist())]
+        optimiser.zero_grad()
+        weighed = [step.choose(group, torch.rand((), generator=generator).item()) for group in groups]
+        torch.autograd.backward(step.loss(weighed, lambda asked: token_terms(model, asked, as_reference)).loss)
+        optimiser.step()
+        cooling.step()
+    require_best_of_four(model, reference_P25)
+
+
+@pytest.mark.slow
 def test_bond_takes_a_language_model_to_its_best_of_four():
     """Fresh samples ranked among logged groups of 64; the same end as from logged groups alone."""
     model, step = tiny_model(), make_step(BondSpec(n=4, samples_per_prompt=4, candidates_per_prompt=8))
@@ -390,11 +489,7 @@ def test_bond_takes_a_language_model_to_its_best_of_four():
         fresh = torch.multinomial(law_of(model).detach().repeat(8, 1), 4, replacement=True, generator=generator)
         groups = [
             RankedGroup(
-                LoggedGroup(
-                    TokenGroup(PROMPTS[row % 2], [COMPLETIONS[k] for k in outcomes]),
-                    REWARD_25[outcomes].tolist(),
-                    reference_P25[row % 2, outcomes].log().tolist(),
-                ),
+                logged_pair(row % 2, outcomes, reference_P25),
                 [COMPLETIONS[k] for k in own],
                 REWARD_25[own].tolist(),
                 law_of(model).detach()[row % 2, own].log().tolist(),

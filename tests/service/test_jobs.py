@@ -14,6 +14,7 @@ from bon_algos.contracts import (
     BonForwardKlSpec,
     JBondSpec,
     Method,
+    OfflineBondSpec,
     Window,
     job_events_key,
     job_key,
@@ -102,6 +103,7 @@ async def test_a_key_that_is_no_key_is_unparseable(header: str):
     [
         ({"n": 65}, "n"),
         ({"method": Method(type="bon_forward_kl", bon_forward_kl=BonForwardKlSpec(n=65))}, "method.bon_forward_kl.n"),
+        ({"method": Method(type="offline_bond", offline_bond=OfflineBondSpec(n=65))}, "method.offline_bond.n"),
         ({"method": Method(type="jbond", jbond=JBondSpec(lora_rank=64))}, "method.jbond.lora_rank"),
         ({"window": Window(since=1001.0)}, "window.since"),
         ({"window": Window(since=900.0, until=900.0)}, "window.until"),

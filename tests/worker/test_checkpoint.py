@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bon_algos.algorithms import BondStep, FreshGroup, OnPolicyStep, RankedGroup, make_step
-from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec
+from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec, OfflineBondSpec
 from tests.worker import world
 from worker import checkpoint
 from worker.checkpoint import TrainingState
@@ -18,6 +18,7 @@ STEPS = 7
 SPECS = {
     "bon_forward_kl": BonForwardKlSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3),
     "bon_regression": BonRegressionSpec(n=8, lora_rank=8, learning_rate=3e-3, warmup_steps=3, huber_delta=2.0),
+    "offline_bond": OfflineBondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3, averaged_steps=4),
     "bond": BondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3, imitation_steps=3),
     "jbond": JBondSpec(lora_rank=8, learning_rate=1e-2, warmup_steps=3, anchor_rate=0.3),
 }
@@ -182,16 +183,24 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_a
     assert second.done == STEPS
 
 
-def test_bond_leaves_the_mean_of_its_last_steps_and_none_of_its_imitation(tiny_policy, tiny_window):
-    for averaged, expected in ((2, [5, 6]), (40, [3, 4, 5, 6])):
-        training = opened(tiny_policy, BondSpec(steps=6, imitation_steps=2, averaged_steps=averaged), steps=6)
-        weights = {}
-        for step in range(1, 7):
-            weights[step] = advance(training, tiny_window, step).policy.factors
-        training.finish()
-        for name, factor in training.policy.factors.items():
-            mean = torch.stack([weights[step][name] for step in expected]).mean(dim=0)
-            torch.testing.assert_close(factor, mean)
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (BondSpec(imitation_steps=2, averaged_steps=2), [5, 6]),
+        (BondSpec(imitation_steps=2, averaged_steps=40), [3, 4, 5, 6]),  # none of its imitation
+        (OfflineBondSpec(n=8, averaged_steps=3), [4, 5, 6]),
+        (OfflineBondSpec(n=8, averaged_steps=40), [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_policy_is_the_mean_of_its_last_steps(spec, expected, tiny_policy, tiny_window):
+    training = opened(tiny_policy, spec, steps=6)
+    weights = {}
+    for step in range(1, 7):
+        weights[step] = advance(training, tiny_window, step).policy.factors
+    training.finish()
+    for name, factor in training.policy.factors.items():
+        mean = torch.stack([weights[step][name] for step in expected]).mean(dim=0)
+        torch.testing.assert_close(factor, mean)
 
 
 @pytest.mark.parametrize("name", ["bon_forward_kl", "bon_regression"])

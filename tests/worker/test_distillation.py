@@ -93,7 +93,7 @@ def published(tmp_path):
     return sorted(path.name for path in (tmp_path / "policies").glob("*")) if (tmp_path / "policies").exists() else []
 
 
-@pytest.mark.parametrize("method", ["bon_forward_kl", "bon_regression", "bond", "jbond"])
+@pytest.mark.parametrize("method", ["bon_forward_kl", "bon_regression", "offline_bond", "bond", "jbond"])
 def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, engine, tmp_path, method):
     attempt = job(method)
     attempt.run()

@@ -124,6 +124,8 @@ class OfflineBondStep:
     """Weighed groups, and the terms of their tokens under the policy in training and its reference."""
     averaged_steps: int
     """Over how many last steps the weights are averaged in the end."""
+    interpolation: float
+    """How far from the reference's weights to those the policy is put."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def make_step(spec: AlgorithmSpec) -> Step:
                 partial(_choose_weighed, n=spec.n, backward_n=spec.backward_n, count=spec.candidates_per_prompt),
                 partial(_offline_bond, spec=spec),
                 spec.averaged_steps,
+                spec.interpolation,
             )
         case JBondSpec():
             loss = partial(_j_bond, jeffreys_weight=spec.jeffreys_weight, kl_strength=spec.kl_strength)

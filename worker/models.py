@@ -56,6 +56,13 @@ class TrainedPolicy:
         for name, parameter in self._factors.items():
             parameter.copy_(factors[name])
 
+    @torch.no_grad()
+    def interpolate(self, share: float) -> None:
+        """Go back towards the reference: what the adapter adds to every weight becomes `share` of it."""
+        for name, parameter in self._factors.items():
+            if ".lora_B." in name:
+                parameter.mul_(share)
+
     def logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
         """log π of completions; differentiable. For each group (N,), nats."""
         return sequence_logprobs(self.model, groups)

@@ -176,9 +176,12 @@ class Training:
                 self._mean[name] += (factor - self._mean[name]) / count
 
     def finish(self) -> None:
-        """After the last step: the policy becomes the mean of its last steps, where the method wants one."""
+        """After the last step: the policy becomes the mean of its last steps, and goes back some of the way to the
+        reference, where the method wants that."""
         if self._mean:
             self.policy.load_factors(self._mean)
+        if isinstance(self.step, OfflineBondStep):
+            self.policy.interpolate(self.step.interpolation)
 
     # --- being taken up again ------------------------------------------------------------------------
 

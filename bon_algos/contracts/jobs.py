@@ -77,6 +77,9 @@ class OfflineBondSpec(TrainingSpec):
     """Candidates looked at when a prompt's turn comes: half of them drawn by best-of-n's weights, half evenly."""
     averaged_steps: int = Field(40, ge=1)
     """The policy is the mean of its weights over so many last steps (SWA, arXiv 1803.05407)."""
+    interpolation: float = Field(0.96, gt=0, le=1)
+    """How far from the reference's weights to those the policy is put in the end (LITI, WARP, arXiv 2406.16768): the
+    last of the way brings little reward and much KL."""
 
 
 class JBondSpec(TrainingSpec):

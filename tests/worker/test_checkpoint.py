@@ -188,8 +188,8 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_a
     [
         (BondSpec(imitation_steps=2, averaged_steps=2), [5, 6]),
         (BondSpec(imitation_steps=2, averaged_steps=40), [3, 4, 5, 6]),  # none of its imitation
-        (OfflineBondSpec(n=8, averaged_steps=3), [4, 5, 6]),
-        (OfflineBondSpec(n=8, averaged_steps=40), [1, 2, 3, 4, 5, 6]),
+        (OfflineBondSpec(n=8, averaged_steps=3, interpolation=1), [4, 5, 6]),
+        (OfflineBondSpec(n=8, averaged_steps=40, interpolation=1), [1, 2, 3, 4, 5, 6]),
     ],
 )
 def test_the_policy_is_the_mean_of_its_last_steps(spec, expected, tiny_policy, tiny_window):
@@ -201,6 +201,25 @@ def test_the_policy_is_the_mean_of_its_last_steps(spec, expected, tiny_policy, t
     for name, factor in training.policy.factors.items():
         mean = torch.stack([weights[step][name] for step in expected]).mean(dim=0)
         torch.testing.assert_close(factor, mean)
+
+
+def test_offline_bond_goes_back_some_of_the_way_to_its_reference(tiny_policy, tiny_window):
+    training = opened(tiny_policy, OfflineBondSpec(n=8, averaged_steps=1, interpolation=0.25), steps=3)
+    advance(training, tiny_window, 3)
+    before = changes(training.policy)
+    training.finish()
+    for name, change in changes(training.policy).items():
+        torch.testing.assert_close(change, 0.25 * before[name])
+
+
+def changes(policy):
+    """B·A of every layer: what the adapter adds to its weight, up to a constant."""
+    factors = policy.factors
+    return {
+        name: factor @ factors[name.replace(".lora_B.", ".lora_A.")]
+        for name, factor in factors.items()
+        if ".lora_B." in name
+    }
 
 
 @pytest.mark.parametrize("name", ["bon_forward_kl", "bon_regression"])

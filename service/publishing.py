@@ -168,8 +168,12 @@ class Publisher:
             is_settled = policy_id in self._proven or policy_id in self._refused
             if not is_settled or policy_id in self._unconfirmed:
                 await self._bring_up(snapshot.policies[policy_id], is_loaded=policy_id in loaded)
-                self._tell(loaded)
-        await self._record(snapshot)
+                try:
+                    # First: who reads that a policy is served reads its fingerprint too. Without Redis it serves.
+                    await self._record()
+                finally:
+                    self._tell(loaded)
+        await self._record()
 
     def _tell(self, loaded: set[str]) -> None:
         self._catalogue.set_served(self._proven.keys() | ({self._catalogue.base_policy} & loaded))
@@ -188,9 +192,8 @@ class Publisher:
             log.info("%s is served: %.2g nats from the trainer", policy.id, result.mean_abs_difference)
         else:
             log.error("ALERT %s is refused and will not be served: %s", policy.id, result.reason)
-            self._proven.pop(policy.id, None)
             self._refused[policy.id] = result
-            await self._unload(policy.id)
+            await self._drop(policy.id)
 
     async def _probe(self, policy: PolicyRecord, *, is_loaded: bool) -> FingerprintResult:
         if policy.manifest is None:
@@ -207,6 +210,7 @@ class Publisher:
         return compare_fingerprint(fingerprint, answers, self._tolerance)
 
     async def _drop(self, policy_id: str) -> None:
+        """No request is sent to it any more before the engine forgets it."""
         self._proven.pop(policy_id, None)
         self._catalogue.set_served(self._catalogue.snapshot.served - {policy_id})
         await self._unload(policy_id)
@@ -217,10 +221,10 @@ class Publisher:
         except AdapterRefused as error:
             log.error("%s could not be unloaded: %s", policy_id, error)
 
-    async def _record(self, snapshot: Snapshot) -> None:
+    async def _record(self) -> None:
         """What was proven or refused goes to the registry once; again after Redis was away."""
         for policy_id, result in [*self._proven.items(), *self._refused.items()]:
-            policy = snapshot.policies.get(policy_id)
+            policy = self._catalogue.snapshot.policies.get(policy_id)
             if policy is None or policy.state == "failed":
                 continue
             if not result.passed or policy.fingerprint is None or not policy.fingerprint.passed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -218,6 +219,20 @@ async def test_a_candidate_is_loaded_probed_served_and_recorded(
     assert record.fingerprint is not None
     assert record.fingerprint.passed
     assert record.state == "candidate"
+
+
+async def test_what_is_shown_as_served_shows_its_fingerprint(
+    publisher: Publisher, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    reconciling = asyncio.create_task(publisher.reconcile())
+    seen: set[tuple[bool, bool]] = set()
+    while not reconciling.done():
+        snapshot = catalogue.snapshot
+        seen.add((policy_id in snapshot.served, snapshot.policy(policy_id).fingerprint is not None))
+        await asyncio.sleep(0)
+    await reconciling
+    assert (True, False) not in seen
 
 
 async def test_the_base_under_the_policys_name_is_seen_and_refused(

@@ -2,7 +2,7 @@
 
 Owns the Jeffreys divergence (1 − β)·KL(best-of-n ‖ policy) + β·KL(policy ‖ best-of-n) as a loss on log-probs,
 and J-BOND's quantile reward from two anchor samples. Does not own sampling, the anchor's motion (`anchor`) or
-the estimation of quantiles (`quantiles`).
+the estimation of quantiles (`quantiles`), nor the weights of stale samples (`importance`).
 
 The loss is a surrogate: its gradient, in expectation over samples, is the gradient of the divergence; its
 value is no divergence. All log-probs are token sums of whole completions, in nats.
@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from bon_algos.importance import tapered_advantage
 
 PENALTY = -math.log(16)
 """J-BOND's reward for a sample worse than both anchor samples: E = −log 16 · (1 − p)², which is log p at p = ½."""
@@ -98,7 +100,7 @@ def bond_loss(
     log_tilt_B         (B,)  t(y)
     jeffreys_weight    β in [0, 1]: 0 imitates, 1 is the backward KL alone
     kl_strength        γ ≥ 0
-    sampled_logprob_B  (B,)  log π(y) under the policy that drew y, where that is not quite π: see `less_stale`
+    sampled_logprob_B  (B,)  log π(y) under the policy that drew y, where that is not quite π: see `tapered_advantage`
 
     ValueError with fewer than two prompts: the baseline is the others' mean.
     """
@@ -106,7 +108,7 @@ def bond_loss(
     return_B = policy_return(log_tilt_B, log_ratio_B, jeffreys_weight=jeffreys_weight, kl_strength=kl_strength)
     advantage_B = less_mean_of_others(return_B).to(logprob_B.dtype)
     if sampled_logprob_B is not None:
-        advantage_B = less_stale(advantage_B, logprob_B, sampled_logprob_B)
+        advantage_B = tapered_advantage(advantage_B, logprob_B, sampled_logprob_B)
     loss_B = jeffreys_surrogate(imitation_B, logprob_B, advantage_B, jeffreys_weight=jeffreys_weight)
     metrics = BondMetrics(
         imitation=imitation_B.detach().mean(),
@@ -136,16 +138,6 @@ def compressed_below(return_B: Tensor, floor: float) -> Tensor:
     """Returns whose excess below a floor counts by its logarithm: one sample that is hopeless, or that the reference
     would never give, must not decide a whole step, yet a worse one stays worse. (B,) -> (B,), nats."""
     return return_B.clamp(min=floor) - (floor - return_B).clamp(min=0.0).log1p()
-
-
-def less_stale(advantage_B: Tensor, logprob_B: Tensor, sampled_logprob_B: Tensor) -> Tensor:
-    """Advantages of samples that an older policy drew: good ones as they are, bad ones times min(1, π/π_old).
-
-    A bad sample that the policy has turned from would be pushed down again and again, without end; one that it would
-    give again is pushed as if it were fresh (TOPR, arXiv 2503.14286, eq. 8). Exact where the two policies are one.
-    """
-    ratio_B = (logprob_B.detach() - sampled_logprob_B).clamp(max=0.0).exp()
-    return torch.where(advantage_B < 0, ratio_B * advantage_B, advantage_B)
 
 
 def jeffreys_surrogate(

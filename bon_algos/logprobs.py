@@ -11,12 +11,14 @@ Dimension key:  N candidates per prompt · L tokens · V vocabulary · R rows ·
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from bon_algos.shared_prompt import ATTENTION_NAME, forward_shared, shared_row
 
 HEAD_SCALINGS = (
     "final_logit_softcapping",
@@ -28,12 +30,10 @@ HEAD_SCALINGS = (
 """What some families do to logits after the head, by the name it has in their configurations."""
 
 
-PACKED_FAMILIES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
-"""Whose layers only look through attention, by a mask and positions that are given: seen in the tests."""
-ATTENTION_WINDOWS = ("sliding_window", "attention_chunk_size")
-"""A packed row's mask knows no windows: completions must fit into them, or stand in rows of their own."""
-MAX_PACKED_TOKENS = 8_192
-"""Of a packed row: its mask has the square of that."""
+SHARING_FAMILIES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+"""Whose layers look at other tokens through attention alone, at positions that are given: seen in the tests."""
+SHARE_OF_TOKENS = 0.95
+"""Sharing a prompt pays below this share of the tokens of rows of their own: its attention costs a little."""
 
 
 class CausalLanguageModel(Protocol):
@@ -99,17 +99,25 @@ def completion_states(model: CausalLanguageModel, groups: Sequence[TokenGroup]) 
     for group in groups:
         if not group.prompt_ids or not group.completion_ids:
             raise ValueError("a group needs a prompt of at least one token, and at least one completion")
-    head = _plain_head(model)
-    layout = (_packed if packing_pays(model.config.get_text_config(), groups) else _one_row_each)(groups)
+    head, decoder = _plain_head(model), model.get_decoder()
     device = head.weight.device
-    # In a row of its own a completion never looks to the right, where the padding is: an attention mask would change
-    # nothing but the speed.
-    context = {} if layout.segments is None else _seen_by_segment(layout.segments, layout.positions, device)
-    hidden_RLD = model.get_decoder()(
-        input_ids=_right_padded(layout.tokens, device), use_cache=False, **context
-    ).last_hidden_state
-    row_T, column_T, token_T = torch.tensor(layout.predicted, dtype=torch.long, device=device).view(-1, 3).T
-    return CompletionStates(head, hidden_RLD[row_T, column_T], token_T)
+    tokens = [token for _, completions in groups for completion in completions for token in completion]
+    if sharing_pays(model.config.get_text_config(), groups):
+        row = shared_row(groups, device)
+        hidden_TD = forward_shared(decoder, row)[row.predicting_U]
+    else:
+        # A completion never looks to the right, where the padding is: an attention mask would change nothing but speed.
+        rows = [[*prompt, *completion[:-1]] for prompt, completions in groups for completion in completions]
+        hidden_RLD = decoder(input_ids=_right_padded(rows, device), use_cache=False).last_hidden_state
+        hidden_TD = torch.cat([hidden_RLD[row, part] for row, part in enumerate(_predicting(groups))])
+    return CompletionStates(head, hidden_TD, torch.tensor(tokens, dtype=torch.long, device=device))
+
+
+def _predicting(groups: Sequence[TokenGroup]) -> Iterator[slice]:
+    """Of each completion's own row, the places that predict its tokens."""
+    for prompt, completions in groups:
+        for completion in completions:
+            yield slice(len(prompt) - 1, len(prompt) - 1 + len(completion))
 
 
 def _head_logprobs(head: nn.Linear, hidden_TD: Tensor, token_T: Tensor, batch_chunk_size: int) -> Tensor:
@@ -143,75 +151,11 @@ def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor
     return torch.tensor(padded, dtype=torch.long, device=device)
 
 
-# --- where tokens stand -----------------------------------------------------------------------------
-
-
-class _Layout(NamedTuple):
-    """Rows of tokens for one forward pass. The last token of a completion predicts nothing and stands nowhere."""
-
-    tokens: list[list[int]]
-    predicted: list[tuple[int, int, int]]
-    """Row, column and what follows there, for every token of every completion."""
-    positions: list[list[int]]
-    segments: list[list[int]] | None
-    """Of packed rows: 0 for the prompt, 1… for its completions."""
-
-
-def _one_row_each(groups: Sequence[TokenGroup]) -> _Layout:
-    tokens: list[list[int]] = []
-    predicted: list[tuple[int, int, int]] = []
-    for prompt, completions in groups:
-        for completion in completions:
-            predicted += [(len(tokens), len(prompt) - 1 + place, token) for place, token in enumerate(completion)]
-            tokens.append([*prompt, *completion[:-1]])
-    return _Layout(tokens, predicted, [], None)
-
-
-def _packed(groups: Sequence[TokenGroup]) -> _Layout:
-    """A row for each group: the prompt once, then completions that do not see each other."""
-    layout = _Layout([], [], [], segments := [])
-    for row, (prompt, completions) in enumerate(groups):
-        tokens, positions, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for number, completion in enumerate(completions, 1):
-            columns = [len(prompt) - 1, *range(len(tokens), len(tokens) + len(completion) - 1)]
-            layout.predicted.extend((row, *pair) for pair in zip(columns, completion, strict=False))
-            tokens += completion[:-1]
-            positions += range(len(prompt), len(prompt) + len(completion) - 1)
-            segment += [number] * (len(completion) - 1)
-        layout.tokens.append(tokens)
-        layout.positions.append(positions)
-        segments.append(segment)
-    return layout
-
-
-def _seen_by_segment(segments: list[list[int]], positions: list[list[int]], device: torch.device) -> dict[str, Tensor]:
-    """Positions, and a mask by which a token sees what stands before it in the prompt and in its own completion."""
-    segment_RL = _right_padded(segments, device)
-    length = segment_RL.shape[1]
-    is_seen_RLL = (segment_RL[:, None, :] == 0) | (segment_RL[:, None, :] == segment_RL[:, :, None])
-    is_before_LL = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return {
-        "attention_mask": (is_seen_RLL & is_before_LL)[:, None],
-        "position_ids": _right_padded(positions, device),
-    }
-
-
-def packing_pays(config: Any, groups: Sequence[TokenGroup]) -> bool:
-    """Whether rows that share their prompt are right for this model, and cheaper: fewer tokens, but more keys each.
-
-    A layer's matrices take about 12 D² multiplications a token, its attention 2 D a key; a causal row of its own skips
-    half of its keys, a packed one none.
-    """
-    longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
-    windows = [getattr(config, name, None) for name in ATTENTION_WINDOWS]
-    is_right = (
-        config.model_type in PACKED_FAMILIES
-        and config._attn_implementation == "sdpa"  # the others take no mask of booleans
-        and all(window is None or longest <= window for window in windows)
-    )
-    if not is_right:
-        return False
-    width, num_rows = 12 * config.hidden_size, sum(len(group.completion_ids) for group in groups)
-    packed = max(len(group.prompt_ids) + sum(map(len, group.completion_ids)) for group in groups)
-    cost_of_packed = len(groups) * packed * (width + 2 * packed)
-    return packed <= MAX_PACKED_TOKENS and cost_of_packed < num_rows * longest * (width + longest)
+def sharing_pays(config: Any, groups: Sequence[TokenGroup]) -> bool:
+    """Whether one row in which completions share their prompts is right for this model, and cheaper than rows of
+    their own: fewer tokens, and no padding."""
+    is_right = config.model_type in SHARING_FAMILIES and config._attn_implementation in ("sdpa", ATTENTION_NAME)
+    completions = [(len(prompt), len(completion)) for prompt, own in groups for completion in own]
+    longest = max(prompt + completion for prompt, completion in completions)
+    num_shared = sum(len(group.prompt_ids) for group in groups) + sum(length for _, length in completions)
+    return is_right and num_shared < SHARE_OF_TOKENS * longest * len(completions)

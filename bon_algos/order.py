@@ -126,6 +126,43 @@ def best_of_n_weights(reward_M: ArrayLike, n: int) -> Array:
     return (level_weight / num_tied)[level_M]
 
 
+def kl_best_of_n_of_level(level_mass: ArrayLike, n: int) -> Array:
+    """The KL(π_BoN ‖ π_ref) to expect from the reference's mass ε on the reward level of a winner; nats.
+
+    (1 − ε)ⁿ·[log n + (n − 1)·log(1 − ε) − (n − 1)/n] + [1 − (1 − ε)ⁿ]·log([1 − (1 − ε)ⁿ]/ε): exact were that level the
+    highest and nothing else tied; `kl_bound` at ε = 0, falling to 0 at ε = 1 (Beirami et al., arXiv:2401.01879). Its
+    mean over winners lies between the KL and the bound: never above the bound, and above the KL on every law tried.
+
+    Masses of any shape, in [0, 1] -> that shape, in [0, kl_bound(n)]. ValueError outside.
+    """
+    _check_n(n)
+    mass = _floats(level_mass)
+    if mass.size and not 0 <= mass.min() <= mass.max() <= 1:
+        raise ValueError(f"a level's mass is in [0, 1], got {mass.min()} to {mass.max()}")
+    is_none, is_all = mass == 0, mass == 1  # 0 · log 0 is 0, at either end
+    log_below = np.log1p(-np.where(is_all, 0.0, mass))
+    hit = np.where(is_all, 1.0, -np.expm1(n * log_below))  # the winner is on the level
+    log_tilt = np.log(np.where(is_none, 1.0, hit) / np.where(is_none, 1.0, mass))
+    below = (1 - hit) * (kl_bound(n) + (n - 1) * log_below)
+    kl: Array = below + hit * log_tilt
+    return kl
+
+
+def kl_best_of_n_estimate(reward_M: ArrayLike, n: int) -> float:
+    """KL(π_BoN ‖ π_ref) from draws of the reference for one prompt, aware of their ties; nats, in [0, kl_bound(n)].
+
+    `kl_best_of_n_of_level` averaged over all ways to pick n of M, the mass of a winner's level taken from the other
+    M − 1 draws: exactly the bound while no two tie. (M,) -> nats. ValueError when n is not in 1..M, or M = 1.
+    """
+    reward = _floats(reward_M)
+    weight_M = best_of_n_weights(reward, n)
+    if reward.size < 2:
+        raise ValueError("a single draw has no others to tie with")
+    _, level_M, num_tied = np.unique(reward, return_inverse=True, return_counts=True)
+    other_share_M = (num_tied[level_M] - 1) / (reward.size - 1)
+    return float(weight_M @ kl_best_of_n_of_level(other_share_M, n))
+
+
 def systematic_sample(weight_M: ArrayLike, count: int, uniform: float) -> NDArray[np.intp]:
     """How often each of M candidates is drawn when `count` draws are made by weight, evenly spaced.
 

@@ -23,10 +23,8 @@ from bon_algos.contracts import (
     JOBS_INDEX,
     LEDGER_COUNTS,
     OPEN_JOBS,
-    BonForwardKlSpec,
-    BonRegressionSpec,
     JobSpec,
-    OfflineBondSpec,
+    LoggedSpec,
     job_events_key,
     job_key,
 )
@@ -181,7 +179,7 @@ def check_spec(spec: JobSpec, *, n_cap: int, max_lora_rank: int, now: float) -> 
     """What the record cannot know: this installation's limits, and the clock. Raises InvalidField."""
     method, parameters = spec.method.type, spec.method.spec
     _at_most("n", spec.n, n_cap)
-    if isinstance(parameters, BonForwardKlSpec | BonRegressionSpec | OfflineBondSpec):
+    if isinstance(parameters, LoggedSpec):
         _at_most(f"method.{method}.n", parameters.n, n_cap)
     _at_most(f"method.{method}.lora_rank", parameters.lora_rank, max_lora_rank)
     since, until = spec.window.since, spec.window.until

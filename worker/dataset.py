@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from bon_algos.algorithms import LoggedGroup
 from bon_algos.contracts import Candidate, CandidateGroup, DataWindow, Message, Record, Sampling
 from bon_algos.logprobs import TokenGroup
+from bon_algos.steps import LoggedGroup
 from worker.durable import staged
 from worker.errors import JobFailed
 

@@ -17,10 +17,11 @@ from pathlib import Path
 import redis
 import torch
 
-from bon_algos.algorithms import OnPolicyStep, make_step
+from bon_algos.algorithms import make_step
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import AlgorithmSpec, BondSpec, DataWindow, EvaluationReport, JBondSpec, JobSpec, Manifest
+from bon_algos.contracts import DataWindow, EvaluationReport, JobSpec, Manifest
 from bon_algos.logprobs import TokenGroup
+from bon_algos.steps import OnPolicyStep
 from worker import checkpoint, dataset
 from worker.dataset import FrozenWindow, PromptPool
 from worker.engine import Engines
@@ -109,7 +110,7 @@ class Distillation:
             reference_policy=place.base_policy_id,
             reward_model=place.reward_model_id,
             reward_template_digest=place.reward_tokenizer.template_digest,
-            num_candidates=candidates_needed(method),
+            num_candidates=method.candidates_needed,
             since=spec.window.since,
             until=spec.window.until,
         )
@@ -222,17 +223,6 @@ class Distillation:
             lora_rank=method.lora_rank,
             steps=method.steps,
         )
-
-
-def candidates_needed(method: AlgorithmSpec) -> int:
-    """How many logged candidates a prompt must have."""
-    match method:
-        case JBondSpec():
-            return 1  # its prompts are all that is used of the ledger
-        case BondSpec():
-            return 2  # something to be ranked among
-        case _:
-            return method.n
 
 
 def prepare_torch(threads: int, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from bon_algos.algorithms import BondStep, FreshGroup, OnPolicyStep, RankedGroup
+from bon_algos.steps import BondStep, FreshGroup, OnPolicyStep, RankedGroup, SampledStep
 from worker import checkpoint
 from worker.dataset import FrozenWindow, PromptPool
 from worker.errors import EngineUnavailable
@@ -82,7 +82,7 @@ class Loop:
         live: dict[str, float] = {}
         if training.logged_step is not None:
             learn = partial(training.learn_logged, [pool.logged_group for pool in self._batch(training.done)])
-        elif isinstance(training.step, BondStep):
+        elif isinstance(training.step, BondStep | SampledStep):
             ranked, live = self._next_ranked(training.step, steps)
             learn = partial(training.learn_ranked, ranked)
         else:
@@ -96,7 +96,7 @@ class Loop:
     def _batch(self, step: int) -> list[PromptPool]:
         return batch_of(self._window.train, step, size=self._prompts_per_step, seed=self._seed)
 
-    # --- J-BOND: policy and anchor as they are now -----------------------------------------------------
+    # --- J-BOND and iterative BOND: policy and anchor as they are now -----------------------------------
 
     def _next_fresh(self, steps: int) -> tuple[list[FreshGroup], dict[str, float]]:
         """The next step's groups, and what its policy's samples say of it."""
@@ -111,9 +111,11 @@ class Loop:
         """Fresh groups for the coming steps, all drawn from the policy and the anchor as they are now."""
         training = self._training
         assert training.anchor is not None
+        assert isinstance(training.step, OnPolicyStep)
+        num_anchor_samples = training.step.anchor_samples
         anchor, pools = training.anchor.tensors, [pool for batch in batches for pool in batch]
         groups, samples = patiently(
-            lambda: self._rollouts.fresh_groups(training.policy, anchor, pools),
+            lambda: self._rollouts.fresh_groups(training.policy, anchor, pools, num_anchor_samples),
             self._lease.wait,
             self._patience_seconds,
         )
@@ -123,16 +125,16 @@ class Loop:
             self._fresh.append((groups[part], live_metrics(training.policy, batch, samples[part])))
             start += len(batch)
 
-    # --- BOND: drawn while the step before trains ------------------------------------------------------
+    # --- BOND, vBoN and RLOO: drawn while the step before trains ----------------------------------------
 
-    def _next_ranked(self, step: BondStep, steps: int) -> tuple[list[RankedGroup], dict[str, float]]:
+    def _next_ranked(self, step: BondStep | SampledStep, steps: int) -> tuple[list[RankedGroup], dict[str, float]]:
         """The next step's groups, and what they say of the policy; the drawing for the step after begins."""
         done = self._training.done
         groups, samples = (self._ahead or self._draw_ranked(step, done)).result()
         self._ahead = self._draw_ranked(step, done + 1) if done + 1 < steps else None
         return groups, live_metrics(self._training.policy, self._batch(done), samples)
 
-    def _draw_ranked(self, step: BondStep, number: int) -> Future[Ranked]:
+    def _draw_ranked(self, step: BondStep | SampledStep, number: int) -> Future[Ranked]:
         """Have samples of the policy as it is now drawn for a step."""
         policy, factors, pools = self._training.policy, self._training.policy.factors, self._batch(number)
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bon_algos.algorithms import FreshGroup, RankedGroup
 from bon_algos.chat import ChatTokenizer, reward_token_ids
 from bon_algos.contracts import Candidate
 from bon_algos.logprobs import TokenGroup
+from bon_algos.steps import FreshGroup, RankedGroup
 from worker.dataset import INCOMPLETE_PENALTY, PromptPool, ranking_reward
 from worker.engine import Draw, Engines
 from worker.errors import EngineUnavailable
@@ -102,22 +102,22 @@ class Rollouts:
         return [[next(rollouts) for _ in group] for group in drawn]
 
     def fresh_groups(
-        self, policy: TrainedPolicy, anchor: Mapping[str, Tensor], pools: Sequence[PromptPool]
+        self, policy: TrainedPolicy, anchor: Mapping[str, Tensor], pools: Sequence[PromptPool], num_anchor_samples: int
     ) -> tuple[list[FreshGroup], list[Rollout]]:
-        """One sample of the policy and two of its anchor for each prompt; and the policy's samples by themselves."""
+        """One sample of the policy and some of its anchor for each prompt; and the policy's samples by themselves."""
         with self.served(policy) as policy_name, self.served(policy, anchor) as anchor_name:
-            requests = [(policy_name, pool, 1) for pool in pools] + [(anchor_name, pool, 2) for pool in pools]
-            drawn = self.draw(requests)
+            asked = ((policy_name, 1), (anchor_name, num_anchor_samples))
+            drawn = self.draw([(name, pool, count) for name, count in asked for pool in pools])
         own = [group[0] for group in drawn[: len(pools)]]
         groups = [
             FreshGroup(
                 pool.prompt_ids,
                 sample.candidate.token_ids,
                 sample.ranking_reward,
-                (first.candidate.token_ids, second.candidate.token_ids),
-                (first.ranking_reward, second.ranking_reward),
+                [one.candidate.token_ids for one in of_anchor],
+                [one.ranking_reward for one in of_anchor],
             )
-            for pool, sample, (first, second) in zip(pools, own, drawn[len(pools) :], strict=True)
+            for pool, sample, of_anchor in zip(pools, own, drawn[len(pools) :], strict=True)
         ]
         return groups, own
 
@@ -134,6 +134,7 @@ class Rollouts:
                 [sample.candidate.token_ids for sample in samples],
                 [sample.ranking_reward for sample in samples],
                 [sample.logprob for sample in samples],
+                [sample.reward for sample in samples],
             )
             for pool, samples in zip(pools, drawn, strict=True)
         ]

@@ -16,7 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bon_algos.algorithms import (
+from bon_algos.anchor import EmaAnchor
+from bon_algos.steps import (
     BondStep,
     ChosenGroup,
     FreshGroup,
@@ -25,11 +26,11 @@ from bon_algos.algorithms import (
     OfflineBondStep,
     OnPolicyStep,
     RankedGroup,
+    SampledStep,
     Step,
     StepLoss,
     WeighedGroup,
 )
-from bon_algos.anchor import EmaAnchor
 from worker.checkpoint import TrainingState
 from worker.errors import JobFailed
 from worker.models import TrainedPolicy, parts_by_tokens
@@ -91,7 +92,7 @@ class Training:
                 return self.step
             case BondStep():
                 return self.step.imitation if self.done < self.step.imitation_steps else None
-            case OnPolicyStep():
+            case OnPolicyStep() | SampledStep():
                 return None
 
     def learn_logged(self, groups: Sequence[LoggedGroup], rows_tokens: int = TRAINING_ROWS_TOKENS) -> dict[str, float]:
@@ -131,15 +132,21 @@ class Training:
         )
         torch.autograd.backward(outcome.loss)
         metrics = self._apply(_numbers(outcome))
-        anchor.update(self._parameters, self.step.anchor_rate)
+        if self.done % self.step.anchor_steps == 0:
+            anchor.update(self._parameters, self.step.anchor_rate)
         return metrics
 
     def learn_ranked(self, groups: Sequence[RankedGroup]) -> dict[str, float]:
         """One step on fresh samples among logged candidates; its metrics."""
-        assert isinstance(self.step, BondStep)
-        uniform = self._uniform()
-        chosen = [self.step.choose(group.logged, uniform()) for group in groups]
-        outcome = self.step.loss(groups, chosen, self.policy.logprobs, self.policy.reference_logprobs)
+        asked = (self.policy.logprobs, self.policy.reference_logprobs)
+        match self.step:
+            case BondStep(choose=choose, loss=loss):
+                uniform = self._uniform()
+                outcome = loss(groups, [choose(group.logged, uniform()) for group in groups], *asked)
+            case SampledStep(loss=loss_of_samples):
+                outcome = loss_of_samples(groups, *asked)
+            case _:
+                raise AssertionError("this step is not fed with samples among logged candidates")
         torch.autograd.backward(outcome.loss)
         return self._apply(_numbers(outcome))
 

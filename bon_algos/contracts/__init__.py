@@ -1,31 +1,42 @@
 """Records and names that cross a process boundary. pydantic and the standard library only.
 
-Owns: what the gateway logs (`serving`), what a job is asked to do and finds (`jobs`), what a worker proposes and the
-service decides (`registry`), and the names both sides use (`names`). Does not own: how anything is stored, sent or
-trained. Everything is imported from here.
+Owns: what the gateway logs (`serving`), what a job is asked to do (`methods`, `jobs`) and finds, what a worker
+proposes and the service decides (`registry`), and the names both sides use (`names`). Does not own: how anything is
+stored, sent or trained. Everything is imported from here.
 """
 
 from bon_algos.contracts.jobs import (
     FINAL_JOB_STATES,
-    METHOD_NAMES,
-    AlgorithmSpec,
-    BondSpec,
-    BonForwardKlSpec,
-    BonRegressionSpec,
     DataWindow,
     EvaluationReport,
     Fingerprint,
     Interval,
-    JBondSpec,
     JobPhase,
     JobSpec,
     JobState,
+    Window,
+)
+from bon_algos.contracts.methods import (
+    METHOD_NAMES,
+    AlgorithmSpec,
+    BonbonConsistentSpec,
+    BonbonSpec,
+    BondSpec,
+    BonForwardKlSpec,
+    BonRegressionSpec,
+    BonSftSpec,
+    DpoSpec,
+    IpoSpec,
+    IterativeBondSpec,
+    JBondSpec,
     LoggedSpec,
     Method,
     MethodName,
     OfflineBondSpec,
+    RlooSpec,
+    SampledSpec,
     TrainingSpec,
-    Window,
+    VbonSpec,
 )
 from bon_algos.contracts.names import (
     AUDIT_STREAM,
@@ -109,11 +120,15 @@ __all__ = [
     "ArmReason",
     "BonForwardKlSpec",
     "BonRegressionSpec",
+    "BonSftSpec",
+    "BonbonConsistentSpec",
+    "BonbonSpec",
     "BondSpec",
     "Candidate",
     "CandidateFailure",
     "CandidateGroup",
     "DataWindow",
+    "DpoSpec",
     "EvaluationReport",
     "Experiment",
     "ExperimentArm",
@@ -122,6 +137,8 @@ __all__ = [
     "FingerprintResult",
     "FinishReason",
     "Interval",
+    "IpoSpec",
+    "IterativeBondSpec",
     "JBondSpec",
     "JobPhase",
     "JobSpec",
@@ -138,11 +155,14 @@ __all__ = [
     "PolicyRecord",
     "PolicyState",
     "Record",
+    "RlooSpec",
     "Route",
     "RouteName",
+    "SampledSpec",
     "Sampling",
     "SelectionStatus",
     "TrainingSpec",
+    "VbonSpec",
     "Window",
     "adapter_digest",
     "experiment_key",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from math import exp
 from typing import Any
@@ -14,7 +16,27 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bon_algos import bond, order
-from bon_algos.algorithms import (
+from bon_algos.algorithms import make_step
+from bon_algos.anchor import EmaAnchor
+from bon_algos.contracts import (
+    AlgorithmSpec,
+    BonbonConsistentSpec,
+    BonbonSpec,
+    BondSpec,
+    BonForwardKlSpec,
+    BonRegressionSpec,
+    BonSftSpec,
+    DpoSpec,
+    IpoSpec,
+    IterativeBondSpec,
+    JBondSpec,
+    OfflineBondSpec,
+    RlooSpec,
+    VbonSpec,
+)
+from bon_algos.logprobs import TokenGroup, sequence_logprobs
+from bon_algos.quantiles import log_tilt_tie_aware, standing_against, standing_among_others
+from bon_algos.steps import (
     BondStep,
     FreshGroup,
     LoggedGroup,
@@ -22,12 +44,8 @@ from bon_algos.algorithms import (
     OfflineBondStep,
     OnPolicyStep,
     RankedGroup,
-    make_step,
+    SampledStep,
 )
-from bon_algos.anchor import EmaAnchor
-from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec, OfflineBondSpec
-from bon_algos.logprobs import TokenGroup, sequence_logprobs
-from bon_algos.quantiles import log_tilt_tie_aware, standing_against, standing_among_others
 from bon_algos.token_kl import TokenTerms, token_terms
 
 
@@ -117,6 +135,83 @@ def test_a_regression_step_by_hand():
     assert capped.loss(chosen, lambda groups: [torch.tensor([-2.0, 0.0])]).loss.item() == pytest.approx(huber)
 
 
+def test_a_pair_is_the_best_and_the_worst_of_the_candidates_drawn():
+    """All four drawn: rewards 1, 3, 3, 0, so the second and the last. log-ratios 1 and −1: a margin of 2."""
+    group = LoggedGroup(TokenGroup([0], [[0], [1], [2], [3]]), [1.0, 3.0, 3.0, 0.0], [-2.0, -3.0, -3.0, -4.0])
+    cases: list[tuple[AlgorithmSpec, float]] = [
+        (DpoSpec(n=4, beta=0.5), np.log1p(np.exp(-0.5 * 2))),
+        (IpoSpec(n=4, beta=0.5), (2 - 1 / (2 * 0.5)) ** 2),
+        (BonbonSpec(n=4, imitation_weight=0.25), 0.25 * 2.0 + 0.75 * (2 - 5.5) ** 2),  # (n − 1)·H_3 = 5.5
+    ]
+    for spec, expected in cases:
+        step = make_step(spec)
+        assert isinstance(step, LoggedStep)
+        chosen = step.choose(group, 0.3)
+        assert chosen.tokens == TokenGroup([0], [[1], [3]])
+        loss, metrics = step.loss([chosen], lambda groups: [torch.tensor([-2.0, -5.0])])
+        assert loss.item() == pytest.approx(expected)
+        assert metrics["margin"].item() == pytest.approx(2)
+        assert metrics["log_ratio_better"].item() == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_winners_of_n_drawn_candidates_follow_best_of_ns_weights():
+    """Over 5,040 numbers; a share's deviation is below .0071."""
+    rewards = [0.3, 1.0, -0.5, 2.0, 1.5, 0.1]
+    group = logged(0, range(6), rewards, torch.zeros(6))
+    step = make_step(BonSftSpec(n=3))
+    assert isinstance(step, LoggedStep)
+    winners = [step.choose(group, (k + 0.5) / 5040).tokens.completion_ids[0][0] for k in range(5040)]
+    assert np.bincount(winners, minlength=6) / 5040 == pytest.approx(order.best_of_n_weights(rewards, 3), abs=0.028)
+
+
+def test_the_consistent_pairs_targets_make_up_for_the_partners_rank():
+    """n = 2 of three: t = log 2 + H_s − H_2 among two others, s of them below; times 2/3: no loss at these."""
+    group = LoggedGroup(TokenGroup([0], [[0], [1], [2]]), [1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    step = make_step(BonbonConsistentSpec(n=2, candidates_per_prompt=3))
+    assert isinstance(step, LoggedStep)
+    chosen = step.choose(group, 0.5)
+    tilts = [np.log(2) + below for below in (-1.5, -0.5, 0.0)]  # H_s − H_2 for s = 0, 1, 2
+    assert chosen.verdicts == pytest.approx([2 / 3 * tilt for tilt in tilts])
+    exact = torch.tensor(chosen.verdicts) + 0.7  # a constant of the prompt is nobody's business
+    assert step.loss([chosen], lambda groups: [exact]).loss.item() == pytest.approx(0, abs=1e-12)
+    assert step.loss([chosen], lambda groups: [2 * exact]).loss.item() > 0.1
+
+
+def test_an_rloo_step_by_hand():
+    """β = ½, rewards 2, none and 0 (none counts as the worst, 0); sampled log-ratios 1, 0, 1: returns 1.5, 0, −.5.
+
+    Less the mean of the others: 1.75, −.5, −1.25.  log π = −1, −2, −3: loss −(−1.75 + 1 + 3.75)/3.
+    """
+    log = LoggedGroup(TokenGroup([0], [[7], [8]]), [0.0, 1.0], [-1.0, -1.0])
+    group = RankedGroup(log, [[0], [1], [2]], [2.0, -1e9, 0.0], [-1.0, -2.0, -3.0], [2.0, None, 0.0])
+    step = make_step(RlooSpec(kl_strength=0.5, samples_per_prompt=3))
+    assert isinstance(step, SampledStep)
+    policy, reference = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-2.0, -2.0, -4.0])
+    loss, metrics = step.loss([group], lambda groups: [policy], lambda groups: [reference])
+    assert loss.item() == pytest.approx(-(-1.75 + 1 + 3.75) / 3)
+    assert metrics["reward"].item() == pytest.approx(2 / 3)
+    assert metrics["kl_policy_reference_now"].item() == pytest.approx(2 / 3)
+
+
+def test_a_vbon_step_by_hand():
+    """n = 3, logged rewards 0 and 1, samples earning .5 and 2: log p̂ = H_1 − H_2 = −.5 and 0, so returns differ by
+    2·.5, advantages are ∓1. π/π_old is e^.1 for both, within .2: loss −(−e^.1 + e^.1)/2; and e^.5 for the better one is
+    cut to 1.2."""
+    log = LoggedGroup(TokenGroup([0], [[7], [8]]), [0.0, 1.0], [-1.0, -1.0])
+    group = RankedGroup(log, [[0], [1]], [0.5, 2.0], [-1.0, -1.0], [0.5, 2.0])
+    step = make_step(VbonSpec(n=3, clip_range=0.2, samples_per_prompt=2))
+    assert isinstance(step, SampledStep)
+    policy = torch.tensor([-0.9, -0.9])
+    within = step.loss([group], lambda groups: [policy], lambda groups: [torch.full((2,), -1.0)])
+    assert within.loss.item() == pytest.approx(0, abs=1e-6)
+    assert within.metrics["clip_fraction"].item() == 0
+    policy = torch.tensor([-0.9, -0.5])
+    beyond = step.loss([group], lambda groups: [policy], lambda groups: [torch.full((2,), -1.0)])
+    assert beyond.loss.item() == pytest.approx(-(-exp(0.1) + 1.2) / 2)
+    assert beyond.metrics["clip_fraction"].item() == pytest.approx(0.5)
+
+
 def test_a_j_bond_step_imitates_the_better_anchor_sample():
     logprob_PK = torch.tensor([[0.5, 0.3, 0.2], [0.3, 0.1, 0.6]]).log().requires_grad_()
     anchor_PK = torch.tensor([[0.4, 0.4, 0.2], [0.1, 0.3, 0.6]]).log()
@@ -159,7 +254,7 @@ def test_a_bond_steps_expected_gradient_is_that_of_the_divergence(n, floor):
     expected_loss = torch.zeros((), dtype=torch.float64)
     for first, second in product(range(3), repeat=2):
         groups = [
-            RankedGroup(log, [[k]], [reward_K[k]], [logprob_PK[p, k].item()])
+            RankedGroup(log, [[k]], [reward_K[k]], [logprob_PK[p, k].item()], [reward_K[k]])
             for p, (log, k) in enumerate(zip(logs, (first, second), strict=True))
         ]
         probability = (logprob_PK[0, first] + logprob_PK[1, second]).exp().detach()
@@ -194,8 +289,8 @@ def test_a_bad_sample_of_an_older_policy_counts_as_often_as_the_policy_would_sti
     def gradient(surplus_bad: float, surplus_good: float) -> Tensor:
         drawn = logprob_PK.clone().requires_grad_()
         groups = [
-            RankedGroup(logs[0], [[0]], [0.0], [logprob_PK[0, 0].item() + surplus_bad]),
-            RankedGroup(logs[1], [[1]], [1.0], [logprob_PK[1, 1].item() + surplus_good]),
+            RankedGroup(logs[0], [[0]], [0.0], [logprob_PK[0, 0].item() + surplus_bad], [0.0]),
+            RankedGroup(logs[1], [[1]], [1.0], [logprob_PK[1, 1].item() + surplus_good], [1.0]),
         ]
         loss = step.loss(groups, chosen, table(drawn), table(logprob_PK)).loss
         gradient_PK = torch.autograd.grad(loss, drawn)[0]
@@ -217,7 +312,7 @@ def test_a_bond_step_weighs_prompts_alike_however_many_samples_they_have():
     one, three = (
         step.loss(
             [
-                RankedGroup(log, [[1]] * count, [1.0] * count, [logprob_PK[p, 1].item()] * count)
+                RankedGroup(log, [[1]] * count, [1.0] * count, [logprob_PK[p, 1].item()] * count, [1.0] * count)
                 for p, log in enumerate(logs)
             ],
             chosen,
@@ -310,7 +405,15 @@ SPECS = [
     OfflineBondSpec(n=4),
     BondSpec(n=4),
     JBondSpec(anchor_rate=0.1),
+    IterativeBondSpec(n=3, anchor_samples=5, anchor_steps=4),
+    VbonSpec(n=4),
+    BonSftSpec(n=4),
+    BonbonSpec(n=4),
+    BonbonConsistentSpec(n=4),
+    DpoSpec(n=4),
+    IpoSpec(n=4),
 ]
+"""All methods but the one that takes rewards on their own scale."""
 BASE_REWARD_K = torch.tensor([0.3, 1.0, -0.5, 1.0, 2.0, 0.1], dtype=torch.float64)
 
 
@@ -321,7 +424,7 @@ def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
     reference_PK = torch.randn(8, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
     logit_PK = reference_PK.clone().requires_grad_()
     anchor = EmaAnchor({"logits": logit_PK})
-    for _ in range(20):
+    for number in range(20):
         anchor_PK = anchor.tensors["logits"].double().log_softmax(-1)
         policy = table(logit_PK.log_softmax(-1))
         match step:
@@ -334,7 +437,7 @@ def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
                 groups = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
                 terms = table_terms(logit_PK.log_softmax(-1), reference_PK)
                 loss = step.loss([step.choose(group, 0.5) for group in groups], terms).loss
-            case BondStep():
+            case BondStep() | SampledStep():
                 drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
                 own = torch.multinomial(
                     logit_PK.detach().softmax(-1), 2, replacement=True, generator=generator
@@ -342,19 +445,26 @@ def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
                 logs = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
                 sampled_B2 = logit_PK.detach().log_softmax(-1).gather(1, torch.tensor(own))
                 ranked = [
-                    RankedGroup(log, [[k] for k in fresh], [rewards[k] for k in fresh], sampled.tolist())
+                    RankedGroup(log, [[k] for k in fresh], earned, sampled.tolist(), earned)
                     for log, fresh, sampled in zip(logs, own, sampled_B2, strict=True)
+                    for earned in [[rewards[k] for k in fresh]]
                 ]
-                loss = step.loss(ranked, [step.choose(log, 0.5) for log in logs], policy, table(reference_PK)).loss
+                asked = (policy, table(reference_PK))
+                if isinstance(step, SampledStep):
+                    loss = step.loss(ranked, *asked).loss
+                else:
+                    loss = step.loss(ranked, [step.choose(log, 0.5) for log in logs], *asked).loss
             case OnPolicyStep():
                 own = torch.multinomial(logit_PK.detach().softmax(-1), 1, generator=generator).tolist()
-                two = torch.multinomial(anchor_PK.exp(), 2, replacement=True, generator=generator).tolist()
+                count = step.anchor_samples
+                of_anchor = torch.multinomial(anchor_PK.exp(), count, replacement=True, generator=generator).tolist()
                 fresh = [
-                    FreshGroup([p], own[p], rewards[own[p][0]], ([a], [b]), (rewards[a], rewards[b]))
-                    for p, (a, b) in enumerate(two)
+                    FreshGroup([p], own[p], rewards[own[p][0]], [[k] for k in some], [rewards[k] for k in some])
+                    for p, some in enumerate(of_anchor)
                 ]
                 loss = step.loss(fresh, policy, table(anchor_PK)).loss
-                anchor.update({"logits": logit_PK}, step.anchor_rate)
+                if (number + 1) % step.anchor_steps == 0:
+                    anchor.update({"logits": logit_PK}, step.anchor_rate)
         with torch.no_grad():
             logit_PK -= 0.5 * torch.autograd.grad(loss, logit_PK)[0]
     return logit_PK.detach()
@@ -367,6 +477,11 @@ def test_training_sees_rewards_only_by_their_order(spec):
     assert torch.equal(train_on_a_table(spec, BASE_REWARD_K.exp()), trained_PK)
     assert torch.equal(train_on_a_table(spec, BASE_REWARD_K**3), trained_PK)
     assert not torch.equal(train_on_a_table(spec, -BASE_REWARD_K), trained_PK)
+
+
+def test_rloo_alone_takes_rewards_on_their_own_scale():
+    trained_PK = train_on_a_table(RlooSpec(), BASE_REWARD_K)
+    assert not torch.equal(train_on_a_table(RlooSpec(), BASE_REWARD_K.exp()), trained_PK)
 
 
 # --- a run on a language model ---------------------------------------------------------------------------
@@ -406,7 +521,11 @@ def win_and_kl(law_25: np.ndarray, reference_25: np.ndarray) -> tuple[float, flo
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
-    [BonForwardKlSpec(n=4, candidates_per_prompt=8), BonRegressionSpec(n=4, candidates_per_prompt=16)],
+    [
+        BonForwardKlSpec(n=4, candidates_per_prompt=8),
+        BonRegressionSpec(n=4, candidates_per_prompt=16),
+        BonbonConsistentSpec(n=4, candidates_per_prompt=16),
+    ],
     ids=lambda spec: type(spec).__name__,
 )
 def test_a_language_model_becomes_its_own_best_of_four(spec):
@@ -429,10 +548,13 @@ def test_a_language_model_becomes_its_own_best_of_four(spec):
 
 
 def require_best_of_four(model, reference_P25: Tensor) -> None:
+    require_law(model, reference_P25, lambda reference_25: order.best_of_n_law(reference_25, REWARD_25, 4))
+
+
+def require_law(model, reference_P25: Tensor, expected_law) -> None:
     for law_25, reference_25 in zip(law_of(model).detach().numpy(), reference_P25.numpy(), strict=True):
-        best_of_4 = order.best_of_n_law(reference_25, REWARD_25, 4)
         win, kl = win_and_kl(law_25, reference_25)
-        expected_win, expected_kl = win_and_kl(best_of_4, reference_25)
+        expected_win, expected_kl = win_and_kl(expected_law(reference_25), reference_25)
         assert win == pytest.approx(expected_win, abs=0.03)
         assert kl == pytest.approx(expected_kl, abs=0.12)
 
@@ -493,6 +615,7 @@ def test_bond_takes_a_language_model_to_its_best_of_four():
                 [COMPLETIONS[k] for k in own],
                 REWARD_25[own].tolist(),
                 law_of(model).detach()[row % 2, own].log().tolist(),
+                REWARD_25[own].tolist(),
             )
             for row, (outcomes, own) in enumerate(zip(drawn.tolist(), fresh.tolist(), strict=True))
         ]
@@ -510,6 +633,101 @@ def test_bond_takes_a_language_model_to_its_best_of_four():
     require_best_of_four(model, reference_P25)
 
 
+def references_of(reference_P25: Tensor, groups: Sequence[TokenGroup]) -> list[Tensor]:
+    return [reference_of(group, reference_P25) for group in groups]
+
+
 def reference_of(group: TokenGroup, reference_P25: Tensor) -> Tensor:
     outcomes = [COMPLETIONS.index(list(completion)) for completion in group.completion_ids]
     return reference_P25[PROMPTS.index(list(group.prompt_ids)), outcomes].log().float()
+
+
+def mid_rank_power(reference_25: np.ndarray, n: int) -> np.ndarray:
+    """π_ref·p_midⁿ⁻¹/Z."""
+    beats = (REWARD_25[:, None] > REWARD_25) + (REWARD_25[:, None] == REWARD_25) / 2
+    law_25 = reference_25 * (beats @ reference_25) ** (n - 1)
+    return np.asarray(law_25 / law_25.sum())
+
+
+def boltzmann(reference_25: np.ndarray, kl_strength: float) -> np.ndarray:
+    """π_ref·exp(r/β)/Z."""
+    law_25 = reference_25 * np.exp(REWARD_25 / kl_strength)
+    return np.asarray(law_25 / law_25.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "expected_law"),
+    [
+        (VbonSpec(n=4, samples_per_prompt=8), lambda reference_25: mid_rank_power(reference_25, 4)),
+        (RlooSpec(kl_strength=3.0, samples_per_prompt=8), lambda reference_25: boltzmann(reference_25, 3.0)),
+    ],
+    ids=["vbon", "rloo"],
+)
+def test_samples_of_the_policy_take_a_language_model_to_the_law_of_their_method(spec, expected_law):
+    model, step = tiny_model(), make_step(spec)
+    assert isinstance(step, SampledStep)
+    reference_P25 = law_of(model).detach()
+    generator = torch.Generator().manual_seed(1)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=200)
+    for _ in range(200):
+        drawn = torch.multinomial(reference_P25.repeat(8, 1), 64, replacement=True, generator=generator).tolist()
+        law_P25 = law_of(model).detach()
+        fresh = torch.multinomial(law_P25.repeat(8, 1), 8, replacement=True, generator=generator)
+        groups = [
+            RankedGroup(
+                logged_pair(row % 2, outcomes, reference_P25),
+                [COMPLETIONS[k] for k in own],
+                REWARD_25[own].tolist(),
+                law_P25[row % 2, own].log().tolist(),
+                REWARD_25[own].tolist(),
+            )
+            for row, (outcomes, own) in enumerate(zip(drawn, fresh.tolist(), strict=True))
+        ]
+        optimiser.zero_grad()
+        outcome = step.loss(
+            groups,
+            lambda asked: sequence_logprobs(model, asked),
+            lambda asked: [reference_of(group, reference_P25) for group in asked],
+        )
+        torch.autograd.backward(outcome.loss)
+        optimiser.step()
+        cooling.step()
+    require_law(model, reference_P25, expected_law)
+
+
+@pytest.mark.slow
+def test_two_rounds_of_iterative_bond_are_best_of_four():
+    """Best-of-2 of an anchor that becomes the policy once, half way."""
+    model, step = tiny_model(), make_step(IterativeBondSpec(n=2, anchor_samples=16, anchor_steps=150))
+    assert isinstance(step, OnPolicyStep)
+    reference_P25 = anchor_P25 = law_of(model).detach()
+    generator = torch.Generator().manual_seed(1)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for number in range(2 * step.anchor_steps):
+        if number % step.anchor_steps == 0:
+            anchor_P25 = law_of(model).detach()
+            cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=step.anchor_steps)
+        own = torch.multinomial(law_of(model).detach().repeat(8, 1), 1, generator=generator).tolist()
+        some = torch.multinomial(anchor_P25.repeat(8, 1), 16, replacement=True, generator=generator).tolist()
+        groups = [
+            FreshGroup(
+                PROMPTS[row % 2],
+                COMPLETIONS[sample],
+                REWARD_25[sample],
+                [COMPLETIONS[k] for k in of_anchor],
+                REWARD_25[of_anchor].tolist(),
+            )
+            for row, ((sample,), of_anchor) in enumerate(zip(own, some, strict=True))
+        ]
+        optimiser.zero_grad()
+        outcome = step.loss(
+            groups,
+            lambda asked: sequence_logprobs(model, asked),
+            partial(references_of, anchor_P25),
+        )
+        torch.autograd.backward(outcome.loss)
+        optimiser.step()
+        cooling.step()
+    require_best_of_four(model, reference_P25)

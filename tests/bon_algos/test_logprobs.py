@@ -27,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from bon_algos.logprobs import PACKED_FAMILIES, TokenGroup, packing_pays, sequence_logprobs, token_logprobs
+from bon_algos.logprobs import SHARING_FAMILIES, TokenGroup, sequence_logprobs, sharing_pays, token_logprobs
 
 VOCABULARY = 53
 SIZES: dict[str, Any] = {
@@ -101,7 +101,7 @@ def by_transformers(model, groups) -> list[list[torch.Tensor]]:
 def test_log_probs_are_those_of_plain_transformers(build):
     model = build()
     expected = by_transformers(model, GROUPS)
-    assert packing_pays(model.config, GROUPS)
+    assert sharing_pays(model.config, GROUPS)
     for group, expected_group in zip(token_logprobs(model, GROUPS), expected, strict=True):
         for actual_L, expected_L in zip(group, expected_group, strict=True):
             torch.testing.assert_close(actual_L, expected_L, atol=1e-5, rtol=0)
@@ -125,30 +125,71 @@ def test_gradients_are_those_of_plain_transformers(build, batch_chunk_size):
     model = build().double()
     rows = [torch.stack([row.sum() for row in group]) for group in by_transformers(model, GROUPS)]
     expected = gradients_of(model, rows)
-    assert packing_pays(model.config, GROUPS)
-    packed = gradients_of(model, sequence_logprobs(model, GROUPS, batch_chunk_size=batch_chunk_size))
+    assert sharing_pays(model.config, GROUPS)
+    shared = gradients_of(model, sequence_logprobs(model, GROUPS, batch_chunk_size=batch_chunk_size))
     for name, gradient in expected.items():
-        torch.testing.assert_close(packed[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
-    assert not packing_pays(model.config, BY_THEMSELVES)
-    alone = gradients_of(model, sequence_logprobs(model, BY_THEMSELVES, batch_chunk_size=batch_chunk_size))
+        torch.testing.assert_close(shared[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+    assert not any(sharing_pays(model.config, [group]) for group in BY_THEMSELVES)
+    rows = [sequence_logprobs(model, [group], batch_chunk_size=batch_chunk_size)[0] for group in BY_THEMSELVES]
+    alone = gradients_of(model, rows)
     for name, gradient in expected.items():
         # Gemma's normalisation of queries and keys rounds sums over a row's padding, too.
         atol = 1e-6 if build is gemma3 else 1e-12
         torch.testing.assert_close(alone[name], gradient, atol=atol, rtol=1e-10, msg=name)
 
 
-def test_every_family_that_is_packed_is_seen_here():
-    assert sorted(build().config.model_type for build in FAMILIES) == sorted(PACKED_FAMILIES)
+def test_every_family_that_shares_prompts_is_seen_here():
+    assert sorted(build().config.model_type for build in FAMILIES) == sorted(SHARING_FAMILIES)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("build", [mistral, gemma3])
-def test_completions_that_outgrow_a_window_stand_in_rows_of_their_own(build):
-    model = build(window=4)
-    assert not packing_pays(model.config, GROUPS)
-    expected = torch.cat([torch.stack([row.sum() for row in rows]) for rows in by_transformers(model, GROUPS)])
-    torch.testing.assert_close(torch.cat(sequence_logprobs(model, GROUPS)), expected, atol=1e-5, rtol=0)
-    assert (expected - torch.cat(sequence_logprobs(build(window=32), GROUPS))).abs().max() > 1e-3
+@pytest.mark.parametrize("window", [1, 2, 4, 9])
+def test_attention_windows_are_kept(build, window):
+    """Shorter than a completion, than a prompt, and than neither; each with its gradients."""
+    model = build(window=window).double()
+    rows = [torch.stack([row.sum() for row in group]) for group in by_transformers(model, GROUPS)]
+    expected = gradients_of(model, rows)
+    assert sharing_pays(model.config, GROUPS)
+    shared_rows = sequence_logprobs(model, GROUPS)
+    torch.testing.assert_close(torch.cat(shared_rows), torch.cat(rows), atol=1e-5, rtol=0)
+    shared = gradients_of(model, shared_rows)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(shared[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+    wide = torch.cat(sequence_logprobs(build(window=32).double(), GROUPS))
+    assert (torch.cat(rows) - wide).abs().max() > 1e-3
+
+
+@MODELS
+@torch.no_grad()
+def test_a_model_that_has_shared_prompts_answers_anything_else_as_before(build):
+    """Its attention stays installed: padding on the left, a cache and packed sequences must still mean the same."""
+    model, other = build(), build()
+    sequence_logprobs(model, GROUPS)
+    token_RL = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
+    mask_RL = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    for context in (
+        {"attention_mask": mask_RL},
+        {"position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])},
+        {},
+    ):
+        assert torch.equal(model(input_ids=token_RL, **context).logits, other(input_ids=token_RL, **context).logits)
+    sampled = [
+        one.generate(token_RL, attention_mask=mask_RL, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        for one in (model, other)
+    ]
+    assert torch.equal(*sampled)
+
+
+@MODELS
+def test_checkpointing_changes_nothing(build):
+    """Whatever recomputes a layer finds the same attention."""
+    model = build().double()
+    expected = gradients_of(model, sequence_logprobs(model, GROUPS))
+    model.gradient_checkpointing_enable()
+    model.train()
+    recomputed = gradients_of(model, sequence_logprobs(model, GROUPS))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -156,21 +197,21 @@ def test_completions_that_outgrow_a_window_stand_in_rows_of_their_own(build):
     [
         (TokenGroup([1] * 64, [[2] * 16] * 4), True),  # the prompt is most of a row
         (TokenGroup([1] * 16, [[2] * 64]), False),  # nothing is shared
-        (TokenGroup([1], [[2] * 400] * 16), False),  # 6,400 keys for each token instead of 400
-        (TokenGroup([1] * 8_000, [[2] * 400] * 4), False),  # beyond the largest mask
+        (TokenGroup([1], [[2] * 400] * 16), False),  # hardly anything is
+        (TokenGroup([1], [[2] * 400, [2] * 4]), True),  # half of the rows would be padding
     ],
 )
 def test_prompts_are_shared_where_that_is_cheaper(group, pays):
-    assert packing_pays(llama().config, [group]) is pays
+    assert sharing_pays(llama().config, [group]) is pays
 
 
 @torch.no_grad()
-def test_a_family_that_is_not_known_to_pack_stands_in_rows():
+def test_a_family_that_is_not_known_to_share_stands_in_rows():
     config = GPTNeoXConfig(
         vocab_size=VOCABULARY, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     model = random_model(GPTNeoXForCausalLM, config, seed=0)
-    assert not packing_pays(model.config, GROUPS)
+    assert not sharing_pays(model.config, GROUPS)
     expected = torch.cat([torch.stack([row.sum() for row in rows]) for rows in by_transformers(model, GROUPS)])
     torch.testing.assert_close(torch.cat(sequence_logprobs(model, GROUPS)), expected, atol=1e-5, rtol=0)
 

@@ -5,8 +5,20 @@ import shutil
 import pytest
 import torch
 
-from bon_algos.algorithms import BondStep, FreshGroup, OnPolicyStep, RankedGroup, make_step
-from bon_algos.contracts import BondSpec, BonForwardKlSpec, BonRegressionSpec, JBondSpec, OfflineBondSpec
+from bon_algos.algorithms import make_step
+from bon_algos.contracts import (
+    BonbonConsistentSpec,
+    BonbonSpec,
+    BondSpec,
+    BonForwardKlSpec,
+    BonRegressionSpec,
+    IterativeBondSpec,
+    JBondSpec,
+    OfflineBondSpec,
+    RlooSpec,
+    VbonSpec,
+)
+from bon_algos.steps import BondStep, FreshGroup, OnPolicyStep, RankedGroup, SampledStep
 from tests.worker import world
 from worker import checkpoint
 from worker.checkpoint import TrainingState
@@ -21,6 +33,13 @@ SPECS = {
     "offline_bond": OfflineBondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3, averaged_steps=4),
     "bond": BondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3, imitation_steps=3),
     "jbond": JBondSpec(lora_rank=8, learning_rate=1e-2, warmup_steps=3, anchor_rate=0.3),
+    "iterative_bond": IterativeBondSpec(
+        lora_rank=8, learning_rate=1e-2, warmup_steps=3, anchor_samples=2, anchor_steps=3
+    ),
+    "vbon": VbonSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3),
+    "rloo": RlooSpec(lora_rank=8, learning_rate=1e-2, warmup_steps=3),
+    "bonbon": BonbonSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3),
+    "bonbon_consistent": BonbonConsistentSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3),
 }
 
 
@@ -133,8 +152,8 @@ def fresh(pool):
         pool.prompt_ids,
         first.token_ids,
         first.ranking_reward,
-        (second.token_ids, third.token_ids),
-        (second.ranking_reward, third.ranking_reward),
+        [second.token_ids, third.token_ids],
+        [second.ranking_reward, third.ranking_reward],
     )
 
 
@@ -145,6 +164,7 @@ def ranked(pool):
         [first.token_ids, second.token_ids],
         [first.ranking_reward, second.ranking_reward],
         [sum(first.token_logprobs), sum(second.token_logprobs)],
+        [first.ranking_reward, None],
     )
 
 
@@ -153,7 +173,7 @@ def advance(training, window, until):
         batch = batch_of(window.train, training.done, size=4, seed=5)
         if training.logged_step is not None:
             training.learn_logged([pool.logged_group for pool in batch])
-        elif isinstance(training.step, BondStep):
+        elif isinstance(training.step, BondStep | SampledStep):
             training.learn_ranked([ranked(pool) for pool in batch])
         else:
             training.learn_fresh([fresh(pool) for pool in batch])

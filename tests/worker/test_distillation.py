@@ -9,6 +9,7 @@ import redis
 import torch
 
 from bon_algos.contracts import (
+    METHOD_NAMES,
     Fingerprint,
     JobSpec,
     Manifest,
@@ -36,6 +37,12 @@ FORWARD = {"steps": 6, "prompts_per_step": 4, "n": 8, "lora_rank": 8, "learning_
 SMALL = {"prompts_per_step": 3, "lora_rank": 8, "learning_rate": 1e-2}
 BOND = SMALL | {"steps": 4, "imitation_steps": 1, "samples_per_prompt": 4}
 JBOND = SMALL | {"steps": 3, "anchor_rate": 0.2}
+ITERATIVE_BOND = SMALL | {"steps": 3, "anchor_steps": 2}
+VBON = SMALL | {"steps": 3, "n": 8}
+RLOO = SMALL | {"steps": 3}
+
+
+OWN_PARAMETERS = {"bond": BOND, "jbond": JBOND, "iterative_bond": ITERATIVE_BOND, "vbon": VBON, "rloo": RLOO}
 
 
 @pytest.fixture
@@ -54,7 +61,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
     opened = []
 
     def attempt(method="bon_forward_kl", parameters=None, *, patience=5.0, lease_seconds=60.0, every=2):
-        given = parameters or {"bond": BOND, "jbond": JBOND}.get(method, FORWARD)
+        given = parameters or OWN_PARAMETERS.get(method, FORWARD)
         spec = JobSpec(method=Method(type=method, **{method: given}), n=8, held_out_fraction=0.3, seed=4)
         if not client.exists(job_key(JOB)):
             client.hset(job_key(JOB), mapping={"state": "queued", "epoch": 0, "attempts": 0})
@@ -93,7 +100,7 @@ def published(tmp_path):
     return sorted(path.name for path in (tmp_path / "policies").glob("*")) if (tmp_path / "policies").exists() else []
 
 
-@pytest.mark.parametrize("method", ["bon_forward_kl", "bon_regression", "offline_bond", "bond", "jbond"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, engine, tmp_path, method):
     attempt = job(method)
     attempt.run()
@@ -145,6 +152,12 @@ def test_j_bond_asks_for_one_policy_sample_and_two_of_the_anchor_per_prompt(job,
     job("jbond").run()
     training = [body["n"] for body in engine.requests if body["n"] < 8]
     assert sorted(training) == [1] * 9 + [2] * 9  # 3 steps of 3 prompts
+
+
+def test_iterative_bond_asks_for_as_many_anchor_samples_as_its_spec_says(job, engine):
+    job("iterative_bond", ITERATIVE_BOND | {"anchor_samples": 5}).run()
+    training = [body["n"] for body in engine.requests if body["n"] < 8]
+    assert sorted(training) == [1] * 9 + [5] * 9  # 3 steps of 3 prompts
 
 
 def test_bond_asks_for_samples_of_the_policy_alone_since_the_ledger_has_the_references(job, engine):

@@ -1,0 +1,294 @@
+"""The methods of distillation: what each is asked to do, with vetted defaults.
+
+Owns the parameters, their ranges and what they mean. Does not own what becomes of them (`bon_algos.algorithms`).
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, cast, get_args
+
+from pydantic import Field, model_validator
+
+from bon_algos.contracts.record import Record
+
+
+class TrainingSpec(Record):
+    """What every method needs to be trained."""
+
+    @property
+    def candidates_needed(self) -> int:
+        """How many logged candidates a prompt must have, all its groups pooled."""
+        return 2  # something to be ranked among
+
+    steps: int = Field(200, ge=1, le=1_000_000)
+    prompts_per_step: int = Field(16, ge=2, le=4096)
+    """Each prompt brings its candidates; the baseline of on-policy methods needs at least two."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    warmup_steps: int = Field(10, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 8
+    """One of the ranks the engine can serve."""
+    lora_alpha: float = Field(32.0, gt=0, le=4096)
+
+
+class LoggedSpec(TrainingSpec):
+    """What methods that learn from n logged candidates of a prompt share."""
+
+    n: int = Field(16, ge=2, le=4096)
+    """The best-of-n that is learned; at most the number of candidates of a prompt, all its groups pooled."""
+
+    @property
+    def candidates_needed(self) -> int:
+        return self.n
+
+
+class WeighedSpec(LoggedSpec):
+    """What methods that look at all candidates of a prompt, some at a time, share."""
+
+    candidates_per_prompt: int = Field(4, ge=1, le=4096)
+    """Candidates looked at when a prompt's turn comes: drawn so that the loss is unbiased, others at the next turn."""
+
+
+class BondSpec(TrainingSpec):
+    """BOND (arXiv 2407.14622, section 4) around the ledger: the reference's logged candidates are imitated and rank
+    fresh samples of the policy, so its law of best-of-n needs no draw of the reference.
+
+    Samples are drawn while the step before trains, so they are one update old."""
+
+    n: int = Field(40, ge=2, le=4096)
+    """The best-of-n aimed at; a policy that cannot express its law lands below, so aim above the n to be replaced.
+    Beyond the number of a prompt's candidates, best of them all is imitated."""
+    jeffreys_weight: float = Field(0.85, ge=0, le=1)
+    """Weight of the backward KL, from fresh samples; 0 is imitation of logged candidates alone."""
+    return_floor: float = Field(-15.0, ge=-1000, le=0)
+    """Nats below which a sample's return, log π_BoN/π, counts by its logarithm: the worst must not drown the rest."""
+    samples_per_prompt: int = Field(4, ge=1, le=64)
+    """Fresh samples of a prompt at its turn."""
+    candidates_per_prompt: int = Field(1, ge=1, le=4096)
+    """Logged candidates imitated at a prompt's turn."""
+    imitation_steps: int = Field(40, ge=0)
+    """First steps that imitate alone and need no fresh samples: much of the way, at a fraction of the cost."""
+    averaged_steps: int = Field(40, ge=1)
+    """The policy is the mean of its weights over so many last steps, imitation aside (SWA, arXiv 1803.05407): fresh
+    samples are few, and what one step's noise opens up is where a policy drifts from its reference."""
+
+
+class OfflineBondSpec(LoggedSpec):
+    """BOND (arXiv 2407.14622, eq. 15) from logged candidates alone: its backward part by importance weights, held to
+    the reference by the exact KL of every token, which sees what no candidate says."""
+
+    backward_n: int = Field(96, ge=2, le=4096)
+    """The best-of-n aimed at by the backward part, which extrapolates beyond the candidates there are: a policy that
+    cannot express its law lands below."""
+    jeffreys_weight: float = Field(0.85, ge=0, le=1)
+    """Weight of the backward KL; 0 is imitation alone."""
+    token_kl_weight: float = Field(0.12, ge=0, le=100)
+    """Weight of the exact KL of every token; less lets mass leak to completions that no log holds."""
+    max_importance: float = Field(4.0, ge=1, le=1e6)
+    """A candidate's weight π/π_ref counts at most so much."""
+    return_floor: float = Field(-10.0, ge=-1000, le=0)
+    """Nats below which a candidate's return, log π_BoN/π, counts by its logarithm."""
+    candidates_per_prompt: int = Field(8, ge=2, le=4096)
+    """Candidates looked at when a prompt's turn comes: half of them drawn by best-of-n's weights, half evenly."""
+    averaged_steps: int = Field(40, ge=1)
+    """The policy is the mean of its weights over so many last steps (SWA, arXiv 1803.05407)."""
+    interpolation: float = Field(0.96, gt=0, le=1)
+    """How far from the reference's weights to those the policy is put in the end (LITI, WARP, arXiv 2406.16768): the
+    last of the way brings little reward and much KL."""
+
+
+class JBondSpec(TrainingSpec):
+    """J-BOND (arXiv 2407.14622, section 5): best-of-2 of a moving anchor, Jeffreys divergence, fresh samples."""
+
+    jeffreys_weight: float = Field(0.5, ge=0, le=1)
+    """Weight of the backward KL; 0 is plain imitation of the better anchor sample."""
+    anchor_rate: float = Field(0.02, gt=0, le=1)
+    """Weight of the new policy in the anchor's moving average, after every step (eq. 18)."""
+    kl_strength: float = Field(0.0, ge=0, le=100)
+    """γ: extra pull to the anchor; larger is slower (eq. 19, ambiguity J2)."""
+    refresh_steps: int = Field(1, ge=1, le=1000)
+    """Steps between two refreshes of the engine's copies of policy and anchor."""
+
+    @property
+    def candidates_needed(self) -> int:
+        return 1  # its prompts are all that is used of the ledger
+
+
+class IterativeBondSpec(TrainingSpec):
+    """Iterative BOND (arXiv 2407.14622, Algorithm 1): best-of-n of an anchor that becomes the policy every so many
+    steps, so that m rounds aim at best-of-n^m of the reference. Published: n of 2 or 4, a copy every 1000 steps."""
+
+    n: int = Field(2, ge=2, le=64)
+    """The best-of-n of the anchor that is aimed at."""
+    anchor_samples: int = Field(4, ge=2, le=64)
+    """Fresh samples of the anchor for each prompt, at least n: they are imitated by best-of-n's weights, and rank the
+    policy's sample."""
+    jeffreys_weight: float = Field(0.5, ge=0, le=1)
+    """Weight of the backward KL; 0 is imitation alone."""
+    kl_strength: float = Field(0.0, ge=0, le=100)
+    """γ: extra pull to the anchor."""
+    anchor_steps: int = Field(50, ge=1, le=1_000_000)
+    """Steps of a round: then the anchor becomes the policy."""
+    refresh_steps: int = Field(1, ge=1, le=1000)
+    """Steps between two refreshes of the engine's copies of policy and anchor."""
+
+    @model_validator(mode="after")
+    def enough_anchor_samples(self) -> IterativeBondSpec:
+        if self.anchor_samples < self.n:
+            raise ValueError(f"best-of-{self.n} needs anchor_samples of at least {self.n}")
+        return self
+
+    @property
+    def candidates_needed(self) -> int:
+        return 1
+
+
+class SampledSpec(TrainingSpec):
+    """What methods share that learn from fresh samples of the policy alone, several of each prompt: each one's baseline
+    is the mean of the others. Samples are drawn while the step before trains, so they are one update old."""
+
+    samples_per_prompt: int = Field(4, ge=2, le=64)
+    """Fresh samples of a prompt at its turn."""
+
+
+class VbonSpec(SampledSpec):
+    """vBoN (arXiv 2407.06057): the backward KL to best-of-n of the reference by its lower bound, with PPO's clipping of
+    whole completions. Logged candidates estimate the quantiles. Published: n = 1/β + 1 by the KL coefficient β, up to
+    300 reference samples of a prompt, clip range .2, four epochs on every batch."""
+
+    n: int = Field(16, ge=2, le=4096)
+    """The best-of-n aimed at; there may be fewer candidates."""
+    clip_range: float = Field(0.2, gt=0, lt=1)
+    """By how much π/π_old of a completion may leave 1 before its gradient ends; π_old drew it."""
+
+
+class RlooSpec(SampledSpec):
+    """REINFORCE with a leave-one-out baseline (arXiv 2402.14740) on the reward model's own scale, less a KL to the
+    reference: the baseline that best-of-n distillation is to beat. Its optimum is π_ref·exp(r/β)/Z."""
+
+    kl_strength: float = Field(0.5, gt=0, le=1e4)
+    """β, in units of the reward per nat."""
+
+
+class BonSftSpec(LoggedSpec):
+    """Supervised fine-tuning on the best of n logged candidates: the forward KL with the winner's sample alone."""
+
+
+class BonbonSpec(LoggedSpec):
+    """BoNBoN (arXiv 2406.00832): the best and the worst of n logged candidates, as published. Its optimum is not
+    best-of-n: it is stopped before. Published: n = 8, α = .005, RMSprop at 5e-7, all weights."""
+
+    imitation_weight: float = Field(0.005, ge=0, le=1)
+    """α: weight of imitation of the best; as published it is all but inert."""
+
+
+class BonbonConsistentSpec(WeighedSpec):
+    """BoNBoN with each pair's own target, over all pairs of the candidates looked at: its optimum is best-of-n."""
+
+
+class DpoSpec(LoggedSpec):
+    """DPO (arXiv 2305.18290) on the best and the worst of n logged candidates. It has no optimum on such pairs."""
+
+    beta: float = Field(0.1, gt=0, le=100)
+    """Inverse temperature: how much of a log-ratio counts as a reward."""
+
+
+class IpoSpec(LoggedSpec):
+    """IPO (arXiv 2310.12036, eq. 17, token sums) on the best and the worst of n logged candidates."""
+
+    beta: float = Field(0.1, gt=0, le=100)
+    """1/(2β) nats is the log-ratio that every pair is to have."""
+
+
+class BonForwardKlSpec(WeighedSpec):
+    """Imitation of best-of-n from logged candidates alone: forward KL with the exact (Rao–Blackwell) weights
+    of every candidate (algorithms.md 1.1), i.e. the forward part of BOND without throwing candidates away."""
+
+
+class BonRegressionSpec(WeighedSpec):
+    """Pointwise log-quantile regression of the policy's log-ratio (algorithms.md 1.7, item 5; QRPO 2507.08068)."""
+
+    huber_delta: float | None = Field(None, gt=0)
+    """Nats beyond which the loss is linear; None is the square loss."""
+
+
+MethodName = Literal[
+    "bond",
+    "offline_bond",
+    "jbond",
+    "iterative_bond",
+    "vbon",
+    "bonbon",
+    "bonbon_consistent",
+    "bon_forward_kl",
+    "bon_regression",
+    "bon_sft",
+    "dpo",
+    "ipo",
+    "rloo",
+]
+METHOD_NAMES: Final[tuple[MethodName, ...]] = get_args(MethodName)
+AlgorithmSpec = (
+    BondSpec
+    | OfflineBondSpec
+    | JBondSpec
+    | IterativeBondSpec
+    | VbonSpec
+    | BonbonSpec
+    | BonbonConsistentSpec
+    | BonForwardKlSpec
+    | BonRegressionSpec
+    | BonSftSpec
+    | DpoSpec
+    | IpoSpec
+    | RlooSpec
+)
+
+
+class Method(Record):
+    """`{"type": NAME, NAME: {…}}`, the shape of OpenAI's fine-tuning jobs."""
+
+    type: MethodName
+    bond: BondSpec | None = None
+    offline_bond: OfflineBondSpec | None = None
+    jbond: JBondSpec | None = None
+    iterative_bond: IterativeBondSpec | None = None
+    vbon: VbonSpec | None = None
+    bonbon: BonbonSpec | None = None
+    bonbon_consistent: BonbonConsistentSpec | None = None
+    bon_forward_kl: BonForwardKlSpec | None = None
+    bon_regression: BonRegressionSpec | None = None
+    bon_sft: BonSftSpec | None = None
+    dpo: DpoSpec | None = None
+    ipo: IpoSpec | None = None
+    rloo: RlooSpec | None = None
+
+    @model_validator(mode="after")
+    def only_its_own_parameters(self) -> Method:
+        foreign = [name for name in METHOD_NAMES if name != self.type and getattr(self, name) is not None]
+        if foreign:
+            raise ValueError(f"parameters of {foreign[0]} given for method {self.type}")
+        return self
+
+    @property
+    def spec(self) -> AlgorithmSpec:
+        """The parameters, the vetted defaults where none were given."""
+        given = getattr(self, self.type)
+        return cast(AlgorithmSpec, _SPECS[self.type]() if given is None else given)
+
+
+_SPECS: Final[dict[MethodName, type[AlgorithmSpec]]] = {
+    "bond": BondSpec,
+    "offline_bond": OfflineBondSpec,
+    "jbond": JBondSpec,
+    "iterative_bond": IterativeBondSpec,
+    "vbon": VbonSpec,
+    "bonbon": BonbonSpec,
+    "bonbon_consistent": BonbonConsistentSpec,
+    "bon_forward_kl": BonForwardKlSpec,
+    "bon_regression": BonRegressionSpec,
+    "bon_sft": BonSftSpec,
+    "dpo": DpoSpec,
+    "ipo": IpoSpec,
+    "rloo": RlooSpec,
+}

@@ -1,0 +1,202 @@
+"""Steps on logged candidates: which of a prompt's candidates one step looks at, and the loss of them.
+
+Owns the choice and its weights, and how groups of different sizes become one loss. Does not own the losses themselves,
+nor which method takes which step (`algorithms`).
+
+Dimension key:  B prompts · N candidates per prompt
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bon_algos.bonbon import consistent_pair_loss
+from bon_algos.contracts import OfflineBondSpec
+from bon_algos.imitation import best_of_n_imitation
+from bon_algos.logprobs import TokenGroup
+from bon_algos.offline_bond import offline_bond_loss
+from bon_algos.order import best_of_n_weights, systematic_sample
+from bon_algos.preference import best_and_worst
+from bon_algos.quantiles import log_tilt_tie_aware, standing_among_others
+from bon_algos.regression import log_quantile_regression
+from bon_algos.steps import (
+    ChosenGroup,
+    LoggedGroup,
+    SequenceLogprobs,
+    StepLoss,
+    TokenTermsOf,
+    WeighedGroup,
+)
+
+
+def one_row(rewards: Sequence[float]) -> Tensor:
+    """(1, N), as float64: ranks are exact."""
+    return torch.tensor(rewards, dtype=torch.float64)[None]
+
+
+def choose_imitated(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
+    """Candidates drawn by their best-of-n weights; one that is drawn twice costs one forward pass."""
+    times_N = systematic_sample(best_of_n_weights(group.rewards, n), count, uniform)
+    drawn = np.flatnonzero(times_N)
+    return _narrowed(group, drawn, times_N[drawn] / count)
+
+
+def choose_best(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
+    """As `choose_imitated`, by the best of all candidates where there are fewer than n."""
+    return choose_imitated(group, uniform, n=min(n, len(group.rewards)), count=count)
+
+
+def choose_regressed(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
+    """Candidates evenly spread over drawing order, each with its target from the rewards of all the others."""
+    num_candidates = len(group.rewards)
+    if num_candidates < n:
+        raise ValueError(f"best-of-{n} from a group of {num_candidates} candidates")
+    count = min(count, num_candidates)
+    drawn = np.flatnonzero(systematic_sample(np.full(num_candidates, 1 / num_candidates), count, uniform))
+    log_tilt_1N = log_tilt_tie_aware(standing_among_others(one_row(group.rewards)), n)
+    return _narrowed(group, drawn, log_tilt_1N[0].numpy()[drawn])
+
+
+def choose_weighed(group: LoggedGroup, uniform: float, *, n: int, backward_n: int, count: int) -> WeighedGroup:
+    """Half of the candidates by their best-of-n weights, where the policy goes, and half evenly. Each stands for the
+    reference's law by how often it was drawn against how often that is to be expected."""
+    num_candidates, by_weight = len(group.rewards), count // 2
+    weight_N = best_of_n_weights(group.rewards, n)
+    best_N = systematic_sample(weight_N, by_weight, uniform)
+    times_N = best_N + systematic_sample(np.full(num_candidates, 1 / num_candidates), count - by_weight, uniform)
+    expected_N = by_weight * weight_N + (count - by_weight) / num_candidates
+    log_tilt_N = log_tilt_tie_aware(standing_among_others(one_row(group.rewards)), backward_n)[0].numpy()
+    drawn = np.flatnonzero(times_N)
+    return WeighedGroup(
+        TokenGroup(group.tokens.prompt_ids, [group.tokens.completion_ids[j] for j in drawn]),
+        (best_N[drawn] / by_weight).tolist(),
+        log_tilt_N[drawn].tolist(),
+        (times_N[drawn] / expected_N[drawn] / num_candidates).tolist(),
+    )
+
+
+def _narrowed(group: LoggedGroup, index: NDArray[np.intp], verdicts: NDArray[np.float64]) -> ChosenGroup:
+    return ChosenGroup(
+        TokenGroup(group.tokens.prompt_ids, [group.tokens.completion_ids[j] for j in index]),
+        verdicts.tolist(),
+        [group.reference_logprobs[j] for j in index],
+    )
+
+
+def imitate(groups: Sequence[ChosenGroup], policy: SequenceLogprobs) -> StepLoss:
+    losses, log_ratios = [], []
+    for group, logprob_N in zip(groups, policy([group.tokens for group in groups]), strict=True):
+        weight_1N = logprob_N.new_tensor(group.verdicts)[None]
+        reference_1N = logprob_N.new_tensor(group.reference_logprobs)[None]
+        losses.append(best_of_n_imitation(logprob_N[None], weight_1N))
+        log_ratios.append(-losses[-1].detach() - (weight_1N * reference_1N).sum(dim=-1))
+    loss = torch.cat(losses).mean()
+    return StepLoss(loss, {"imitation": loss.detach(), "log_ratio_best_of_n": torch.cat(log_ratios).mean()})
+
+
+def regress(groups: Sequence[ChosenGroup], policy: SequenceLogprobs, *, huber_delta: float | None) -> StepLoss:
+    losses, log_ratios, residuals = [], [], []
+    for group, logprob_N in zip(groups, policy([group.tokens for group in groups]), strict=True):
+        log_tilt_1N = logprob_N.new_tensor(group.verdicts)[None]
+        reference_1N = logprob_N.new_tensor(group.reference_logprobs)[None]
+        losses.append(log_quantile_regression(logprob_N[None], reference_1N, log_tilt_1N, huber_delta=huber_delta))
+        log_ratios.append(logprob_N.detach()[None] - reference_1N)
+        residuals.append(log_ratios[-1] - log_tilt_1N)
+    loss = torch.cat(losses).mean()
+    metrics = {
+        "regression": loss.detach(),
+        "log_ratio": torch.cat(log_ratios, dim=-1).mean(),
+        "residual_rms": torch.cat(residuals, dim=-1).square().mean().sqrt(),
+    }
+    return StepLoss(loss, metrics)
+
+
+def learn_offline(groups: Sequence[WeighedGroup], policy: TokenTermsOf, *, spec: OfflineBondSpec) -> StepLoss:
+    outcomes = [
+        offline_bond_loss(
+            terms,
+            torch.tensor(group.imitation_weights),
+            torch.tensor(group.log_tilts),
+            torch.tensor(group.shares),
+            jeffreys_weight=spec.jeffreys_weight,
+            token_kl_weight=spec.token_kl_weight,
+            max_importance=spec.max_importance,
+            return_floor=spec.return_floor,
+        )
+        for group, terms in zip(groups, policy([group.tokens for group in groups]), strict=True)
+    ]
+    names = outcomes[0].metrics._fields
+    metrics = {name: torch.stack([getattr(one.metrics, name) for one in outcomes]).mean() for name in names}
+    return StepLoss(torch.stack([one.loss for one in outcomes]).mean(), metrics)
+
+
+# --- pairs -----------------------------------------------------------------------------------------------
+
+PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""log π of better and worse completions, then log π_ref, (B,) each -> (B,)."""
+
+
+def choose_winner(group: LoggedGroup, uniform: float, *, n: int) -> ChosenGroup:
+    """The best of n candidates drawn from the group."""
+    drawn = _drawn(group, uniform, n)
+    best = drawn[np.argmax(np.asarray(group.rewards)[drawn])]
+    return _narrowed(group, np.array([best]), np.ones(1))
+
+
+def choose_pair(group: LoggedGroup, uniform: float, *, n: int) -> ChosenGroup:
+    """The best and the worst of n candidates drawn from the group; twice the same one where they all tie."""
+    drawn = _drawn(group, uniform, n)
+    best_1, worst_1 = best_and_worst(one_row(np.asarray(group.rewards)[drawn].tolist()))
+    return _narrowed(group, drawn[[int(best_1), int(worst_1)]], np.array([1.0, 0.0]))
+
+
+def _drawn(group: LoggedGroup, uniform: float, n: int) -> NDArray[np.intp]:
+    """Places of n candidates, each set of them as likely as any other, in drawing order."""
+    num_candidates = len(group.rewards)
+    if num_candidates < n:
+        raise ValueError(f"best-of-{n} from a group of {num_candidates} candidates")
+    return np.array(sorted(random.Random(uniform).sample(range(num_candidates), n)))
+
+
+def compare(groups: Sequence[ChosenGroup], policy: SequenceLogprobs, *, pair_loss: PairLoss) -> StepLoss:
+    """A loss on pairs, from `choose_pair`."""
+    logprob_B2 = torch.stack(list(policy([group.tokens for group in groups])))
+    reference_B2 = logprob_B2.new_tensor([group.reference_logprobs for group in groups])
+    better_B, worse_B = logprob_B2.unbind(dim=-1)
+    better_reference_B, worse_reference_B = reference_B2.unbind(dim=-1)
+    loss = pair_loss(better_B, worse_B, better_reference_B, worse_reference_B).mean()
+    log_ratio_B2 = (logprob_B2 - reference_B2).detach()
+    metrics = {
+        "pair_loss": loss.detach(),
+        "margin": (log_ratio_B2[:, 0] - log_ratio_B2[:, 1]).mean(),
+        "log_ratio_better": log_ratio_B2[:, 0].mean(),
+    }
+    return StepLoss(loss, metrics)
+
+
+def choose_compared(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
+    """As `choose_regressed`, for pairs among those candidates. Each one's target knows of its partner's rank, which
+    makes targets too steep by M/(M − 1), of M candidates (`bonbon.consistent_pair_loss`)."""
+    chosen = choose_regressed(group, uniform, n=n, count=count)
+    share = 1 - 1 / len(group.rewards)
+    return chosen._replace(verdicts=[share * verdict for verdict in chosen.verdicts])
+
+
+def compare_all(groups: Sequence[ChosenGroup], policy: SequenceLogprobs) -> StepLoss:
+    """All pairs of a prompt's chosen candidates, from `choose_compared`."""
+    losses = [
+        consistent_pair_loss(
+            logprob_N[None],
+            logprob_N.new_tensor(group.reference_logprobs)[None],
+            logprob_N.new_tensor(group.verdicts)[None],
+        )
+        for group, logprob_N in zip(groups, policy([group.tokens for group in groups]), strict=True)
+    ]
+    loss = torch.cat(losses).mean()
+    return StepLoss(loss, {"pair_loss": loss.detach()})

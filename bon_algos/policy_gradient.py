@@ -1,0 +1,156 @@
+"""From what samples of the policy earn to a loss on their log-probs, several samples per prompt.
+
+Owns the KL-regularised return E_π[r] − β·KL(π ‖ π_ref), its leave-one-out baseline (RLOO, arXiv:2402.14740), the
+REINFORCE surrogate and the clipped one of PPO (arXiv:1707.06347). Does not own what is earned (a reward, or a tilt of
+`vbon`), nor sampling; no value function.
+
+The losses are surrogates: their gradient, in expectation over samples, is that of the objective, negated; their value
+is not. Log-probs are token sums of whole completions, in nats, unless the suffix has `L`.
+
+Dimension key:  B prompts · N samples per prompt · L tokens, padded
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def kl_regularised_return(
+    reward_BN: Tensor, logprob_BN: Tensor, reference_logprob_BN: Tensor, *, kl_strength: float
+) -> Tensor:
+    """r(y) − β·d(y), d = log π(y) − log π_ref(y): what a sample of the policy earns.
+
+    Its mean over y ~ π is E_π[r] − β·KL(π ‖ π_ref), whose maximum is π ∝ π_ref·exp(r/β). Held fixed: d carries no
+    gradient, for the score function's expectation of ∇d is zero.
+
+    (B, N) each -> (B, N), in units of the reward. ValueError for β < 0, shapes that differ, or what is
+    not finite: a reward of −∞ has no expectation under a policy that can earn it.
+    """
+    if not 0 <= kl_strength < math.inf:
+        raise ValueError(f"need a finite β ≥ 0, got {kl_strength}")
+    _check(reward_BN, logprob_BN, reference_logprob_BN)
+    return (reward_BN - kl_strength * (logprob_BN - reference_logprob_BN)).detach()
+
+
+def leave_one_out(return_BN: Tensor) -> Tensor:
+    """Each return less the mean return of the *other* samples of its prompt: a baseline that adds no bias.
+
+    RLOO (arXiv:2402.14740). A prompt whose samples all earn the same has advantages of exactly zero.
+
+    (B, N) -> (B, N), in units of the return; a row sums to 0. ValueError for N < 2, or returns that are not finite.
+    """
+    _check(return_BN)
+    num_samples = return_BN.shape[1]
+    if num_samples < 2:
+        raise ValueError("the leave-one-out baseline needs at least two samples of a prompt")
+    # Differences before sums: equal returns leave no rounding behind, and an offset common to all costs no digits.
+    return (return_BN[:, :, None] - return_BN[:, None, :]).sum(dim=-1) / (num_samples - 1)
+
+
+def reinforce_loss(logprob_BN: Tensor, advantage_BN: Tensor) -> Tensor:
+    """−A·log π(y), averaged over the samples of each prompt, A held fixed.
+
+    Its expected gradient over y ~ π is −∇E_π[A] with A held fixed (REINFORCE).
+
+    logprob_BN    (B, N)  log π of samples that π drew; carries the gradient
+    advantage_BN  (B, N)  of `leave_one_out`, or returns as they are
+
+    -> (B,). ValueError when shapes differ or something is not finite.
+    """
+    _check(logprob_BN, advantage_BN)
+    return -(advantage_BN.detach().to(logprob_BN.dtype) * logprob_BN).mean(dim=-1)
+
+
+class ClippedMetrics(NamedTuple):
+    """Of one step; scalars, detached."""
+
+    clip_fraction: Tensor
+    """Share of terms that clipping leaves without a gradient; in [0, 1]."""
+    mean_ratio: Tensor
+    """Of π/π_old, before clipping; for whole completions that π_old drew its expectation is 1."""
+
+
+class ClippedLoss(NamedTuple):
+    loss: Tensor
+    """Scalar, to be minimised."""
+    metrics: ClippedMetrics
+
+
+def ppo_clip_loss(
+    logprob_BN: Tensor, sampled_logprob_BN: Tensor, advantage_BN: Tensor, *, clip_range: float
+) -> ClippedLoss:
+    """−min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A), ρ = π(y)/π_old(y) of the *whole completion*; PPO eq. 7, averaged.
+
+    The bandit's form: one action is one completion. While nothing is clipped its expectation over y ~ π_old is
+    −E_π[A], and at π = π_old its gradient is that of `reinforce_loss`. ρ is a product over all tokens, so it leaves
+    the range sooner the longer the completion. Bad samples (A < 0) have no upper bound on ρ, as in eq. 7.
+
+    logprob_BN          (B, N)  log π; carries the gradient
+    sampled_logprob_BN  (B, N)  log π_old, of the policy that drew the samples
+    advantage_BN        (B, N)  held fixed
+    clip_range          ε in (0, 1)
+
+    ValueError when shapes differ, something is not finite, or ε is out of range.
+    """
+    _check(logprob_BN, sampled_logprob_BN, advantage_BN)
+    return _clipped(logprob_BN, sampled_logprob_BN, advantage_BN, clip_range)
+
+
+def ppo_clip_token_loss(
+    logprob_NL: Tensor, sampled_logprob_NL: Tensor, advantage_NL: Tensor, is_token_NL: Tensor, *, clip_range: float
+) -> ClippedLoss:
+    """PPO eq. 7 with every token as an action, averaged over all tokens of all completions together.
+
+    As in the code released with vBoN (arXiv:2407.06057; its `PPOConfig.loss`, from trlx), less the value function.
+    ρ is of single tokens: unlike the product over tokens it stays near 1, and it is biased for π ≠ π_old, as the
+    prefixes remain π_old's. One divisor for all tokens: at π = π_old the gradient is that of `reinforce_loss` over N
+    completions times N/(number of tokens), so a step's length depends on how long its completions are, and of a batch
+    that is split the parts weigh by their number of tokens.
+
+    logprob_NL          (N, L)  log π of each token given what precedes it; carries the gradient
+    sampled_logprob_NL  (N, L)  log π_old of the same
+    advantage_NL        (N, L)  held fixed; where it belongs to a completion, expanded over its tokens
+    is_token_NL         (N, L)  bool: False is padding, where the others may hold anything
+    clip_range          ε in (0, 1)
+
+    ValueError when shapes differ, no token is there, something at a token is not finite, or ε is out of range.
+    """
+    given = (logprob_NL, sampled_logprob_NL, advantage_NL)
+    if is_token_NL.dtype != torch.bool or not is_token_NL.any():
+        raise ValueError(f"need a mask of bool with at least one token, got {is_token_NL.dtype}")
+    if any(of_token.shape != is_token_NL.shape for of_token in given):
+        raise ValueError(f"need one shape: {[tuple(t.shape) for t in given]}, mask {tuple(is_token_NL.shape)}")
+    logprob_1T, sampled_1T, advantage_1T = (of_token[is_token_NL][None] for of_token in given)
+    _check(logprob_1T, sampled_1T, advantage_1T)
+    return _clipped(logprob_1T, sampled_1T, advantage_1T, clip_range)
+
+
+def _clipped(logprob: Tensor, sampled_logprob: Tensor, advantage: Tensor, clip_range: float) -> ClippedLoss:
+    """Any one shape; the mean over all."""
+    if not 0 < clip_range < 1:
+        raise ValueError(f"the clip range must lie in (0, 1), got {clip_range}")
+    log_ratio = logprob - sampled_logprob.detach()
+    advantage = advantage.detach().to(log_ratio.dtype)
+    # min(ρ·A, clip(ρ)·A) has one effective bound, by the sign of A. Applied to log ρ it is met before the exponential:
+    # a ratio that would overflow is cut, where the clipped branch of the literal form leaves 0 · ∞ in the gradient.
+    lowest, highest = math.log1p(-clip_range), math.log1p(clip_range)
+    kept = torch.where(advantage < 0, log_ratio.clamp(min=lowest), log_ratio.clamp(max=highest))
+    is_clipped = (kept != log_ratio) & (advantage != 0)
+    metrics = ClippedMetrics(
+        clip_fraction=is_clipped.to(log_ratio.dtype).mean(),
+        mean_ratio=log_ratio.detach().exp().mean(),
+    )
+    return ClippedLoss(-(advantage * kept.exp()).mean(), metrics)
+
+
+def _check(*given: Tensor) -> None:
+    """One shape of prompts and samples, and numbers."""
+    shapes = {tuple(one.shape) for one in given}
+    if len(shapes) > 1 or given[0].ndim != 2 or given[0].numel() == 0:
+        raise ValueError(f"need one shape (B, N) with something in it, got {sorted(shapes)}")
+    if not all(one.isfinite().all() for one in given):
+        raise ValueError("returns, advantages and log-probs must all be finite")

@@ -92,11 +92,10 @@ def _naive(model: Any, group: TokenGroup) -> Tensor:
     return found
 
 
-def _grpo(directory: Path, data: Data) -> Step:
+def _grpo_trainer(directory: Path, num_candidates: int) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
-    num_candidates = len(data.group.completion_ids)
-    arguments = GRPOConfig(
+    settings = GRPOConfig(
         output_dir=str(directory / "trl"),
         beta=0.04,
         use_cpu=True,
@@ -106,21 +105,23 @@ def _grpo(directory: Path, data: Data) -> Step:
         gradient_checkpointing=False,
         report_to=[],
     )
-    trainer = GRPOTrainer(
+    return GRPOTrainer(
         model=str(directory),
         reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
-        args=arguments,
+        args=settings,
         train_dataset=datasets.Dataset.from_list([{"prompt": "0"}]),
         processing_class=_tokenizer(),
     )
+
+
+def _grpo(directory: Path, data: Data) -> Step:
+    trainer = _grpo_trainer(directory, len(data.group.completion_ids))
     trainer.model.eval()
+    trainer.current_gradient_accumulation_steps = 1
     optimiser = torch.optim.AdamW(trainer.model.parameters(), lr=1e-5)
-    prompt = torch.tensor([data.group.prompt_ids]).expand(num_candidates, -1)
     completion = torch.tensor(data.group.completion_ids)
-    ids, mask = (
-        torch.cat([prompt, completion], dim=1),
-        torch.ones(num_candidates, prompt.shape[1] + completion.shape[1]),
-    )
+    prompt = torch.tensor([data.group.prompt_ids]).expand(len(completion), -1)
+    ids = torch.cat([prompt, completion], dim=1)
     inputs = {
         "prompt_ids": prompt,
         "prompt_mask": torch.ones_like(prompt),
@@ -129,12 +130,11 @@ def _grpo(directory: Path, data: Data) -> Step:
         "advantages": data.log_tilts[0].float(),
         "num_items_in_batch": torch.tensor(completion.numel()),
     }
-    trainer.current_gradient_accumulation_steps = 1
 
     def step() -> None:
         with torch.no_grad():
             reference, _, _ = trainer._get_per_token_logps_and_entropies(
-                trainer.ref_model, ids, mask.long(), completion.shape[1]
+                trainer.ref_model, ids, torch.ones_like(ids), completion.shape[1]
             )
         loss = trainer.compute_loss(trainer.model, {**inputs, "ref_per_token_logps": reference})
         _descend(loss, trainer.model, optimiser)

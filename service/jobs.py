@@ -23,12 +23,14 @@ from bon_algos.contracts import (
     JOBS_INDEX,
     LEDGER_COUNTS,
     OPEN_JOBS,
+    InterpolationSpec,
     JobSpec,
     LoggedSpec,
     job_events_key,
     job_key,
+    policy_key,
 )
-from service.errors import Conflict, InvalidField, JobNotFound
+from service.errors import Conflict, InvalidField, JobNotFound, PolicyNotFound
 from service.idempotency import KEPT_SECONDS, Idempotency
 from service.store import translated
 
@@ -94,13 +96,14 @@ class Jobs:
         self, spec: JobSpec, idempotency: Idempotency | None = None, tenant: str = DEFAULT_TENANT
     ) -> Submitted:
         """Record a job. Raises InvalidField for a spec this installation cannot run, an empty ledger, or an
-        idempotency key that was used for another body."""
+        idempotency key that was used for another body; PolicyNotFound for a policy to interpolate that is none."""
         check_spec(spec, n_cap=self._n_cap, max_lora_rank=self._max_lora_rank, now=time())
         job_id = f"job_{uuid7().hex}"
         key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
         with translated():
             if idempotency is None or not await self._redis.exists(key):
                 await self._require_groups(spec)
+                await self._require_policy(spec.method.interpolation)
             kept = await self._submit(
                 keys=[job_key(job_id), JOBS_INDEX, OPEN_JOBS, key],
                 args=[job_id, spec.model_dump_json(), tenant, digest, KEPT_SECONDS],
@@ -174,6 +177,10 @@ class Jobs:
                 facts={"groups_found": found, "groups_needed": GROUPS_NEEDED},
             )
 
+    async def _require_policy(self, asked: InterpolationSpec | None) -> None:
+        if asked is not None and not await self._redis.exists(policy_key(asked.policy)):
+            raise PolicyNotFound("no such policy", param="method.interpolation.policy")
+
 
 def check_spec(spec: JobSpec, *, n_cap: int, max_lora_rank: int, now: float) -> None:
     """What the record cannot know: this installation's limits, and the clock. Raises InvalidField."""
@@ -181,7 +188,8 @@ def check_spec(spec: JobSpec, *, n_cap: int, max_lora_rank: int, now: float) -> 
     _at_most("n", spec.n, n_cap)
     if isinstance(parameters, LoggedSpec):
         _at_most(f"method.{method}.n", parameters.n, n_cap)
-    _at_most(f"method.{method}.lora_rank", parameters.lora_rank, max_lora_rank)
+    if not isinstance(parameters, InterpolationSpec):
+        _at_most(f"method.{method}.lora_rank", parameters.lora_rank, max_lora_rank)
     since, until = spec.window.since, spec.window.until
     if since is not None and since > now:
         raise InvalidField("the window begins in the future", param="window.since")

@@ -19,7 +19,7 @@ import torch
 
 from bon_algos.algorithms import make_step
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import DataWindow, EvaluationReport, JobSpec, Manifest
+from bon_algos.contracts import DataWindow, EvaluationReport, InterpolationSpec, JobSpec, Manifest
 from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import OnPolicyStep
 from worker import checkpoint, dataset
@@ -43,7 +43,7 @@ from worker.loop import Loop
 from worker.models import TrainedPolicy, open_policy
 from worker.patience import patiently
 from worker.progress import Progress
-from worker.publish import publish
+from worker.publish import publish, read_published
 from worker.rollouts import Rollouts, spread
 from worker.train import Training
 
@@ -84,7 +84,8 @@ class Distillation:
         attempt = f"{lease.epoch}-{secrets.token_hex(4)}"
         self.attempt = self.directory / attempt
         self.attempt.mkdir(parents=True)
-        self.progress = Progress(lease, spec.method.spec.steps)
+        self.steps = 0 if spec.method.interpolation is not None else spec.method.algorithm.steps
+        self.progress = Progress(lease, self.steps)
         self.rollouts = Rollouts(
             workplace.engines,
             workplace.reward_tokenizer,
@@ -96,11 +97,16 @@ class Distillation:
 
     def run(self) -> None:
         """Drive the job to its end. Raises what `errors` lists."""
-        window = self.freeze()
-        training = self.open_training(window)
-        self.train(training, window)
-        report = self.evaluate(training.policy, window)
-        self.publish(training.policy, window, report)
+        window, interpolation = self.freeze(), self.spec.method.interpolation
+        if interpolation is None:
+            training = self.open_training(window)
+            self.train(training, window)
+            policy = training.policy
+        else:
+            policy = self.interpolated(interpolation)
+            require_same_reference(policy, window.train)
+        report = self.evaluate(policy, window)
+        self.publish(policy, window, report)
         checkpoint.forget(self.directory)
 
     def freeze(self) -> FrozenWindow:
@@ -125,7 +131,7 @@ class Distillation:
 
     def open_training(self, window: FrozenWindow) -> Training:
         """The policy with its optimiser, where the newest state left it."""
-        method, place = self.spec.method.spec, self.workplace
+        method, place = self.spec.method.algorithm, self.workplace
         step = make_step(method)
         state = checkpoint.newest(self.directory)
         threads = place.torch_threads if state is None else int(state.numbers["threads"])
@@ -156,10 +162,28 @@ class Distillation:
         require_same_reference(policy, window.train)
         return training
 
+    def interpolated(self, spec: InterpolationSpec) -> TrainedPolicy:
+        """A finished policy some of the way back to its reference."""
+        place = self.workplace
+        parent = read_published(place.client, place.artefacts, spec.policy, place.base_policy_id)
+        prepare_torch(place.torch_threads, place.device)
+        policy = open_policy(
+            place.policy_directory,
+            place.base_policy_id,
+            rank=parent.rank,
+            alpha=parent.alpha,
+            train_factor_a=True,
+            seed=self.spec.seed,
+            device=place.device,
+        )
+        policy.load_adapter(parent.directory)
+        policy.interpolate(spec.share)
+        return policy
+
     def train(self, training: Training, window: FrozenWindow) -> None:
         self.progress.enter("training")
         self.rollouts.unload_leftovers()
-        method, place = self.spec.method.spec, self.workplace
+        method, place = self.spec.method.algorithm, self.workplace
         loop = Loop(
             training,
             window,
@@ -202,16 +226,19 @@ class Distillation:
         policy.save_adapter(adapter)
         proof = fingerprint(policy, window.held_out)
         self.lease.confirm()
-        record = publish(self.workplace.artefacts, adapter, proof, partial(self.manifest, window.data, report))
+        manifest = partial(self.manifest, window.data, report, policy.rank)
+        record = publish(self.workplace.artefacts, adapter, proof, manifest)
         self.lease.finish_succeeded(record, report.model_dump_json())
 
-    def manifest(self, data: DataWindow, report: EvaluationReport, digest: str, files: dict[str, str]) -> Manifest:
-        place, method = self.workplace, self.spec.method.spec
+    def manifest(
+        self, data: DataWindow, report: EvaluationReport, rank: int, digest: str, files: dict[str, str]
+    ) -> Manifest:
+        place, interpolation = self.workplace, self.spec.method.interpolation
         return Manifest(
             policy_id=f"pol-{digest[:16]}",
             digest=digest,
             base_policy_id=place.base_policy_id,
-            parent_policy_id=place.base_policy_id,
+            parent_policy_id=place.base_policy_id if interpolation is None else interpolation.policy,
             reward_model_id=place.reward_model_id,
             job_id=self.lease.job_id,
             epoch=self.lease.epoch,
@@ -220,8 +247,8 @@ class Distillation:
             data=data,
             report=report,
             files=files,
-            lora_rank=method.lora_rank,
-            steps=method.steps,
+            lora_rank=rank,
+            steps=self.steps,
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -41,6 +41,11 @@ class TrainedPolicy:
             parameter.requires_grad_(name in self._factors and (train_factor_a or ".lora_B." in name))
 
     @property
+    def rank(self) -> int:
+        """Of the adapter."""
+        return self._rank
+
+    @property
     def trained(self) -> dict[str, nn.Parameter]:
         """By name, what the optimiser moves."""
         return {name: parameter for name, parameter in self._factors.items() if parameter.requires_grad}
@@ -55,6 +60,11 @@ class TrainedPolicy:
         """Take up a saved state. KeyError when a factor is missing."""
         for name, parameter in self._factors.items():
             parameter.copy_(factors[name])
+
+    def load_adapter(self, directory: Path) -> None:
+        """Take up the adapter of `save_adapter`. KeyError when a factor is missing."""
+        tensors = load_file(directory / "adapter_model.safetensors")
+        self.load_factors({name: tensors[_file_name(name)] for name in self._factors})
 
     @torch.no_grad()
     def interpolate(self, share: float) -> None:

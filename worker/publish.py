@@ -1,4 +1,4 @@
-"""From a finished policy to a name in the registry: write aside, sync, rename, propose.
+"""From a finished policy to a name in the registry and back: write aside, sync, rename, propose; read what was proven.
 
 Owns the policy's directory and manifest. Does not own the registry's write, which is the lease's last script:
 until that has run, the directory is an orphan that the next attempt finds and adopts.
@@ -6,13 +6,18 @@ until that has run, the directory is an orphan that the next attempt finds and a
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from bon_algos.contracts import ADAPTER_FILES, Fingerprint, Manifest, PolicyRecord, adapter_digest
+import redis
+
+from bon_algos.contracts import ADAPTER_FILES, Fingerprint, Manifest, PolicyRecord, adapter_digest, policy_key
 from worker.durable import sha256_file, staged
+from worker.errors import JobFailed
 
 
 def publish(
@@ -46,3 +51,29 @@ def publish(
         manifest=manifest,
         directory=f"policies/{digest}",
     )
+
+
+class Published(NamedTuple):
+    """An adapter that was published, whose files are what its manifest says."""
+
+    directory: Path
+    rank: int
+    alpha: float
+
+
+def read_published(client: redis.Redis, artefacts: Path, policy_id: str, base_policy_id: str) -> Published:
+    """Raises JobFailed for a policy that is none, failed, stands on another base, or whose files are not its own."""
+    row = client.hget(policy_key(policy_id), "record")
+    record = None if row is None else PolicyRecord.model_validate_json(row)
+    if record is None or record.manifest is None or record.state == "failed":
+        raise JobFailed("policy_unusable", f"{policy_id} is no distilled policy that passed")
+    if record.manifest.base_policy_id != base_policy_id:
+        raise JobFailed(
+            "policy_unusable", f"{policy_id} stands on {record.manifest.base_policy_id}, not {base_policy_id}"
+        )
+    directory = artefacts / "policies" / record.manifest.digest
+    for name, digest in record.manifest.files.items():
+        if not (directory / name).is_file() or sha256_file(directory / name) != digest:
+            raise JobFailed("policy_unusable", f"{name} of {policy_id} is not the file of its manifest")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    return Published(directory, record.manifest.lora_rank, float(config["lora_alpha"]))

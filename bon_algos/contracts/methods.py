@@ -9,7 +9,7 @@ from typing import Final, Literal, cast, get_args
 
 from pydantic import Field, model_validator
 
-from bon_algos.contracts.record import Record
+from bon_algos.contracts.record import PolicyId, Record
 
 
 class TrainingSpec(Record):
@@ -212,6 +212,19 @@ class BonRegressionSpec(WeighedSpec):
     """Nats beyond which the loss is linear; None is the square loss."""
 
 
+class InterpolationSpec(Record):
+    """A finished policy taken back towards its reference, without training (LITI, WARP, arXiv 2406.16768): what its
+    adapter adds to every weight becomes a share of it. The dial between reward and KL."""
+
+    policy: PolicyId
+    share: float = Field(0.8, gt=0, lt=1)
+    """1 would be the policy, 0 its reference."""
+
+    @property
+    def candidates_needed(self) -> int:
+        return 1  # its prompts are what it is evaluated on
+
+
 MethodName = Literal[
     "bond",
     "offline_bond",
@@ -248,7 +261,7 @@ AlgorithmSpec = (
 class Method(Record):
     """`{"type": NAME, NAME: {…}}`, the shape of OpenAI's fine-tuning jobs."""
 
-    type: MethodName
+    type: MethodName | Literal["interpolation"]
     bond: BondSpec | None = None
     offline_bond: OfflineBondSpec | None = None
     jbond: JBondSpec | None = None
@@ -263,18 +276,30 @@ class Method(Record):
     ipo: IpoSpec | None = None
     rloo: RlooSpec | None = None
 
+    interpolation: InterpolationSpec | None = None
+
     @model_validator(mode="after")
     def only_its_own_parameters(self) -> Method:
-        foreign = [name for name in METHOD_NAMES if name != self.type and getattr(self, name) is not None]
+        names = (*METHOD_NAMES, "interpolation")
+        foreign = [name for name in names if name != self.type and getattr(self, name) is not None]
         if foreign:
             raise ValueError(f"parameters of {foreign[0]} given for method {self.type}")
+        if self.type == "interpolation" and self.interpolation is None:
+            raise ValueError("interpolation needs the policy that is interpolated")
         return self
 
     @property
-    def spec(self) -> AlgorithmSpec:
+    def spec(self) -> AlgorithmSpec | InterpolationSpec:
         """The parameters, the vetted defaults where none were given."""
+        if self.interpolation is not None:
+            return self.interpolation
+        return self.algorithm
+
+    @property
+    def algorithm(self) -> AlgorithmSpec:
+        """The parameters of a method that trains. KeyError for one that does not."""
         given = getattr(self, self.type)
-        return cast(AlgorithmSpec, _SPECS[self.type]() if given is None else given)
+        return cast(AlgorithmSpec, _SPECS[cast(MethodName, self.type)]() if given is None else given)
 
 
 _SPECS: Final[dict[MethodName, type[AlgorithmSpec]]] = {

@@ -123,6 +123,16 @@ def test_a_method_has_the_vetted_defaults_and_no_foreign_parameters():
         {"type": "bon_regression", "bon_regression": {"huber_delta": 0}},
         {"type": "jbond", "jbond": {"lora_rank": 7}},
         {"type": "jbond", "jbond": {"beta": 0.5}},
+        {"type": "iterative_bond", "iterative_bond": {"n": 4, "anchor_samples": 3}},
+        {"type": "vbon", "vbon": {"samples_per_prompt": 1}},
+        {"type": "vbon", "vbon": {"clip_range": 1}},
+        {"type": "rloo", "rloo": {"kl_strength": 0}},
+        {"type": "bonbon", "bonbon": {"imitation_weight": 1.5}},
+        {"type": "dpo", "dpo": {"beta": 0}},
+        {"type": "interpolation"},
+        {"type": "interpolation", "interpolation": {"policy": "../etc", "share": 0.5}},
+        {"type": "interpolation", "interpolation": {"policy": "pol-0123456789abcdef", "share": 1}},
+        {"type": "bond", "interpolation": {"policy": "pol-0123456789abcdef"}},
     ],
 )
 def test_a_spec_out_of_range_or_unknown_is_refused(method):

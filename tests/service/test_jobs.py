@@ -18,13 +18,14 @@ from bon_algos.contracts import (
     Window,
     job_events_key,
     job_key,
+    policy_key,
 )
-from service.errors import Conflict, InvalidField, JobNotFound, StoreUnavailable, Unparseable
+from service.errors import Conflict, InvalidField, JobNotFound, PolicyNotFound, StoreUnavailable, Unparseable
 from service.idempotency import Idempotency
 from service.jobs import Jobs, check_spec
 from service.store import open_redis
 from tests.fixtures.redis import RedisServer
-from tests.service.records import job_spec
+from tests.service.records import STUDENT, job_spec
 
 pytestmark = pytest.mark.anyio
 
@@ -70,6 +71,16 @@ async def test_a_job_on_an_empty_ledger_is_refused_with_the_numbers(redis: Redis
     assert refused.value.facts == {"groups_found": 3, "groups_needed": 4}
     assert await redis.zcard(JOBS_INDEX) == 0
     assert (await jobs.submit(job_spec(route="other"))).job_id
+
+
+async def test_a_policy_to_interpolate_must_be_there(jobs: Jobs, redis: Redis):
+    asked = {"type": "interpolation", "interpolation": {"policy": STUDENT, "share": 0.5}}
+    spec = job_spec(method=Method.model_validate(asked))
+    with pytest.raises(PolicyNotFound) as refused:
+        await jobs.submit(spec)
+    assert refused.value.param == "method.interpolation.policy"
+    await redis.hset(policy_key(STUDENT), "record", "{}")
+    assert (await jobs.get((await jobs.submit(spec)).job_id))["status"] == "queued"
 
 
 async def test_the_same_key_and_body_are_one_job(jobs: Jobs, redis: Redis):

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import redis
 import torch
+from safetensors.torch import load_file
 
 from bon_algos.contracts import (
     METHOD_NAMES,
@@ -60,14 +61,14 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
     """job(method, …) -> a claimed attempt, ready to run."""
     opened = []
 
-    def attempt(method="bon_forward_kl", parameters=None, *, patience=5.0, lease_seconds=60.0, every=2):
+    def attempt(method="bon_forward_kl", parameters=None, *, patience=5.0, lease_seconds=60.0, every=2, job_id=JOB):
         given = parameters or OWN_PARAMETERS.get(method, FORWARD)
         spec = JobSpec(method=Method(type=method, **{method: given}), n=8, held_out_fraction=0.3, seed=4)
-        if not client.exists(job_key(JOB)):
-            client.hset(job_key(JOB), mapping={"state": "queued", "epoch": 0, "attempts": 0})
-        epoch = claim(client, JOB, lease_seconds=lease_seconds, worker="here:1")
+        if not client.exists(job_key(job_id)):
+            client.hset(job_key(job_id), mapping={"state": "queued", "epoch": 0, "attempts": 0})
+        epoch = claim(client, job_id, lease_seconds=lease_seconds, worker="here:1")
         assert isinstance(epoch, int)
-        lease = Lease(client, JOB, epoch, lease_seconds=lease_seconds, heartbeat_seconds=60)
+        lease = Lease(client, job_id, epoch, lease_seconds=lease_seconds, heartbeat_seconds=60)
         engines = Engines(engine.url, engine.url, world.REWARD_MODEL, lease.check)
         opened.append(engines.__enter__())
         place = Workplace(
@@ -118,6 +119,32 @@ def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, e
     assert manifest.data.groups == 24
     assert manifest.report.prompts == manifest.data.held_out_groups
     assert checkpoint.newest(attempt.directory) is None  # an ended job keeps no states
+
+
+def test_a_finished_policy_is_taken_back_towards_its_reference(job, client, tmp_path):
+    """LITI: what the adapter adds is a share of what it was, its report and proof are its own, its parent is known."""
+    job().run()
+    parent = client.hget(job_key(JOB), "policy_id").decode()
+    whole = load_file(next((tmp_path / "policies").iterdir()) / "adapter_model.safetensors")
+    job("interpolation", {"policy": parent, "share": 0.25}, job_id="job_2").run()
+    child = client.hget(job_key("job_2"), "policy_id").decode()
+    record = PolicyRecord.model_validate_json(client.hget(policy_key(child), "record"))
+    assert record.manifest is not None
+    assert (record.manifest.parent_policy_id, record.manifest.steps) == (parent, 0)
+    part = load_file(tmp_path / record.directory / "adapter_model.safetensors")
+    for name, factor in whole.items():
+        torch.testing.assert_close(part[name], factor * (0.25 if ".lora_B." in name else 1.0), rtol=0, atol=0)
+
+
+def test_only_a_published_policy_with_its_own_files_is_interpolated(job, client, tmp_path):
+    with pytest.raises(JobFailed, match="no distilled policy"):
+        job("interpolation", {"policy": "pol-" + "0" * 16}, job_id="job_2").run()
+    job().run()
+    parent = client.hget(job_key(JOB), "policy_id").decode()
+    config = next((tmp_path / "policies").iterdir()) / "adapter_config.json"
+    config.write_text(config.read_text().replace("32.0", "64.0"))
+    with pytest.raises(JobFailed, match="not the file of its manifest"):
+        job("interpolation", {"policy": parent}, job_id="job_3").run()
 
 
 def test_the_fingerprint_holds_the_policys_and_the_bases_logprobs(job, tmp_path):

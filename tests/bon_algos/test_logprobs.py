@@ -70,7 +70,7 @@ def mistral(window: int | None = None) -> Any:
 
 
 def gemma3(window: int = 32) -> Any:
-    config = Gemma3TextConfig(**SIZES, initializer_range=0.3, sliding_window=window, query_pre_attn_scalar=6)
+    config = Gemma3TextConfig(**SIZES, initializer_range=0.3, sliding_window=window, query_pre_attn_scalar=10)
     return random_model(Gemma3ForCausalLM, config, seed=4)
 
 

@@ -56,3 +56,37 @@ def expected_surrogate(
 
 def gradient(loss: Tensor, logit_K: Tensor) -> Tensor:
     return torch.autograd.grad(loss, logit_K)[0]
+
+
+def central_differences(objective, logit_K: Tensor, step: float = 1e-5) -> Tensor:
+    """The gradient of an objective of the logits, by its values. (K,)."""
+    unit = torch.eye(len(logit_K), dtype=torch.float64) * step
+    return torch.stack([(objective(logit_K + e) - objective(logit_K - e)) / (2 * step) for e in unit])
+
+
+def divergence(law_K: Tensor, other_K: Tensor) -> Tensor:
+    """KL(law ‖ other), nats. Scalar."""
+    kl: Tensor = (law_K * (law_K / other_K).log()).sum()
+    return kl
+
+
+def minimiser(objective, logit_K: Tensor) -> Tensor:
+    """The policy at which a convex objective of the logits is least, by Newton's method; exact to rounding."""
+    for _ in range(40):
+        logit_K = logit_K.detach().requires_grad_()
+        before = objective(logit_K)
+        (gradient_K,) = torch.autograd.grad(before, logit_K)
+        hessian_KK = torch.autograd.functional.hessian(objective, logit_K.detach())
+        step_K = torch.linalg.pinv(hessian_KK, rtol=1e-13, hermitian=True) @ gradient_K  # blind to a constant
+        while objective(logit_K - step_K) > before + 1e-13:
+            step_K = step_K / 2
+        policy_K, logit_K = logit_K.detach().softmax(-1), logit_K.detach() - step_K
+        if (logit_K.softmax(-1) - policy_K).abs().max() < 1e-13:
+            return logit_K.softmax(-1)
+    raise AssertionError("no minimum in 40 steps")
+
+
+def all_pairs(num_outcomes: int) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected), every ordered pair of outcomes. (K²,), (K²,)."""
+    first, second = torch.cartesian_prod(torch.arange(num_outcomes), torch.arange(num_outcomes)).T
+    return first, second

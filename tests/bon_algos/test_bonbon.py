@@ -28,7 +28,7 @@ from bon_algos.bonbon import (
     pair_target,
 )
 from bon_algos.preference import best_and_worst, ipo_loss
-from tests.bon_algos.test_preference import all_pairs, minimiser
+from tests.bon_algos.tabular import all_pairs, minimiser
 from tests.bon_algos.vectors import REFERENCE_K, REWARDS, kl, per_outcome, the_law_as_draws, win_rate_against_reference
 
 REFERENCE = torch.tensor(REFERENCE_K)

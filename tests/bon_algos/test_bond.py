@@ -13,6 +13,8 @@ from torch import Tensor
 from bon_algos import bond, order, quantiles
 from tests.bon_algos.tabular import (
     best_of_two_law,
+    central_differences,
+    divergence,
     expected_quantile_reward,
     expected_surrogate,
     gradient,
@@ -29,16 +31,6 @@ def target(vector: str, n: int) -> tuple[Tensor, Tensor]:
     standing = quantiles.standing_among_others(the_law_as_draws(REWARDS[vector]))
     tilt_K = torch.tensor(per_outcome(quantiles.log_tilt_levels(standing, n)))
     return torch.tensor(order.best_of_n_law(REFERENCE_K, REWARDS[vector], n)), tilt_K
-
-
-def central_differences(objective, logit_K: Tensor, step: float = 1e-5) -> Tensor:
-    unit = torch.eye(len(logit_K), dtype=torch.float64) * step
-    return torch.stack([(objective(logit_K + e) - objective(logit_K - e)) / (2 * step) for e in unit])
-
-
-def divergence(law_K: Tensor, other_K: Tensor) -> Tensor:
-    kl: Tensor = (law_K * (law_K / other_K).log()).sum()
-    return kl
 
 
 # --- gradients -------------------------------------------------------------------------------------------

@@ -19,33 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from bon_algos.bonbon import optimal_tilt_kl, optimal_tilt_win_rate
 from bon_algos.logprobs import TokenGroup, sequence_logprobs
 from bon_algos.preference import best_and_worst, dpo_loss, ipo_loss, log_ratio_margin
+from tests.bon_algos.tabular import all_pairs, minimiser
 from tests.bon_algos.vectors import REFERENCE_K, REWARDS, kl, win_rate_against_reference
 
 REFERENCE = torch.tensor(REFERENCE_K)
 relaxed = settings(deadline=None, max_examples=60)
 nats = st.floats(-300, 0)
-
-
-def minimiser(objective, logit_K: Tensor) -> Tensor:
-    """The policy at which a convex objective of the logits is least, by Newton's method; exact to rounding."""
-    for _ in range(40):
-        logit_K = logit_K.detach().requires_grad_()
-        before = objective(logit_K)
-        (gradient_K,) = torch.autograd.grad(before, logit_K)
-        hessian_KK = torch.autograd.functional.hessian(objective, logit_K.detach())
-        step_K = torch.linalg.pinv(hessian_KK, rtol=1e-13, hermitian=True) @ gradient_K  # blind to a constant
-        while objective(logit_K - step_K) > before + 1e-13:
-            step_K = step_K / 2
-        policy_K, logit_K = logit_K.detach().softmax(-1), logit_K.detach() - step_K
-        if (logit_K.softmax(-1) - policy_K).abs().max() < 1e-13:
-            return logit_K.softmax(-1)
-    raise AssertionError("no minimum in 40 steps")
-
-
-def all_pairs(num_outcomes: int) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected), every ordered pair of outcomes. (K²,), (K²,)."""
-    first, second = torch.cartesian_prod(torch.arange(num_outcomes), torch.arange(num_outcomes)).T
-    return first, second
 
 
 def expected_over_pairs(pair_loss, preference_KK: Tensor, data_K: Tensor, reference_K: Tensor, beta: float):

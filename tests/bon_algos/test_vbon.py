@@ -17,7 +17,7 @@ from bon_algos import order, quantiles
 from bon_algos.policy_gradient import kl_regularised_return, reinforce_loss
 from bon_algos.quantiles import standing_against, standing_among_others
 from bon_algos.vbon import log_tilt_exact, log_tilt_lower_bound, variational_return
-from tests.bon_algos.tabular import gradient
+from tests.bon_algos.tabular import central_differences, divergence, gradient
 from tests.bon_algos.vectors import REFERENCE_K, REWARDS, per_outcome, the_law_as_draws
 
 relaxed = settings(deadline=None, max_examples=60)
@@ -62,16 +62,6 @@ def every_draw(vector: str, n: int) -> dict[str, Tensor]:
         name: torch.tensor(np.bincount(winner, weights=probability * event, minlength=20))
         for name, event in events.items()
     }
-
-
-def divergence(law_K: Tensor, other_K: Tensor) -> Tensor:
-    kl: Tensor = (law_K * (law_K / other_K).log()).sum()
-    return kl
-
-
-def central_differences(objective, logit_K: Tensor, step: float = 1e-5) -> Tensor:
-    unit = torch.eye(len(logit_K), dtype=torch.float64) * step
-    return torch.stack([(objective(logit_K + e) - objective(logit_K - e)) / (2 * step) for e in unit])
 
 
 def returns(tilt_K: Tensor, law_K: Tensor, reference_K: Tensor = REFERENCE) -> Tensor:

@@ -8,6 +8,7 @@ Dimension key:  B prompts · N candidates per prompt
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -53,14 +54,23 @@ def choose_best(group: LoggedGroup, uniform: float, *, n: int, count: int) -> Ch
 
 
 def choose_regressed(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
-    """Candidates evenly spread over drawing order, each with its target from the rewards of all the others."""
+    """Candidates evenly spread over drawing order, each with its target: from the rewards of all the others, or from a
+    learned quantile."""
     num_candidates = len(group.rewards)
-    if num_candidates < n:
-        raise ValueError(f"best-of-{n} from a group of {num_candidates} candidates")
-    count = min(count, num_candidates)
-    drawn = np.flatnonzero(systematic_sample(np.full(num_candidates, 1 / num_candidates), count, uniform))
-    log_tilt_1N = log_tilt_tie_aware(standing_among_others(one_row(group.rewards)), n)
-    return _narrowed(group, drawn, log_tilt_1N[0].numpy()[drawn])
+    drawn = np.flatnonzero(
+        systematic_sample(np.full(num_candidates, 1 / num_candidates), min(count, num_candidates), uniform)
+    )
+    return _narrowed(group, drawn, _log_tilts(group, n)[drawn])
+
+
+def _log_tilts(group: LoggedGroup, n: int) -> NDArray[np.float64]:
+    """log π_BoN/π_ref of every candidate; nats."""
+    if group.log_quantiles is not None:
+        return math.log(n) + (n - 1) * np.asarray(group.log_quantiles)
+    if len(group.rewards) < n:
+        raise ValueError(f"best-of-{n} from a group of {len(group.rewards)} candidates")
+    tilts: NDArray[np.float64] = log_tilt_tie_aware(standing_among_others(one_row(group.rewards)), n)[0].numpy()
+    return tilts
 
 
 def choose_weighed(group: LoggedGroup, uniform: float, *, n: int, backward_n: int, count: int) -> WeighedGroup:

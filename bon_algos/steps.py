@@ -32,6 +32,8 @@ class LoggedGroup(NamedTuple):
     rewards: Sequence[float]
     reference_logprobs: Sequence[float]
     """log π_ref of each completion, token sum; nats. The ledger has them as sampled."""
+    log_quantiles: Sequence[float] | None = None
+    """Of each reward under a learned law of the prompt's rewards; None where they are to be counted."""
 
 
 class FreshGroup(NamedTuple):

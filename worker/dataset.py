@@ -53,6 +53,8 @@ class PromptPool(Record):
     num_groups: int
     side: Side
     candidates: tuple[LoggedCandidate, ...]
+    log_quantiles: tuple[float, ...] | None = None
+    """Of each candidate's reward, where a method learns them (`quantile_model`)."""
 
     @property
     def sampling(self) -> Sampling:
@@ -65,6 +67,7 @@ class PromptPool(Record):
             TokenGroup(self.prompt_ids, [candidate.token_ids for candidate in self.candidates]),
             [candidate.ranking_reward for candidate in self.candidates],
             [sum(candidate.token_logprobs) for candidate in self.candidates],
+            self.log_quantiles,
         )
 
 

@@ -19,7 +19,7 @@ import torch
 
 from bon_algos.algorithms import make_step
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import DataWindow, EvaluationReport, InterpolationSpec, JobSpec, Manifest
+from bon_algos.contracts import BonRegressionSpec, DataWindow, EvaluationReport, InterpolationSpec, JobSpec, Manifest
 from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import OnPolicyStep
 from worker import checkpoint, dataset
@@ -44,6 +44,7 @@ from worker.models import TrainedPolicy, open_policy
 from worker.patience import patiently
 from worker.progress import Progress
 from worker.publish import publish, read_published
+from worker.quantile_model import learned_log_quantiles
 from worker.rollouts import Rollouts, spread
 from worker.train import Training
 
@@ -100,7 +101,7 @@ class Distillation:
         window, interpolation = self.freeze(), self.spec.method.interpolation
         if interpolation is None:
             training = self.open_training(window)
-            self.train(training, window)
+            self.train(training, self.with_quantiles(training.policy, window))
             policy = training.policy
         else:
             policy = self.interpolated(interpolation)
@@ -161,6 +162,17 @@ class Distillation:
             log.info("resumed at step %d", state.step)
         require_same_reference(policy, window.train)
         return training
+
+    def with_quantiles(self, policy: TrainedPolicy, window: FrozenWindow) -> FrozenWindow:
+        """The window with learned quantiles, where the method wants them."""
+        method = self.spec.method.algorithm
+        if not isinstance(method, BonRegressionSpec) or method.quantiles == "counted":
+            return window
+        feature_BD = policy.prompt_features([pool.prompt_ids for pool in window.train]).cpu()
+        rewards = [[one.ranking_reward for one in pool.candidates] for pool in window.train]
+        learned = learned_log_quantiles(feature_BD, rewards, self.spec.seed)
+        pools = zip(window.train, learned, strict=True)
+        return window._replace(train=tuple(pool.model_copy(update={"log_quantiles": own}) for pool, own in pools))
 
     def interpolated(self, spec: InterpolationSpec) -> TrainedPolicy:
         """A finished policy some of the way back to its reference."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from bon_algos.logprobs import TokenGroup, sequence_logprobs, token_logprobs
+from bon_algos.logprobs import TokenGroup, completion_states, sequence_logprobs, token_logprobs
 from bon_algos.token_kl import TokenTerms, token_terms
 from worker.durable import staged
 
@@ -80,6 +80,12 @@ class TrainedPolicy:
     def reference_logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
         """log π_ref of completions, no gradient. For each group (N,), nats."""
         return self.logprobs_wearing(self._zero_b(), groups)
+
+    def prompt_features(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """What the reference makes of each prompt: its last hidden state at the last token. (B, hidden size)."""
+        groups = [TokenGroup(prompt, [[0]]) for prompt in prompts]  # whatever follows, the prompt's end predicts it
+        with torch.no_grad(), self._wearing(self._zero_b()):
+            return torch.cat([completion_states(self.model, groups[p]).hidden_TD for p in parts_by_tokens(groups)])
 
     def token_terms(self, groups: Sequence[TokenGroup]) -> list[TokenTerms]:
         """What policy and reference say of every token; differentiable."""

@@ -210,6 +210,13 @@ class BonRegressionSpec(WeighedSpec):
 
     huber_delta: float | None = Field(None, gt=0)
     """Nats beyond which the loss is linear; None is the square loss."""
+    quantiles: Literal["counted", "learned"] = "counted"
+    """counted: of a reward among its prompt's other candidates. learned: by a law of rewards given the prompt, learned
+    from other prompts' candidates (BOND, B.1); for prompts that hardly ever repeat, and groups smaller than n."""
+
+    @property
+    def candidates_needed(self) -> int:
+        return self.n if self.quantiles == "counted" else 2
 
 
 class InterpolationSpec(Record):

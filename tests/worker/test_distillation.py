@@ -121,6 +121,12 @@ def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, e
     assert checkpoint.newest(attempt.directory) is None  # an ended job keeps no states
 
 
+def test_a_regression_on_learned_quantiles_needs_no_group_of_n(job, client):
+    """Best-of-40 is aimed at, from groups of fewer candidates."""
+    job("bon_regression", FORWARD | {"n": 40, "quantiles": "learned"}).run()
+    assert state(client) == "succeeded"
+
+
 def test_a_finished_policy_is_taken_back_towards_its_reference(job, client, tmp_path):
     """LITI: what the adapter adds is a share of what it was, its report and proof are its own, its parent is known."""
     job().run()

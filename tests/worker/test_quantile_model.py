@@ -1,0 +1,72 @@
+"""Quantiles learned across prompts: nearer to the truth than what one small group can count, ties or none."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bon_algos.quantiles import log_quantile_harmonic_mid, standing_among_others
+from worker.errors import JobFailed
+from worker.quantile_model import learned_log_quantiles
+
+NUM_PROMPTS, NUM_CANDIDATES = 160, 6
+
+
+def world(seed):
+    """Prompts whose rewards are normal about a mean and with a spread that their features tell; and the truth.
+
+    (features, rewards, true log-quantiles)
+    """
+    draw = np.random.default_rng(seed)
+    feature = draw.normal(size=(NUM_PROMPTS, 5))
+    mean, spread = 2 * feature[:, :1], np.exp(0.4 * feature[:, 1:2])
+    standard = draw.normal(size=(NUM_PROMPTS, NUM_CANDIDATES))
+    truth = np.array([[math.log(0.5 * math.erfc(-z / math.sqrt(2))) for z in row] for row in standard])
+    return torch.from_numpy(feature), mean + spread * standard, truth
+
+
+def error_of(estimate, truth):
+    """Of exp(log-quantile): what matters is where a reward stands, not how deep below the floor it is."""
+    return float(np.square(np.exp(np.array(estimate)) - np.exp(truth)).mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_other_prompts_tell_more_than_five_other_candidates_do(seed):
+    feature, reward, truth = world(seed)
+    learned = learned_log_quantiles(feature, reward.tolist(), seed)
+    counted = log_quantile_harmonic_mid(standing_among_others(torch.from_numpy(reward)))
+    assert error_of(learned, truth) < 0.7 * error_of(counted.numpy(), truth)
+
+
+@pytest.mark.slow
+def test_only_the_order_of_rewards_counts_and_the_seed_settles_the_rest():
+    feature, reward, _ = world(0)
+    learned = learned_log_quantiles(feature, reward.tolist(), 3)
+    assert learned_log_quantiles(feature, (reward**3).tolist(), 3) == learned
+    assert learned_log_quantiles(feature, reward.tolist(), 4) != learned
+
+
+@pytest.mark.slow
+def test_groups_may_differ_in_size_and_rewards_may_tie():
+    """Binary rewards that the features tell: a wrong answer's mid-rank is half of P(wrong), a right one's 1 less half
+    of P(right). The one, log-quantiles rise with P; the other, they are those of the other prompts alike."""
+    draw = np.random.default_rng(1)
+    is_easy = draw.integers(0, 2, 200)
+    probability = np.where(is_easy, 0.9, 0.2)
+    rewards = [(draw.random(4 + i % 3) < probability[i]).astype(float).tolist() for i in range(200)]
+    learned = learned_log_quantiles(torch.from_numpy(is_easy[:, None].astype(float)), rewards, 0)
+    for easy, p in ((1, 0.9), (0, 0.2)):
+        of_prompts = [i for i in range(200) if is_easy[i] == easy]
+        found = {}
+        for right in (0.0, 1.0):
+            told = [math.exp(q) for i in of_prompts for q, r in zip(learned[i], rewards[i], strict=True) if r == right]
+            found[right] = np.mean(told)
+        assert found[0.0] == pytest.approx((1 - p) / 2, abs=0.08)
+        assert found[1.0] == pytest.approx(1 - p / 2, abs=0.08)
+
+
+def test_too_few_prompts_are_refused():
+    with pytest.raises(JobFailed, match="at least 8 prompts"):
+        learned_log_quantiles(torch.zeros(7, 2), [[0.0, 1.0]] * 7, 0)

@@ -16,7 +16,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 	--exclude-newer "7 days" --custom-compile-command "make lock" --no-annotate \
 	$(foreach name,$(UNLOCKED),--no-emit-package $(name)) $(ARGS)
 
-BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(shell grep -l '^if __name__ == ' benchmarks/*.py))
+BENCHMARKS = $(subst /,.,$(patsubst %/__main__,%,$(basename $(shell grep -rl '^if __name__ == ' benchmarks --include=*.py))))
 
 .PHONY: help setup demo up test check static bench lock clean
 

@@ -304,7 +304,7 @@ def full_fine_tuning(effort: Effort, tell: Tell) -> Finding:
     seen = found(arms, effort, tell)
     return Finding(
         title="All weights against LoRA",
-        source="Ours; QRPO (arXiv:2507.08068)",
+        source="Ours",
         method=f"All weights at a rate of {ALL_WEIGHTS_RATE:g}. {described(effort)} {settings()}",
         columns=COLUMNS,
         rows=tuple(row(label, seen) for label in arms),

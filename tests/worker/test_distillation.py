@@ -291,7 +291,10 @@ def test_the_next_attempt_adopts_what_was_renamed_but_not_registered(job, client
     adapter = old.attempt / "adapter"
     training.policy.save_adapter(adapter)
     publish(
-        tmp_path, adapter, fingerprint(training.policy, window.held_out), partial(old.manifest, window.data, report)
+        tmp_path,
+        adapter,
+        fingerprint(training.policy, window.held_out),
+        partial(old.manifest, window.data, report, training.policy.rank),
     )
     (orphan,) = published(tmp_path)
     client.hset(job_key(JOB), "lease_until", 1)

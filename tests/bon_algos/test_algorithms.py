@@ -369,6 +369,7 @@ def test_the_chosen_candidates_stand_for_all_of_them(spec, count):
     assert max(len(choice.verdicts) for choice in choices) <= min(count, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 7, 20])
 def test_the_weighed_candidates_stand_for_the_references_law(count):
     """Averaged over 2,520 numbers, evenly spaced: any mean over the weighed candidates is the mean over all eight, and
@@ -470,6 +471,7 @@ def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
     return logit_PK.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
 def test_training_sees_rewards_only_by_their_order(spec):
     """The same seed on r, e^r and r³: the same policy, bit for bit."""

@@ -256,6 +256,7 @@ def squared_error(estimate_BN: Tensor, truth_BN: Tensor) -> float:
     return (estimate_BN - truth_BN).square().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "learn", [law_head_by_likelihood, law_head_by_cross_entropy, law_head_on_scores, quantile_head]
 )
@@ -271,6 +272,7 @@ def test_learned_quantiles_err_less_than_those_counted_in_one_group(learn, seed)
         assert squared_error(learned.log_quantile(log_odds(of)).detach(), truth_BN) < counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_mid_rank_quantiles_of_tied_rewards_are_learned_too(seed):
     """Rewards rounded to whole numbers: the truth is the normal law up to ½ below, plus half of what rounds to it."""
@@ -284,6 +286,7 @@ def test_mid_rank_quantiles_of_tied_rewards_are_learned_too(seed):
         assert squared_error(learned.log_quantile(log_odds(of)).detach(), truth_BN) < counted
 
 
+@pytest.mark.slow
 def test_on_scores_an_increasing_transform_changes_nothing():
     """Trained on r and on e^r from the same start: the same log-odds, bit for bit. On raw rewards they differ."""
     seen = prompts(7)

@@ -82,6 +82,7 @@ def minimised(beta: float, kappa: float, reference_43: Tensor) -> Tensor:
     return logit_43.detach()
 
 
+@pytest.mark.slow
 def test_without_the_token_kl_it_ends_at_best_of_n():
     reference_43 = logits(3)
     logprob_9, _, best_9 = laws(minimised(0.6, 0.0, reference_43), reference_43)

@@ -136,6 +136,7 @@ def loss_by_ours(pair_loss, pairs) -> tuple[Tensor, list[Tensor]]:
     return loss.detach(), list(torch.autograd.grad(loss, list(policy.parameters())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss_type", "pairs", "pair_loss"),
     [
@@ -150,6 +151,7 @@ def test_a_language_model_is_taught_what_trl_teaches_it(tmp_path, loss_type, pai
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ipo_in_trl_is_another_loss_where_lengths_differ(tmp_path):
     """Whatever β ours is given: it is the difference of two sums, not of two means."""
     _, of_trl = loss_by_trl(tmp_path, "ipo", 0.3, OF_ANY_LENGTH[:1])

@@ -207,6 +207,7 @@ def test_weighted_candidates_are_unbiased_for_best_of_n(reward_K):
         assert estimate == pytest.approx(order.best_of_n_law(mass_K, reward_K, n) @ value_K, abs=1e-14)
 
 
+@pytest.mark.slow
 def test_two_expectations_under_best_of_four():
     k = np.arange(20)
     unique_K = order.best_of_n_law(REFERENCE_K, UNIQUE_K, 4)

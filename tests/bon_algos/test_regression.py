@@ -60,6 +60,7 @@ def test_regression_ends_at_best_of_n_whatever_law_the_data_came_from(vector, n,
         torch.testing.assert_close(minimise(loss, REFERENCE.log()), law_K, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vector", REWARDS)
 @pytest.mark.parametrize("n", [2, 8])
 def test_imitation_of_the_whole_law_ends_at_best_of_n(vector, n):

@@ -203,6 +203,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_a
     assert second.done == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
@@ -223,6 +224,7 @@ def test_the_policy_is_the_mean_of_its_last_steps(spec, expected, tiny_policy, t
         torch.testing.assert_close(factor, mean)
 
 
+@pytest.mark.slow
 def test_offline_bond_goes_back_some_of_the_way_to_its_reference(tiny_policy, tiny_window):
     training = opened(tiny_policy, OfflineBondSpec(n=8, averaged_steps=1, interpolation=0.25), steps=3)
     advance(training, tiny_window, 3)
@@ -242,6 +244,7 @@ def changes(policy):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bon_forward_kl", "bon_regression"])
 def test_steps_bring_the_loss_of_the_whole_window_down(name, tiny_policy, tiny_window):
     training = opened(tiny_policy, SPECS[name], steps=20)
@@ -257,6 +260,7 @@ def test_steps_bring_the_loss_of_the_whole_window_down(name, tiny_policy, tiny_w
     assert loss() < 0.95 * before
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_policy, tiny_window):
     """The mean over prompts does not know how the batch was cut to fit."""
     groups = [pool.logged_group for pool in tiny_window.train[:5]]
@@ -267,6 +271,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_policy, tiny_windo
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_fails_the_job_at_its_step(tiny_policy, tiny_window):
     training = opened(tiny_policy, SPECS["bon_forward_kl"])
     with torch.no_grad():

@@ -1,23 +1,17 @@
-"""From a spec to a step, and every method taken to where it ends: on tables, and on a language model."""
+"""From a spec to a step: which candidates it looks at, and what it makes of them, by hand and by enumeration."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import contextmanager
-from functools import partial
 from itertools import product
 from math import exp
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bon_algos import bond, order
 from bon_algos.algorithms import make_step
-from bon_algos.anchor import EmaAnchor
 from bon_algos.contracts import (
     AlgorithmSpec,
     BonbonConsistentSpec,
@@ -28,13 +22,12 @@ from bon_algos.contracts import (
     BonSftSpec,
     DpoSpec,
     IpoSpec,
-    IterativeBondSpec,
     JBondSpec,
     OfflineBondSpec,
     RlooSpec,
     VbonSpec,
 )
-from bon_algos.logprobs import TokenGroup, sequence_logprobs
+from bon_algos.logprobs import TokenGroup
 from bon_algos.quantiles import log_tilt_tie_aware, standing_against, standing_among_others
 from bon_algos.steps import (
     BondStep,
@@ -46,42 +39,7 @@ from bon_algos.steps import (
     RankedGroup,
     SampledStep,
 )
-from bon_algos.token_kl import TokenTerms, token_terms
-
-
-def table(logprob_PK: Tensor):
-    """A policy whose prompt is its row and whose completion is one outcome."""
-
-    def logprobs(groups):
-        return [
-            torch.stack([logprob_PK[group.prompt_ids[0], outcome] for (outcome,) in group.completion_ids])
-            for group in groups
-        ]
-
-    return logprobs
-
-
-def table_terms(logprob_PK: Tensor, reference_PK: Tensor):
-    """The same policy, and what it and its reference say of the completions' only token."""
-    kl_P = (logprob_PK.exp() * (logprob_PK - reference_PK)).sum(-1)
-
-    def terms(groups):
-        return [
-            TokenTerms(logprob_N[:, None], reference_N[:, None], kl_P[group.prompt_ids[0]].expand(len(logprob_N), 1))
-            for group, logprob_N, reference_N in zip(
-                groups, table(logprob_PK)(groups), table(reference_PK)(groups), strict=True
-            )
-        ]
-
-    return terms
-
-
-def logged(prompt: int, outcomes, rewards, logprob_K: Tensor) -> LoggedGroup:
-    tokens = TokenGroup([prompt], [[outcome] for outcome in outcomes])
-    return LoggedGroup(tokens, rewards, [logprob_K[outcome].item() for outcome in outcomes])
-
-
-# --- one step --------------------------------------------------------------------------------------------
+from tests.bon_algos.tables import logged, table
 
 
 def test_a_spec_becomes_the_step_that_its_samples_come_from():
@@ -396,340 +354,3 @@ def test_the_weighed_candidates_stand_for_the_references_law(count):
     best_N = order.best_of_n_weights(rewards, 4)
     assert share_K == pytest.approx(np.bincount(drawn) / 8, rel=2e-3)
     assert weight_K == pytest.approx(np.bincount(drawn, best_N), rel=2e-3)
-
-
-# --- a run on a table ------------------------------------------------------------------------------------
-
-SPECS = [
-    BonForwardKlSpec(n=4),
-    BonRegressionSpec(n=4),
-    OfflineBondSpec(n=4),
-    BondSpec(n=4),
-    JBondSpec(anchor_rate=0.1),
-    IterativeBondSpec(n=3, anchor_samples=5, anchor_steps=4),
-    VbonSpec(n=4),
-    BonSftSpec(n=4),
-    BonbonSpec(n=4),
-    BonbonConsistentSpec(n=4),
-    DpoSpec(n=4),
-    IpoSpec(n=4),
-]
-"""All methods but the one that takes rewards on their own scale."""
-BASE_REWARD_K = torch.tensor([0.3, 1.0, -0.5, 1.0, 2.0, 0.1], dtype=torch.float64)
-
-
-def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
-    """20 steps of 8 prompts over six outcomes, sampled with one seed. (8, 6) logits."""
-    generator = torch.Generator().manual_seed(0)
-    step, rewards = make_step(spec), reward_K.tolist()
-    reference_PK = torch.randn(8, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
-    logit_PK = reference_PK.clone().requires_grad_()
-    anchor = EmaAnchor({"logits": logit_PK})
-    for number in range(20):
-        anchor_PK = anchor.tensors["logits"].double().log_softmax(-1)
-        policy = table(logit_PK.log_softmax(-1))
-        match step:
-            case LoggedStep():
-                drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
-                groups = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
-                loss = step.loss([step.choose(group, 0.5) for group in groups], policy).loss
-            case OfflineBondStep():
-                drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
-                groups = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
-                terms = table_terms(logit_PK.log_softmax(-1), reference_PK)
-                loss = step.loss([step.choose(group, 0.5) for group in groups], terms).loss
-            case BondStep() | SampledStep():
-                drawn = torch.multinomial(reference_PK.exp(), 8, replacement=True, generator=generator).tolist()
-                own = torch.multinomial(
-                    logit_PK.detach().softmax(-1), 2, replacement=True, generator=generator
-                ).tolist()
-                logs = [logged(p, drawn[p], [rewards[k] for k in drawn[p]], reference_PK[p]) for p in range(8)]
-                sampled_B2 = logit_PK.detach().log_softmax(-1).gather(1, torch.tensor(own))
-                ranked = [
-                    RankedGroup(log, [[k] for k in fresh], earned, sampled.tolist(), earned)
-                    for log, fresh, sampled in zip(logs, own, sampled_B2, strict=True)
-                    for earned in [[rewards[k] for k in fresh]]
-                ]
-                asked = (policy, table(reference_PK))
-                if isinstance(step, SampledStep):
-                    loss = step.loss(ranked, *asked).loss
-                else:
-                    loss = step.loss(ranked, [step.choose(log, 0.5) for log in logs], *asked).loss
-            case OnPolicyStep():
-                own = torch.multinomial(logit_PK.detach().softmax(-1), 1, generator=generator).tolist()
-                count = step.anchor_samples
-                of_anchor = torch.multinomial(anchor_PK.exp(), count, replacement=True, generator=generator).tolist()
-                fresh = [
-                    FreshGroup([p], own[p], rewards[own[p][0]], [[k] for k in some], [rewards[k] for k in some])
-                    for p, some in enumerate(of_anchor)
-                ]
-                loss = step.loss(fresh, policy, table(anchor_PK)).loss
-                if (number + 1) % step.anchor_steps == 0:
-                    anchor.update({"logits": logit_PK}, step.anchor_rate)
-        with torch.no_grad():
-            logit_PK -= 0.5 * torch.autograd.grad(loss, logit_PK)[0]
-    return logit_PK.detach()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
-def test_training_sees_rewards_only_by_their_order(spec):
-    """The same seed on r, e^r and r³: the same policy, bit for bit."""
-    trained_PK = train_on_a_table(spec, BASE_REWARD_K)
-    assert torch.equal(train_on_a_table(spec, BASE_REWARD_K.exp()), trained_PK)
-    assert torch.equal(train_on_a_table(spec, BASE_REWARD_K**3), trained_PK)
-    assert not torch.equal(train_on_a_table(spec, -BASE_REWARD_K), trained_PK)
-
-
-def test_rloo_alone_takes_rewards_on_their_own_scale():
-    trained_PK = train_on_a_table(RlooSpec(), BASE_REWARD_K)
-    assert not torch.equal(train_on_a_table(RlooSpec(), BASE_REWARD_K.exp()), trained_PK)
-
-
-# --- a run on a language model ---------------------------------------------------------------------------
-
-COMPLETIONS = [list(pair) for pair in product(range(5), repeat=2)]
-"""All completions of two tokens out of five: a language model that can be enumerated."""
-REWARD_25 = np.array([10.0 * a - abs(a - b) for a, b in COMPLETIONS]) % 7
-PROMPTS = [[0, 1], [0, 2, 3]]
-
-
-def tiny_model() -> Any:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    build: Any = LlamaForCausalLM
-    return build(LlamaConfig(vocab_size=5, num_attention_heads=2, pad_token_id=None, eos_token_id=None, **sizes))
-
-
-def law_of(model) -> Tensor:
-    """The model's law over the 25 completions, for each prompt. (2, 25), float64."""
-    logprobs = sequence_logprobs(model, [TokenGroup(prompt, COMPLETIONS) for prompt in PROMPTS])
-    return torch.stack(list(logprobs)).double().exp()
-
-
-def logged_pair(prompt: int, outcomes: list[int], reference_P25: Tensor) -> LoggedGroup:
-    return LoggedGroup(
-        TokenGroup(PROMPTS[prompt], [COMPLETIONS[k] for k in outcomes]),
-        REWARD_25[outcomes].tolist(),
-        reference_P25[prompt, outcomes].log().tolist(),
-    )
-
-
-def win_and_kl(law_25: np.ndarray, reference_25: np.ndarray) -> tuple[float, float]:
-    beats = (REWARD_25[:, None] > REWARD_25) + (REWARD_25[:, None] == REWARD_25) / 2
-    return float(law_25 @ beats @ reference_25), float((law_25 * np.log(law_25 / reference_25)).sum())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "spec",
-    [
-        BonForwardKlSpec(n=4, candidates_per_prompt=8),
-        BonRegressionSpec(n=4, candidates_per_prompt=16),
-        BonbonConsistentSpec(n=4, candidates_per_prompt=16),
-    ],
-    ids=lambda spec: type(spec).__name__,
-)
-def test_a_language_model_becomes_its_own_best_of_four(spec):
-    """Logged groups of 16 only: the model's win rate and KL end where best-of-4's are, prompt by prompt."""
-    model, step = tiny_model(), make_step(spec)
-    assert isinstance(step, LoggedStep)
-    reference_P25 = law_of(model).detach()
-    generator = torch.Generator().manual_seed(1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=120)
-    for _ in range(120):
-        drawn = torch.multinomial(reference_P25.repeat(8, 1), 16, replacement=True, generator=generator)
-        groups = [logged_pair(row % 2, outcomes, reference_P25) for row, outcomes in enumerate(drawn.tolist())]
-        optimiser.zero_grad()
-        chosen = [step.choose(group, torch.rand((), generator=generator).item()) for group in groups]
-        torch.autograd.backward(step.loss(chosen, lambda asked: sequence_logprobs(model, asked)).loss)
-        optimiser.step()
-        cooling.step()
-    require_best_of_four(model, reference_P25)
-
-
-def require_best_of_four(model, reference_P25: Tensor) -> None:
-    require_law(model, reference_P25, lambda reference_25: order.best_of_n_law(reference_25, REWARD_25, 4))
-
-
-def require_law(model, reference_P25: Tensor, expected_law) -> None:
-    for law_25, reference_25 in zip(law_of(model).detach().numpy(), reference_P25.numpy(), strict=True):
-        win, kl = win_and_kl(law_25, reference_25)
-        expected_win, expected_kl = win_and_kl(expected_law(reference_25), reference_25)
-        assert win == pytest.approx(expected_win, abs=0.03)
-        assert kl == pytest.approx(expected_kl, abs=0.12)
-
-
-@pytest.mark.slow
-def test_offline_bond_takes_a_language_model_to_its_best_of_four():
-    """Logged groups of 16 only, and a token-wise KL that weighs little; the head, which policy and reference share,
-    stays as it is, made large enough to express any law."""
-    model = tiny_model()
-    model.lm_head.weight.data *= 10
-    spec = OfflineBondSpec(n=4, backward_n=4, token_kl_weight=0.02, candidates_per_prompt=16, max_importance=100)
-    step = make_step(spec)
-    assert isinstance(step, OfflineBondStep)
-    reference_P25 = law_of(model).detach()
-    layers = list(model.model.layers.parameters())
-    of_reference = [parameter.detach().clone() for parameter in layers]
-
-    @contextmanager
-    def as_reference():
-        own = [parameter.data for parameter in layers]
-        try:
-            for parameter, other in zip(layers, of_reference, strict=True):
-                parameter.data = other
-            yield
-        finally:
-            for parameter, other in zip(layers, own, strict=True):
-                parameter.data = other
-
-    generator = torch.Generator().manual_seed(1)
-    optimiser = torch.optim.Adam(layers, lr=1e-2)
-    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=200)
-    for _ in range(200):
-        drawn = torch.multinomial(reference_P25.repeat(8, 1), 16, replacement=True, generator=generator)
-        groups = [logged_pair(row % 2, outcomes, reference_P25) for row, outcomes in enumerate(drawn.tolist())]
-        optimiser.zero_grad()
-        weighed = [step.choose(group, torch.rand((), generator=generator).item()) for group in groups]
-        torch.autograd.backward(step.loss(weighed, lambda asked: token_terms(model, asked, as_reference)).loss)
-        optimiser.step()
-        cooling.step()
-    require_best_of_four(model, reference_P25)
-
-
-@pytest.mark.slow
-def test_bond_takes_a_language_model_to_its_best_of_four():
-    """Fresh samples ranked among logged groups of 64; the same end as from logged groups alone."""
-    model, step = tiny_model(), make_step(BondSpec(n=4, samples_per_prompt=4, candidates_per_prompt=8))
-    assert isinstance(step, BondStep)
-    reference_P25 = law_of(model).detach()
-    generator = torch.Generator().manual_seed(1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=150)
-    for _ in range(150):
-        drawn = torch.multinomial(reference_P25.repeat(8, 1), 64, replacement=True, generator=generator)
-        fresh = torch.multinomial(law_of(model).detach().repeat(8, 1), 4, replacement=True, generator=generator)
-        groups = [
-            RankedGroup(
-                logged_pair(row % 2, outcomes, reference_P25),
-                [COMPLETIONS[k] for k in own],
-                REWARD_25[own].tolist(),
-                law_of(model).detach()[row % 2, own].log().tolist(),
-                REWARD_25[own].tolist(),
-            )
-            for row, (outcomes, own) in enumerate(zip(drawn.tolist(), fresh.tolist(), strict=True))
-        ]
-        optimiser.zero_grad()
-        chosen = [step.choose(group.logged, torch.rand((), generator=generator).item()) for group in groups]
-        outcome = step.loss(
-            groups,
-            chosen,
-            lambda asked: sequence_logprobs(model, asked),
-            lambda asked: [reference_of(group, reference_P25) for group in asked],
-        )
-        torch.autograd.backward(outcome.loss)
-        optimiser.step()
-        cooling.step()
-    require_best_of_four(model, reference_P25)
-
-
-def references_of(reference_P25: Tensor, groups: Sequence[TokenGroup]) -> list[Tensor]:
-    return [reference_of(group, reference_P25) for group in groups]
-
-
-def reference_of(group: TokenGroup, reference_P25: Tensor) -> Tensor:
-    outcomes = [COMPLETIONS.index(list(completion)) for completion in group.completion_ids]
-    return reference_P25[PROMPTS.index(list(group.prompt_ids)), outcomes].log().float()
-
-
-def mid_rank_power(reference_25: np.ndarray, n: int) -> np.ndarray:
-    """π_ref·p_midⁿ⁻¹/Z."""
-    beats = (REWARD_25[:, None] > REWARD_25) + (REWARD_25[:, None] == REWARD_25) / 2
-    law_25 = reference_25 * (beats @ reference_25) ** (n - 1)
-    return np.asarray(law_25 / law_25.sum())
-
-
-def boltzmann(reference_25: np.ndarray, kl_strength: float) -> np.ndarray:
-    """π_ref·exp(r/β)/Z."""
-    law_25 = reference_25 * np.exp(REWARD_25 / kl_strength)
-    return np.asarray(law_25 / law_25.sum())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("spec", "expected_law"),
-    [
-        (VbonSpec(n=4, samples_per_prompt=8), lambda reference_25: mid_rank_power(reference_25, 4)),
-        (RlooSpec(kl_strength=3.0, samples_per_prompt=8), lambda reference_25: boltzmann(reference_25, 3.0)),
-    ],
-    ids=["vbon", "rloo"],
-)
-def test_samples_of_the_policy_take_a_language_model_to_the_law_of_their_method(spec, expected_law):
-    model, step = tiny_model(), make_step(spec)
-    assert isinstance(step, SampledStep)
-    reference_P25 = law_of(model).detach()
-    generator = torch.Generator().manual_seed(1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=200)
-    for _ in range(200):
-        drawn = torch.multinomial(reference_P25.repeat(8, 1), 64, replacement=True, generator=generator).tolist()
-        law_P25 = law_of(model).detach()
-        fresh = torch.multinomial(law_P25.repeat(8, 1), 8, replacement=True, generator=generator)
-        groups = [
-            RankedGroup(
-                logged_pair(row % 2, outcomes, reference_P25),
-                [COMPLETIONS[k] for k in own],
-                REWARD_25[own].tolist(),
-                law_P25[row % 2, own].log().tolist(),
-                REWARD_25[own].tolist(),
-            )
-            for row, (outcomes, own) in enumerate(zip(drawn, fresh.tolist(), strict=True))
-        ]
-        optimiser.zero_grad()
-        outcome = step.loss(
-            groups,
-            lambda asked: sequence_logprobs(model, asked),
-            lambda asked: [reference_of(group, reference_P25) for group in asked],
-        )
-        torch.autograd.backward(outcome.loss)
-        optimiser.step()
-        cooling.step()
-    require_law(model, reference_P25, expected_law)
-
-
-@pytest.mark.slow
-def test_two_rounds_of_iterative_bond_are_best_of_four():
-    """Best-of-2 of an anchor that becomes the policy once, half way."""
-    model, step = tiny_model(), make_step(IterativeBondSpec(n=2, anchor_samples=16, anchor_steps=150))
-    assert isinstance(step, OnPolicyStep)
-    reference_P25 = anchor_P25 = law_of(model).detach()
-    generator = torch.Generator().manual_seed(1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for number in range(2 * step.anchor_steps):
-        if number % step.anchor_steps == 0:
-            anchor_P25 = law_of(model).detach()
-            cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=step.anchor_steps)
-        own = torch.multinomial(law_of(model).detach().repeat(8, 1), 1, generator=generator).tolist()
-        some = torch.multinomial(anchor_P25.repeat(8, 1), 16, replacement=True, generator=generator).tolist()
-        groups = [
-            FreshGroup(
-                PROMPTS[row % 2],
-                COMPLETIONS[sample],
-                REWARD_25[sample],
-                [COMPLETIONS[k] for k in of_anchor],
-                REWARD_25[of_anchor].tolist(),
-            )
-            for row, ((sample,), of_anchor) in enumerate(zip(own, some, strict=True))
-        ]
-        optimiser.zero_grad()
-        outcome = step.loss(
-            groups,
-            lambda asked: sequence_logprobs(model, asked),
-            partial(references_of, anchor_P25),
-        )
-        torch.autograd.backward(outcome.loss)
-        optimiser.step()
-        cooling.step()
-    require_best_of_four(model, reference_P25)

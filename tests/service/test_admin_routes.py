@@ -13,8 +13,8 @@ import redis as blocking_redis
 from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE, POLICIES_INDEX, Fingerprint, policy_key
 from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway, wait_until
 from tests.fixtures.redis import RedisServer
+from tests.service.published import write_policy
 from tests.service.records import BASE, policy
-from tests.service.test_publishing import write_policy
 from tests.stubs.engine import StubEngine
 from tests.stubs.reward import StubReward
 from tests.stubs.server import running

@@ -54,6 +54,9 @@ def main() -> int:
     if options.publish:
         publish(directory)
     claims = [Claim(f"{key}: {claim.name}", *claim[1:]) for key, one in findings.items() for claim in as_claims(one)]
+    if not claims:  # a part of the experiments may only show numbers
+        console.print("These experiments claim nothing at this effort.")
+        return 0
     figures = {key: one.model_dump(mode="json", exclude={"curves"}) for key, one in findings.items()}
     return finish(claims, options.json, figures, console)
 

@@ -10,6 +10,7 @@ Dimension key:  B prompts · N candidates per prompt
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import bon_algos
+import worker
 from benchmarks.papers import model_lab, model_targets
 from benchmarks.papers.model_lab import Bench, Draws, Judged, Ledger, Part, judge, plain_model
 from bon_algos.algorithms import make_step
@@ -41,6 +43,7 @@ from bon_algos.steps import (
     SampledStep,
 )
 from worker.models import ADAPTER_NAME, TrainedPolicy, open_policy
+from worker.quantile_model import learned_log_quantiles
 from worker.train import Training, batch_of
 
 CPU = torch.device("cpu")
@@ -232,8 +235,9 @@ def _targeted(bench: Bench, ledger: Ledger, job: Job) -> LoggedStep:
     if job.targets == "pooled":
         log_tilt_BN = log_tilt_tie_aware(standing_among_others(order_BN), spec.n)[:, : job.candidates]
     else:
-        feature_BD = bench.features(draws.prompts)
-        log_tilt_BN = model_targets.learned_log_tilts(feature_BD, order_BN[:, : job.candidates], spec.n, job.seed)
+        rewards = order_BN[:, : job.candidates].tolist()
+        learned = learned_log_quantiles(bench.features(draws.prompts), rewards, job.seed)
+        log_tilt_BN = math.log(spec.n) + (spec.n - 1) * torch.tensor(learned, dtype=torch.float64)
     return model_targets.targeted_step(spec, draws.prompt_ids, log_tilt_BN)
 
 
@@ -321,8 +325,9 @@ def _models_digest() -> str:
 @cache
 def _code_digest() -> str:
     """Of all that a result depends on besides the models."""
-    library = sorted(Path(bon_algos.__file__).parent.rglob("*.py"))
-    return _digest([*library, Path(model_lab.__file__), Path(__file__)])
+    packages = (Path(bon_algos.__file__).parent, Path(worker.__file__).parent)
+    library = [file for package in packages for file in sorted(package.rglob("*.py"))]
+    return _digest([*library, Path(model_lab.__file__), Path(model_targets.__file__), Path(__file__)])
 
 
 def _digest(files: Sequence[Path]) -> str:

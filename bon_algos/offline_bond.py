@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bon_algos.bond import compressed_below
 from bon_algos.imitation import best_of_n_imitation
+from bon_algos.importance import truncated_importance
 from bon_algos.token_kl import TokenTerms
 
 
@@ -81,7 +82,8 @@ def offline_bond_loss(
     logprob_N, log_ratio_NL = terms.logprob_NL.sum(dim=-1), (terms.logprob_NL - terms.reference_logprob_NL).detach()
     log_ratio_N, share_N, tilt_N = log_ratio_NL.sum(dim=-1), share_N.to(logprob_N), log_tilt_N.to(logprob_N)
     log_cap = math.log(max_importance)
-    importance_N = share_N * log_ratio_N.clamp(max=log_cap).exp()
+    reference_N = terms.reference_logprob_NL.sum(dim=-1)
+    importance_N = share_N * truncated_importance(logprob_N, reference_N, max_importance=max_importance)
     law_N = torch.softmax(share_N.log() + log_ratio_N.clamp(max=log_cap), dim=-1)  # no division by what underflows
     return_N = compressed_below(tilt_N - log_ratio_N, return_floor)
     advantage_N = importance_N * (return_N - law_N @ return_N)

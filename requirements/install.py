@@ -41,8 +41,8 @@ def has_nvidia_gpu() -> bool:
 def torch_version(root: Path) -> str:
     """The one version of torch that pyproject.toml asks for."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    train: list[str] = project["optional-dependencies"]["train"]
-    pins = {name: version for name, _, version in (line.partition("==") for line in train)}
+    algorithms: list[str] = project["optional-dependencies"]["algorithms"]
+    pins = {name: version for name, _, version in (line.partition("==") for line in algorithms)}
     return pins["torch"]
 
 

@@ -50,6 +50,14 @@ def test_the_records_load_nothing_but_pydantic():
     assert loaded_modules("import bon_algos.contracts") & heavy == set()
 
 
+@pytest.mark.slow
+def test_the_algorithms_need_nothing_that_service_or_worker_bring():
+    """The extra `algorithms` is torch and transformers; what those bring is theirs."""
+    modules = ", ".join(f"bon_algos.{path.stem}" for path in sorted((ROOT / "bon_algos").glob("[a-z]*.py")))
+    needless = {"redis", "celery", "aiohttp", "fastapi", "peft", "pydantic_settings", "uuid_utils", "scipy", "trl"}
+    assert loaded_modules(f"import {modules}") & (needless | {"service", "worker", "bonsai"}) == set()
+
+
 @pytest.mark.parametrize("path", CODE, ids=relative)
 def test_every_module_says_what_it_owns(path):
     assert ast.get_docstring(ast.parse(path.read_text())), f"{relative(path)} has no head docstring"

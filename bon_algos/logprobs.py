@@ -1,7 +1,7 @@
 """Log-probs of completions under a causal language model of transformers, at temperature 1.
 
-Owns rows, positions, masks and the vocabulary projection. Does not own which policy is asked: for the reference the
-caller switches the adapter off around the call, and gradients or eval mode are the caller's as well.
+Owns rows, positions and masks. Does not own the vocabulary projection (`head`), nor which policy is asked: for the
+reference the caller switches the adapter off around the call, and gradients or eval mode are the caller's as well.
 
 The vocabulary is only ever projected to at positions that predict a completion's token, a chunk of them at a
 time: no tensor of all tokens × V exists, forward or backward.
@@ -15,20 +15,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
+from bon_algos.head import HasHead, Head, head_logprobs, head_of
 from bon_algos.shared_prompt import ATTENTION_NAME, forward_shared, shared_row
-
-HEAD_SCALINGS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
-"""What some families do to logits after the head, by the name it has in their configurations."""
-
 
 SHARING_FAMILIES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Whose layers look at other tokens through attention alone, at positions that are given: seen in the tests."""
@@ -36,13 +26,10 @@ SHARE_OF_TOKENS = 0.95
 """Sharing a prompt pays below this share of the tokens of rows of their own: its attention costs a little."""
 
 
-class CausalLanguageModel(Protocol):
+class CausalLanguageModel(HasHead, Protocol):
     """What is used of a transformers model; a PEFT model answers these as well."""
 
-    @property
-    def config(self) -> Any: ...
     def get_decoder(self) -> Any: ...
-    def get_output_embeddings(self) -> Any: ...
 
 
 class TokenGroup(NamedTuple):
@@ -62,8 +49,7 @@ def sequence_logprobs(
     Float64 models are summed in float64. `batch_chunk_size` is the number of tokens projected to the
     vocabulary at once: memory V × that many, results equal.
 
-    -> for each group (N,), nats; differentiable. ValueError for an empty prompt, or a head that is not one
-    plain linear map (see `token_logprobs`).
+    -> for each group (N,), nats; differentiable. ValueError as `token_logprobs`.
     """
     by_group = token_logprobs(model, groups, batch_chunk_size=batch_chunk_size)
     return [torch.stack([logprob_L.sum() for logprob_L in group]) for group in by_group]
@@ -75,10 +61,10 @@ def token_logprobs(
     """log π(token given what precedes it), for every token of every completion.
 
     -> for each group, for each completion (L,), nats; differentiable. ValueError for an empty prompt, an
-    empty group, a head with its own adapter, or logits that are scaled or capped after the head.
+    empty group, or a head that `head.head_of` refuses.
     """
     head, hidden_TD, token_T = completion_states(model, groups)
-    logprob_T = _head_logprobs(head, hidden_TD, token_T, batch_chunk_size)
+    logprob_T = head_logprobs(head, hidden_TD, token_T, batch_chunk_size)
     lengths = [len(completion) for group in groups for completion in group.completion_ids]
     rows = iter(torch.split(logprob_T, lengths))
     return [[next(rows) for _ in group.completion_ids] for group in groups]
@@ -87,7 +73,7 @@ def token_logprobs(
 class CompletionStates(NamedTuple):
     """What stands before the head at every position that predicts a completion's token, row after row."""
 
-    head: nn.Linear
+    head: Head
     hidden_TD: Tensor
     """D is the hidden size."""
     token_T: Tensor
@@ -99,8 +85,8 @@ def completion_states(model: CausalLanguageModel, groups: Sequence[TokenGroup]) 
     for group in groups:
         if not group.prompt_ids or not group.completion_ids:
             raise ValueError("a group needs a prompt of at least one token, and at least one completion")
-    head, decoder = _plain_head(model), model.get_decoder()
-    device = head.weight.device
+    head, decoder = head_of(model), model.get_decoder()
+    device = head.weight_VD.device
     tokens = [token for _, completions in groups for completion in completions for token in completion]
     if sharing_pays(model.config.get_text_config(), groups):
         row = shared_row(groups, device)
@@ -118,30 +104,6 @@ def _predicting(groups: Sequence[TokenGroup]) -> Iterator[slice]:
     for prompt, completions in groups:
         for completion in completions:
             yield slice(len(prompt) - 1, len(prompt) - 1 + len(completion))
-
-
-def _head_logprobs(head: nn.Linear, hidden_TD: Tensor, token_T: Tensor, batch_chunk_size: int) -> Tensor:
-    """log softmax(head(hidden))[token], at least in float32: a bf16 log-prob is off by up to 0.1 nats. (T,)."""
-    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
-    return -functional.linear_cross_entropy(
-        hidden_TD.to(dtype),
-        head.weight.to(dtype),
-        token_T,
-        linear_bias=None if head.bias is None else head.bias.to(dtype),
-        reduction="none",
-        # The default chunking is five to eight times slower at the vocabularies of language models.
-        options=nn.LinearCrossEntropyOptions(batch_chunk_size=batch_chunk_size),
-    )
-
-
-def _plain_head(model: CausalLanguageModel) -> nn.Linear:
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(f"the head must be a plain linear map without an adapter, not {type(head).__name__}")
-    for name in HEAD_SCALINGS:
-        if getattr(model.config.get_text_config(), name, None) not in (None, 1, 1.0):
-            raise ValueError(f"{name} changes the logits after the head; log-probs would be wrong")
-    return head
 
 
 def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

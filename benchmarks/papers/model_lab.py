@@ -37,6 +37,8 @@ Weights = Mapping[str, Tensor]
 
 POLICY: Final = Path(bonsai.demo.__file__).parent / "models" / "policy"
 REWARD: Final = POLICY.with_name("reward")
+HEAD: Final = "lm_head.weight"
+EMBEDDING: Final = "model.embed_tokens.weight"
 MAX_TOKENS: Final = 64
 """Of a completion; what the service allows by default."""
 ROWS: Final = 64
@@ -69,16 +71,18 @@ class Bench:
 
     def __init__(self) -> None:
         self.reference = plain_model()
-        self._worn = plain_model()
+        self._worn = with_own_head(plain_model())
+        self._plain = {name: parameter.detach().clone() for name, parameter in self._worn.named_parameters()}
         self._reward_model = AutoModelForSequenceClassification.from_pretrained(
             REWARD, dtype=torch.float32, local_files_only=True
         ).eval()
         self._tokenizer, self._reward_tokenizer = _tokenizer(POLICY), _tokenizer(REWARD)
 
     def wearing(self, weights: Weights) -> PreTrainedModel:
-        """The model with these weights, until the next call."""
+        """The model with these weights, until the next call; an embedding alone is the head's as well."""
+        tied = {HEAD: weights[EMBEDDING]} if EMBEDDING in weights else {}
         with torch.no_grad():
-            for name, weight in weights.items():
+            for name, weight in {**self._plain, **tied, **weights}.items():
                 self._worn.get_parameter(name).copy_(weight)
         return self._worn
 
@@ -140,6 +144,13 @@ class Bench:
 def plain_model() -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32, local_files_only=True)
     return model.eval()
+
+
+def with_own_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with its embedding copied for its head, which an adapter may change alone."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head.weight = torch.nn.Parameter(embedding.weight.detach().clone())
+    return model
 
 
 def _tokenizer(directory: Path) -> ChatTokenizer:

@@ -55,10 +55,10 @@ class BondSpec(TrainingSpec):
 
     Samples are drawn while the step before trains, so they are one update old."""
 
-    n: int = Field(40, ge=2, le=4096)
-    """The best-of-n aimed at; a policy that cannot express its law lands below, so aim above the n to be replaced.
+    n: int = Field(20, ge=2, le=4096)
+    """The best-of-n aimed at; a policy lands a little below, so aim a little above the n to be replaced.
     Beyond the number of a prompt's candidates, best of them all is imitated."""
-    jeffreys_weight: float = Field(0.85, ge=0, le=1)
+    jeffreys_weight: float = Field(0.6, ge=0, le=1)
     """Weight of the backward KL, from fresh samples; 0 is imitation of logged candidates alone."""
     return_floor: float = Field(-15.0, ge=-1000, le=0)
     """Nats below which a sample's return, log π_BoN/π, counts by its logarithm: the worst must not drown the rest."""
@@ -66,7 +66,7 @@ class BondSpec(TrainingSpec):
     """Fresh samples of a prompt at its turn."""
     candidates_per_prompt: int = Field(1, ge=1, le=4096)
     """Logged candidates imitated at a prompt's turn."""
-    imitation_steps: int = Field(40, ge=0)
+    imitation_steps: int = Field(60, ge=0)
     """First steps that imitate alone and need no fresh samples: much of the way, at a fraction of the cost."""
     averaged_steps: int = Field(40, ge=1)
     """The policy is the mean of its weights over so many last steps, imitation aside (SWA, arXiv 1803.05407): fresh
@@ -77,10 +77,10 @@ class OfflineBondSpec(LoggedSpec):
     """BOND (arXiv 2407.14622, eq. 15) from logged candidates alone: its backward part by importance weights, held to
     the reference by the exact KL of every token, which sees what no candidate says."""
 
-    backward_n: int = Field(96, ge=2, le=4096)
-    """The best-of-n aimed at by the backward part, which extrapolates beyond the candidates there are: a policy that
-    cannot express its law lands below."""
-    jeffreys_weight: float = Field(0.85, ge=0, le=1)
+    backward_n: int = Field(20, ge=2, le=4096)
+    """The best-of-n aimed at by the backward part, which may be more than there are candidates: a policy lands a little
+    below."""
+    jeffreys_weight: float = Field(0.6, ge=0, le=1)
     """Weight of the backward KL; 0 is imitation alone."""
     token_kl_weight: float = Field(0.12, ge=0, le=100)
     """Weight of the exact KL of every token; less lets mass leak to completions that no log holds."""

@@ -38,7 +38,7 @@ class CircleBroken(Exception):
 METHODS: Final = {
     "bond": Method(type="bond", bond=BondSpec(steps=110, prompts_per_step=32, learning_rate=3e-3)),
     "offline_bond": Method(
-        type="offline_bond", offline_bond=OfflineBondSpec(steps=100, prompts_per_step=32, learning_rate=3e-3)
+        type="offline_bond", offline_bond=OfflineBondSpec(steps=75, prompts_per_step=32, learning_rate=3e-3)
     ),
 }
 """With fresh samples, which is what the demo shows, and from the log alone."""

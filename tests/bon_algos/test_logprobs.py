@@ -268,11 +268,12 @@ def test_the_vocabulary_is_met_a_chunk_at_a_time_and_never_by_the_prompt():
     assert seen.rows <= SIZES["hidden_size"]
 
 
+@pytest.mark.parametrize("layers", ["all-linear", ["q_proj", "lm_head"]])
 @torch.no_grad()
-def test_the_reference_is_the_policy_with_its_adapter_off():
+def test_the_reference_is_the_policy_with_its_adapter_off(layers):
     model = llama()
     expected = sequence_logprobs(model, GROUPS)
-    policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules=layers))
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             parameter.normal_(std=0.3)
@@ -284,6 +285,20 @@ def test_the_reference_is_the_policy_with_its_adapter_off():
     for actual_N, expected_N, adapted_N in zip(reference, expected, adapted, strict=True):
         assert torch.equal(actual_N, expected_N)
         assert not torch.equal(actual_N, adapted_N)
+
+
+def test_gradients_of_the_heads_adapter_are_those_of_all_logits():
+    policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    ours = torch.stack([logprob_N.sum() for logprob_N in sequence_logprobs(policy, GROUPS, batch_chunk_size=2)]).sum()
+    theirs = torch.stack([row.sum() for rows in by_transformers(policy, GROUPS) for row in rows]).sum()
+    pairs = zip(torch.autograd.grad(ours, trained), torch.autograd.grad(theirs, trained), strict=True)
+    for own, other in pairs:
+        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
 
 
 def test_half_precision_weights_are_summed_in_float32():
@@ -304,9 +319,11 @@ def test_a_group_without_prompt_or_completion_is_refused(group):
 
 
 def test_a_head_that_is_more_than_a_linear_map_is_refused():
-    adapted = get_peft_model(llama(), LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="without an adapter"):
-        sequence_logprobs(adapted, GROUPS)
+    dropped = get_peft_model(llama(), LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.1))
+    weighted = get_peft_model(llama(), LoraConfig(r=2, target_modules=["lm_head"], use_dora=True))
+    for policy in (dropped, weighted):
+        with pytest.raises(ValueError, match="one plain LoRA"):
+            sequence_logprobs(policy, GROUPS)
     capped = random_model(Gemma2ForCausalLM, Gemma2Config(**SIZES, final_logit_softcapping=30.0), seed=0)
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         sequence_logprobs(capped, GROUPS)

@@ -16,8 +16,8 @@ COEFFICIENTS = (1.0, -0.7)
 
 @contextmanager
 def shifted(model):
-    """The reference: the same model with other weights below the head for the length of a block."""
-    layers = list(model.model.layers.parameters())
+    """The reference: the same model with other weights, the head's as well, for the length of a block."""
+    layers = list({id(parameter): parameter for parameter in model.parameters()}.values())
     before = [parameter.data for parameter in layers]
     for parameter in layers:
         parameter.data = parameter.data * 0.9

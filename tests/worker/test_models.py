@@ -5,12 +5,19 @@ import json
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from bon_algos.logprobs import TokenGroup, sequence_logprobs
 from tests.worker import world
 from worker.durable import sha256_file
-from worker.models import open_policy, parts_by_tokens
+from worker.models import adapted_layers, open_policy, parts_by_tokens
 
 GROUPS = [TokenGroup([0, 5, 7], [[3, 4, 1], [9, 1]]), TokenGroup([0, 6], [[8, 8, 8, 1]])]
 
@@ -69,12 +76,29 @@ def test_with_factor_a_frozen_only_b_trains(tiny_policy):
     assert len(opened(tiny_policy).trained) == 2 * len(names)
 
 
-def test_neither_head_nor_embedding_has_an_adapter(tiny_policy):
-    names = " ".join(opened(tiny_policy).factors)
-    assert "lm_head" not in names
-    assert "embed" not in names
-    for module in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-        assert module in names
+def small(model_class, config_class, **changes):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = config_class(**{"vocab_size": 32, "num_key_value_heads": 1, **sizes, **changes})
+    with torch.device("meta"):
+        return model_class(config)
+
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_every_linear_layer_has_an_adapter_and_the_head_where_the_engine_serves_one():
+    assert set(adapted_layers(small(LlamaForCausalLM, LlamaConfig))) == {*LINEAR, "lm_head"}
+    assert set(adapted_layers(small(Qwen3ForCausalLM, Qwen3Config, head_dim=8))) == {*LINEAR, "lm_head"}
+    assert set(adapted_layers(small(MistralForCausalLM, MistralConfig))) == LINEAR
+    assert set(adapted_layers(small(LlamaForCausalLM, LlamaConfig, vocab_size=258_049))) == LINEAR
+
+
+def test_on_tied_embeddings_the_heads_adapter_leaves_the_input_side_alone(tiny_policy):
+    policy = opened(tiny_policy)
+    before = policy.model.get_input_embeddings().weight.clone()
+    moved(policy)
+    assert any("lm_head" in name for name in policy.trained)
+    assert torch.equal(policy.model.get_input_embeddings().weight, before)
 
 
 def test_peft_reads_the_saved_adapter_as_the_same_policy(tiny_policy, tmp_path):

@@ -19,6 +19,7 @@ from bon_algos.contracts import Interval
 from bon_algos.logprobs import TokenGroup, sequence_logprobs
 from bon_algos.order import mean_interval
 from bonsai.client import Choice
+from worker.models import unwarned_of_tied_embeddings
 
 PROMPTS_AT_ONCE = 8
 
@@ -61,6 +62,7 @@ def _logprobs(base: Path, adapter: Path, groups: Sequence[TokenGroup]) -> tuple[
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     parts = [groups[start : start + PROMPTS_AT_ONCE] for start in range(0, len(groups), PROMPTS_AT_ONCE)]
     reference = [one.numpy() for part in parts for one in sequence_logprobs(model, part)]
-    policy_model = PeftModel.from_pretrained(model, adapter)
+    with unwarned_of_tied_embeddings():
+        policy_model = PeftModel.from_pretrained(model, adapter)
     policy = [one.numpy() for part in parts for one in sequence_logprobs(policy_model, part)]
     return policy, reference

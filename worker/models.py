@@ -180,13 +180,19 @@ def open_policy(
     base.to(device)
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=adapted_layers(base), task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        # The head's adapter is meant to leave tied embeddings alone, in the engine as here.
-        warnings.filterwarnings("ignore", message=r".*tie_word_embeddings", category=UserWarning)
+    with unwarned_of_tied_embeddings():
         model = get_peft_model(base, config, adapter_name=ADAPTER_NAME)
     # No dropout exists in LoRA's configuration above, but some base models bring their own.
     model.eval()
     return TrainedPolicy(model, base_policy_id, rank=rank, alpha=alpha, train_factor_a=train_factor_a)
+
+
+@contextmanager
+def unwarned_of_tied_embeddings() -> Iterator[None]:
+    """Without peft's warning: the head's adapter is meant to leave tied embeddings alone, in the engine as here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*tie_word_embeddings", category=UserWarning)
+        yield
 
 
 def adapted_layers(base: PreTrainedModel) -> list[str]:

@@ -35,6 +35,7 @@ from benchmarks.papers.model_findings import (
     share_against_kl,
     win_against_kl,
 )
+from benchmarks.papers.model_goal import goal
 from benchmarks.papers.model_lab import Judged
 from bon_algos.contracts import Method
 from bon_algos.contracts.methods import METHOD_NAMES, MethodName
@@ -79,8 +80,8 @@ def settings() -> str:
     )
     return (
         f"Learning rate {LEARNING_RATE:g}, but {others}; iterative BOND in four rounds, BOND with half of its "
-        "steps imitating and two fifths averaged; all else the specs' defaults. Where a setting differs it was the better "
-        "of two to four that were tried with one seed on these held-out prompts, which favours those methods a little."
+        "steps imitating and two fifths averaged; all else the specs' defaults. Where a setting differs it was the "
+        "better of two to four that were tried with one seed on these held-out prompts, which favours those methods."
     )
 
 
@@ -317,6 +318,7 @@ def full_fine_tuning(effort: Effort, tell: Tell) -> Finding:
 
 
 EXPERIMENTS: Final = (
+    Experiment("goal", goal),
     Experiment("methods", methods),
     Experiment("methods-reward", methods_by_reward),
     Experiment("regression", regression),

@@ -164,7 +164,7 @@ def described(effort: Effort) -> str:
         f"prompts, {SEEDS[effort]} seed(s), {sizes.train_prompts} training prompts with {sizes.train_draws} logged "
         f"candidates each. Judged on {sizes.held_out_prompts} held-out prompts with {sizes.judged_draws} samples each "
         f"against {sizes.held_out_draws} draws of the reference, of which the frontier is made, too. KL is the mean of "
-        "Σ log π/π_ref over own samples. ± is half of a 95 % interval over seeds."
+        "Σ_t KL(π ‖ π_ref) of the next token along own samples. ± is half of a 95 % interval over seeds."
     )
 
 

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 
 from tests.worker import world
+from worker.models import unwarned_of_tied_embeddings
 
 
 def save_tokenizer(directory: Path) -> None:
@@ -100,7 +101,8 @@ class StubEngine:
         if rank > self.largest_rank:
             message = f"LoRA rank {rank} is greater than max_lora_rank {self.largest_rank}."
             return web.json_response({"error": {"message": message}}, status=500)
-        self.adapters[name] = PeftModel.from_pretrained(copy.deepcopy(self._base), body["lora_path"]).eval()
+        with unwarned_of_tied_embeddings():
+            self.adapters[name] = PeftModel.from_pretrained(copy.deepcopy(self._base), body["lora_path"]).eval()
         return web.Response(text="Success")
 
     async def _unload(self, request):

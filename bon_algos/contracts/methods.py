@@ -174,7 +174,14 @@ class BonSftSpec(LoggedSpec):
     """Supervised fine-tuning on the best of n logged candidates: the forward KL with the winner's sample alone."""
 
 
-class BonbonSpec(LoggedSpec):
+class ContrastSpec(LoggedSpec):
+    """What methods share that also push logged completions down: in large steps they push the end of the sequence down
+    with them, or mass to where no log looks, and it is their rate that keeps them near the reference."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+
+
+class BonbonSpec(ContrastSpec):
     """BoNBoN (arXiv 2406.00832): the best and the worst of n logged candidates, as published. Its optimum is not
     best-of-n: it is stopped before. Published: n = 8, α = .005, RMSprop at 5e-7, all weights."""
 
@@ -182,20 +189,23 @@ class BonbonSpec(LoggedSpec):
     """α: weight of imitation of the best; as published it is all but inert."""
 
 
-class BonbonConsistentSpec(WeighedSpec):
+class BonbonConsistentSpec(ContrastSpec, WeighedSpec):
     """BoNBoN with each pair's own target, over all pairs of the candidates looked at: its optimum is best-of-n."""
 
 
-class DpoSpec(LoggedSpec):
-    """DPO (arXiv 2305.18290) on the best and the worst of n logged candidates. It has no optimum on such pairs."""
+class DpoSpec(ContrastSpec):
+    """DPO (arXiv 2305.18290) on the best and the worst of n logged candidates. It has no optimum on such pairs: its
+    strength and its steps decide where it stops. Published: β = .1, all weights at 1e-6."""
 
-    beta: float = Field(0.1, gt=0, le=100)
+    learning_rate: float = Field(3e-4, gt=0, le=1)
+    beta: float = Field(1.0, gt=0, le=100)
     """Inverse temperature: how much of a log-ratio counts as a reward."""
 
 
-class IpoSpec(LoggedSpec):
+class IpoSpec(ContrastSpec):
     """IPO (arXiv 2310.12036, eq. 17, token sums) on the best and the worst of n logged candidates."""
 
+    learning_rate: float = Field(3e-4, gt=0, le=1)
     beta: float = Field(0.1, gt=0, le=100)
     """1/(2β) nats is the log-ratio that every pair is to have."""
 
@@ -205,7 +215,7 @@ class BonForwardKlSpec(WeighedSpec):
     of every candidate (algorithms.md 1.1), i.e. the forward part of BOND without throwing candidates away."""
 
 
-class BonRegressionSpec(WeighedSpec):
+class BonRegressionSpec(ContrastSpec, WeighedSpec):
     """Pointwise log-quantile regression of the policy's log-ratio (algorithms.md 1.7, item 5; QRPO 2507.08068)."""
 
     huber_delta: float | None = Field(None, gt=0)

@@ -114,7 +114,7 @@ def test_the_lock_answers_all_that_pyproject_asks(name):
     pins = locked_here(name)
     wanted = asked("serve") if name == "gateway" else asked(*all_extras())
     for requirement in wanted:
-        if requirement.name != "torch":
+        if requirement.name not in ("torch", "bonsai"):  # torch is not locked, and an extra may name another
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 

@@ -54,7 +54,7 @@ def test_the_records_load_nothing_but_pydantic():
 def test_the_algorithms_need_nothing_that_service_or_worker_bring():
     """The extra `algorithms` is torch and transformers; what those bring is theirs."""
     modules = ", ".join(f"bon_algos.{path.stem}" for path in sorted((ROOT / "bon_algos").glob("[a-z]*.py")))
-    needless = {"redis", "celery", "aiohttp", "fastapi", "peft", "pydantic_settings", "uuid_utils", "scipy", "trl"}
+    needless = {"redis", "celery", "aiohttp", "fastapi", "peft", "pydantic_settings", "uuid_utils", "trl"}
     assert loaded_modules(f"import {modules}") & (needless | {"service", "worker", "bonsai"}) == set()
 
 

@@ -67,9 +67,15 @@ class TrainedPolicy:
             parameter.copy_(factors[name])
 
     def load_adapter(self, directory: Path) -> None:
-        """Take up the adapter of `save_adapter`. KeyError when a factor is missing."""
+        """Take up the adapter of `save_adapter`; a layer that had none gets one that adds nothing. KeyError for factors
+        of a layer that has none here."""
         tensors = load_file(directory / "adapter_model.safetensors")
-        self.load_factors({name: tensors[_file_name(name)] for name in self._factors})
+        names = {name: _file_name(name) for name in self._factors}
+        if unknown := tensors.keys() - names.values():
+            raise KeyError(min(unknown))
+        self.load_factors(
+            {name: tensors.get(file_name, torch.zeros_like(self._factors[name])) for name, file_name in names.items()}
+        )
 
     @torch.no_grad()
     def interpolate(self, share: float) -> None:

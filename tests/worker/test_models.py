@@ -2,9 +2,10 @@
 
 import json
 
+import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -109,6 +110,22 @@ def test_peft_reads_the_saved_adapter_as_the_same_policy(tiny_policy, tmp_path):
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
         assert same(sequence_logprobs(loaded, GROUPS), policy.logprobs(GROUPS))
+
+
+def test_an_adapter_from_before_the_head_had_one_is_the_same_policy(tiny_policy, tmp_path):
+    policy = moved(opened(tiny_policy))
+    old = {name: torch.zeros_like(p) if "lm_head" in name else p for name, p in policy.factors.items()}
+    policy.load_factors(old)
+    policy.save_adapter(tmp_path / "old")
+    file = tmp_path / "old" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "lm_head" not in name}, file)
+    taken_up = moved(opened(tiny_policy, seed=1), seed=2)
+    taken_up.load_adapter(tmp_path / "old")
+    with torch.no_grad():
+        assert same(taken_up.logprobs(GROUPS), policy.logprobs(GROUPS))
+    save_file({**load_file(file), "of.no.layer": torch.zeros(1)}, file)
+    with pytest.raises(KeyError, match=r"of\.no\.layer"):
+        taken_up.load_adapter(tmp_path / "old")
 
 
 def test_the_same_factors_are_the_same_bytes(tiny_policy, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bon_algos import order
@@ -66,6 +66,42 @@ def logged_pair(prompt: int, outcomes: list[int], reference_P25: Tensor) -> Logg
     )
 
 
+def minimise(parameters: Iterable[nn.Parameter], steps: int, loss: Callable[[], Tensor]) -> None:
+    """Adam at a rate that falls to a twentieth; `loss` draws what it needs anew at every step."""
+    optimiser = torch.optim.Adam(parameters, lr=1e-2)
+    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=steps)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        torch.autograd.backward(loss())
+        optimiser.step()
+        cooling.step()
+
+
+def draws_of(law_P25: Tensor, count: int, generator: torch.Generator) -> list[list[int]]:
+    """Outcomes of 16 prompts, the two in turn. (16, count)."""
+    return torch.multinomial(law_P25.repeat(8, 1), count, replacement=True, generator=generator).tolist()
+
+
+def logged_groups(reference_P25: Tensor, count: int, generator: torch.Generator) -> list[LoggedGroup]:
+    drawn = draws_of(reference_P25, count, generator)
+    return [logged_pair(row % 2, outcomes, reference_P25) for row, outcomes in enumerate(drawn)]
+
+
+def ranked_groups(model, reference_P25: Tensor, count: int, generator: torch.Generator) -> list[RankedGroup]:
+    """Fresh samples of the model, among 64 of the reference."""
+    law_P25, logged = law_of(model).detach(), logged_groups(reference_P25, 64, generator)
+    return [
+        RankedGroup(
+            group,
+            [COMPLETIONS[k] for k in own],
+            REWARD_25[own].tolist(),
+            law_P25[row % 2, own].log().tolist(),
+            REWARD_25[own].tolist(),
+        )
+        for row, (group, own) in enumerate(zip(logged, draws_of(law_P25, count, generator), strict=True))
+    ]
+
+
 def win_and_kl(law_25: np.ndarray, reference_25: np.ndarray) -> tuple[float, float]:
     beats = (REWARD_25[:, None] > REWARD_25) + (REWARD_25[:, None] == REWARD_25) / 2
     return float(law_25 @ beats @ reference_25), float((law_25 * np.log(law_25 / reference_25)).sum())
@@ -87,16 +123,13 @@ def test_a_language_model_becomes_its_own_best_of_four(spec):
     assert isinstance(step, LoggedStep)
     reference_P25 = law_of(model).detach()
     generator = torch.Generator().manual_seed(1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=120)
-    for _ in range(120):
-        drawn = torch.multinomial(reference_P25.repeat(8, 1), 16, replacement=True, generator=generator)
-        groups = [logged_pair(row % 2, outcomes, reference_P25) for row, outcomes in enumerate(drawn.tolist())]
-        optimiser.zero_grad()
+
+    def loss() -> Tensor:
+        groups = logged_groups(reference_P25, 16, generator)
         chosen = [step.choose(group, torch.rand((), generator=generator).item()) for group in groups]
-        torch.autograd.backward(step.loss(chosen, lambda asked: sequence_logprobs(model, asked)).loss)
-        optimiser.step()
-        cooling.step()
+        return step.loss(chosen, lambda asked: sequence_logprobs(model, asked)).loss
+
+    minimise(model.parameters(), 120, loss)
     require_best_of_four(model, reference_P25)
 
 
@@ -114,8 +147,8 @@ def require_law(model, reference_P25: Tensor, expected_law) -> None:
 
 @pytest.mark.slow
 def test_offline_bond_takes_a_language_model_to_its_best_of_four():
-    """Logged groups of 16 only, and a token-wise KL that weighs little; the head, which policy and reference share,
-    stays as it is, made large enough to express any law."""
+    """Logged groups of 16 only, and a token-wise KL that weighs little; the head stays as it is, made large enough to
+    express any law."""
     model = tiny_model()
     model.lm_head.weight.data *= 10
     spec = OfflineBondSpec(n=4, backward_n=4, token_kl_weight=0.02, candidates_per_prompt=16, max_importance=100)
@@ -137,16 +170,13 @@ def test_offline_bond_takes_a_language_model_to_its_best_of_four():
                 parameter.data = other
 
     generator = torch.Generator().manual_seed(1)
-    optimiser = torch.optim.Adam(layers, lr=1e-2)
-    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=200)
-    for _ in range(200):
-        drawn = torch.multinomial(reference_P25.repeat(8, 1), 16, replacement=True, generator=generator)
-        groups = [logged_pair(row % 2, outcomes, reference_P25) for row, outcomes in enumerate(drawn.tolist())]
-        optimiser.zero_grad()
+
+    def loss() -> Tensor:
+        groups = logged_groups(reference_P25, 16, generator)
         weighed = [step.choose(group, torch.rand((), generator=generator).item()) for group in groups]
-        torch.autograd.backward(step.loss(weighed, lambda asked: token_terms(model, asked, as_reference)).loss)
-        optimiser.step()
-        cooling.step()
+        return step.loss(weighed, lambda asked: token_terms(model, asked, as_reference)).loss
+
+    minimise(layers, 200, loss)
     require_best_of_four(model, reference_P25)
 
 
@@ -157,32 +187,14 @@ def test_bond_takes_a_language_model_to_its_best_of_four():
     assert isinstance(step, BondStep)
     reference_P25 = law_of(model).detach()
     generator = torch.Generator().manual_seed(1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=150)
-    for _ in range(150):
-        drawn = torch.multinomial(reference_P25.repeat(8, 1), 64, replacement=True, generator=generator)
-        fresh = torch.multinomial(law_of(model).detach().repeat(8, 1), 4, replacement=True, generator=generator)
-        groups = [
-            RankedGroup(
-                logged_pair(row % 2, outcomes, reference_P25),
-                [COMPLETIONS[k] for k in own],
-                REWARD_25[own].tolist(),
-                law_of(model).detach()[row % 2, own].log().tolist(),
-                REWARD_25[own].tolist(),
-            )
-            for row, (outcomes, own) in enumerate(zip(drawn.tolist(), fresh.tolist(), strict=True))
-        ]
-        optimiser.zero_grad()
+
+    def loss() -> Tensor:
+        groups = ranked_groups(model, reference_P25, 4, generator)
         chosen = [step.choose(group.logged, torch.rand((), generator=generator).item()) for group in groups]
-        outcome = step.loss(
-            groups,
-            chosen,
-            lambda asked: sequence_logprobs(model, asked),
-            lambda asked: [reference_of(group, reference_P25) for group in asked],
-        )
-        torch.autograd.backward(outcome.loss)
-        optimiser.step()
-        cooling.step()
+        asked = (partial(sequence_logprobs, model), partial(references_of, reference_P25))
+        return step.loss(groups, chosen, *asked).loss
+
+    minimise(model.parameters(), 150, loss)
     require_best_of_four(model, reference_P25)
 
 
@@ -222,31 +234,12 @@ def test_samples_of_the_policy_take_a_language_model_to_the_law_of_their_method(
     assert isinstance(step, SampledStep)
     reference_P25 = law_of(model).detach()
     generator = torch.Generator().manual_seed(1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=200)
-    for _ in range(200):
-        drawn = torch.multinomial(reference_P25.repeat(8, 1), 64, replacement=True, generator=generator).tolist()
-        law_P25 = law_of(model).detach()
-        fresh = torch.multinomial(law_P25.repeat(8, 1), 8, replacement=True, generator=generator)
-        groups = [
-            RankedGroup(
-                logged_pair(row % 2, outcomes, reference_P25),
-                [COMPLETIONS[k] for k in own],
-                REWARD_25[own].tolist(),
-                law_P25[row % 2, own].log().tolist(),
-                REWARD_25[own].tolist(),
-            )
-            for row, (outcomes, own) in enumerate(zip(drawn, fresh.tolist(), strict=True))
-        ]
-        optimiser.zero_grad()
-        outcome = step.loss(
-            groups,
-            lambda asked: sequence_logprobs(model, asked),
-            lambda asked: [reference_of(group, reference_P25) for group in asked],
-        )
-        torch.autograd.backward(outcome.loss)
-        optimiser.step()
-        cooling.step()
+
+    def loss() -> Tensor:
+        groups = ranked_groups(model, reference_P25, 8, generator)
+        return step.loss(groups, partial(sequence_logprobs, model), partial(references_of, reference_P25)).loss
+
+    minimise(model.parameters(), 200, loss)
     require_law(model, reference_P25, expected_law)
 
 
@@ -255,15 +248,12 @@ def test_two_rounds_of_iterative_bond_are_best_of_four():
     """Best-of-2 of an anchor that becomes the policy once, half way."""
     model, step = tiny_model(), make_step(IterativeBondSpec(n=2, anchor_samples=16, anchor_steps=150))
     assert isinstance(step, OnPolicyStep)
-    reference_P25 = anchor_P25 = law_of(model).detach()
+    reference_P25 = law_of(model).detach()
     generator = torch.Generator().manual_seed(1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for number in range(2 * step.anchor_steps):
-        if number % step.anchor_steps == 0:
-            anchor_P25 = law_of(model).detach()
-            cooling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=step.anchor_steps)
-        own = torch.multinomial(law_of(model).detach().repeat(8, 1), 1, generator=generator).tolist()
-        some = torch.multinomial(anchor_P25.repeat(8, 1), 16, replacement=True, generator=generator).tolist()
+
+    def loss(anchor_P25: Tensor) -> Tensor:
+        own = draws_of(law_of(model).detach(), 1, generator)
+        some = draws_of(anchor_P25, 16, generator)
         groups = [
             FreshGroup(
                 PROMPTS[row % 2],
@@ -274,13 +264,8 @@ def test_two_rounds_of_iterative_bond_are_best_of_four():
             )
             for row, ((sample,), of_anchor) in enumerate(zip(own, some, strict=True))
         ]
-        optimiser.zero_grad()
-        outcome = step.loss(
-            groups,
-            lambda asked: sequence_logprobs(model, asked),
-            partial(references_of, anchor_P25),
-        )
-        torch.autograd.backward(outcome.loss)
-        optimiser.step()
-        cooling.step()
+        return step.loss(groups, partial(sequence_logprobs, model), partial(references_of, anchor_P25)).loss
+
+    for _ in range(2):
+        minimise(model.parameters(), step.anchor_steps, partial(loss, law_of(model).detach()))
     require_best_of_four(model, reference_P25)

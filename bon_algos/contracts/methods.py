@@ -278,7 +278,7 @@ AlgorithmSpec = (
 class Method(Record):
     """`{"type": NAME, NAME: {…}}`, the shape of OpenAI's fine-tuning jobs."""
 
-    type: MethodName | Literal["interpolation"]
+    type: Literal[MethodName, "interpolation"]
     bond: BondSpec | None = None
     offline_bond: OfflineBondSpec | None = None
     jbond: JBondSpec | None = None

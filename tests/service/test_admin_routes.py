@@ -11,6 +11,7 @@ import pytest
 import redis as blocking_redis
 
 from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE, POLICIES_INDEX, Fingerprint, policy_key
+from bon_algos.contracts.methods import METHOD_NAMES
 from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway, wait_until
 from tests.fixtures.redis import RedisServer
 from tests.service.published import write_policy
@@ -258,8 +259,16 @@ def test_bad_requests_name_what_is_wrong_and_change_nothing(world: World):
                 assert reply.headers["content-type"] == "application/problem+json", (verb, path)
                 assert len(reply.body) <= 4096
                 assert set(reply.json["error"]) == {"message", "type", "param", "code"}
+                # All names in these bodies can be printed: another one would be the parser's, not the caller's.
+                assert "unprintable" not in reply.json["error"]["message"], (verb, path, body)
         assert wrong == []
         assert [key for key in sorted(client.keys("*")) if key not in before and key != b"bonsai:reconciler"] == []
+
+
+def test_an_unknown_method_is_named_by_its_field_and_told_every_method_there_is(world: World):
+    reply = send(world, "POST", "/distill", {"method": {"type": "ppo"}})
+    assert (reply.status, reply.json["error"]["param"]) == (422, "method.type")
+    assert all(f"'{name}'" in reply.json["error"]["message"] for name in (*METHOD_NAMES, "interpolation"))
 
 
 @pytest.mark.parametrize("header", ["", "x" * 256, "a b"])

@@ -105,6 +105,24 @@ def shares_of_reference(
     return shares_M
 
 
+def mixture_logprob(logprob_KM: ArrayLike, count_K: ArrayLike) -> Array:
+    """log Σ_k m_k/M · π_k(y): the law of M draws, m_k of them from policy k, whoever drew which.
+
+    As `shares_of_reference`'s sampled log-probs they are the balance heuristic (Veach and Guibas, 1995): no draw of the
+    reference stands for more than M/m_ref of an even share, where it is among the K.
+
+    (K, M) token sums, (K,) draws of each -> (M,); nats. ValueError when shapes differ or a count is negative.
+    """
+    logprob, count = np.asarray(logprob_KM, dtype=np.float64), np.asarray(count_K, dtype=np.float64)
+    if logprob.ndim != 2 or count.shape != logprob.shape[:1] or not np.isfinite(logprob).all():
+        raise ValueError(f"need finite (K, M) and (K,), got {logprob.shape} and {count.shape}")
+    if count.min() < 0 or count.sum() != logprob.shape[1]:
+        raise ValueError(f"{count.sum():g} draws counted, {logprob.shape[1]} given")
+    drew = count > 0
+    mixture_M: Array = np.logaddexp.reduce(logprob[drew] + np.log(count[drew] / count.sum())[:, None], axis=0)
+    return mixture_M
+
+
 def effective_sample_size(weight_M: ArrayLike) -> float:
     """(Σ w)²/Σ w²: how many equally weighted draws are as good for a mean; from 1 to M. (M,), not all 0 -> draws."""
     weight = _vector(weight_M)
@@ -126,6 +144,27 @@ def quantile_of_shares(reward_N: ArrayLike, reference_M: ArrayLike, share_M: Arr
     place = [np.searchsorted(reference[ascending], _vector(reward_N), side=side) for side in ("left", "right")]
     quantile_N: Array = (edge[place[0]] + edge[place[1]]) / 2
     return quantile_N
+
+
+def log_quantiles_of_shares(reward_M: ArrayLike, share_M: ArrayLike) -> Array:
+    """log of each draw's mid-rank quantile among the other draws, which count as their effective number E and half a
+    draw more on either side: (E·q + ½)/(E + 1), so that no draw is below all there is.
+
+    At equal shares E = M − 1. (M,), (M,) -> (M,), nats, below 0. ValueError with fewer than two draws.
+    """
+    reward, share = _vector(reward_M), _checked_shares(share_M, reward_M)
+    if reward.size < 2:
+        raise ValueError("a draw has no others to stand among")
+    return np.array([_log_quantile_among_others(reward, share, j) for j in range(reward.size)])
+
+
+def _log_quantile_among_others(reward_M: Array, share_M: Array, j: int) -> float:
+    others, weight = np.delete(reward_M, j), np.delete(share_M, j)
+    if weight.sum() == 0:  # the draw stands for everything: nothing is known of its place
+        return math.log(0.5)
+    effective = effective_sample_size(weight)
+    quantile = float(quantile_of_shares([reward_M[j]], others, weight / weight.sum())[0])
+    return math.log((effective * quantile + 0.5) / (effective + 1))
 
 
 def best_of_n_weights_of_shares(reward_M: ArrayLike, share_M: ArrayLike, n: int) -> Array:

@@ -20,6 +20,7 @@ from torch import Tensor
 from bon_algos.bonbon import consistent_pair_loss
 from bon_algos.contracts import OfflineBondSpec
 from bon_algos.imitation import best_of_n_imitation
+from bon_algos.importance import best_of_n_weights_of_shares
 from bon_algos.logprobs import TokenGroup
 from bon_algos.offline_bond import offline_bond_loss
 from bon_algos.order import best_of_n_weights, systematic_sample
@@ -43,9 +44,15 @@ def one_row(rewards: Sequence[float]) -> Tensor:
 
 def choose_imitated(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
     """Candidates drawn by their best-of-n weights; one that is drawn twice costs one forward pass."""
-    times_N = systematic_sample(best_of_n_weights(group.rewards, n), count, uniform)
+    times_N = systematic_sample(_best_of_n_weights(group, n), count, uniform)
     drawn = np.flatnonzero(times_N)
     return _narrowed(group, drawn, times_N[drawn] / count)
+
+
+def _best_of_n_weights(group: LoggedGroup, n: int) -> NDArray[np.float64]:
+    if group.shares is None:
+        return best_of_n_weights(group.rewards, n)
+    return best_of_n_weights_of_shares(group.rewards, group.shares, n)
 
 
 def choose_best(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
@@ -55,8 +62,10 @@ def choose_best(group: LoggedGroup, uniform: float, *, n: int, count: int) -> Ch
 
 def choose_regressed(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
     """Candidates evenly spread over drawing order, each with its target: from the rewards of all the others, or from a
-    learned quantile."""
+    quantile that is given. ValueError for fewer than n candidates where it is counted."""
     num_candidates = len(group.rewards)
+    if group.log_quantiles is None and num_candidates < n:
+        raise ValueError(f"best-of-{n} from a group of {num_candidates} candidates")
     drawn = np.flatnonzero(
         systematic_sample(np.full(num_candidates, 1 / num_candidates), min(count, num_candidates), uniform)
     )
@@ -67,27 +76,26 @@ def _log_tilts(group: LoggedGroup, n: int) -> NDArray[np.float64]:
     """log π_BoN/π_ref of every candidate; nats."""
     if group.log_quantiles is not None:
         return math.log(n) + (n - 1) * np.asarray(group.log_quantiles)
-    if len(group.rewards) < n:
-        raise ValueError(f"best-of-{n} from a group of {len(group.rewards)} candidates")
     tilts: NDArray[np.float64] = log_tilt_tie_aware(standing_among_others(one_row(group.rewards)), n)[0].numpy()
     return tilts
 
 
 def choose_weighed(group: LoggedGroup, uniform: float, *, n: int, backward_n: int, count: int) -> WeighedGroup:
-    """Half of the candidates by their best-of-n weights, where the policy goes, and half evenly. Each stands for the
-    reference's law by how often it was drawn against how often that is to be expected."""
+    """Half of the candidates by their best-of-n weights, where the policy goes, and half by their shares of the
+    reference's law. Each stands for that law by how often it was drawn against how often that is to be expected."""
     num_candidates, by_weight = len(group.rewards), count // 2
-    weight_N = best_of_n_weights(group.rewards, n)
+    weight_N = _best_of_n_weights(group, n)
+    share_N = np.full(num_candidates, 1 / num_candidates) if group.shares is None else np.asarray(group.shares)
     best_N = systematic_sample(weight_N, by_weight, uniform)
-    times_N = best_N + systematic_sample(np.full(num_candidates, 1 / num_candidates), count - by_weight, uniform)
-    expected_N = by_weight * weight_N + (count - by_weight) / num_candidates
-    log_tilt_N = log_tilt_tie_aware(standing_among_others(one_row(group.rewards)), backward_n)[0].numpy()
+    times_N = best_N + systematic_sample(share_N, count - by_weight, uniform)
+    expected_N = by_weight * weight_N + (count - by_weight) * share_N
+    log_tilt_N = _log_tilts(group, backward_n)
     drawn = np.flatnonzero(times_N)
     return WeighedGroup(
         TokenGroup(group.tokens.prompt_ids, [group.tokens.completion_ids[j] for j in drawn]),
         (best_N[drawn] / by_weight).tolist(),
         log_tilt_N[drawn].tolist(),
-        (times_N[drawn] / expected_N[drawn] / num_candidates).tolist(),
+        (times_N[drawn] / expected_N[drawn] * share_N[drawn]).tolist(),
     )
 
 

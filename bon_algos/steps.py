@@ -26,7 +26,7 @@ TokenTermsOf = Callable[[Sequence[TokenGroup]], Sequence[TokenTerms]]
 
 
 class LoggedGroup(NamedTuple):
-    """One prompt with all candidates that the reference policy drew for it."""
+    """One prompt with all its candidates, which the reference policy drew unless they have shares."""
 
     tokens: TokenGroup
     rewards: Sequence[float]
@@ -34,6 +34,9 @@ class LoggedGroup(NamedTuple):
     """log π_ref of each completion, token sum; nats. The ledger has them as sampled."""
     log_quantiles: Sequence[float] | None = None
     """Of each reward under a learned law of the prompt's rewards; None where they are to be counted."""
+    shares: Sequence[float] | None = None
+    """For how much of the reference's law each candidate stands, where other policies drew some; sum to 1. None: all
+    alike."""
 
 
 class FreshGroup(NamedTuple):

@@ -23,6 +23,7 @@ from bon_algos.contracts import (
     JOBS_INDEX,
     LEDGER_COUNTS,
     OPEN_JOBS,
+    WEIGHING_METHODS,
     InterpolationSpec,
     JobSpec,
     LoggedSpec,
@@ -96,14 +97,14 @@ class Jobs:
         self, spec: JobSpec, idempotency: Idempotency | None = None, tenant: str = DEFAULT_TENANT
     ) -> Submitted:
         """Record a job. Raises InvalidField for a spec this installation cannot run, an empty ledger, or an
-        idempotency key that was used for another body; PolicyNotFound for a policy to interpolate that is none."""
+        idempotency key that was used for another body; PolicyNotFound for a policy it names that is none."""
         check_spec(spec, n_cap=self._n_cap, max_lora_rank=self._max_lora_rank, now=time())
         job_id = f"job_{uuid7().hex}"
         key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
         with translated():
             if idempotency is None or not await self._redis.exists(key):
                 await self._require_groups(spec)
-                await self._require_policy(spec.method.interpolation)
+                await self._require_policies(spec)
             kept = await self._submit(
                 keys=[job_key(job_id), JOBS_INDEX, OPEN_JOBS, key],
                 args=[job_id, spec.model_dump_json(), tenant, digest, KEPT_SECONDS],
@@ -177,9 +178,13 @@ class Jobs:
                 facts={"groups_found": found, "groups_needed": GROUPS_NEEDED},
             )
 
-    async def _require_policy(self, asked: InterpolationSpec | None) -> None:
-        if asked is not None and not await self._redis.exists(policy_key(asked.policy)):
-            raise PolicyNotFound("no such policy", param="method.interpolation.policy")
+    async def _require_policies(self, spec: JobSpec) -> None:
+        asked = [(policy, f"window.policies[{place}]") for place, policy in enumerate(spec.window.policies)]
+        if spec.method.interpolation is not None:
+            asked.append((spec.method.interpolation.policy, "method.interpolation.policy"))
+        for policy, param in asked:
+            if not await self._redis.exists(policy_key(policy)):
+                raise PolicyNotFound(f"no such policy: {policy}", param=param)
 
 
 def check_spec(spec: JobSpec, *, n_cap: int, max_lora_rank: int, now: float) -> None:
@@ -191,10 +196,29 @@ def check_spec(spec: JobSpec, *, n_cap: int, max_lora_rank: int, now: float) -> 
     if not isinstance(parameters, InterpolationSpec):
         _at_most(f"method.{method}.lora_rank", parameters.lora_rank, max_lora_rank)
     since, until = spec.window.since, spec.window.until
+    if spec.window.policies:
+        _check_other_policies(spec)
     if since is not None and since > now:
         raise InvalidField("the window begins in the future", param="window.since")
     if since is not None and until is not None and until <= since:
         raise InvalidField("the window ends before it begins", param="window.until")
+
+
+def _check_other_policies(spec: JobSpec) -> None:
+    method, regression = spec.method.type, spec.method.bon_regression
+    if method not in WEIGHING_METHODS:
+        able = ", ".join(WEIGHING_METHODS)
+        raise InvalidField(
+            f"{method} learns from draws of the reference alone; leave window.policies empty, or take one of {able}",
+            param="window.policies",
+        )
+    if regression is not None and regression.quantiles == "learned":
+        raise InvalidField(
+            "learned quantiles learn from draws of the reference alone; leave window.policies empty",
+            param="window.policies",
+        )
+    if len(set(spec.window.policies)) < len(spec.window.policies):
+        raise InvalidField("window.policies names a policy twice", param="window.policies")
 
 
 def job_object(job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Owns which groups are fit, the pooling of one prompt's groups, the split into train and held-out, and the file.
 Does not own reading Redis (`ledger`) nor any weight or quantile (`bon_algos`).
 
-Groups of one prompt from one policy under one law are independent draws, so they are pooled: weights and
+Groups of one prompt under one law are independent draws of who drew them, so they are pooled: weights and
 quantiles of a prompt use all of its candidates. Which side a prompt is on depends on its tokens and its
 sessions alone: prompts that share a session, directly or through others, stay together.
 """
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from bon_algos.contracts import Candidate, CandidateGroup, DataWindow, Message, Record, Sampling
+from bon_algos.contracts import Candidate, CandidateGroup, DataWindow, Message, PolicyId, Record, Sampling
 from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import LoggedGroup
 from worker.durable import staged
@@ -37,13 +37,15 @@ Side = Literal["train", "held_out"]
 class LoggedCandidate(Record):
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
-    """Under the reference policy that drew it; nats."""
+    """Under the policy that drew it; nats."""
     reward: float
     ranking_reward: float
+    policy: PolicyId | None = None
+    """Who drew it, where that was not the reference."""
 
 
 class PromptPool(Record):
-    """A prompt with all candidates that the reference policy drew for it, in drawing order."""
+    """A prompt with all its candidates in drawing order: the reference's, and those of other policies if wanted."""
 
     prompt_ids: tuple[int, ...]
     prompt: str
@@ -54,7 +56,16 @@ class PromptPool(Record):
     side: Side
     candidates: tuple[LoggedCandidate, ...]
     log_quantiles: tuple[float, ...] | None = None
-    """Of each candidate's reward, where a method learns them (`quantile_model`)."""
+    """Of each candidate's reward, where a method learns them (`quantile_model`) or other policies drew some
+    (`mixture`)."""
+    reference_logprobs: tuple[float, ...] | None = None
+    """Of each candidate, where other policies drew some; nats."""
+    shares: tuple[float, ...] | None = None
+    """Of the reference's law, where other policies drew some; sum to 1."""
+
+    @property
+    def drawn_by_reference(self) -> tuple[LoggedCandidate, ...]:
+        return tuple(candidate for candidate in self.candidates if candidate.policy is None)
 
     @property
     def sampling(self) -> Sampling:
@@ -66,8 +77,9 @@ class PromptPool(Record):
         return LoggedGroup(
             TokenGroup(self.prompt_ids, [candidate.token_ids for candidate in self.candidates]),
             [candidate.ranking_reward for candidate in self.candidates],
-            [sum(candidate.token_logprobs) for candidate in self.candidates],
+            self.reference_logprobs or [sum(candidate.token_logprobs) for candidate in self.candidates],
             self.log_quantiles,
+            self.shares,
         )
 
 
@@ -87,6 +99,7 @@ class Requirements(NamedTuple):
     """Of a prompt's pool."""
     since: float | None = None
     until: float | None = None
+    other_policies: tuple[str, ...] = ()
 
 
 def ranking_reward(candidate: Candidate, reward: float) -> float:
@@ -105,7 +118,7 @@ def rejection(group: CandidateGroup, wanted: Requirements) -> str | None:
         return "too_old"
     if not group.store:
         return "not_stored"
-    if group.policy_id != wanted.reference_policy:
+    if group.policy_id not in (wanted.reference_policy, *wanted.other_policies):
         return "other_policy"
     if group.reward_model_id != wanted.reward_model:
         return "other_reward_model"
@@ -124,12 +137,12 @@ def choose(
     """The first `max_groups` that fit, in the order given, and how many did not, by reason."""
     chosen: list[CandidateGroup] = []
     rejected: Counter[str] = Counter()
-    seeds: set[tuple[tuple[int, ...], int]] = set()
+    seeds: set[tuple[str, tuple[int, ...], int]] = set()
     for group in groups:
         reason = rejection(group, wanted)
         if reason is None and group.sampling.seed is not None:
             # The engine repeats itself for a repeated seed: the second group is no second draw.
-            seed = (group.prompt_token_ids, group.sampling.seed)
+            seed = (group.policy_id, group.prompt_token_ids, group.sampling.seed)
             reason = "repeated_seed" if seed in seeds else None
             seeds.add(seed)
         if reason is not None:
@@ -191,16 +204,18 @@ def _family_hash(family: set[tuple[int, ...]]) -> float:
     return int.from_bytes(hashlib.blake2b(first, digest_size=8).digest()) / 2**64
 
 
-def pool(groups: Sequence[CandidateGroup], sides: dict[tuple[int, ...], Side]) -> list[PromptPool]:
+def pool(
+    groups: Sequence[CandidateGroup], sides: dict[tuple[int, ...], Side], reference_policy: str
+) -> list[PromptPool]:
     """One pool for each prompt and length limit, ordered by its tokens; candidates oldest group first."""
     by_law: dict[tuple[tuple[int, ...], int, tuple[str, ...]], list[CandidateGroup]] = {}
     for group in sorted(groups, key=lambda group: (group.created_at, group.id)):
         key = (group.prompt_token_ids, group.sampling.max_tokens, group.sampling.stop)
         by_law.setdefault(key, []).append(group)
-    return [_pool_of(by_law[key], sides[key[0]]) for key in sorted(by_law)]
+    return [_pool_of(by_law[key], sides[key[0]], reference_policy) for key in sorted(by_law)]
 
 
-def _pool_of(groups: Sequence[CandidateGroup], side: Side) -> PromptPool:
+def _pool_of(groups: Sequence[CandidateGroup], side: Side, reference_policy: str) -> PromptPool:
     first = groups[0]
     return PromptPool(
         prompt_ids=first.prompt_token_ids,
@@ -216,6 +231,7 @@ def _pool_of(groups: Sequence[CandidateGroup], side: Side) -> PromptPool:
                 token_logprobs=candidate.logprobs,
                 reward=candidate.reward,
                 ranking_reward=ranking_reward(candidate, candidate.reward),
+                policy=None if group.policy_id == reference_policy else group.policy_id,
             )
             for group in groups
             for candidate in group.candidates
@@ -251,7 +267,7 @@ def _usable_pools(
     if not chosen:
         raise JobFailed("empty_window", read)
     try:
-        pools = pool(chosen, split_sides(chosen, held_out_fraction))
+        pools = pool(chosen, split_sides(chosen, held_out_fraction), wanted.reference_policy)
     except ValueError as error:
         raise JobFailed("too_few_prompts", f"{error}; each side needs {MIN_PROMPTS}; {read}") from None
     usable = [entry for entry in pools if len(entry.candidates) >= wanted.num_candidates]

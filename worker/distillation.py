@@ -21,8 +21,8 @@ from bon_algos.algorithms import make_step
 from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import BonRegressionSpec, DataWindow, EvaluationReport, InterpolationSpec, JobSpec, Manifest
 from bon_algos.logprobs import TokenGroup
-from bon_algos.steps import OnPolicyStep
-from worker import checkpoint, dataset
+from bon_algos.steps import OnPolicyStep, SequenceLogprobs
+from worker import checkpoint, dataset, mixture
 from worker.dataset import FrozenWindow, PromptPool
 from worker.engine import Engines
 from worker.errors import JobFailed
@@ -40,6 +40,7 @@ from worker.evaluate import (
 from worker.lease import Lease
 from worker.ledger import groups_newest_first
 from worker.loop import Loop
+from worker.mixture import require_same_sampler
 from worker.models import TrainedPolicy, open_policy
 from worker.patience import patiently
 from worker.progress import Progress
@@ -101,6 +102,7 @@ class Distillation:
         window, interpolation = self.freeze(), self.spec.method.interpolation
         if interpolation is None:
             training = self.open_training(window)
+            window = self.weighed(training.policy, window)
             self.train(training, self.with_quantiles(training.policy, window))
             policy = training.policy
         else:
@@ -120,6 +122,7 @@ class Distillation:
             num_candidates=method.candidates_needed,
             since=spec.window.since,
             until=spec.window.until,
+            other_policies=spec.window.policies,
         )
         groups = groups_newest_first(place.client, spec.route, since=spec.window.since)
         return dataset.freeze(
@@ -163,6 +166,19 @@ class Distillation:
         require_same_reference(policy, window.train)
         return training
 
+    def weighed(self, policy: TrainedPolicy, window: FrozenWindow) -> FrozenWindow:
+        """The window with candidates of other policies weighed as the reference's, where it has any."""
+
+        def law(policy_id: str | None) -> SequenceLogprobs:
+            if policy_id is None:
+                return policy.reference_logprobs
+            sampler = self.published(policy_id)
+            require_same_sampler(sampler, policy_id, window.train, MAX_SERVING_DIFFERENCE)
+            return partial(sampler.logprobs_wearing, {})
+
+        needed = self.spec.method.algorithm.candidates_needed
+        return mixture.weighed(window, law, num_candidates=needed, check=self.lease.check)
+
     def with_quantiles(self, policy: TrainedPolicy, window: FrozenWindow) -> FrozenWindow:
         """The window with learned quantiles, where the method wants them."""
         method = self.spec.method.algorithm
@@ -176,9 +192,14 @@ class Distillation:
 
     def interpolated(self, spec: InterpolationSpec) -> TrainedPolicy:
         """A finished policy some of the way back to its reference."""
+        prepare_torch(self.workplace.torch_threads, self.workplace.device)
+        policy = self.published(spec.policy)
+        policy.interpolate(spec.share)
+        return policy
+
+    def published(self, policy_id: str) -> TrainedPolicy:
         place = self.workplace
-        parent = read_published(place.client, place.artefacts, spec.policy, place.base_policy_id)
-        prepare_torch(place.torch_threads, place.device)
+        parent = read_published(place.client, place.artefacts, policy_id, place.base_policy_id)
         policy = open_policy(
             place.policy_directory,
             place.base_policy_id,
@@ -189,7 +210,6 @@ class Distillation:
             device=place.device,
         )
         policy.load_adapter(parent.directory)
-        policy.interpolate(spec.share)
         return policy
 
     def train(self, training: Training, window: FrozenWindow) -> None:
@@ -276,9 +296,11 @@ def require_same_reference(policy: TrainedPolicy, pools: Sequence[PromptPool]) -
     Raises JobFailed when they are another model's: weights, tokenizer or precision differ between serving and
     training, and nothing that is learned would be what is served.
     """
-    checked = spread(pools, SERVING_CHECK_PROMPTS)
-    groups = [TokenGroup(pool.prompt_ids, [pool.candidates[0].token_ids]) for pool in checked]
-    seen = [[pool.candidates[0].token_logprobs] for pool in checked]
+    checked = [pool for pool in spread(pools, SERVING_CHECK_PROMPTS) if pool.drawn_by_reference]
+    if not checked:  # other policies drew everything, and `require_same_sampler` looks at those
+        return
+    groups = [TokenGroup(pool.prompt_ids, [pool.drawn_by_reference[0].token_ids]) for pool in checked]
+    seen = [[pool.drawn_by_reference[0].token_logprobs] for pool in checked]
     difference = logprob_difference(policy, groups, seen, reference=True)
     if not difference <= MAX_SERVING_DIFFERENCE:
         message = f"logged log-probs differ from the trainer's by {difference:.2e} nats per token"

@@ -173,13 +173,13 @@ def live_metrics(policy: TrainedPolicy, pools: Sequence[PromptPool], samples: Se
     wins = [
         (sample.ranking_reward > one.ranking_reward) + (sample.ranking_reward == one.ranking_reward) / 2
         for pool, sample in zip(pools, samples, strict=True)
-        for one in pool.candidates
+        for one in pool.drawn_by_reference
     ]
     metrics = {
         "kl_policy_reference": fmean(
             sample.logprob - logprob for sample, logprob in zip(samples, reference, strict=True)
         ),
-        "win_rate": fmean(wins),
         "tokens": fmean(len(sample.candidate.token_ids) for sample in samples),
     }
-    return metrics | ({"reward": fmean(rewards)} if rewards else {})
+    maybe = {"win_rate": wins, "reward": rewards}
+    return metrics | {name: fmean(values) for name, values in maybe.items() if values}

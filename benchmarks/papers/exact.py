@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.papers.exact_binary import binary
 from benchmarks.papers.exact_bond import bond_iterative, bond_jeffreys
+from benchmarks.papers.exact_importance import other_policy
 from benchmarks.papers.exact_jbond import jbond_drift, jbond_gamma
 from benchmarks.papers.exact_noise import jbond_ema, weights
 from benchmarks.papers.exact_pairs import consistent_pairs
@@ -48,5 +49,6 @@ EXPERIMENTS = tuple(
         "binary": binary,
         "weights": weights,
         "consistent-pairs": consistent_pairs,
+        "other-policy": other_policy,
     }.items()
 )

@@ -7,6 +7,7 @@ stored, sent or trained. Everything is imported from here.
 
 from bon_algos.contracts.jobs import (
     FINAL_JOB_STATES,
+    WEIGHING_METHODS,
     DataWindow,
     EvaluationReport,
     Fingerprint,
@@ -116,6 +117,7 @@ __all__ = [
     "ROUTES_INDEX",
     "ROUTE_PATTERN",
     "SCHEMA_VERSION",
+    "WEIGHING_METHODS",
     "AlgorithmSpec",
     "Arm",
     "ArmReason",

@@ -6,8 +6,8 @@ from typing import Final, Literal
 
 from pydantic import Field
 
-from bon_algos.contracts.methods import Method
-from bon_algos.contracts.record import Record, RouteName
+from bon_algos.contracts.methods import Method, MethodName
+from bon_algos.contracts.record import PolicyId, Record, RouteName
 
 
 class Window(Record):
@@ -17,6 +17,13 @@ class Window(Record):
     """The newest groups of the route, at most this many."""
     since: float | None = None
     until: float | None = None
+    policies: tuple[PolicyId, ...] = Field((), max_length=8)
+    """Published policies whose groups are learned from beside the reference's own, weighed as the reference's draws
+    (`bon_algos.importance`). Only for methods that can weigh: `WEIGHING_METHODS`."""
+
+
+WEIGHING_METHODS: Final[tuple[MethodName, ...]] = ("bon_forward_kl", "bon_regression", "offline_bond")
+"""They learn from logged candidates whatever policy drew them, once it is known for how much each stands."""
 
 
 class JobSpec(Record):

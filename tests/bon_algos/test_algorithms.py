@@ -354,3 +354,32 @@ def test_the_weighed_candidates_stand_for_the_references_law(count):
     best_N = order.best_of_n_weights(rewards, 4)
     assert share_K == pytest.approx(np.bincount(drawn) / 8, rel=2e-3)
     assert weight_K == pytest.approx(np.bincount(drawn, best_N), rel=2e-3)
+
+
+# --- candidates that other policies drew -----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_candidates_with_shares_are_chosen_as_the_references():
+    """Averaged over 2,520 numbers: the imitated are best-of-2 of the shares, C² less C² below; the weighed stand for
+    their shares; every target is the given quantile's."""
+    rewards, shares = [3.0, 1.0, 2.0, 0.0], [1 / 8, 1 / 2, 3 / 8, 0.0]
+    best_N, quantiles = np.array([15 / 64, 16 / 64, 33 / 64, 0.0]), [-0.1, -1.0, -0.5, -3.0]
+    tokens = TokenGroup([0], [[k] for k in range(4)])
+    group = LoggedGroup(tokens, rewards, [-1.0] * 4, log_quantiles=quantiles, shares=shares)
+    imitating = make_step(BonForwardKlSpec(n=2, candidates_per_prompt=3))
+    weighing = make_step(OfflineBondSpec(n=2, backward_n=5, candidates_per_prompt=5))
+    assert isinstance(imitating, LoggedStep)
+    assert isinstance(weighing, OfflineBondStep)
+    imitated_N, weighed_N, best_again_N = np.zeros((3, 4))
+    for place in range(2520):
+        chosen = imitating.choose(group, (place + 0.5) / 2520)
+        weighed = weighing.choose(group, (place + 0.5) / 2520)
+        imitated_N[[ids[0] for ids in chosen.tokens.completion_ids]] += chosen.verdicts
+        drawn = [ids[0] for ids in weighed.tokens.completion_ids]
+        weighed_N[drawn] += weighed.shares
+        best_again_N[drawn] += weighed.imitation_weights
+        assert list(weighed.log_tilts) == pytest.approx([np.log(5) + 4 * quantiles[k] for k in drawn])
+    np.testing.assert_allclose(imitated_N / 2520, best_N, atol=2e-3)
+    np.testing.assert_allclose(best_again_N / 2520, best_N, atol=2e-3)
+    np.testing.assert_allclose(weighed_N / 2520, shares, atol=2e-3)

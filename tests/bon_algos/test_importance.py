@@ -326,6 +326,55 @@ def test_a_draw_without_any_share_weighs_nothing():
     np.testing.assert_allclose(weight_M, [0, 1 / 4, 3 / 4])
 
 
+# --- draws of several policies ---------------------------------------------------------------------------
+
+
+def test_a_mixture_by_hand():
+    # one draw of π_0 and three of π_1: ¼·.8 + ¾·.2 = .35, ¼·.1 + ¾·.4 = .325
+    logprob_KM = np.log([[0.8, 0.1, 0.1, 0.8], [0.2, 0.4, 0.4, 0.2]])
+    mixture_M = importance.mixture_logprob(logprob_KM, [1, 3])
+    np.testing.assert_allclose(np.exp(mixture_M), [0.35, 0.325, 0.325, 0.35], rtol=1e-13)
+    # a policy that drew nothing counts for nothing, and long completions do not underflow
+    np.testing.assert_allclose(importance.mixture_logprob(logprob_KM, [0, 4]), logprob_KM[1], rtol=1e-13)
+    np.testing.assert_allclose(importance.mixture_logprob(logprob_KM - 4e3, [1, 3]), mixture_M - 4e3, rtol=1e-13)
+
+
+@pytest.mark.parametrize("vector", REWARDS)
+@pytest.mark.parametrize("of_reference", [1, 5])
+def test_draws_of_the_reference_and_another_show_the_references_law(vector, of_reference):
+    """The reference shows its law `of_reference` times over, another policy a law of its own once: in all they are
+    draws of the mixture, and its weights undo it, whoever drew which."""
+    times_K = COUNT_K * np.where(K % 2, 5, 2)
+    count_K = np.array([of_reference * COUNT_K.sum(), times_K.sum()])
+    drawn_M = np.concatenate([np.repeat(K, of_reference * COUNT_K), np.repeat(K, times_K)])
+    logprob_KM = np.log([REFERENCE_K, times_K / times_K.sum()])[:, drawn_M]
+    share_M = importance.shares_of_reference(logprob_KM[0], importance.mixture_logprob(logprob_KM, count_K))
+    reward_M = REWARDS[vector][drawn_M]
+    weight_K = np.bincount(drawn_M, weights=importance.best_of_n_weights_of_shares(reward_M, share_M, 4))
+    np.testing.assert_allclose(weight_K, order.best_of_n_law(REFERENCE_K, REWARDS[vector], 4), rtol=1e-10)
+    assert share_M.max() <= 1 / count_K[0] + 1e-12  # no more than a draw of the reference alone
+
+
+def test_quantiles_among_the_other_draws_by_hand():
+    # shares ½ ¼ ¼ of rewards 1, 2, 2. Of the first: the others are two alike (E = 2), none below: ½/3.
+    # Of a 2: others ½ below, ¼ tied, of ¾: q = ⅔ + ⅙ = 5/6; E = (3/4)²/(1/4 + 1/16) = 9/5; (E·q + ½)/(E + 1) = 2/2.8.
+    quantile_M = np.exp(importance.log_quantiles_of_shares([1.0, 2.0, 2.0], [1 / 2, 1 / 4, 1 / 4]))
+    np.testing.assert_allclose(quantile_M, [1 / 6, 2 / 2.8, 2 / 2.8], rtol=1e-13)
+    # equal shares: (below + ½·ties + ½)/M
+    equal_M = np.exp(importance.log_quantiles_of_shares([3.0, 1.0, 1.0, 2.0], [1 / 4] * 4))
+    np.testing.assert_allclose(equal_M, [3.5 / 4, 1 / 4, 1 / 4, 2.5 / 4], rtol=1e-13)
+    # one draw stands for everything: of its own place nothing is known, the other's is a guess from one draw
+    lone_M = np.exp(importance.log_quantiles_of_shares([2.0, 1.0], [1.0, 0.0]))
+    np.testing.assert_allclose(lone_M, [1 / 2, 1 / 4], rtol=1e-13)
+
+
+def test_quantiles_of_many_draws_are_the_references():
+    reward_M, share_M, drawn_M = drawn_in_full(UNIQUE_K)
+    beats_KK = (UNIQUE_K[:, None] > UNIQUE_K) + (UNIQUE_K[:, None] == UNIQUE_K) / 2
+    quantile_M = np.exp(importance.log_quantiles_of_shares(reward_M, share_M))
+    np.testing.assert_allclose(quantile_M, (beats_KK @ REFERENCE_K)[drawn_M], atol=2 / len(drawn_M))
+
+
 # --- refusals --------------------------------------------------------------------------------------------
 
 
@@ -344,6 +393,8 @@ def test_shapes_that_would_broadcast_are_refused():
         importance.shares_of_reference([0.0, 0.0], [0.0])
     with pytest.raises(ValueError, match="one prompt"):
         importance.quantile_of_shares([[0.0]], [0.0], [1.0])
+    with pytest.raises(ValueError, match=r"\(K, M\)"):
+        importance.mixture_logprob([0.0, 0.0], [2])
 
 
 @pytest.mark.parametrize("max_importance", [0.5, 0.0, -1.0, float("nan")])
@@ -357,6 +408,12 @@ def test_what_is_no_number_is_refused():
         importance.tapered_advantage(torch.ones(1), torch.tensor([-inf]), torch.zeros(1))
     with pytest.raises(ValueError, match="finite"):
         importance.shares_of_reference([-inf], [0.0])
+    with pytest.raises(ValueError, match="finite"):
+        importance.mixture_logprob([[-inf]], [1])
+    with pytest.raises(ValueError, match="3 draws counted, 2 given"):
+        importance.mixture_logprob([[0.0, 0.0]], [3])
+    with pytest.raises(ValueError, match="no others"):
+        importance.log_quantiles_of_shares([0.0], [1.0])
     with pytest.raises(ValueError, match="nor all 0"):
         importance.effective_sample_size([0.0, 0.0])
 

@@ -12,6 +12,7 @@ from bon_algos.contracts import (
     LEDGER_COUNTS,
     OPEN_JOBS,
     BonForwardKlSpec,
+    BonRegressionSpec,
     JBondSpec,
     Method,
     OfflineBondSpec,
@@ -83,6 +84,15 @@ async def test_a_policy_to_interpolate_must_be_there(jobs: Jobs, redis: Redis):
     assert (await jobs.get((await jobs.submit(spec)).job_id))["status"] == "queued"
 
 
+async def test_a_policy_whose_groups_are_wanted_must_be_there(jobs: Jobs, redis: Redis):
+    spec = job_spec(window=Window(policies=(STUDENT,)))
+    with pytest.raises(PolicyNotFound, match=STUDENT) as refused:
+        await jobs.submit(spec)
+    assert refused.value.param == "window.policies[0]"
+    await redis.hset(policy_key(STUDENT), "record", "{}")
+    assert (await jobs.get((await jobs.submit(spec)).job_id))["spec"]["window"]["policies"] == [STUDENT]
+
+
 async def test_the_same_key_and_body_are_one_job(jobs: Jobs, redis: Redis):
     first = await jobs.submit(job_spec(), key("k"))
     await redis.delete(LEDGER_COUNTS)  # A replay is answered whatever has become of the ledger since.
@@ -118,6 +128,15 @@ async def test_a_key_that_is_no_key_is_unparseable(header: str):
         ({"method": Method(type="jbond", jbond=JBondSpec(lora_rank=64))}, "method.jbond.lora_rank"),
         ({"window": Window(since=1001.0)}, "window.since"),
         ({"window": Window(since=900.0, until=900.0)}, "window.until"),
+        ({"window": Window(policies=(STUDENT, STUDENT))}, "window.policies"),
+        ({"window": Window(policies=(STUDENT,)), "method": Method(type="bond")}, "window.policies"),
+        (
+            {
+                "window": Window(policies=(STUDENT,)),
+                "method": Method(type="bon_regression", bon_regression=BonRegressionSpec(quantiles="learned")),
+            },
+            "window.policies",
+        ),
     ],
 )
 async def test_a_spec_beyond_this_installation_names_the_field(changes: dict[str, object], param: str):

@@ -13,6 +13,7 @@ from worker import dataset
 from worker.dataset import INCOMPLETE_PENALTY, Requirements, choose, freeze, pool, split_sides
 from worker.errors import JobFailed
 
+STUDENT = "pol-" + "0" * 16
 WANTED = Requirements(
     reference_policy=world.BASE,
     reward_model=world.REWARD_MODEL,
@@ -35,7 +36,7 @@ UNFIT = {
     "too_new": {"created_at": 3000.0},
     "too_old": {"created_at": 1.0},
     "not_stored": {"store": False},
-    "other_policy": {"policy_id": "pol-" + "0" * 16},
+    "other_policy": {"policy_id": STUDENT},
     "other_reward_model": {"reward_model_id": "rm-" + "0" * 16},
     "other_reward_template": {"reward_template_digest": "another"},
     "changed_law": {"sampling": Sampling(max_tokens=6, temperature=0.7)},
@@ -59,6 +60,23 @@ def test_a_repeated_seed_is_no_second_draw():
     assert ([group.id for group in chosen], rejected) == (["g0", "g2"], {"repeated_seed": 1})
 
 
+def test_a_seed_is_repeated_only_by_the_same_policy():
+    seeded, wanted = Sampling(max_tokens=6, seed=11), WANTED._replace(other_policies=(STUDENT,))
+    groups = [
+        world.group(f"g{i}", [0, 1], sampling=seeded, policy_id=who) for i, who in enumerate((world.BASE, STUDENT))
+    ]
+    assert choose(groups, wanted, 10) == (groups, {})
+
+
+def test_wanted_policies_candidates_know_who_drew_them():
+    wanted = WANTED._replace(other_policies=(STUDENT,))
+    groups = [world.group("a", [0, 1], (0.0, 1.0)), world.group("b", [0, 1], (3.0,), policy_id=STUDENT)]
+    chosen, _ = choose(groups, wanted, 10)
+    (pooled,) = pool(chosen, {(0, 1): "train"}, world.BASE)
+    assert [one.policy for one in pooled.candidates] == [None, None, STUDENT]
+    assert [one.reward for one in pooled.drawn_by_reference] == [0.0, 1.0]
+
+
 def test_the_newest_groups_are_kept_up_to_the_limit():
     chosen, _ = choose(fit_groups(5), WANTED, 3)
     assert len(chosen) == 3
@@ -70,7 +88,7 @@ def test_the_newest_groups_are_kept_up_to_the_limit():
 def test_two_groups_of_four_serve_best_of_eight():
     """Independent draws of one policy: together they are a group of eight, and rank as one."""
     groups = [world.group("a", [0, 1], [3, 1, 4, 1.5]), world.group("b", [0, 1], [9, 2, 6, 5], created_at=1001.0)]
-    (pooled,) = pool(groups, {(0, 1): "train"})
+    (pooled,) = pool(groups, {(0, 1): "train"}, world.BASE)
     assert [one.reward for one in pooled.candidates] == [3, 1, 4, 1.5, 9, 2, 6, 5]
     weights = best_of_n_weights(pooled.logged_group.rewards, 8)
     assert weights.argmax() == 4
@@ -79,20 +97,20 @@ def test_two_groups_of_four_serve_best_of_eight():
 
 def test_a_single_answer_adds_its_candidate_to_the_prompt():
     groups = [world.group("a", [0, 1], [3, 1]), world.group("b", [0, 1], [2], created_at=1001.0)]
-    (pooled,) = pool(groups, {(0, 1): "train"})
+    (pooled,) = pool(groups, {(0, 1): "train"}, world.BASE)
     assert (len(pooled.candidates), pooled.num_groups) == (3, 2)
 
 
 def test_another_length_limit_is_another_law_and_is_not_pooled():
     groups = [world.group("a", [0, 1]), world.group("b", [0, 1], sampling=Sampling(max_tokens=3))]
-    assert [entry.max_tokens for entry in pool(groups, {(0, 1): "train"})] == [3, 6]
+    assert [entry.max_tokens for entry in pool(groups, {(0, 1): "train"}, world.BASE)] == [3, 6]
 
 
 def test_a_truncated_completion_ranks_below_every_complete_one():
     cut = world.candidate(reward=50.0, finish_reason="length")
     worse_cut = world.candidate(reward=49.0, finish_reason="length")
     whole = world.candidate(reward=-50.0)
-    (pooled,) = pool([world.group("a", [0, 1], candidates=[cut, whole, worse_cut])], {(0, 1): "train"})
+    (pooled,) = pool([world.group("a", [0, 1], candidates=[cut, whole, worse_cut])], {(0, 1): "train"}, world.BASE)
     ranks = pooled.logged_group.rewards
     assert ranks[1] > ranks[0] > ranks[2]
     assert ranks[0] == 50.0 - INCOMPLETE_PENALTY

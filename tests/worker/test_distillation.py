@@ -11,15 +11,18 @@ from safetensors.torch import load_file
 
 from bon_algos.contracts import (
     METHOD_NAMES,
+    WEIGHING_METHODS,
     Fingerprint,
     JobSpec,
     Manifest,
     Method,
     PolicyRecord,
+    Window,
     adapter_digest,
     job_key,
     policy_key,
 )
+from bon_algos.importance import effective_sample_size
 from tests.worker import world
 from worker import checkpoint
 from worker.distillation import Distillation, Workplace
@@ -29,6 +32,7 @@ from worker.errors import EngineUnavailable, JobCancelled, JobFailed, LeaseLost
 from worker.evaluate import fingerprint
 from worker.job_process import read_tokenizer
 from worker.lease import Lease, claim
+from worker.models import open_policy
 from worker.publish import publish
 
 pytestmark = pytest.mark.slow
@@ -61,9 +65,12 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
     """job(method, …) -> a claimed attempt, ready to run."""
     opened = []
 
-    def attempt(method="bon_forward_kl", parameters=None, *, patience=5.0, lease_seconds=60.0, every=2, job_id=JOB):
+    def attempt(
+        method="bon_forward_kl", parameters=None, *, patience=5.0, lease_seconds=60.0, every=2, job_id=JOB, policies=()
+    ):
         given = parameters or OWN_PARAMETERS.get(method, FORWARD)
-        spec = JobSpec(method=Method(type=method, **{method: given}), n=8, held_out_fraction=0.3, seed=4)
+        asked, window = Method(type=method, **{method: given}), Window(policies=policies)
+        spec = JobSpec(method=asked, window=window, n=8, held_out_fraction=0.3, seed=4)
         if not client.exists(job_key(job_id)):
             client.hset(job_key(job_id), mapping={"state": "queued", "epoch": 0, "attempts": 0})
         epoch = claim(client, job_id, lease_seconds=lease_seconds, worker="here:1")
@@ -125,6 +132,60 @@ def test_a_regression_on_learned_quantiles_needs_no_group_of_n(job, client):
     """Best-of-40 is aimed at, from groups of fewer candidates."""
     job("bon_regression", FORWARD | {"n": 40, "quantiles": "learned"}).run()
     assert state(client) == "succeeded"
+
+
+def answered_by(policy_id, home, tiny_policy, reward_directory, *, shift=0.0):
+    """A group of four of a published policy's own draws for each prompt of the window."""
+    policy = open_policy(
+        tiny_policy, world.BASE, rank=8, alpha=32.0, train_factor_a=True, seed=0, device=torch.device("cpu")
+    )
+    policy.load_adapter(home)
+    digest = read_tokenizer(reward_directory).template_digest
+    groups = world.sampled_groups(policy.model, num_prompts=24, n=4, seed=1)
+    for group in groups:
+        drawn = [
+            one.model_copy(update={"logprobs": tuple(logprob + shift for logprob in one.logprobs)})
+            for one in group.candidates
+        ]
+        own = {"id": f"student-{group.id}", "policy_id": policy_id, "reward_template_digest": digest}
+        yield group.model_copy(update={**own, "candidates": tuple(drawn)})
+
+
+def manifest_of(client, job_id):
+    record = client.hget(policy_key(client.hget(job_key(job_id), "policy_id").decode()), "record")
+    return PolicyRecord.model_validate_json(record).manifest
+
+
+@pytest.mark.parametrize("method", WEIGHING_METHODS)
+def test_a_published_policys_groups_are_learned_from_where_they_are_wanted(
+    job, client, tmp_path, tiny_policy, reward_directory, method
+):
+    job(parameters=FORWARD | {"steps": 3}).run()
+    student = client.hget(job_key(JOB), "policy_id").decode()
+    (home,) = (tmp_path / "policies").iterdir()
+    world.deliver(client, *answered_by(student, home, tiny_policy, reward_directory))
+    job(method, job_id="job_2").run()
+    attempt = job(method, job_id="job_3", policies=(student,))
+    window = attempt.freeze()
+    attempt.run()
+    alone, both = manifest_of(client, "job_2"), manifest_of(client, "job_3")
+    assert (alone.data.rejected, alone.data.groups) == ({"other_policy": 24}, 24)
+    assert (both.data.rejected, both.data.groups) == ({}, 48)
+    assert alone.digest != both.digest
+    mixed = attempt.weighed(attempt.open_training(window).policy, window).train
+    assert all(sum(pool.shares) == pytest.approx(1) for pool in mixed)
+    # The student was trained from the reference for a moment: a draw of either is worth nearly one.
+    assert all(8 < effective_sample_size(pool.shares) <= 12 for pool in mixed)
+
+
+def test_groups_that_are_not_the_named_policys_are_found_out(job, client, tmp_path, tiny_policy, reward_directory):
+    job().run()
+    student = client.hget(job_key(JOB), "policy_id").decode()
+    (home,) = (tmp_path / "policies").iterdir()
+    world.deliver(client, *answered_by(student, home, tiny_policy, reward_directory, shift=0.1))
+    with pytest.raises(JobFailed, match=f"{student} differ from its files' by 1.00e-01") as failed:
+        job(job_id="job_2", policies=(student,)).run()
+    assert failed.value.code == "train_serve_mismatch"
 
 
 def test_a_finished_policy_is_taken_back_towards_its_reference(job, client, tmp_path):

@@ -39,8 +39,8 @@ N: Final = 16
 SEEDS: Final[Mapping[Effort, int]] = {"quick": 1, "default": 3, "full": 3}
 SIZES: Final[Mapping[Effort, Sizes]] = {
     "quick": Sizes(64, 32, 16, 256, 8),
-    "default": Sizes(256, 32, 64, 256, 8),
-    "full": Sizes(256, 64, 64, 256, 32),
+    "default": Sizes(512, 64, 64, 256, 32),
+    "full": Sizes(512, 64, 64, 256, 32),
 }
 STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 50, "full": 200}
 LEAST_KL: Final = 0.1

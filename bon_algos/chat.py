@@ -79,6 +79,11 @@ class ChatTokenizer:
     def has_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens, special ones included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The conversation as the model reads it. Raises TemplateRefused, also when there is no template."""
         if self._template is None:
@@ -103,6 +108,10 @@ class ChatTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def decode_token(self, token_id: int) -> str:
+        """The text of one token, a special one by its name; part of a character is the replacement character."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
 
 def _token_text(value: object) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, NamedTuple, cast
 
 from bon_algos.contracts import Candidate, FinishReason, Sampling
 
@@ -58,6 +58,8 @@ def completion_request(
     }
     if sampling.seed is not None:
         body["seed"] = sampling.seed
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
     if stream:
         body["stream_interval"] = sampling.max_tokens if n > 1 else 1
     return body
@@ -80,12 +82,29 @@ def forced_token_request(model: str, prefix_token_ids: Sequence[int], token: int
     return {**body, "allowed_token_ids": [token]}
 
 
+class Piece(NamedTuple):
+    """What one chunk adds to one candidate."""
+
+    candidate: int
+    """Place in drawing order."""
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason | None
+
+
 @dataclass
 class _Partial:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    def extend(self, piece: Piece) -> None:
+        self.text.append(piece.text)
+        self.token_ids.extend(piece.token_ids)
+        self.logprobs.extend(piece.logprobs)
+        self.finish_reason = piece.finish_reason
 
     def candidate(self) -> Candidate:
         return Candidate(
@@ -103,18 +122,16 @@ class CompletionStream:
     def __init__(self, n: int) -> None:
         self._partial = [_Partial() for _ in range(n)]
 
-    def feed(self, chunk: Json) -> list[int]:
-        """Take one decoded chunk; returns the indices of the candidates it finished. Raises MalformedReply."""
-        finished: list[int] = []
+    def feed(self, chunk: Json) -> list[Piece]:
+        """Take one decoded chunk; returns what it adds to which candidates. Raises MalformedReply."""
+        pieces: list[Piece] = []
         for choice in _choices(chunk):
             index = _index(choice, len(self._partial))
-            partial = self._partial[index]
-            if partial.finish_reason is not None:
+            if self._partial[index].finish_reason is not None:
                 raise MalformedReply(f"candidate {index} goes on after its end")
-            _extend(partial, choice)
-            if partial.finish_reason is not None:
-                finished.append(index)
-        return finished
+            pieces.append(_piece(index, choice))
+            self._partial[index].extend(pieces[-1])
+        return pieces
 
     @property
     def finished(self) -> int:
@@ -179,7 +196,7 @@ def _index(entry: Json, count: int) -> int:
     return index
 
 
-def _extend(partial: _Partial, choice: Json) -> None:
+def _piece(index: int, choice: Json) -> Piece:
     text, token_ids = choice.get("text"), choice.get("token_ids")
     logprobs = (choice.get("logprobs") or {}).get("token_logprobs", [])
     if not isinstance(text, str) or not isinstance(token_ids, list | None) or not isinstance(logprobs, list):
@@ -187,13 +204,12 @@ def _extend(partial: _Partial, choice: Json) -> None:
     ids = token_ids or []
     if not all(isinstance(token, int) and token >= 0 for token in ids) or len(ids) != len(logprobs):
         raise MalformedReply("token ids and log-probs of a choice do not match")
-    partial.text.append(text)
-    partial.token_ids.extend(ids)
-    partial.logprobs.extend(_finite(value) for value in logprobs)
     reason = choice.get("finish_reason")
     if reason not in (None, "stop", "length"):
         raise MalformedReply("a candidate ended for a reason that is neither stop nor length")
-    partial.finish_reason = cast(Literal["stop", "length"] | None, reason)
+    return Piece(
+        index, text, tuple(ids), tuple(_finite(value) for value in logprobs), cast(FinishReason | None, reason)
+    )
 
 
 def _finite(value: object) -> float:

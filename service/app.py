@@ -21,7 +21,7 @@ from service.ledger import Ledger
 from service.loops import running_loops
 from service.measurements import Measurements
 from service.reward import RewardModel
-from service.routes import distill, experiments, generate, health, policies, routing
+from service.routes import distill, experiments, generate, health, openai, policies, routing
 from service.serving import Serving
 from service.settings import GatewaySettings
 from service.spool import Spool
@@ -116,7 +116,7 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_edge(app)
-    for routes in (generate, health, routing, policies, distill, experiments):
+    for routes in (generate, openai, health, routing, policies, distill, experiments):
         app.include_router(routes.router)
     return app
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic, time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from bon_algos.contracts import (
     Candidate,
@@ -24,12 +24,18 @@ from bon_algos.contracts import (
 )
 from service.errors import DeadlineExceeded, EngineBroken, GatewayError, InvalidField, RewardModelUnavailable
 from service.reward import Score
-from service.vllm import DrawingWindow
+from service.vllm import DrawingWindow, Listener
 
 
 class Policy(Protocol):
     async def sample(
-        self, policy: str, prompt_token_ids: Sequence[int], n: int, sampling: Sampling, window: DrawingWindow
+        self,
+        policy: str,
+        prompt_token_ids: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        window: DrawingWindow,
+        hear: Listener | None,
     ) -> list[Candidate]: ...
 
 
@@ -64,14 +70,23 @@ class Answer(NamedTuple):
 
 
 async def best_of_n(
-    group: CandidateGroup, budget: Budget, policy: Policy, reward_model: Scorer, *, wait_for_reward: bool
+    group: CandidateGroup,
+    budget: Budget,
+    policy: Policy,
+    reward_model: Scorer,
+    *,
+    wait_for_reward: bool,
+    hear: Listener | None = None,
 ) -> Answer:
-    """Fill a group that has no candidates yet. A single sample is scored here only when that is waited for.
+    """Fill a group that has no candidates yet. A single sample is scored here only when that is waited for. `hear` is
+    told what the engine says, as it says it.
 
     Raises what the policy engine raises; then there are no candidates to log.
     """
     asked = monotonic()
-    drawn = await policy.sample(group.policy_id, group.prompt_token_ids, group.requested, group.sampling, budget.window)
+    drawn = await policy.sample(
+        group.policy_id, group.prompt_token_ids, group.requested, group.sampling, budget.window, hear
+    )
     group = group.model_copy(update={"candidates": tuple(drawn), "engine_seconds": monotonic() - asked})
     failure: GatewayError | None = None
     if finished_count(group) < budget.quorum:
@@ -197,3 +212,23 @@ def outcome_of(group: CandidateGroup) -> Outcome:
         reward_model_id=group.reward_model_id,
         rewards=tuple(candidate.reward for candidate in group.candidates),
     )
+
+
+def margin_of(group: CandidateGroup) -> float | None:
+    """By how much the winner's reward exceeds the best of the others; None with fewer than two rewards."""
+    reward = group.candidates[cast(int, group.selected)].reward
+    others = [c.reward for i, c in enumerate(group.candidates) if i != group.selected and c.reward is not None]
+    return None if reward is None or not others else reward - max(others)
+
+
+def warnings_of(group: CandidateGroup) -> list[str]:
+    """What the caller should know of the winner."""
+    chosen = group.candidates[cast(int, group.selected)]
+    found = []
+    if chosen.finish_reason == "length":
+        found.append("the completion was cut at max_tokens")
+    if not chosen.text.strip():
+        found.append("the completion is empty")
+    if group.status == "reward_failed":
+        found.append("the reward model did not answer: the completion has no reward")
+    return found

@@ -22,6 +22,8 @@ LOWEST_TEMPERATURE: Final = 0.01
 """Below it the engine samples at another temperature than it was told."""
 CHARACTERS_PER_TOKEN: Final = 8
 """A prompt longer than this many characters for each token of the window is refused before it is tokenised."""
+MAX_LOGIT_BIAS: Final = 300
+"""Tokens."""
 SCORING_SHARE: Final = 0.2
 LONGEST_SCORING_SECONDS: Final = 5.0
 
@@ -34,7 +36,9 @@ def _as_tuple(stop: object) -> object:
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
+StopTexts = Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple), Field(max_length=16)]
 Unit = Annotated[str, Field(min_length=1, max_length=256)]
+Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]]
 
 
 class GenerateRequest(Record):
@@ -53,14 +57,14 @@ class GenerateRequest(Record):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=2)
-    stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple), Field(max_length=16)] = ()
+    logit_bias: dict[str, float] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)
+    """By token id, in nats, from −100 to 100."""
+    stop: StopTexts = ()
     seed: int | None = Field(None, ge=0, lt=2**63)
     unit: Unit | None = None
     """Whom an experiment's arm sticks to."""
     user: Unit | None = None
-    metadata: dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
-        default_factory=dict, max_length=16
-    )
+    metadata: Metadata = Field(default_factory=dict, max_length=16)
     timeout_ms: int | None = Field(None, ge=1)
     quorum: int | None = Field(None, ge=1)
     wait_for_reward: bool = False
@@ -81,6 +85,7 @@ class GenerateRequest(Record):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in sorted(self.logit_bias.items())),
             stop=self.stop,
             seed=self.seed,
         )
@@ -106,6 +111,17 @@ def require_sense(request: GenerateRequest) -> None:
         _require_text(message.content, f"messages[{i}].content")
     if math.copysign(1, request.temperature) < 0 or 0 < request.temperature < LOWEST_TEMPERATURE:
         raise InvalidField(f"temperature must be 0 or at least {LOWEST_TEMPERATURE} and at most 2", param="temperature")
+
+
+def require_tokens(logit_bias: Mapping[str, float], vocabulary: int) -> None:
+    """Every key is a token of the policy, every bias one the engine takes. Raises InvalidField."""
+    for token, bias in logit_bias.items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 9 and int(token) < vocabulary):
+            raise InvalidField(
+                f"logit_bias must have token ids from 0 to {vocabulary - 1} as its names", param="logit_bias"
+            )
+        if not -100 <= bias <= 100:
+            raise InvalidField("logit_bias must have numbers from -100 to 100 as its values", param="logit_bias")
 
 
 def asked_n(body: int | None, query: Mapping[str, str], n_cap: int) -> int | None:

@@ -30,10 +30,10 @@ MAX_PARAM_LENGTH = 100
 _PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 
-async def read_model(request: Request, model: type[Model], max_bytes: int) -> Model:
-    """The request's body as a record of this kind. Raises InvalidField (422), Unparseable (400),
-    UnsupportedMediaType (415), BodyTooLarge (413), BodyTimeout (408)."""
-    return parse_model(await read_body(request, max_bytes), model)
+async def read_model(request: Request, model: type[Model], max_bytes: int, *, null_is_unsaid: bool = False) -> Model:
+    """The request's body as a record of this kind; members that are null may count as left out. Raises InvalidField
+    (422), Unparseable (400), UnsupportedMediaType (415), BodyTooLarge (413), BodyTimeout (408)."""
+    return parse_model(await read_body(request, max_bytes), model, null_is_unsaid=null_is_unsaid)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -54,11 +54,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def parse_model(body: bytes, model: type[Model]) -> Model:
+def parse_model(body: bytes, model: type[Model], *, null_is_unsaid: bool = False) -> Model:
     """A body as a record of this kind."""
     value = parse_json(body)
     if not isinstance(value, dict):
         raise InvalidField(f"the body must be a JSON object; got {kind_of(value)}", param="body")
+    if null_is_unsaid and None in value.values():
+        body = json.dumps({name: member for name, member in value.items() if member is not None}).encode()
     try:
         # JSON mode: an array is a tuple and nothing else is converted.
         return model.model_validate_json(body, strict=True)
@@ -108,7 +110,9 @@ def field_error(error: ValidationError) -> InvalidField:
 def path(loc: tuple[int | str, ...]) -> str:
     """("messages", 0, "content") -> "messages[0].content". Names that are not ours are made printable."""
     text = ""
-    for part in loc:
+    for place, part in enumerate(loc):
+        if place and isinstance(part, str) and (part == "str" or part.startswith("tuple[")):
+            continue  # pydantic's name for a branch of a union, which no caller wrote
         text += f"[{part}]" if isinstance(part, int) else f".{printable(part)}" if text else printable(part)
     return text[:MAX_PARAM_LENGTH] or "body"
 

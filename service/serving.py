@@ -1,6 +1,6 @@
 """The data plane as one object, and the life of a request between its validation and its reply.
 
-Owns: assignment, exposure, best-of-n and the ledger in their order. Does not own: HTTP (routes/generate.py).
+Owns: assignment, exposure, best-of-n and the ledger in their order. Does not own: HTTP (routes/).
 What is said yes to is on disk before it is said.
 """
 
@@ -26,17 +26,18 @@ from service.generation import (
     encode,
     fitting_max_tokens,
     require_sense,
+    require_tokens,
     session_of,
 )
 from service.ledger import Ledger
 from service.measurements import Measurements
 from service.reward import RewardModel
-from service.vllm import PolicyEngine
+from service.vllm import Listener, PolicyEngine
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What a `/generate` request may touch; built once, at start-up."""
+    """What a request for text may touch; built once, at start-up."""
 
     engine: PolicyEngine
     reward_model: RewardModel
@@ -77,6 +78,7 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
     require_sense(request)
     snapshot = serving.catalogue.snapshot
     route = snapshot.route(request.route)
+    require_tokens(request.logit_bias, serving.tokenizer.vocabulary_size)
     n = asked_n(request.n, around.query, min(serving.n_cap, route.n_cap))
     prompt = encode(request, serving.tokenizer, serving.window)
     max_tokens = fitting_max_tokens(request.max_tokens, route.max_tokens, len(prompt.token_ids), serving.window)
@@ -129,14 +131,16 @@ def _empty_group(
     )
 
 
-async def answer(serving: Serving, prepared: Prepared, *, wait_for_reward: bool) -> Answer:
+async def answer(
+    serving: Serving, prepared: Prepared, *, wait_for_reward: bool, hear: Listener | None = None
+) -> Answer:
     """Fill the group and log it. Raises the reason when nothing can be served; the group is logged all the same,
     unless the engine never gave a candidate."""
     group = prepared.group
     if group.experiment is not None:
         serving.ledger.append(_exposure(group))
     filled = await best_of_n(
-        group, prepared.budget, serving.engine, serving.reward_model, wait_for_reward=wait_for_reward
+        group, prepared.budget, serving.engine, serving.reward_model, wait_for_reward=wait_for_reward, hear=hear
     )
     serving.ledger.append(filled.group)
     if filled.failure is not None:
@@ -162,3 +166,8 @@ def _warnings(assignment: Assignment, group: CandidateGroup) -> tuple[str, ...]:
     if group.sampling.temperature == 0 and group.requested > 1:
         return (*assignment.warnings, "temperature 0 makes all candidates alike: n buys nothing")
     return assignment.warnings
+
+
+def ledger_warnings(serving: Serving) -> tuple[str, ...]:
+    """What the caller should know of the ledger."""
+    return () if serving.ledger.status.has_room else ("the ledger has no room: these candidates were not logged",)

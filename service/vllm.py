@@ -7,12 +7,13 @@ Owns: the calls to one vLLM server and when a drawing may stop. Does not own: th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from bon_algos.contracts import Candidate, Sampling
 from bon_algos.vllm_protocol import (
     CompletionStream,
+    Piece,
     completion_request,
     forced_token_request,
     parse_forced_token,
@@ -23,6 +24,9 @@ from service.errors import EngineBroken, EngineUnavailable, PolicyNotServed
 CHANGE_SECONDS: Final = 120.0
 PROBE_SECONDS: Final = 120.0
 LIST_SECONDS: Final = 2.0
+
+
+Listener = Callable[[Piece], None]
 
 
 class AdapterRefused(Exception):
@@ -54,10 +58,17 @@ class PolicyEngine:
         await self._http.close()
 
     async def sample(
-        self, policy: str, prompt_token_ids: Sequence[int], n: int, sampling: Sampling, window: DrawingWindow
+        self,
+        policy: str,
+        prompt_token_ids: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        window: DrawingWindow,
+        hear: Listener | None = None,
     ) -> list[Candidate]:
         """n candidates in drawing order by one streamed call; one that had not finished when the window closed
-        has failure `deadline`. Leaving the call is what stops the engine's work on it.
+        has failure `deadline`. Leaving the call is what stops the engine's work on it. `hear` is told each piece as
+        it arrives.
 
         Raises EngineUnavailable and PolicyNotServed (503: nothing was accepted), EngineBroken (502: never tried
         again).
@@ -76,7 +87,9 @@ class PolicyEngine:
                 try:
                     async with self._http.stream("/v1/completions", body, _max_bytes(n, sampling)) as chunks:
                         async for chunk in chunks:
-                            stream.feed(chunk)
+                            for piece in stream.feed(chunk):
+                                if hear is not None:
+                                    hear(piece)
                             if loop.time() >= window.soft and stream.finished >= window.quorum:
                                 return stream.candidates()
                 finally:

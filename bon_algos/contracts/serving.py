@@ -27,13 +27,15 @@ class Sampling(Record):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=2)
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token id and what is added to its logit."""
     stop: tuple[str, ...] = ()
     seed: int | None = None
 
     @property
     def is_policy_law(self) -> bool:
         """Whether candidates are exact samples of the policy, so that quantiles and log-probs mean what
-        they say (algorithms.md J10): temperature 1, nothing truncated, nothing penalised."""
+        they say (algorithms.md J10): temperature 1, nothing truncated, nothing penalised or favoured."""
         return (
             self.temperature == 1
             and self.top_p == 1
@@ -42,6 +44,7 @@ class Sampling(Record):
             and self.presence_penalty == 0
             and self.frequency_penalty == 0
             and self.repetition_penalty == 1
+            and not self.logit_bias
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from time import monotonic
 from typing import Any, TypeVar, cast
 
@@ -17,11 +18,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
 
 from bon_algos.contracts import CandidateGroup
-from service.best_of_n import candidate_counts
+from service.best_of_n import candidate_counts, margin_of, warnings_of
 from service.errors import ClientGone, InvalidField
 from service.generation import GenerateRequest
 from service.json_body import query_parameters, read_model
-from service.serving import Circumstances, Prepared, Serving, answer, prepare
+from service.serving import Circumstances, Prepared, Serving, answer, ledger_warnings, prepare
 
 MAX_UNIT_LENGTH = 256
 LONG_BYTES = 100_000
@@ -36,16 +37,20 @@ async def generate(request: Request) -> Response:
     started = monotonic()
     serving = cast(Serving, request.app.state.serving)
     body = await read_model(request, GenerateRequest, serving.max_body_bytes)
-    around = _circumstances(request, started)
-    is_long = int(request.headers.get("content-length", LONG_BYTES)) >= LONG_BYTES
-    prepared = await asyncio.to_thread(prepare, serving, body, around) if is_long else prepare(serving, body, around)
+    around = circumstances_of(request, started)
+    prepared = await prepared_aside(request, partial(prepare, serving, body, around))
     work = answer(serving, prepared, wait_for_reward=body.wait_for_reward)
     filled = await while_connected(request.receive, work)
     reply = reply_object(filled.group, prepared, return_candidates=body.return_candidates)
-    if not serving.ledger.status.has_room:
-        reply["warnings"].append("the ledger has no room: these candidates were not logged")
+    reply["warnings"] += ledger_warnings(serving)
     overhead = monotonic() - started - filled.waited
-    return JSONResponse(reply, headers=_headers(filled.group, overhead))
+    return JSONResponse(reply, headers=headers_of(filled.group, overhead))
+
+
+async def prepared_aside(request: Request, make: Callable[[], Prepared]) -> Prepared:
+    """What `make` gives, from a thread where the body is long."""
+    is_long = int(request.headers.get("content-length", LONG_BYTES)) >= LONG_BYTES
+    return await asyncio.to_thread(make) if is_long else make()
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -90,7 +95,7 @@ def reply_object(group: CandidateGroup, prepared: Prepared, *, return_candidates
             "status": group.status,
             "reward_model": group.reward_model_id,
             "reward": chosen.reward,
-            "margin": _margin(group),
+            "margin": margin_of(group),
         },
         "usage": {
             "prompt_tokens": len(group.prompt_token_ids),
@@ -98,30 +103,11 @@ def reply_object(group: CandidateGroup, prepared: Prepared, *, return_candidates
             "discarded_tokens": sum(tokens) - completion_tokens,
             "total_tokens": len(group.prompt_token_ids) + sum(tokens),
         },
-        "warnings": [*prepared.warnings, *_warnings(group)],
+        "warnings": [*prepared.warnings, *warnings_of(group)],
     }
     if return_candidates:
         reply["choices"] = [_choice(group, i) for i in range(len(group.candidates))]
     return reply
-
-
-def _margin(group: CandidateGroup) -> float | None:
-    """By how much the winner's reward exceeds the best of the others; None with fewer than two rewards."""
-    reward = group.candidates[cast(int, group.selected)].reward
-    others = [c.reward for i, c in enumerate(group.candidates) if i != group.selected and c.reward is not None]
-    return None if reward is None or not others else reward - max(others)
-
-
-def _warnings(group: CandidateGroup) -> list[str]:
-    chosen = group.candidates[cast(int, group.selected)]
-    found = []
-    if chosen.finish_reason == "length":
-        found.append("the completion was cut at max_tokens")
-    if not chosen.text.strip():
-        found.append("the completion is empty")
-    if group.status == "reward_failed":
-        found.append("the reward model did not answer: the completion has no reward")
-    return found
 
 
 def _choice(group: CandidateGroup, index: int) -> dict[str, Any]:
@@ -138,9 +124,9 @@ def _choice(group: CandidateGroup, index: int) -> dict[str, Any]:
     }
 
 
-def _circumstances(request: Request, started: float) -> Circumstances:
+def circumstances_of(request: Request, started: float) -> Circumstances:
     if "idempotency-key" in request.headers:
-        raise InvalidField("/generate cannot honour an Idempotency-Key", param="Idempotency-Key")
+        raise InvalidField("this path cannot honour an Idempotency-Key", param="Idempotency-Key")
     unit = request.headers.get("x-bonsai-unit")
     if unit is not None and not (1 <= len(unit) <= MAX_UNIT_LENGTH and unit.isascii() and unit.isprintable()):
         raise InvalidField(
@@ -155,7 +141,7 @@ def _circumstances(request: Request, started: float) -> Circumstances:
     )
 
 
-def _headers(group: CandidateGroup, overhead_seconds: float) -> dict[str, str]:
+def headers_of(group: CandidateGroup, overhead_seconds: float) -> dict[str, str]:
     counts = candidate_counts(group)
     return {
         "x-bonsai-arm": str(group.arm),

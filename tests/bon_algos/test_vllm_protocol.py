@@ -52,7 +52,9 @@ def test_chunks_in_any_interleaving_give_candidates_in_drawing_order(n, rng: ran
 
 def test_a_candidate_that_never_finished_says_deadline():
     stream = CompletionStream(2)
-    assert stream.feed({"choices": [choice(1, "done", [4, 2], "stop")]}) == [1]
+    [piece] = stream.feed({"choices": [choice(1, "done", [4, 2], "stop")]})
+    assert piece[:3] == (1, "done", (4, 2))
+    assert piece.finish_reason == "stop"
     unfinished, finished = stream.candidates()
     assert (unfinished.failure, unfinished.finish_reason) == ("deadline", None)
     assert (finished.failure, finished.finish_reason) == (None, "stop")

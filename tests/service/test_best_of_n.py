@@ -60,7 +60,7 @@ class Drawn:
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         self.candidates = [c.model_copy(update={"reward": None, "failure": None}) for c in candidates]
 
-    async def sample(self, policy, prompt_token_ids, n, sampling, window) -> list[Candidate]:
+    async def sample(self, policy, prompt_token_ids, n, sampling, window, hear=None) -> list[Candidate]:
         assert len(self.candidates) == n
         return self.candidates
 

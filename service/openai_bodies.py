@@ -1,0 +1,188 @@
+"""What `POST /v1/completions` and `/v1/chat/completions` accept, and the `/generate` request that it amounts to.
+
+Owns: the fields of OpenAI's API that we honour, their limits, what `model`, `n` and `best_of` mean. Does not own: what
+becomes of the request (serving.py), the replies (openai_replies.py). A field that is not here is refused by name.
+
+`n` is how many choices are returned, `best_of` how many candidates the best-of-n arm draws; on `/generate` it is `n`
+that says how many are drawn.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field
+
+from bon_algos.contracts import Message, Record
+from service.catalogue import Snapshot
+from service.errors import InvalidField, NotFound
+from service.generation import MAX_LOGIT_BIAS, GenerateRequest, Metadata, StopTexts, Unit
+
+MAX_LOGPROBS: Final = 0
+"""Alternatives to each token: the ledger keeps none, and the engine is not asked for any."""
+
+
+class StreamOptions(Record):
+    include_usage: bool = False
+    """A last chunk without choices says what the request used."""
+    bonsai_progress: bool = False
+    """Progress as events `bonsai.progress`; otherwise as comments, which every client skips."""
+
+
+class TextPart(Record):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Record):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | tuple[TextPart, ...]
+
+    @property
+    def plain(self) -> Message:
+        role = "system" if self.role == "developer" else self.role
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message(role=role, content=content)
+
+
+class ResponseFormat(Record):
+    type: Literal["text"]
+
+
+class Body(Record):
+    """What both endpoints take."""
+
+    model: Annotated[str, Field(min_length=1, max_length=64)]
+    """A route, or a policy of the route `default`."""
+    n: int = Field(1, ge=1)
+    best_of: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=1_000_000)
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    logit_bias: dict[str, float] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)
+    stop: StopTexts = ()
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    user: Unit | None = None
+    metadata: Metadata = Field(default_factory=dict, max_length=16)
+    store: bool = True
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    timeout_ms: int | None = Field(None, ge=1)
+    quorum: int | None = Field(None, ge=1)
+
+    @property
+    def shows_logprobs(self) -> bool:
+        raise NotImplementedError
+
+    def _text(self) -> dict[str, object]:
+        """The fields of `/generate` that say what is to be continued."""
+        raise NotImplementedError
+
+    def as_request(self, route: str, n: int | None) -> GenerateRequest:
+        """The same on `/generate`. Raises InvalidField for what one field's type cannot say."""
+        shared = self.model_dump(include=_SHARED & self.model_fields_set)
+        given = {"route": route, "n": n, **shared, **self._text()}
+        return GenerateRequest.model_validate({name: value for name, value in given.items() if value is not None})
+
+
+_SHARED: Final = {
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "stop",
+    "seed",
+    "user",
+    "metadata",
+    "store",
+    "timeout_ms",
+    "quorum",
+}
+
+
+def _one_prompt(prompt: object) -> object:
+    """A list of one prompt may stand for it."""
+    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str) else prompt
+
+
+class CompletionBody(Body):
+    """Of `POST /v1/completions`."""
+
+    prompt: Annotated[str, BeforeValidator(_one_prompt)]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def shows_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+    def _text(self) -> dict[str, object]:
+        return {"prompt": self.prompt}
+
+
+class ChatBody(Body):
+    """Of `POST /v1/chat/completions`."""
+
+    messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=1000)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+
+    @property
+    def shows_logprobs(self) -> bool:
+        return self.logprobs
+
+    def _text(self) -> dict[str, object]:
+        said = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(said) > 1:
+            raise InvalidField("max_tokens and max_completion_tokens differ", param="max_completion_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidField("top_logprobs needs logprobs: true", param="top_logprobs")
+        return {"messages": [message.plain for message in self.messages], "max_tokens": said.pop() if said else None}
+
+
+class Addressed(NamedTuple):
+    """Who is asked, and for how many candidates."""
+
+    request: GenerateRequest
+    forced_arm: str | None
+
+
+def addressed(body: Body, snapshot: Snapshot, forced_arm: str | None, n_cap: int) -> Addressed:
+    """More than one choice is drawn by the base policy's best-of-n, for a distilled policy stands in for one.
+
+    forced_arm: of the header. Raises InvalidField, and NotFound for a model that is neither a route nor a policy.
+    """
+    _require_counts(body, n_cap)
+    route = snapshot.routes.get(body.model)
+    if route is not None:
+        if body.n == 1 or forced_arm is not None:
+            return Addressed(body.as_request(route.name, body.best_of), forced_arm)
+        return Addressed(body.as_request(route.name, None), f"base:{body.best_of or max(body.n, route.default_n)}")
+    if forced_arm is not None:
+        raise InvalidField("model must be a route where x-bonsai-arm names a policy", param="model")
+    if body.model not in snapshot.policies:
+        raise NotFound("model is neither a route nor a policy", param="model", code="model_not_found")
+    return Addressed(body.as_request("default", None), f"{body.model}:{body.best_of or body.n}")
+
+
+def _require_counts(body: Body, n_cap: int) -> None:
+    for name, count in (("n", body.n), ("best_of", body.best_of)):
+        if count is not None and count > n_cap:
+            raise InvalidField(f"{name} must be at most {n_cap}; got an integer above it", param=name)
+    if body.best_of is not None and body.best_of < body.n:
+        raise InvalidField(f"best_of must be at least n, which is {body.n}; got an integer below it", param="best_of")
+    if body.stream and body.n > 1:
+        raise InvalidField("a stream has one choice: n must be 1", param="n")
+    if body.stream_options is not None and not body.stream:
+        raise InvalidField("stream_options needs stream: true", param="stream_options")

@@ -1,0 +1,149 @@
+"""Server-sent events of one answer: keep-alive comments, progress, the winner's chunks, and what went wrong.
+
+Owns: what is sent when, and that the engine stops when the client goes away. Does not own: the form of a chunk
+(openai_replies.py), how the answer comes to be (serving.py).
+
+A single sample is passed on piece by piece as the engine says it. Of n candidates nobody knows the winner before the
+last is scored: until then the stream lives on comments, and then has the winner in the engine's own pieces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any, Final
+
+from starlette.responses import Response, StreamingResponse
+
+from bon_algos.vllm_protocol import Piece
+from service.best_of_n import Answer
+from service.errors import GatewayError, problem
+from service.openai_bodies import StreamOptions
+from service.openai_replies import Part, Shape, whole
+from service.serving import Prepared, Serving, answer
+
+KEEP_ALIVE_SECONDS: Final = 10.0
+"""Load balancers give up a connection that is silent for 60 s, some for 30."""
+FIRST_SECONDS: Final = 0.5
+"""So long an error may still have a status of its own: then the stream begins."""
+PING: Final = b": ping\n\n"
+DONE: Final = b"data: [DONE]\n\n"
+log = logging.getLogger("bonsai.requests")
+
+
+class Work:
+    """An answer that is being made, and what is heard of it. Closing it stops the engine."""
+
+    def __init__(self, serving: Serving, prepared: Prepared) -> None:
+        self._heard: asyncio.Queue[Piece | None] = asyncio.Queue()
+        self._task = asyncio.create_task(answer(serving, prepared, wait_for_reward=False, hear=self._heard.put_nowait))
+        self._task.add_done_callback(lambda _: self._heard.put_nowait(None))
+
+    async def next(self, seconds: float) -> Piece | None:
+        """The next piece, or None when there is an answer or none will come. TimeoutError after so long."""
+        async with asyncio.timeout(seconds):
+            return await self._heard.get()
+
+    def answer(self) -> Answer:
+        """Of a work that has ended. Raises why there is none."""
+        return self._task.result()
+
+    async def aclose(self) -> None:
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+
+async def stream(
+    serving: Serving, prepared: Prepared, shape: Shape, options: StreamOptions | None, request_id: str
+) -> Response:
+    """The response, as soon as there is something to send or `FIRST_SECONDS` have passed. Raises what went wrong until
+    then."""
+    work = Work(serving, prepared)
+    heard: list[Piece | None] = []
+    try:
+        heard.append(await work.next(FIRST_SECONDS))
+        if heard == [None]:
+            work.answer()
+    except TimeoutError:
+        pass
+    except BaseException:
+        await work.aclose()
+        raise
+    group = prepared.group
+    headers = {
+        "Cache-Control": "no-store",
+        "X-Accel-Buffering": "no",
+        "x-bonsai-arm": str(group.arm),
+        "x-bonsai-policy": group.policy_id,
+    }
+    events = _Events(work, shape, options or StreamOptions(), group.requested)
+    return StreamingResponse(events.all(heard, request_id), headers=headers, media_type="text/event-stream")
+
+
+class _Events:
+    def __init__(self, work: Work, shape: Shape, options: StreamOptions, requested: int) -> None:
+        self._work, self._shape, self._options, self._requested = work, shape, options, requested
+        self._pieces: list[list[Piece]] = [[] for _ in range(requested)]
+        self._finished = 0
+        self._is_first = True
+
+    async def all(self, heard: list[Piece | None], request_id: str) -> AsyncGenerator[bytes]:
+        async with aclosing(self._work):
+            yield PING
+            try:
+                async for event in self._said(heard):
+                    yield event
+                for event in self._told(self._work.answer()):
+                    yield event
+                yield DONE
+            except GatewayError as error:
+                log.warning("%s %d %s after the stream had begun", request_id, error.status, error.code)
+                yield _data(problem(error, request_id))
+            except Exception as error:
+                log.error("request %s failed after its stream had begun", request_id, exc_info=error)
+                yield _data(problem(GatewayError("the gateway failed; its log has the details"), request_id))
+
+    async def _said(self, heard: list[Piece | None]) -> AsyncGenerator[bytes]:
+        """While the work is going on."""
+        while True:
+            try:
+                piece = heard.pop() if heard else await self._work.next(KEEP_ALIVE_SECONDS)
+            except TimeoutError:
+                yield PING
+                continue
+            if piece is None:
+                return
+            if self._requested == 1:
+                yield self._chunk(Part(*piece[1:]))
+                continue
+            self._pieces[piece.candidate].append(piece)
+            if piece.finish_reason is not None:
+                self._finished += 1
+                yield self._progress()
+
+    def _told(self, filled: Answer) -> Iterator[bytes]:
+        """When there is an answer."""
+        group = filled.group
+        if self._requested > 1:
+            assert group.selected is not None
+            yield from (self._chunk(Part(*piece[1:])) for piece in self._pieces[group.selected])
+        elif self._is_first:
+            yield self._chunk(whole(group.candidates[0]))
+        yield _data(self._shape.last_chunk(group, include_usage=self._options.include_usage))
+
+    def _chunk(self, part: Part) -> bytes:
+        is_first, self._is_first = self._is_first, False
+        return _data(self._shape.chunk(part, is_first=is_first))
+
+    def _progress(self) -> bytes:
+        if self._options.bonsai_progress:
+            done = json.dumps({"candidates": {"requested": self._requested, "finished": self._finished}})
+            return f"event: bonsai.progress\ndata: {done}\n\n".encode()
+        return f": bonsai candidates={self._finished}/{self._requested}\n\n".encode()
+
+
+def _data(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"

@@ -1,0 +1,91 @@
+"""`/v1`: OpenAI's completions, chat completions and models, answered by best-of-n.
+
+Owns: which endpoint has which body and which reply, and the list of models. Does not own: their form (openai_bodies.py,
+openai_replies.py), streams (openai_stream.py), what happens in between (serving.py).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from time import monotonic
+from typing import Any, cast
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.catalogue import Snapshot
+from service.errors import InvalidField, NotFound
+from service.json_body import query_parameters, read_model
+from service.openai_bodies import Body, ChatBody, CompletionBody, addressed
+from service.openai_replies import ChatShape, CompletionShape, Shape
+from service.openai_stream import stream
+from service.routes.generate import circumstances_of, headers_of, prepared_aside, while_connected
+from service.serving import Serving, answer, prepare
+
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/completions")
+async def completions(request: Request) -> Response:
+    return await _answered(request, CompletionBody, CompletionShape)
+
+
+@router.post("/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    return await _answered(request, ChatBody, ChatShape)
+
+
+async def _answered(request: Request, body_type: type[Body], shape_type: type[Shape]) -> Response:
+    """Sample, score, choose, log, reply: as `/generate`, in OpenAI's words."""
+    started = monotonic()
+    query_parameters(request, ())
+    serving = cast(Serving, request.app.state.serving)
+    # OpenAI's clients write null for what was not said.
+    body = await read_model(request, body_type, serving.max_body_bytes, null_is_unsaid=True)
+    around = circumstances_of(request, started)
+    to = addressed(body, serving.catalogue.snapshot, around.forced_arm, serving.n_cap)
+    prepared = await prepared_aside(
+        request, partial(prepare, serving, to.request, around._replace(forced_arm=to.forced_arm))
+    )
+    if body.n > prepared.group.requested:
+        raise InvalidField(f"n must be at most what the arm draws, {prepared.group.requested}", param="n")
+    shape = shape_type(serving, prepared, shows_logprobs=body.shows_logprobs)
+    if body.stream:
+        return await stream(serving, prepared, shape, body.stream_options, request.state.request_id)
+    filled = await while_connected(request.receive, answer(serving, prepared, wait_for_reward=False))
+    overhead = monotonic() - started - filled.waited
+    return JSONResponse(shape.reply(filled.group, body.n), headers=headers_of(filled.group, overhead))
+
+
+# --- models ----------------------------------------------------------------------------------------------
+
+
+@router.get("/models")
+async def models(request: Request) -> JSONResponse:
+    """Routes first, then the policies the engine serves."""
+    query_parameters(request, ())
+    return JSONResponse({"object": "list", "data": list(_cards(_snapshot(request)).values())})
+
+
+@router.get("/models/{model}")
+async def model(request: Request, model: str) -> JSONResponse:
+    query_parameters(request, ())
+    card = _cards(_snapshot(request)).get(model)
+    if card is None:
+        raise NotFound("no such model", param="model", code="model_not_found")
+    return JSONResponse(card)
+
+
+def _snapshot(request: Request) -> Snapshot:
+    return cast(Serving, request.app.state.serving).catalogue.snapshot
+
+
+def _cards(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    base = {route.base_policy for route in snapshot.routes.values()}
+    served = [policy for policy in snapshot.policies.values() if policy.id in snapshot.served | base]
+    created = {policy.id: int(policy.created_at) for policy in served}
+    names = {name: created.get(route.base_policy, 0) for name, route in snapshot.routes.items()} | created
+    return {
+        name: {"id": name, "object": "model", "created": since, "owned_by": "bonsai"} for name, since in names.items()
+    }

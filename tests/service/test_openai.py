@@ -1,0 +1,301 @@
+"""`/v1` as OpenAI's own client speaks it, against engines that say what the test tells them to say.
+
+The stub's reward is the length of what the reward model reads, so the longest candidate wins.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from tests.fixtures.gateway import wait_until
+from tests.service.records import BASE
+
+HI = [{"role": "user", "content": "hi"}]
+THREE = ["short", "the longest of them all", "middling one"]
+
+
+@pytest.fixture
+def client(world) -> Iterator[openai.OpenAI]:
+    host, port = world.client.address
+    with openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0) as opened:
+        yield opened
+
+
+# --- whole replies ---------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_answered_by_the_best_of_n(world, client):
+    world.engine.script.completions = THREE
+    reply = client.chat.completions.create(model="default", messages=HI, extra_body={"best_of": 3})
+    [choice] = reply.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", "the longest of them all")
+    assert (choice.finish_reason, choice.index, choice.logprobs) == ("stop", 0, None)
+    assert (reply.object, reply.model) == ("chat.completion", BASE)
+    # One token per byte: "u:hi\na:" is 7, the winner 23; all three candidates are 5 + 23 + 12.
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (7, 23, 30)
+    told = reply.model_extra["bonsai"]
+    assert told["candidates"] == {"requested": 3, "finished": 3, "scored": 3, "failed": {}}
+    assert told["selection"] == {
+        "status": "ok",
+        "reward_model": world.reward.model,
+        "reward": 8 + 23,
+        "margin": 11.0,
+    }
+    assert (told["arm"], told["arm_reason"], told["candidate_tokens"]) == (f"{BASE}:3", "default", 40)
+    [group] = world.groups()
+    assert group.id == reply.id == told["log_id"]
+
+
+def test_a_completion_is_answered_by_the_best_of_n(world, client):
+    world.engine.script.completions = THREE
+    reply = client.completions.create(model="default", prompt="hi", best_of=3, logprobs=0)
+    [choice] = reply.choices
+    assert (reply.object, choice.text, choice.finish_reason) == ("text_completion", "the longest of them all", "stop")
+    assert choice.logprobs.tokens[:3] == ["t", "h", "e"]
+    assert choice.logprobs.token_logprobs == [-0.5] * 23
+
+
+def test_the_best_n_of_best_of_are_returned_in_their_order(world, client):
+    world.engine.script.completions = THREE
+    reply = client.chat.completions.create(model="default", messages=HI, n=2, extra_body={"best_of": 3})
+    assert [choice.message.content for choice in reply.choices] == ["the longest of them all", "middling one"]
+    assert [choice.index for choice in reply.choices] == [0, 1]
+    assert reply.usage.completion_tokens == 23 + 12
+    assert world.engine.requests[0]["n"] == 3
+
+
+def test_n_without_best_of_draws_what_the_route_draws(world, client):
+    reply = client.chat.completions.create(model="default", messages=HI, n=4)
+    assert (len(reply.choices), world.engine.requests[0]["n"]) == (4, 16)
+
+
+def test_an_incomplete_choice_comes_last(world, client):
+    world.engine.script.completions = THREE
+    world.engine.script.finish_reasons = ["stop", "length", "stop"]
+    reply = client.chat.completions.create(model="default", messages=HI, n=3, extra_body={"best_of": 3})
+    assert [choice.finish_reason for choice in reply.choices] == ["stop", "stop", "length"]
+
+
+def test_log_probs_of_a_chat(world, client):
+    world.engine.script.completions = ["ok"]
+    reply = client.chat.completions.create(model="default", messages=HI, logprobs=True, extra_body={"best_of": 1})
+    told = [(entry.token, entry.logprob, entry.bytes) for entry in reply.choices[0].logprobs.content]
+    assert told == [("o", -0.5, [ord("o")]), ("k", -0.5, [ord("k")])]
+
+
+def test_every_sampling_parameter_reaches_the_engine(world, client):
+    client.chat.completions.create(
+        model="default",
+        messages=[
+            {"role": "developer", "content": "be kind"},
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        ],
+        max_completion_tokens=9,
+        temperature=0.7,
+        top_p=0.9,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={"7": -100},
+        stop=["x", "y"],
+        seed=3,
+        user="u",
+        metadata={"session": "s"},
+        store=False,
+        response_format={"type": "text"},
+        extra_body={"best_of": 2, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1},
+    )
+    [request] = world.engine.requests
+    asked = {
+        "n": 2, "max_tokens": 9, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 0.5,
+        "frequency_penalty": -0.5, "repetition_penalty": 1.1, "logit_bias": {"7": -100}, "stop": ["x", "y"], "seed": 3,
+    }  # fmt: skip
+    assert {name: request[name] for name in asked} == asked
+    assert not {"user", "metadata", "store"} & request.keys()
+    [group] = world.groups()
+    assert (group.sampling.logit_bias, group.is_unbiased, group.store) == (((7, -100.0),), False, False)
+
+
+def test_a_policy_may_be_asked_by_its_name(world, client):
+    reply = client.chat.completions.create(model=BASE, messages=HI)
+    assert reply.model_extra["bonsai"]["arm"] == f"{BASE}:1"
+    assert reply.model_extra["bonsai"]["arm_reason"] == "forced"
+
+
+def test_models_are_the_routes_and_what_is_served(world, client):
+    assert [model.id for model in client.models.list()] == ["default", BASE]
+    assert client.models.retrieve("default").object == "model"
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.models.retrieve("gpt-4")
+    assert refused.value.code == "model_not_found"
+
+
+# --- refusals --------------------------------------------------------------------------------------------
+
+
+def said(content: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "best_of below n": ({"n": 3, "best_of": 2}, "best_of"),
+    "best_of above the cap": ({"best_of": 65}, "best_of"),
+    "n above the cap": ({"n": 65}, "n"),
+    "n 0": ({"n": 0}, "n"),
+    "n with stream": ({"n": 2, "stream": True}, "n"),
+    "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
+    "two limits": ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+    "top_logprobs": ({"logprobs": True, "top_logprobs": 5}, "top_logprobs"),
+    "a token that is none": ({"logit_bias": {"256": 1}}, "logit_bias"),
+    "a token by name": ({"logit_bias": {"a": 1}}, "logit_bias"),
+    "too much bias": ({"logit_bias": {"1": 101}}, "logit_bias"),
+    "301 biases": ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
+    "a schema": ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    "functions": ({"functions": []}, "functions"),
+    "audio": ({"modalities": ["audio"]}, "modalities"),
+    "chat_template": ({"chat_template": "{{ 1 }}"}, "chat_template"),
+    "cache_salt": ({"cache_salt": "x\n"}, "cache_salt"),
+    "priority": ({"priority": -(10**9)}, "priority"),
+    "prompt_logprobs": ({"prompt_logprobs": 10**6}, "prompt_logprobs"),
+    "ignore_eos": ({"ignore_eos": True}, "ignore_eos"),
+    "no messages": ({"messages": []}, "messages"),
+    "an unknown role": ({"messages": [{"role": "root", "content": "hi"}]}, "messages[0].role"),
+    "content null": (said(None), "messages[0].content"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages[0].content",
+    ),
+    "a text part without text": (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content",
+    ),
+    "a blank message": (said(" "), "messages[0].content"),
+    "a query": ({}, "n"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_chat_that_cannot_be_answered_is_refused_by_name(world, case):
+    changes, param = REFUSED[case]
+    path = "/v1/chat/completions" + ("?n=3" if case == "a query" else "")
+    reply = world.client.post(path, {"model": "default", "messages": HI, **changes})
+    assert reply.status == 422, reply.body
+    error = reply.json["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert world.engine.requests == []
+
+
+def test_what_is_null_was_not_said(world):
+    unsaid = dict.fromkeys(("n", "stop", "seed", "max_tokens", "stream", "tools", "user", "logprobs"))
+    assert world.client.post("/v1/chat/completions", {"model": "default", "messages": HI, **unsaid}).status == 200
+
+
+def test_a_model_that_is_none_is_not_found(client):
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.chat.completions.create(model="gpt-4", messages=HI)
+    assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+
+
+def test_an_engine_without_room_is_told_as_such(world, client):
+    world.engine.script.fault = "busy"
+    for is_stream in (False, True):
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.chat.completions.create(model="default", messages=HI, stream=is_stream)
+        assert refused.value.status_code == 503
+        assert refused.value.response.headers["retry-after"] == "1"
+
+
+# --- streams ---------------------------------------------------------------------------------------------
+
+
+def lines_of(world, body: dict[str, object]) -> list[str]:
+    """The stream's events, whole."""
+    reply = world.client.post("/v1/chat/completions", {"model": "default", "messages": HI, "stream": True, **body})
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    text: str = reply.body.decode()
+    return text.strip().split("\n\n")
+
+
+def test_the_winner_of_n_is_streamed_in_the_engines_pieces(world, client):
+    world.engine.script.completions = THREE
+    world.engine.script.finish_reasons = ["stop", "length", "stop"]
+    stream = client.chat.completions.create(
+        model="default", messages=HI, stream=True, stream_options={"include_usage": True}, extra_body={"best_of": 3}
+    )
+    *said, last = list(stream)
+    # The truncated candidate is the longest, and does not win. The stub says the first character, then the rest.
+    assert [chunk.choices[0].delta.content for chunk in said] == ["m", "iddling one"]
+    assert [chunk.choices[0].delta.role for chunk in said] == ["assistant", None]
+    assert [chunk.choices[0].finish_reason for chunk in said] == [None, "stop"]
+    assert {chunk.object for chunk in [*said, last]} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in [*said, last]}) == 1
+    assert (last.choices, last.usage.completion_tokens) == ([], 12)
+    assert last.model_extra["bonsai"]["selection"]["status"] == "ok"
+    [group] = world.groups()
+    assert group.id == last.id
+
+
+def test_a_single_sample_is_streamed_as_it_comes(world, client):
+    world.engine.script.completions = ["hello"]
+    stream = client.completions.create(model=BASE, prompt="hi", stream=True, logprobs=0)
+    *said, last = list(stream)
+    assert [chunk.choices[0].text for chunk in said] == ["h", "ello"]
+    assert [chunk.choices[0].logprobs.token_logprobs for chunk in said] == [[-0.5], [-0.5] * 4]
+    assert (last.choices, last.usage) == ([], None)
+
+
+def test_progress_is_told_in_comments_or_events(world):
+    world.engine.script.completions = ["a", "b"]
+    events = lines_of(world, {"best_of": 2})
+    assert events[:3] == [": ping", ": bonsai candidates=1/2", ": bonsai candidates=2/2"]
+    assert events[-1] == "data: [DONE]"
+    events = lines_of(world, {"best_of": 2, "stream_options": {"bonsai_progress": True}})
+    name, data = events[2].split("\n")
+    assert name == "event: bonsai.progress"
+    assert json.loads(data.removeprefix("data: ")) == {"candidates": {"requested": 2, "finished": 2}}
+
+
+def test_a_stream_begins_before_there_is_an_answer(world):
+    """The headers and the first comment come while the engine is still at work."""
+    world.engine.script.delays = [5.0]
+    with connected(world) as connection:
+        received = b""
+        while b": ping" not in received:
+            received += connection.recv(65_536)
+        assert received.startswith(b"HTTP/1.1 200 OK")
+        assert world.engine.active == 1
+
+
+def test_the_engine_stops_when_the_reader_of_a_stream_goes_away(world):
+    world.engine.script.delays = [30.0]
+    with connected(world) as connection:
+        while b": ping" not in connection.recv(65_536):
+            pass
+        left = time.monotonic()
+    wait_until(lambda: len(world.engine.aborted_at) == 1)
+    assert world.engine.aborted_at[0] - left < 1.0
+
+
+def connected(world) -> socket.socket:
+    """A socket on which a streamed best-of-4 was asked for."""
+    body = json.dumps({"model": "default", "messages": HI, "stream": True, "best_of": 4}).encode()
+    connection = socket.create_connection(world.client.address, timeout=10)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
+
+
+def test_what_fails_after_the_first_byte_is_told_in_the_stream(world, client):
+    world.engine.script.completions = ["one", "two"]
+    world.engine.script.delays = [0.7]
+    world.engine.script.fault = "one_missing"
+    stream = client.chat.completions.create(model="default", messages=HI, stream=True, extra_body={"best_of": 2})
+    with pytest.raises(openai.APIError, match="finished 1 of 2 candidates"):
+        list(stream)

@@ -198,14 +198,25 @@ def n_curve(value_BM: ArrayLike, reward_BM: ArrayLike) -> NCurve:
 
     (B, M), (B, M) -> (M,) and (M,); entry k − 1 belongs to best-of-k. ValueError with fewer than two prompts.
     """
+    curve_BM = best_of_k_values(value_BM, reward_BM)
+    num_prompts = len(curve_BM)
+    _check_prompts(num_prompts)
+    return NCurve(curve_BM.mean(axis=0), curve_BM.std(axis=0, ddof=1) / math.sqrt(num_prompts))
+
+
+def best_of_k_values(value_BM: ArrayLike, reward_BM: ArrayLike) -> Array:
+    """For each row of draws the unbiased estimate of what best-of-k's candidate is worth, at k = 1..M.
+
+    Σ_i C(i − 1, k − 1)/C(M, k)·v_(i), values by ascending reward, tied rewards sharing theirs.
+    (B, M), (B, M) -> (B, M).
+    """
     value, reward = _floats(value_BM), _floats(reward_BM)
     if value.ndim != 2 or value.shape != reward.shape:
         raise ValueError(f"one value for each reward: {value.shape} values, {reward.shape} rewards")
-    num_prompts, num_drawn = reward.shape
-    _check_prompts(num_prompts)
+    num_drawn = reward.shape[1]
     weight_MM = np.stack([_rank_weights(num_drawn, k) for k in range(1, num_drawn + 1)])
-    curve_BM = _tie_averaged(value, reward) @ weight_MM.T
-    return NCurve(curve_BM.mean(axis=0), curve_BM.std(axis=0, ddof=1) / math.sqrt(num_prompts))
+    curve_BM: Array = _tie_averaged(value, reward) @ weight_MM.T
+    return curve_BM
 
 
 def _tie_averaged(value_BM: Array, reward_BM: Array) -> Array:

@@ -1,6 +1,6 @@
 """The control plane as one object: what the admin routes may touch, built once, at start-up.
 
-Owns: the wiring of catalogue, registry, jobs, experiments, publishing and their loops. Does not own: HTTP.
+Owns: the wiring of catalogue, registry, jobs, experiments, publishing, curves and their loops. Does not own: HTTP.
 `open_control` is the composition root of everything that changes traffic; the hot path needs `catalogue` alone.
 """
 
@@ -15,6 +15,7 @@ from typing import Final
 
 from bon_algos.contracts import PolicyRecord, Route
 from service.catalogue import Catalogue
+from service.curve import Curves
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.experiment_store import Experiments
 from service.jobs import Jobs
@@ -37,6 +38,7 @@ class Control:
     jobs: Jobs
     dispatcher: Dispatcher
     publisher: Publisher
+    curves: Curves
     max_body_bytes: int
 
 
@@ -68,7 +70,7 @@ async def open_control(
         max_tokens=default_max_tokens,
     )
     producer = open_producer(redis_url)
-    async with open_redis(redis_url) as redis:
+    async with open_redis(redis_url) as redis, open_redis(redis_url, in_bytes=True) as redis_of_bytes:
         catalogue = Catalogue(redis, base, default)
         policies = Policies(redis)
         control = Control(
@@ -87,6 +89,7 @@ async def open_control(
                 max_lora_rank=max_lora_rank,
                 tolerance=fingerprint_tolerance,
             ),
+            curves=Curves(redis_of_bytes),
             max_body_bytes=max_body_bytes,
         )
         async with running_loops(catalogue.run(), control.dispatcher.run(), control.publisher.run()):

@@ -1,7 +1,7 @@
 """The control plane's connection to Redis: text in and out, bounded in time, failures translated.
 
 Owns: how the connection is opened, what its failures mean to a caller, optimistic transactions.
-Does not own: any key (docs/redis.md), nor the ledger's connection, which carries bytes.
+Does not own: any key (docs/redis.md).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from service.errors import StoreFull, StoreUnavailable
 T = TypeVar("T")
 
 
-def open_redis(url: str, *, connect_seconds: float = 1.0, reply_seconds: float = 2.0) -> Redis:
-    """A client of `redis://`, `rediss://` or `unix:///path` that answers in text and never retries: a command
-    that timed out may have been carried out."""
+def open_redis(url: str, *, connect_seconds: float = 1.0, reply_seconds: float = 2.0, in_bytes: bool = False) -> Redis:
+    """A client of `redis://`, `rediss://` or `unix:///path` that answers in text, unless bytes are wanted, and never
+    retries: a command that timed out may have been carried out."""
     return Redis.from_url(
         url,
-        decode_responses=True,
+        decode_responses=not in_bytes,
         socket_connect_timeout=connect_seconds,
         socket_timeout=reply_seconds,
         retry=Retry(NoBackoff(), 0),

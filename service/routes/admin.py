@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
 from fastapi import Request
@@ -32,10 +32,23 @@ def idempotency_of(request: Request, body: str = "") -> Idempotency | None:
 def page_of(request: Request) -> tuple[int, str | None]:
     """(limit, after) of a list. Raises InvalidField."""
     query = query_parameters(request, ("limit", "after"))
-    limit = query.get("limit", str(DEFAULT_LIMIT))
-    if not limit.isascii() or not limit.isdigit() or len(limit) > 3 or not 1 <= int(limit) <= MAX_LIMIT:
-        raise InvalidField(f"limit must be an integer in 1..{MAX_LIMIT}", param="limit")
-    return int(limit), query.get("after")
+    return count_of(query, "limit", DEFAULT_LIMIT, at_most=MAX_LIMIT), query.get("after")
+
+
+def count_of(query: Mapping[str, str], name: str, default: int, *, at_least: int = 1, at_most: int) -> int:
+    """A whole number of the query. Raises InvalidField."""
+    text = query.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and at_least <= int(text) <= at_most):
+        raise InvalidField(f"{name} must be an integer in {at_least}..{at_most}", param=name)
+    return int(text)
+
+
+def share_of(query: Mapping[str, str], name: str, default: float) -> float:
+    """A number from 0 to 1 of the query. Raises InvalidField."""
+    text = query.get(name, str(default))
+    if not (re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,18})?", text) and float(text) <= 1):
+        raise InvalidField(f"{name} must be a number from 0 to 1", param=name)
+    return float(text)
 
 
 def checked_name(route: str) -> str:

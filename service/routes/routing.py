@@ -1,12 +1,13 @@
-"""`/routes`: create, change, read, delete, roll back."""
+"""`/routes`: create, change, read, delete, roll back, and the n-curve of what they served."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from service.json_body import read_model
-from service.routes.admin import checked_name, control_of, cut, idempotency_of, page_of
+from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS, curve_object
+from service.json_body import query_parameters, read_model
+from service.routes.admin import checked_name, control_of, count_of, cut, idempotency_of, page_of, share_of
 from service.routing import RouteRequest, route_object
 
 router = APIRouter(prefix="/routes")
@@ -23,6 +24,16 @@ async def routes(request: Request) -> JSONResponse:
 async def route(request: Request, route: str) -> JSONResponse:
     snapshot = control_of(request).catalogue.snapshot
     return JSONResponse(route_object(snapshot.route(route), snapshot))
+
+
+@router.get("/{route}/curve")
+async def curve(request: Request, route: str) -> JSONResponse:
+    control, query = control_of(request), query_parameters(request, ("groups", "n", "loss"))
+    found = control.catalogue.snapshot.route(route)
+    num_groups = count_of(query, "groups", DEFAULT_GROUPS, at_most=MOST_GROUPS)
+    n = count_of(query, "n", 2, at_least=2, at_most=found.n_cap) if "n" in query else None
+    loss = share_of(query, "loss", DEFAULT_LOSS)
+    return JSONResponse(curve_object(found, await control.curves.of(found, num_groups=num_groups, n=n), loss))
 
 
 @router.put("/{route}")

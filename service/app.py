@@ -20,6 +20,7 @@ from service.edge import install_edge
 from service.ledger import Ledger
 from service.loops import running_loops
 from service.measurements import Measurements
+from service.replays import Replays
 from service.reward import RewardModel
 from service.routes import distill, experiments, generate, health, openai, policies, routing
 from service.serving import Serving
@@ -74,6 +75,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             ledger=ledger,
             measurements=measurements,
             catalogue=control.catalogue,
+            replays=Replays(await stack.enter_async_context(open_redis(settings.redis_url))),
             window=settings.max_model_len,
             n_cap=settings.n_cap,
             max_body_bytes=settings.max_body_bytes,

@@ -30,10 +30,10 @@ MAX_PARAM_LENGTH = 100
 _PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 
-async def read_model(request: Request, model: type[Model], max_bytes: int, *, null_is_unsaid: bool = False) -> Model:
-    """The request's body as a record of this kind; members that are null may count as left out. Raises InvalidField
-    (422), Unparseable (400), UnsupportedMediaType (415), BodyTooLarge (413), BodyTimeout (408)."""
-    return parse_model(await read_body(request, max_bytes), model, null_is_unsaid=null_is_unsaid)
+async def read_model(request: Request, model: type[Model], max_bytes: int) -> Model:
+    """The request's body as a record of this kind. Raises InvalidField (422), Unparseable (400),
+    UnsupportedMediaType (415), BodyTooLarge (413), BodyTimeout (408)."""
+    return parse_model(await read_body(request, max_bytes), model)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -55,7 +55,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def parse_model(body: bytes, model: type[Model], *, null_is_unsaid: bool = False) -> Model:
-    """A body as a record of this kind."""
+    """A body as a record of this kind; members that are null may count as left out."""
     value = parse_json(body)
     if not isinstance(value, dict):
         raise InvalidField(f"the body must be a JSON object; got {kind_of(value)}", param="body")

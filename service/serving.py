@@ -31,6 +31,7 @@ from service.generation import (
 )
 from service.ledger import Ledger
 from service.measurements import Measurements
+from service.replays import Replays
 from service.reward import RewardModel
 from service.vllm import Listener, PolicyEngine
 
@@ -45,6 +46,7 @@ class Serving:
     ledger: Ledger
     measurements: Measurements
     catalogue: Catalogue
+    replays: Replays
     window: int
     """Of the policy engine, tokens."""
     n_cap: int

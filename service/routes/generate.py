@@ -7,7 +7,7 @@ happens in between (serving.py).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from time import monotonic
 from typing import Any, TypeVar, cast
@@ -21,7 +21,9 @@ from bon_algos.contracts import CandidateGroup
 from service.best_of_n import candidate_counts, margin_of, warnings_of
 from service.errors import ClientGone, InvalidField
 from service.generation import GenerateRequest
-from service.json_body import query_parameters, read_model
+from service.idempotency import HEADER, Idempotency
+from service.json_body import parse_model, query_parameters, read_body
+from service.replays import Reply
 from service.serving import Circumstances, Prepared, Serving, answer, ledger_warnings, prepare
 
 MAX_UNIT_LENGTH = 256
@@ -36,15 +38,30 @@ async def generate(request: Request) -> Response:
     """Sample, score, choose, log, reply."""
     started = monotonic()
     serving = cast(Serving, request.app.state.serving)
-    body = await read_model(request, GenerateRequest, serving.max_body_bytes)
-    around = circumstances_of(request, started)
+    content = await read_body(request, serving.max_body_bytes)
+    body = parse_model(content, GenerateRequest)
+    around = circumstances_of(request, started, query_parameters(request, ("n",)))
     prepared = await prepared_aside(request, partial(prepare, serving, body, around))
-    work = answer(serving, prepared, wait_for_reward=body.wait_for_reward)
-    filled = await while_connected(request.receive, work)
-    reply = reply_object(filled.group, prepared, return_candidates=body.return_candidates)
-    reply["warnings"] += ledger_warnings(serving)
-    overhead = monotonic() - started - filled.waited
-    return JSONResponse(reply, headers=headers_of(filled.group, overhead))
+
+    async def make() -> Reply:
+        filled = await while_connected(request.receive, answer(serving, prepared, wait_for_reward=body.wait_for_reward))
+        reply = reply_object(filled.group, prepared, return_candidates=body.return_candidates)
+        reply["warnings"] += ledger_warnings(serving)
+        return Reply(reply, headers_of(filled.group, monotonic() - started - filled.waited))
+
+    return await replied(request, serving, prepared, content, make)
+
+
+async def replied(
+    request: Request, serving: Serving, prepared: Prepared, content: bytes, make: Callable[[], Awaitable[Reply]]
+) -> Response:
+    """The reply, drawn once for an `Idempotency-Key`."""
+    path = f"{request.method} {request.url.path}?{request.url.query}"
+    asked = Idempotency.of(request.headers.get(HEADER), path, content.decode())
+    if asked is not None and not prepared.group.store:
+        raise InvalidField(f"{HEADER} keeps the reply for a day, which store: false forbids", param=HEADER)
+    reply = await serving.replays.once(asked, prepared.budget.deadline - prepared.budget.started, make)
+    return JSONResponse(reply.body, headers=reply.headers)
 
 
 async def prepared_aside(request: Request, make: Callable[[], Prepared]) -> Prepared:
@@ -124,16 +141,14 @@ def _choice(group: CandidateGroup, index: int) -> dict[str, Any]:
     }
 
 
-def circumstances_of(request: Request, started: float) -> Circumstances:
-    if "idempotency-key" in request.headers:
-        raise InvalidField("this path cannot honour an Idempotency-Key", param="Idempotency-Key")
+def circumstances_of(request: Request, started: float, query: Mapping[str, str]) -> Circumstances:
     unit = request.headers.get("x-bonsai-unit")
     if unit is not None and not (1 <= len(unit) <= MAX_UNIT_LENGTH and unit.isascii() and unit.isprintable()):
         raise InvalidField(
             f"x-bonsai-unit must be 1 to {MAX_UNIT_LENGTH} printable ASCII characters", param="x-bonsai-unit"
         )
     return Circumstances(
-        query=query_parameters(request, ("n",)),
+        query=query,
         request_id=request.state.request_id,
         unit=unit,
         forced_arm=request.headers.get("x-bonsai-arm"),

@@ -16,11 +16,13 @@ from starlette.responses import JSONResponse, Response
 
 from service.catalogue import Snapshot
 from service.errors import InvalidField, NotFound
-from service.json_body import query_parameters, read_model
+from service.idempotency import HEADER
+from service.json_body import parse_model, query_parameters, read_body
 from service.openai_bodies import Body, ChatBody, CompletionBody, addressed
 from service.openai_replies import ChatShape, CompletionShape, Shape
 from service.openai_stream import stream
-from service.routes.generate import circumstances_of, headers_of, prepared_aside, while_connected
+from service.replays import Reply
+from service.routes.generate import circumstances_of, headers_of, prepared_aside, replied, while_connected
 from service.serving import Serving, answer, prepare
 
 router = APIRouter(prefix="/v1")
@@ -39,11 +41,11 @@ async def chat_completions(request: Request) -> Response:
 async def _answered(request: Request, body_type: type[Body], shape_type: type[Shape]) -> Response:
     """Sample, score, choose, log, reply: as `/generate`, in OpenAI's words."""
     started = monotonic()
-    query_parameters(request, ())
     serving = cast(Serving, request.app.state.serving)
+    content = await read_body(request, serving.max_body_bytes)
     # OpenAI's clients write null for what was not said.
-    body = await read_model(request, body_type, serving.max_body_bytes, null_is_unsaid=True)
-    around = circumstances_of(request, started)
+    body = parse_model(content, body_type, null_is_unsaid=True)
+    around = circumstances_of(request, started, query_parameters(request, ()))
     to = addressed(body, serving.catalogue.snapshot, around.forced_arm, serving.n_cap)
     prepared = await prepared_aside(
         request, partial(prepare, serving, to.request, around._replace(forced_arm=to.forced_arm))
@@ -52,10 +54,16 @@ async def _answered(request: Request, body_type: type[Body], shape_type: type[Sh
         raise InvalidField(f"n must be at most what the arm draws, {prepared.group.requested}", param="n")
     shape = shape_type(serving, prepared, shows_logprobs=body.shows_logprobs)
     if body.stream:
+        if HEADER in request.headers:
+            raise InvalidField(f"a stream cannot be replayed: leave {HEADER} out", param=HEADER)
         return await stream(serving, prepared, shape, body.stream_options, request.state.request_id)
-    filled = await while_connected(request.receive, answer(serving, prepared, wait_for_reward=False))
-    overhead = monotonic() - started - filled.waited
-    return JSONResponse(shape.reply(filled.group, body.n), headers=headers_of(filled.group, overhead))
+
+    async def make() -> Reply:
+        filled = await while_connected(request.receive, answer(serving, prepared, wait_for_reward=False))
+        headers = headers_of(filled.group, monotonic() - started - filled.waited)
+        return Reply(shape.reply(filled.group, body.n), headers)
+
+    return await replied(request, serving, prepared, content, make)
 
 
 # --- models ----------------------------------------------------------------------------------------------

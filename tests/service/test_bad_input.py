@@ -302,7 +302,7 @@ HEADERS = {
     "arm above the cap": ({"x-bonsai-arm": "base:65"}, 422),
     "arm of an unknown policy": ({"x-bonsai-arm": "pol-ffffffffffffffff:1"}, 422),
     "arm live without a live policy": ({"x-bonsai-arm": "live:1"}, 422),
-    "idempotency key": ({"Idempotency-Key": "k1"}, 422),
+    "C38 idempotency key of 300": ({"Idempotency-Key": "k" * 300}, 400),
     "arm as a path": ({"x-bonsai-arm": "../../etc/passwd:1"}, 422),
 }
 

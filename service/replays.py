@@ -1,0 +1,76 @@
+"""A completion that is asked for twice under one `Idempotency-Key` is drawn once, and answered twice.
+
+Owns: who draws while others wait, what is kept of the answer, and for how long. Does not own: the key and its digest
+(idempotency.py), what the answer is.
+
+A retry of best-of-n costs n generations, so the promise is kept in Redis, where every gateway sees it; without Redis a
+request with a key is refused rather than perhaps drawn twice. Only answers are kept: after an error the key is free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NamedTuple, cast
+
+from redis.asyncio import Redis
+
+from service.errors import Conflict, GatewayError
+from service.idempotency import KEPT_SECONDS, Idempotency
+from service.store import translated
+
+SLACK_SECONDS: Final = 10
+"""A gateway that died holds its keys so much longer than its request could have taken."""
+REPLAYED: Final = "Idempotent-Replayed"
+log = logging.getLogger("bonsai.requests")
+
+
+class Reply(NamedTuple):
+    body: dict[str, Any]
+    headers: dict[str, str]
+
+
+class Replays:
+    """The replies that are kept in one Redis."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def once(self, asked: Idempotency | None, seconds: float, make: Callable[[], Awaitable[Reply]]) -> Reply:
+        """What `make` gives, or gave to the same request before. seconds: how long it may take.
+
+        Raises Conflict (idempotency_in_flight) while the first request is still under way, InvalidField for a key that
+        came with another request, StoreUnavailable.
+        """
+        if asked is None:
+            return await make()
+        with translated():
+            is_first = await self._redis.set(asked.key, f"{asked.digest} ", nx=True, ex=round(seconds) + SLACK_SECONDS)
+            kept = None if is_first else cast("str | None", await self._redis.get(asked.key))
+        if is_first:
+            return await self._kept(asked, make)
+        answer = "" if kept is None else asked.answer(kept)
+        if not answer:
+            raise Conflict("the first request with this key is still under way", code="idempotency_in_flight")
+        reply = Reply(**json.loads(answer))
+        return reply._replace(headers={**reply.headers, REPLAYED: "true"})
+
+    async def _kept(self, asked: Idempotency, make: Callable[[], Awaitable[Reply]]) -> Reply:
+        try:
+            reply = await make()
+        except BaseException:
+            await asyncio.shield(self._written(lambda: self._redis.delete(asked.key)))
+            raise
+        answer = f"{asked.digest} {json.dumps(reply._asdict())}"
+        await self._written(lambda: self._redis.set(asked.key, answer, ex=KEPT_SECONDS))
+        return reply
+
+    async def _written(self, write: Callable[[], Awaitable[Any]]) -> None:
+        """A write whose failure changes nothing for this caller: a retry finds the key in flight until it expires."""
+        try:
+            with translated():
+                await write()
+        except GatewayError as error:
+            log.warning("an idempotent reply is not kept: %s", error.message)

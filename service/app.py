@@ -17,12 +17,13 @@ from fastapi import FastAPI
 from bon_algos.chat import ChatTokenizer
 from service.control import Control, open_control
 from service.edge import install_edge
+from service.feedback import FeedbackBook
 from service.ledger import Ledger
 from service.loops import running_loops
 from service.measurements import Measurements
 from service.replays import Replays
 from service.reward import RewardModel
-from service.routes import distill, experiments, generate, health, openai, policies, routing
+from service.routes import distill, experiments, feedback, generate, health, openai, policies, routing
 from service.serving import Serving
 from service.settings import GatewaySettings
 from service.spool import Spool
@@ -67,6 +68,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
                 max_body_bytes=settings.max_body_bytes,
             )
         )
+        of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
         serving = Serving(
             engine=engine,
@@ -76,6 +78,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             measurements=measurements,
             catalogue=control.catalogue,
             replays=Replays(await stack.enter_async_context(open_redis(settings.redis_url))),
+            feedback=FeedbackBook(of_bytes, ledger),
             window=settings.max_model_len,
             n_cap=settings.n_cap,
             max_body_bytes=settings.max_body_bytes,
@@ -118,7 +121,7 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_edge(app)
-    for routes in (generate, openai, health, routing, policies, distill, experiments):
+    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments):
         app.include_router(routes.router)
     return app
 

@@ -27,6 +27,8 @@ MAX_INTEGER_DIGITS = 1000
 MAX_MEMBERS = 1000
 """Of one JSON object."""
 MAX_PARAM_LENGTH = 100
+_UNION_BRANCH = re.compile(r"(constrained-)?(str|bool|float)|tuple\[.*")
+"""pydantic's names for the branches of a union."""
 _PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 
@@ -111,8 +113,8 @@ def path(loc: tuple[int | str, ...]) -> str:
     """("messages", 0, "content") -> "messages[0].content". Names that are not ours are made printable."""
     text = ""
     for place, part in enumerate(loc):
-        if place and isinstance(part, str) and (part == "str" or part.startswith("tuple[")):
-            continue  # pydantic's name for a branch of a union, which no caller wrote
+        if place and isinstance(part, str) and _UNION_BRANCH.fullmatch(part):
+            continue  # which no caller wrote
         text += f"[{part}]" if isinstance(part, int) else f".{printable(part)}" if text else printable(part)
     return text[:MAX_PARAM_LENGTH] or "body"
 

@@ -12,11 +12,12 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha1
+from hashlib import sha1, sha256
 from typing import Any, Final
 from zlib import compress, decompress
 
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
 from bon_algos.contracts import (
@@ -25,8 +26,10 @@ from bon_algos.contracts import (
     Candidate,
     CandidateGroup,
     Exposure,
+    Feedback,
     Outcome,
     experiment_stats_key,
+    feedback_key,
     seen_key,
 )
 from service.experiments import statistics_increments
@@ -36,6 +39,8 @@ SEEN_SECONDS: Final = 86_400
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 2.0
 log = logging.getLogger("bonsai.ledger")
+
+Record = Exposure | CandidateGroup | Outcome | Feedback
 
 # KEYS: seen, stream, counts, statistics (only with increments). ARGV: life of `seen` in s, kind, id, data, the route
 # whose usable groups this is one of or "", then field and summand by turns. Returns 0 when it was delivered before.
@@ -47,6 +52,19 @@ for i = 6, #ARGV, 2 do redis.call('HINCRBYFLOAT', KEYS[4], ARGV[i], ARGV[i + 1])
 return 1
 """
 _DELIVER_SHA: Final = sha1(_DELIVER.encode(), usedforsecurity=False).hexdigest()
+
+# KEYS: seen, stream, feedback of its target. ARGV: life of `seen` in s, kind, id, data, question, its JSON. Of two
+# answers to one question the later one counts, in whichever order gateways deliver them.
+_DELIVER_FEEDBACK: Final = """
+if not redis.call('SET', KEYS[1], '1', 'NX', 'EX', ARGV[1]) then return 0 end
+redis.call('XADD', KEYS[2], '*', 'kind', ARGV[2], 'id', ARGV[3], 'data', ARGV[4])
+local earlier = redis.call('HGET', KEYS[3], ARGV[5])
+if not earlier or cjson.decode(earlier).created_at <= cjson.decode(ARGV[6]).created_at then
+  redis.call('HSET', KEYS[3], ARGV[5], ARGV[6])
+end
+return 1
+"""
+_DELIVER_FEEDBACK_SHA: Final = sha1(_DELIVER_FEEDBACK.encode(), usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ class Ledger:
         self._has_room = True
         self._redis_state = "starting"
 
-    def append(self, record: Exposure | CandidateGroup | Outcome) -> bool:
+    def append(self, record: Record) -> bool:
         """Put a record on disk; False when there was no room and it was dropped and counted."""
         self._has_room = self._spool.append(_frame(record))
         if not self._has_room:
@@ -124,7 +142,11 @@ class Ledger:
         async with self._redis.pipeline(transaction=False) as pipe:
             # Loaded with every batch: a restarted server has forgotten it, and it is small beside the records.
             pipe.script_load(_DELIVER)
+            pipe.script_load(_DELIVER_FEEDBACK)
             for head, data in heads:
+                if head["kind"] == "feedback":
+                    _deliver_feedback(pipe, head, data)
+                    continue
                 increments = [part for pair in head["increments"].items() for part in pair]
                 keys = [seen_key(head["id"]), LEDGER_STREAM, LEDGER_COUNTS]
                 keys += [experiment_stats_key(head["experiment"])] if increments else []
@@ -152,6 +174,19 @@ class Ledger:
         self._redis_state = state
 
 
+def _deliver_feedback(pipe: Pipeline, head: dict[str, Any], data: bytes) -> None:
+    text = decompress(data)
+    feedback = Feedback.model_validate_json(text)
+    keys = [seen_key(head["id"]), LEDGER_STREAM, feedback_key(target_of(feedback.group_id, feedback.session))]
+    arguments = [SEEN_SECONDS, head["kind"], head["id"], data, feedback.question, text]
+    pipe.evalsha(_DELIVER_FEEDBACK_SHA, len(keys), *keys, *arguments)
+
+
+def target_of(group_id: str | None, session: str | None) -> str:
+    """What feedback is kept under: a group's id, or a session's hash, whose name may be anything."""
+    return group_id or f"session-{sha256((session or '').encode()).hexdigest()[:32]}"
+
+
 def without_content(group: CandidateGroup) -> CandidateGroup:
     """What `store: false` keeps: ids, rewards and counts, no text and no tokens."""
     bare = tuple(_without_text(candidate) for candidate in group.candidates)
@@ -162,18 +197,18 @@ def _without_text(candidate: Candidate) -> Candidate:
     return candidate.model_copy(update={"text": "", "token_ids": (), "logprobs": ()})
 
 
-def _frame(record: Exposure | CandidateGroup | Outcome) -> bytes:
+def _frame(record: Record) -> bytes:
     """A line of what the drainer must know, then the record as it will stand in the stream: delivering is copying."""
     head: dict[str, object] = {
         "kind": record.kind,
         "id": record.id,
         "experiment": record.experiment,
-        "increments": statistics_increments(record),
+        "increments": {} if isinstance(record, Feedback) else statistics_increments(record),
         "usable": "",
         "unmeasured": False,
         "measures": record.group_id if isinstance(record, Outcome) else "",
     }
-    kept: Exposure | CandidateGroup | Outcome = record
+    kept = record
     if isinstance(record, CandidateGroup):
         head["usable"] = record.route if record.is_unbiased and record.requested > 1 else ""
         head["unmeasured"] = record.store and record.status == "single" and not record.scored

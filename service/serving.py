@@ -18,6 +18,7 @@ from bon_algos.contracts import CandidateGroup, Exposure, Sampling
 from service.best_of_n import Answer, Budget, best_of_n
 from service.catalogue import Catalogue
 from service.experiments import Assignment, assign, parse_forced_arm
+from service.feedback import FeedbackBook
 from service.generation import (
     EncodedPrompt,
     GenerateRequest,
@@ -47,6 +48,7 @@ class Serving:
     measurements: Measurements
     catalogue: Catalogue
     replays: Replays
+    feedback: FeedbackBook
     window: int
     """Of the policy engine, tokens."""
     n_cap: int

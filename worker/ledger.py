@@ -11,7 +11,7 @@ from typing import cast
 
 import redis
 
-from bon_algos.contracts import LEDGER_RECORD, LEDGER_STREAM, CandidateGroup, Exposure, Outcome, RouteName
+from bon_algos.contracts import LEDGER_RECORD, LEDGER_STREAM, CandidateGroup, Outcome, RouteName
 
 PAGE_ENTRIES = 200
 DELIVERY_SLACK_SECONDS = 86_400.0
@@ -32,7 +32,7 @@ def groups_newest_first(
     for record in _records(client, since, page_entries):
         if isinstance(record, Outcome):
             outcomes[record.group_id] = record
-        elif isinstance(record, CandidateGroup) and record.route == route and record.id not in seen:
+        elif record.route == route and record.id not in seen:
             seen.add(record.id)
             yield with_outcome(record, outcomes.pop(record.id, None))
 
@@ -51,13 +51,11 @@ def with_outcome(group: CandidateGroup, outcome: Outcome | None) -> CandidateGro
     return group.model_copy(update={"candidates": candidates})
 
 
-def _records(
-    client: redis.Redis, since: float | None, page_entries: int
-) -> Iterator[Exposure | CandidateGroup | Outcome]:
+def _records(client: redis.Redis, since: float | None, page_entries: int) -> Iterator[CandidateGroup | Outcome]:
     oldest = "-" if since is None else str(max(0, round((since - DELIVERY_SLACK_SECONDS) * 1000)))
     newest: str = "+"
     while page := cast(list[Entry], client.xrevrange(LEDGER_STREAM, newest, oldest, count=page_entries)):
         for _, fields in page:
-            if fields[b"kind"] != b"exposure":
-                yield LEDGER_RECORD.validate_json(zlib.decompress(fields[b"data"]))
+            if fields[b"kind"] in (b"group", b"outcome"):
+                yield cast(CandidateGroup | Outcome, LEDGER_RECORD.validate_json(zlib.decompress(fields[b"data"])))
         newest = f"({page[-1][0].decode()}"

@@ -25,6 +25,11 @@ def seen_key(record_id: str) -> str:
     return f"bonsai:seen:{record_id}"
 
 
+def feedback_key(target: str) -> str:
+    """Hash question -> the Feedback that counts, of one group (its id) or one session (`session-` and its hash)."""
+    return f"bonsai:feedback:{target}"
+
+
 def job_key(job_id: str) -> str:
     return f"bonsai:job:{job_id}"
 

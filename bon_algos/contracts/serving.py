@@ -3,6 +3,7 @@ serving and learning. Times are seconds since the epoch (UTC); log-probs are nat
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, TypeAdapter
@@ -175,5 +176,40 @@ class Outcome(Record):
     """One for each candidate of the group, in drawing order."""
 
 
-LedgerRecord = Annotated[Exposure | CandidateGroup | Outcome, Field(discriminator="kind")]
-LEDGER_RECORD: Final[TypeAdapter[Exposure | CandidateGroup | Outcome]] = TypeAdapter(LedgerRecord)
+class Feedback(Record):
+    """What somebody thought of an answer, of one of its candidates, of a pair of them, or of a session."""
+
+    kind: Literal["feedback"] = "feedback"
+    id: str
+    schema_version: int = SCHEMA_VERSION
+    tenant: str = DEFAULT_TENANT
+    created_at: float
+    group_id: str | None
+    session: str | None
+    """Where no group is named."""
+    route: RouteName | None
+    experiment: str | None
+    arm: Arm | None
+    arm_reason: ArmReason | None
+    """Of the group; feedback on a forced arm is no vote."""
+    author: str | None
+    name: str
+    """Which question it answers. Of one author's answers to one question about one thing the newest counts."""
+    candidate: int | None
+    """Place in drawing order; None for a pair and for a session."""
+    value: bool | float | str | None
+    """Yes or no, a number, or a category."""
+    better: int | None
+    worse: int | None
+    comment: str | None
+    correction: str | None
+    """What should have been said."""
+
+    @property
+    def question(self) -> str:
+        """What it is an answer to, and whose: the newest with the same one counts."""
+        return json.dumps([self.candidate, self.better, self.worse, self.name, self.author])
+
+
+LedgerRecord = Annotated[Exposure | CandidateGroup | Outcome | Feedback, Field(discriminator="kind")]
+LEDGER_RECORD: Final[TypeAdapter[Exposure | CandidateGroup | Outcome | Feedback]] = TypeAdapter(LedgerRecord)

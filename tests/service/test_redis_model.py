@@ -13,7 +13,7 @@ import pytest
 import redis as blocking_redis
 from redis.asyncio import Redis
 
-from bon_algos.contracts import BROKER_PREFIX, LEDGER_STREAM, CandidateGroup, Experiment, Exposure
+from bon_algos.contracts import BROKER_PREFIX, LEDGER_STREAM, CandidateGroup, Experiment, Exposure, Feedback
 from service.catalogue import Catalogue
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.experiment_store import Experiments
@@ -78,6 +78,7 @@ async def live_through_everything(redis: Redis, url: str, directory: Path) -> No
     await Catalogue(redis, policy(BASE), route()).refresh()
     drawn = group([(1.0, 2), (2.0, 2)])
     await deliver(redis, directory, [drawn.model_copy(update={"id": f"resp_{i}"}) for i in range(GROUPS_NEEDED)])
+    await deliver(redis, directory, [said_of("resp_0")])
     await go_through_jobs(redis, url)
     await Routes(redis, reward_model=REWARD_MODEL, n_cap=64, max_tokens=8).put("other", RouteRequest(), BASE)
     experiments, snapshot = Experiments(redis), await snapshot_of(redis)
@@ -117,6 +118,14 @@ def work(url: str, job_id: str, policy_id: str) -> None:
         lease.finish_succeeded(policy(policy_id), "{}")
 
 
+def said_of(group_id: str) -> Feedback:
+    return Feedback(
+        id="fb_1", created_at=0.0, group_id=group_id, session=None, route="default", experiment=None, arm=None,
+        arm_reason=None, author=None, name="quality", candidate=0, value=True, better=None, worse=None, comment=None,
+        correction=None,
+    )  # fmt: skip
+
+
 def exposure(running: Experiment) -> Exposure:
     arm = running.arms[1].arm
     return Exposure(
@@ -130,7 +139,7 @@ def exposure(running: Experiment) -> Exposure:
     )
 
 
-async def deliver(redis: Redis, directory: Path, records: Sequence[Exposure | CandidateGroup]) -> None:
+async def deliver(redis: Redis, directory: Path, records: Sequence[Exposure | CandidateGroup | Feedback]) -> None:
     """Through the gateway's own spool and drainer."""
     before = await redis.xlen(LEDGER_STREAM)
     with closing(Spool(directory / "spool", 2**20)) as spool:

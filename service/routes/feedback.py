@@ -1,0 +1,48 @@
+"""`/v1/feedback`: what people think of an answer, and what counts of it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.errors import InvalidField
+from service.feedback import FeedbackBook, FeedbackRequest, feedback_object
+from service.idempotency import HEADER, Idempotency
+from service.json_body import parse_model, query_parameters, read_body
+from service.replays import Reply
+from service.routes.admin import list_of
+from service.serving import Serving
+
+SECONDS = 10.0
+router = APIRouter(prefix="/v1/feedback")
+
+
+@router.post("")
+async def record(request: Request) -> Response:
+    query_parameters(request, ())
+    serving = cast(Serving, request.app.state.serving)
+    content = await read_body(request, serving.max_body_bytes)
+    asked = parse_model(content, FeedbackRequest, null_is_unsaid=True)
+
+    async def make() -> Reply:
+        return Reply(feedback_object(await _book(request).record(asked)), {})
+
+    idempotency = Idempotency.of(request.headers.get(HEADER), "POST /v1/feedback", content.decode())
+    reply = await serving.replays.once(idempotency, SECONDS, make)
+    return JSONResponse(reply.body, 201, headers=reply.headers)
+
+
+@router.get("")
+async def that_counts(request: Request) -> JSONResponse:
+    query = query_parameters(request, ("response", "session"))
+    if len(query) != 1:
+        raise InvalidField("exactly one of response and session is required", param="response")
+    rows = await _book(request).that_counts(query.get("response"), query.get("session"))
+    return list_of([feedback_object(one) for one in rows], has_more=False)
+
+
+def _book(request: Request) -> FeedbackBook:
+    return cast(Serving, request.app.state.serving).feedback

@@ -126,6 +126,22 @@ def best_of_n_weights(reward_M: ArrayLike, n: int) -> Array:
     return (level_weight / num_tied)[level_M]
 
 
+def soft_best_of_n_weights(reward_M: ArrayLike, softness: float) -> Array:
+    """e^{r_j/λ}/Σ e^{r/λ}: how likely soft best-of-n serves each of M draws (arXiv:2505.03156).
+
+    λ → 0 is best-of-n and λ → ∞ a plain sample; the policy that is served comes within O(1/n) of π_ref·exp(r/λ)/Z.
+    Unlike best-of-n it depends on the reward's scale.
+
+    (M,), λ > 0 in units of the reward -> (M,), sums to 1. ValueError for rewards that are not finite.
+    """
+    if not softness > 0:
+        raise ValueError(f"softness is positive, got {softness}")
+    reward = _floats(reward_M)
+    weight = np.exp((reward - reward.max()) / softness)
+    weights: Array = weight / weight.sum()
+    return weights
+
+
 def kl_best_of_n_of_level(level_mass: ArrayLike, n: int) -> Array:
     """The KL(π_BoN ‖ π_ref) to expect from the reference's mass ε on the reward level of a winner; nats.
 

@@ -7,6 +7,7 @@ answers (experiments.py), the engines (vllm.py, reward.py), the definition of be
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from bon_algos.contracts import (
     Sampling,
     SelectionStatus,
 )
+from bon_algos.order import soft_best_of_n_weights, systematic_sample
 from service.errors import DeadlineExceeded, EngineBroken, GatewayError, InvalidField, RewardModelUnavailable
 from service.reward import Score
 from service.vllm import DrawingWindow, Listener
@@ -112,8 +114,18 @@ def choose(group: CandidateGroup, quorum: int, failure: GatewayError | None = No
     if failure is not None:
         return _served(group, None, "deadline" if isinstance(failure, DeadlineExceeded) else "reward_failed", failure)
     if late:
-        return _served(group, group.best, "deadline")
-    return _served(group, group.best, "ok" if len(group.scored) == group.requested else "partial")
+        return _served(group, _choice(group), "deadline")
+    return _served(group, _choice(group), "ok" if len(group.scored) == group.requested else "partial")
+
+
+def _choice(group: CandidateGroup) -> int | None:
+    """The best, or one drawn by soft best-of-n: by the group's id, so that its record gives the same again."""
+    places = group.eligible
+    if group.softness is None or not places:
+        return group.best
+    weights = soft_best_of_n_weights([cast(float, group.candidates[i].reward) for i in places], group.softness)
+    drawn = systematic_sample(weights, 1, random.Random(group.id).random())
+    return places[int(drawn.argmax())]
 
 
 async def measure(group: CandidateGroup, reward_model: Scorer) -> CandidateGroup:
@@ -219,6 +231,20 @@ def margin_of(group: CandidateGroup) -> float | None:
     reward = group.candidates[cast(int, group.selected)].reward
     others = [c.reward for i, c in enumerate(group.candidates) if i != group.selected and c.reward is not None]
     return None if reward is None or not others else reward - max(others)
+
+
+def selection_of(group: CandidateGroup) -> dict[str, Any]:
+    """How the served candidate was chosen, in the words of a reply."""
+    chosen, best = group.candidates[cast(int, group.selected)].reward, group.best
+    highest = None if best is None else group.candidates[best].reward
+    return {
+        "status": group.status,
+        "strategy": "fixed" if group.softness is None else "soft",
+        "reward_model": group.reward_model_id,
+        "reward": chosen,
+        "margin": margin_of(group),
+        "given_up": None if chosen is None or highest is None else highest - chosen,
+    }
 
 
 def warnings_of(group: CandidateGroup) -> list[str]:

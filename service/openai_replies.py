@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 from bon_algos.contracts import Candidate, CandidateGroup, FinishReason
-from service.best_of_n import candidate_counts, margin_of, warnings_of
+from service.best_of_n import candidate_counts, selection_of, warnings_of
 from service.serving import Prepared, Serving, ledger_warnings
 
 
@@ -61,7 +61,6 @@ class Shape(ABC):
         return {**self._head(self.chunk_object), "choices": [], **used, "bonsai": self.bonsai(group)}
 
     def bonsai(self, group: CandidateGroup) -> dict[str, Any]:
-        chosen = group.candidates[cast(int, group.selected)]
         return {
             "route": group.route,
             "experiment": group.experiment,
@@ -69,12 +68,7 @@ class Shape(ABC):
             "arm_reason": group.arm_reason,
             "policy": group.policy_id,
             "candidates": candidate_counts(group),
-            "selection": {
-                "status": group.status,
-                "reward_model": group.reward_model_id,
-                "reward": chosen.reward,
-                "margin": margin_of(group),
-            },
+            "selection": selection_of(group),
             "candidate_tokens": sum(len(candidate.token_ids) for candidate in group.candidates),
             "log_id": group.id,
             "warnings": [*self._prepared.warnings, *warnings_of(group), *ledger_warnings(self._serving)],
@@ -144,14 +138,12 @@ class ChatShape(Shape):
 
 
 def ranked(group: CandidateGroup) -> list[int]:
-    """Places of the candidates that may be returned, the served one first: complete before incomplete, higher rewards
+    """Places of the candidates that may be returned: the served one, then complete before incomplete, higher rewards
     first, earlier ones where they tie."""
-    if group.requested == 1:
-        return [cast(int, group.selected)]
-    scored = [i for i, candidate in enumerate(group.candidates) if candidate.reward is not None]
-    return sorted(
-        scored, key=lambda i: (not group.candidates[i].is_complete, -cast(float, group.candidates[i].reward), i)
-    )
+    served = cast(int, group.selected)
+    others = [i for i, candidate in enumerate(group.candidates) if candidate.reward is not None and i != served]
+    others.sort(key=lambda i: (not group.candidates[i].is_complete, -cast(float, group.candidates[i].reward), i))
+    return [served, *others]
 
 
 def usage(group: CandidateGroup, served: Sequence[int]) -> dict[str, int]:

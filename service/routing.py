@@ -19,6 +19,7 @@ from bon_algos.contracts import (
     PolicyId,
     Record,
     Route,
+    Strategy,
     experiment_key,
     experiment_stats_key,
     route_key,
@@ -40,7 +41,8 @@ class RouteRequest(Record):
     n_cap: int | None = Field(None, ge=1)
     quorum: int | None = Field(None, ge=1)
     deadline_ms: int = Field(60_000, ge=1, le=3_600_000)
-    strategy: Literal["fixed"] = "fixed"
+    strategy: Strategy = "fixed"
+    softness: float | None = Field(None, gt=0, le=1e9)
     max_tokens: int | None = Field(None, ge=1, le=1_000_000)
 
 
@@ -108,6 +110,8 @@ class Routes:
             raise InvalidField("the engine does not serve this base policy", param="base_policy")
         if request.reward_model not in (None, self._reward_model):
             raise InvalidField("this installation does not serve this reward model", param="reward_model")
+        if (request.strategy == "soft") != (request.softness is not None):
+            raise InvalidField("softness belongs to strategy soft, which needs it", param="softness")
         return {
             "base_policy": base_policy,
             "reward_model": self._reward_model,
@@ -116,6 +120,7 @@ class Routes:
             "quorum": request.quorum,
             "deadline_ms": request.deadline_ms,
             "strategy": request.strategy,
+            "softness": request.softness,
             "max_tokens": self._max_tokens if request.max_tokens is None else request.max_tokens,
         }
 

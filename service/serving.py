@@ -14,7 +14,7 @@ from typing import NamedTuple
 from uuid_utils import uuid7
 
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import CandidateGroup, Exposure, Sampling
+from bon_algos.contracts import CandidateGroup, Exposure, Route, Sampling
 from service.best_of_n import Answer, Budget, best_of_n
 from service.catalogue import Catalogue
 from service.experiments import Assignment, assign, parse_forced_arm
@@ -98,7 +98,7 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
     if assignment.arm.n > 1 or request.wait_for_reward:
         serving.reward_model.require_room(prompt.prompt, request.messages)
     budget = budget_of(request, route, assignment.arm.n, around.started)
-    group = _empty_group(serving, request, assignment, prompt, request.sampling(max_tokens), route.name)
+    group = _empty_group(serving, request, assignment, prompt, request.sampling(max_tokens), route)
     return Prepared(group, budget, _warnings(assignment, group))
 
 
@@ -108,12 +108,12 @@ def _empty_group(
     assignment: Assignment,
     prompt: EncodedPrompt,
     sampling: Sampling,
-    route: str,
+    route: Route,
 ) -> CandidateGroup:
     return CandidateGroup(
         id=f"resp_{uuid7().hex}",
         created_at=time(),
-        route=route,
+        route=route.name,
         experiment=assignment.experiment_id,
         arm=assignment.arm,
         arm_reason=assignment.reason,
@@ -129,6 +129,7 @@ def _empty_group(
         sampling=sampling,
         requested=assignment.arm.n,
         candidates=(),
+        softness=route.softness if assignment.arm.n > 1 else None,
         selected=None,
         status="unscored",
         store=request.store,

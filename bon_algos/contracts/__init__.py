@@ -80,6 +80,7 @@ from bon_algos.contracts.registry import (
     PolicyRecord,
     PolicyState,
     Route,
+    Strategy,
     adapter_digest,
 )
 from bon_algos.contracts.serving import (
@@ -168,6 +169,7 @@ __all__ = [
     "SampledSpec",
     "Sampling",
     "SelectionStatus",
+    "Strategy",
     "TrainingSpec",
     "VbonSpec",
     "Window",

@@ -81,6 +81,10 @@ class PolicyRecord(Record):
     tainted: bool = False
 
 
+Strategy = Literal["fixed", "soft"]
+"""Which candidate is served. fixed: the one with the highest reward. soft: one drawn in proportion to exp(reward/λ)."""
+
+
 class Route(Record):
     """What `PUT /routes/{route}` settles."""
 
@@ -93,7 +97,9 @@ class Route(Record):
     quorum: int | None = Field(None, ge=1)
     """Scored candidates that suffice when the deadline passes; None is half of n."""
     deadline_ms: int = Field(60_000, ge=1, le=3_600_000)
-    strategy: Literal["fixed"] = "fixed"
+    strategy: Strategy = "fixed"
+    softness: float | None = Field(None, gt=0)
+    """Of strategy soft: λ, in units of the reward."""
     max_tokens: int = Field(64, ge=1)
     """When a request does not say."""
     live_policy: PolicyId | None = None

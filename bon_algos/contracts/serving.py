@@ -131,6 +131,8 @@ class CandidateGroup(Record):
     requested: int = Field(ge=1)
     candidates: tuple[Candidate, ...]
     """In the order they were drawn."""
+    softness: float | None = None
+    """λ of soft best-of-n; None where the highest reward is served."""
     selected: int | None
     """Index into candidates; None when nothing could be served."""
     status: SelectionStatus
@@ -149,13 +151,17 @@ class CandidateGroup(Record):
         return self.store and self.sampling.is_policy_law and len(self.scored) == self.requested
 
     @property
-    def best(self) -> int | None:
-        """The candidate best-of-n serves: the highest reward, the earliest one when rewards tie. A truncated,
-        empty or broken candidate wins only if no complete one exists. None without a scored candidate."""
+    def eligible(self) -> list[int]:
+        """Places of the candidates that may be served. A truncated, empty or broken one is among them only if no
+        complete one exists."""
         indices = [i for i, candidate in enumerate(self.candidates) if candidate.reward is not None]
-        complete = [i for i in indices if self.candidates[i].is_complete]
-        pool = complete or indices
-        return max(pool, key=lambda i: (self.candidates[i].reward or 0.0, -i)) if pool else None
+        return [i for i in indices if self.candidates[i].is_complete] or indices
+
+    @property
+    def best(self) -> int | None:
+        """The candidate best-of-n serves: the highest reward, the earliest one when rewards tie. None without a scored
+        candidate."""
+        return max(self.eligible, key=lambda i: (self.candidates[i].reward or 0.0, -i), default=None)
 
 
 class Outcome(Record):

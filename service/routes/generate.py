@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
 
 from bon_algos.contracts import CandidateGroup
-from service.best_of_n import candidate_counts, margin_of, warnings_of
+from service.best_of_n import candidate_counts, selection_of, warnings_of
 from service.errors import ClientGone, InvalidField
 from service.generation import GenerateRequest
 from service.idempotency import HEADER, Idempotency
@@ -108,12 +108,7 @@ def reply_object(group: CandidateGroup, prepared: Prepared, *, return_candidates
         "experiment": group.experiment,
         "policy": group.policy_id,
         "candidates": candidate_counts(group),
-        "selection": {
-            "status": group.status,
-            "reward_model": group.reward_model_id,
-            "reward": chosen.reward,
-            "margin": margin_of(group),
-        },
+        "selection": selection_of(group),
         "usage": {
             "prompt_tokens": len(group.prompt_token_ids),
             "completion_tokens": completion_tokens,

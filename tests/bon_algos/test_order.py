@@ -344,3 +344,37 @@ def test_systematic_draws_never_miss_their_share_by_a_whole_one(weights, count, 
 def test_systematic_draws_refuse_what_is_no_law(weights, count, uniform):
     with pytest.raises(ValueError, match="sum to 1"):
         order.systematic_sample(weights, count, uniform)
+
+
+# --- soft best-of-n --------------------------------------------------------------------------------------
+
+
+def test_soft_weights_by_hand():
+    weight_M = order.soft_best_of_n_weights([np.log(3), 0.0, np.log(3), 0.0], 1.0)
+    np.testing.assert_allclose(weight_M, [3 / 8, 1 / 8, 3 / 8, 1 / 8], rtol=1e-13)
+    np.testing.assert_allclose(order.soft_best_of_n_weights([5e3, 4e3], 1e-3), [1, 0])
+    np.testing.assert_allclose(order.soft_best_of_n_weights([5e3, 4e3], 1e12), [1 / 2, 1 / 2], rtol=1e-8)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_what_soft_best_of_n_serves_comes_near_the_tilted_law(n):
+    """By enumeration of all draws of n: its KL to π_ref·e^{r/λ}/Z falls with n, from n = 1's own."""
+    law_K, reward_K, softness = np.array([0.5, 0.3, 0.2]), np.array([0.0, 1.0, 2.0]), 0.8
+    served_K = np.zeros(3)
+    for drawn in product(range(3), repeat=n):
+        weight_n = order.soft_best_of_n_weights(reward_K[list(drawn)], softness)
+        np.add.at(served_K, list(drawn), law_K[list(drawn)].prod() * weight_n)
+    tilted_K = law_K * np.exp(reward_K / softness)
+    tilted_K /= tilted_K.sum()
+    assert served_K.sum() == pytest.approx(1)
+    distance = float((tilted_K * np.log(tilted_K / served_K)).sum())
+    alone = float((tilted_K * np.log(tilted_K / law_K)).sum())
+    assert distance <= alone / n + 1e-12
+    if n == 1:
+        np.testing.assert_allclose(served_K, law_K)
+
+
+@pytest.mark.parametrize("softness", [0.0, -1.0, float("nan")])
+def test_a_softness_that_is_none_is_refused(softness):
+    with pytest.raises(ValueError, match="positive"):
+        order.soft_best_of_n_weights([0.0], softness)

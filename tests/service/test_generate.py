@@ -14,10 +14,12 @@ from collections.abc import Callable
 import pytest
 
 from bon_algos.contracts import Arm, Exposure, Outcome
+from service.best_of_n import choose
 from tests.fixtures.gateway import wait_until
 from tests.service.records import BASE
 
 HI = {"prompt": "hi"}
+JSON = {"Content-Type": "application/json"}
 
 
 def test_the_highest_reward_is_served_and_all_candidates_are_logged(world):
@@ -28,7 +30,14 @@ def test_the_highest_reward_is_served_and_all_candidates_are_logged(world):
     assert (body["completion"], body["reward"]) == ("the longest of them all", 8 + 23)
     # The runner-up is "middling one" with 8 + 12.
     reward_model = world.reward.model
-    assert body["selection"] == {"status": "ok", "reward_model": reward_model, "reward": 31.0, "margin": 11.0}
+    assert body["selection"] == {
+        "status": "ok",
+        "strategy": "fixed",
+        "reward_model": reward_model,
+        "reward": 31.0,
+        "margin": 11.0,
+        "given_up": 0.0,
+    }
     assert body["candidates"] == {"requested": 3, "finished": 3, "scored": 3, "failed": {}}
     # One token per byte: 2 of the prompt, 23 of the winner, 5 + 12 thrown away.
     usage = {"prompt_tokens": 2, "completion_tokens": 23, "discarded_tokens": 17, "total_tokens": 42}
@@ -107,6 +116,30 @@ def test_max_tokens_of_the_route_is_lowered_to_what_fits(world):
 # --- what becomes of candidates ---------------------------------------------------------------------------
 
 
+def test_soft_best_of_n_serves_in_proportion_and_says_what_it_gave_up(world):
+    """Rewards 9 and 10, λ = 1: the better one is served with e/(1 + e) = .731. Each group's id decides, so that its
+    record gives the same choice again."""
+    route = {"strategy": "soft", "softness": 1.0, "default_n": 2}
+    assert world.client.request("PUT", "/routes/default", json.dumps(route).encode(), JSON).status == 200
+    world.engine.script.completions = ["a", "bb"]
+    bodies = [world.client.post("/generate", HI).json for _ in range(120)]
+    assert {body["selection"]["strategy"] for body in bodies} == {"soft"}
+    served = [body["completion"] for body in bodies]
+    assert 0.731 - 0.14 < served.count("bb") / len(served) < 0.731 + 0.14  # 3.5 standard deviations
+    assert all(body["selection"]["given_up"] == (1.0 if body["completion"] == "a" else 0.0) for body in bodies)
+    for group in world.groups(120):
+        assert group.softness == 1.0
+        again = choose(group.model_copy(update={"selected": None}), quorum=1).group
+        assert again.selected == group.selected
+    assert all(group.is_unbiased for group in world.groups(120))
+
+
+def test_softness_belongs_to_soft(world):
+    for route in ({"strategy": "soft"}, {"softness": 1.0}, {"strategy": "soft", "softness": 0}):
+        refused = world.client.request("PUT", "/routes/default", json.dumps(route).encode(), JSON)
+        assert (refused.status, refused.json["error"]["param"]) == (422, "softness")
+
+
 def test_ties_go_to_the_earliest(world):
     world.engine.script.completions = ["one", "two", "six"]
     body = world.client.post("/generate?n=3", HI).json
@@ -163,6 +196,8 @@ def test_rewards_that_are_not_finite_never_rank(world):
         "reward_model": world.reward.model,
         "reward": 1.0,
         "margin": None,
+        "strategy": "fixed",
+        "given_up": 0.0,
     }
 
 

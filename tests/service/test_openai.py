@@ -43,6 +43,8 @@ def test_a_chat_is_answered_by_the_best_of_n(world, client):
     assert told["candidates"] == {"requested": 3, "finished": 3, "scored": 3, "failed": {}}
     assert told["selection"] == {
         "status": "ok",
+        "strategy": "fixed",
+        "given_up": 0.0,
         "reward_model": world.reward.model,
         "reward": 8 + 23,
         "margin": 11.0,

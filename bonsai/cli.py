@@ -40,6 +40,12 @@ _STACK_OPTIONS = (
     ),
     click.option("--policy", default="", metavar="MODEL", help="Directory or hub id; default: the demo's."),
     click.option("--reward", default="", metavar="MODEL", help="Reward model: directory or hub id."),
+    click.option(
+        "--reward-pairs",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        default=None,
+        help="JSON list of known pairs that the reward model must rank rightly before it chooses anything.",
+    ),
     click.option("--host", default="127.0.0.1", show_default=True, help="Loopback only."),
     click.option(
         "--port",

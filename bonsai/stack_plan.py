@@ -24,6 +24,7 @@ from bonsai.placement import Placement, cache_bytes, place
 from bonsai.processes import ProcessSpec
 from bonsai.redis_server import RedisServer
 from bonsai.runtime_directory import StateDirectory
+from service.reward_test import read_pairs
 
 SHIPPED_MODELS = Path(bonsai.__file__).parent / "demo" / "models"
 HUB_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -46,6 +47,8 @@ class Options:
     policy: str = ""
     """A directory or a hub id; "" is the demo's."""
     reward: str = ""
+    reward_pairs: Path | None = None
+    """Known pairs; None: the demo's for the demo's reward model, none for another."""
     redis_url: str | None = None
     """A server that somebody else runs. May hold a password: never printed, never in a command line."""
     max_loras: int = 4
@@ -95,6 +98,11 @@ def prepare(options: Options) -> Plan:
     reward_path = model_directory.resolve(options.reward, "reward", SHIPPED_MODELS / "reward")
     policy = model_directory.open_model(policy_path, "policy", options.max_model_len)
     reward = model_directory.open_model(reward_path, "reward", options.max_model_len)
+    if options.reward_pairs is not None:
+        try:
+            read_pairs(options.reward_pairs)
+        except ValueError as error:
+            raise model_directory.BadModel(f"--reward-pairs: {error}") from None
     cores = options.cores or len(os.sched_getaffinity(0))
     return Plan(
         options=options,
@@ -127,9 +135,17 @@ def redis_url(plan: Plan, state: StateDirectory) -> str:
     return plan.options.redis_url or f"unix://{quote(str(state.redis_socket))}"
 
 
+def reward_pairs(plan: Plan) -> Path | None:
+    if plan.options.reward_pairs is not None:
+        return plan.options.reward_pairs.resolve()
+    return SHIPPED_MODELS.with_name("reward_pairs.json") if plan.reward.path == SHIPPED_MODELS / "reward" else None
+
+
 def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, str]:
     """The settings of gateway and worker that this stack decides; everything else keeps its own default."""
+    pairs = reward_pairs(plan)
     return {
+        **({} if pairs is None else {"BONSAI_REWARD_PAIRS": str(pairs)}),
         "BONSAI_REDIS_URL": redis_url(plan, state),
         "BONSAI_POLICY_ENGINE_URL": f"unix://{state.policy_socket}",
         "BONSAI_REWARD_ENGINE_URL": f"unix://{state.reward_socket}",

@@ -23,6 +23,7 @@ from service.loops import running_loops
 from service.measurements import Measurements
 from service.replays import Replays
 from service.reward import RewardModel
+from service.reward_test import RewardTest, read_pairs
 from service.routes import distill, experiments, feedback, generate, health, openai, policies, routing
 from service.serving import Serving
 from service.settings import GatewaySettings
@@ -45,7 +46,7 @@ class Gateway:
 @asynccontextmanager
 async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
     """A running gateway. Engines and Redis may still be away: `/ready` says what is missing. Raises SpoolLocked when
-    another process has the spool, OSError when a directory cannot be read."""
+    another process has the spool, OSError or ValueError when a directory or the known pairs cannot be read."""
     tokenizer = read_tokenizer(settings.policy_directory)
     reward_tokenizer = read_tokenizer(settings.reward_directory)
     async with AsyncExitStack() as stack:
@@ -70,9 +71,12 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         )
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
+        reward_test = RewardTest(reward_model, read_pairs(settings.reward_pairs) if settings.reward_pairs else ())
+        await stack.enter_async_context(running_loops(reward_test.run()))
         serving = Serving(
             engine=engine,
             reward_model=reward_model,
+            reward_test=reward_test,
             tokenizer=tokenizer,
             ledger=ledger,
             measurements=measurements,

@@ -34,6 +34,7 @@ from service.ledger import Ledger
 from service.measurements import Measurements
 from service.replays import Replays
 from service.reward import RewardModel
+from service.reward_test import RewardTest
 from service.vllm import Listener, PolicyEngine
 
 
@@ -43,6 +44,7 @@ class Serving:
 
     engine: PolicyEngine
     reward_model: RewardModel
+    reward_test: RewardTest
     tokenizer: ChatTokenizer
     ledger: Ledger
     measurements: Measurements
@@ -96,6 +98,7 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         forced=None if around.forced_arm is None else parse_forced_arm(around.forced_arm, route, snapshot),
     )
     if assignment.arm.n > 1 or request.wait_for_reward:
+        serving.reward_test.require_passed()
         serving.reward_model.require_room(prompt.prompt, request.messages)
     budget = budget_of(request, route, assignment.arm.n, around.started)
     group = _empty_group(serving, request, assignment, prompt, request.sampling(max_tokens), route)

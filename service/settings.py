@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from bon_algos.contracts import PolicyId
+from service.reward_test import read_pairs
 
 
 def _is_loopback(host: str) -> bool:
@@ -51,6 +52,14 @@ PrivateUrl = Annotated[str, AfterValidator(_private_url)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 
 
+def _readable_pairs(file: Path) -> Path:
+    read_pairs(file)
+    return file
+
+
+PairsFile = Annotated[Path, AfterValidator(_readable_pairs)]
+
+
 class GatewaySettings(BaseSettings):
     """Settings of one gateway process."""
 
@@ -66,6 +75,8 @@ class GatewaySettings(BaseSettings):
     """Also the model's name in the policy engine."""
     reward_model_id: str = Field(pattern=r"^rm-[0-9a-f]{16}$")
     """Also the model's name in the reward engine."""
+    reward_pairs: PairsFile | None = None
+    """A JSON list of known pairs that the reward model must rank rightly before it chooses anything."""
     max_model_len: int = Field(ge=2)
     """Window of the policy engine, tokens."""
     reward_max_model_len: int = Field(ge=2)

@@ -59,6 +59,10 @@ def test_the_reply_is_the_best_of_what_was_drawn(stack, prompts):
     assert reply["usage"]["completion_tokens"] + reply["usage"]["discarded_tokens"] == drawn
 
 
+def test_the_reward_model_has_proved_itself_on_known_pairs(stack):
+    assert stack.http.get("/ready").json()["reward_test"] == "passed"
+
+
 def test_one_sample_is_not_delayed_by_its_score_which_the_ledger_has_later(stack, prompts):
     reply = stack.generate(prompts[1], n=1)
     assert (reply["reward"], reply["selection"]["status"]) == (None, "single")

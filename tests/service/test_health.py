@@ -15,6 +15,7 @@ def test_a_whole_gateway_is_ready(world):
         "status": "ready",
         "engine": "ok",
         "reward_model": "ok",
+        "reward_test": "no pairs",
         "redis": "ok",
         "routes": 1,
         "spool": {"has_room": True, "pending_bytes": 0, "dropped": 0, "damaged": 0},

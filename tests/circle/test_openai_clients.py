@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import openai
@@ -33,7 +34,8 @@ def test_a_chat_is_answered_by_the_best_of_16(stack, client, messages):
     for choice in reply.choices:
         tokens = choice.logprobs.content
         assert all(token.logprob <= 0 for token in tokens)
-        assert choice.message.content.strip() in "".join(token.token for token in tokens)
+        # A special token in the middle, which the demo's policy draws now and then, has a name and no text.
+        assert re.sub(r"<\|\w+\|>", "", "".join(token.token for token in tokens)) == choice.message.content
     group = stack.group(reply.id)
     rewards = sorted((one.reward for one in group.candidates), reverse=True)
     texts = {one.reward: one.text for one in group.candidates}

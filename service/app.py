@@ -53,30 +53,13 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         spool = stack.enter_context(closing(Spool(settings.spool, settings.spool_max_bytes)))
         engine, reward_model = _open_engines(settings, reward_tokenizer, stack)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
-        control = await stack.enter_async_context(
-            open_control(
-                engine,
-                redis_url=settings.redis_url,
-                base_policy_id=settings.base_policy_id,
-                reward_model_id=settings.reward_model_id,
-                artefacts=settings.artefacts,
-                n_cap=settings.n_cap,
-                default_max_tokens=settings.default_max_tokens,
-                reconcile_seconds=settings.reconcile_seconds,
-                max_loras=settings.max_loras,
-                max_lora_rank=settings.max_lora_rank,
-                fingerprint_tolerance=settings.fingerprint_tolerance,
-                max_body_bytes=settings.max_body_bytes,
-            )
-        )
+        control = await stack.enter_async_context(_control(engine, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
-        reward_test = RewardTest(reward_model, read_pairs(settings.reward_pairs) if settings.reward_pairs else ())
-        await stack.enter_async_context(running_loops(reward_test.run()))
         serving = Serving(
             engine=engine,
             reward_model=reward_model,
-            reward_test=reward_test,
+            reward_test=await stack.enter_async_context(_testing(reward_model, settings)),
             tokenizer=tokenizer,
             ledger=ledger,
             measurements=measurements,
@@ -89,6 +72,31 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             settings_digest=settings.digest,
         )
         yield Gateway(serving, control)
+
+
+def _control(engine: PolicyEngine, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
+    return open_control(
+        engine,
+        redis_url=settings.redis_url,
+        base_policy_id=settings.base_policy_id,
+        reward_model_id=settings.reward_model_id,
+        artefacts=settings.artefacts,
+        n_cap=settings.n_cap,
+        default_max_tokens=settings.default_max_tokens,
+        reconcile_seconds=settings.reconcile_seconds,
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
+        fingerprint_tolerance=settings.fingerprint_tolerance,
+        max_body_bytes=settings.max_body_bytes,
+    )
+
+
+@asynccontextmanager
+async def _testing(reward_model: RewardModel, settings: GatewaySettings) -> AsyncGenerator[RewardTest]:
+    """The reward model's test, which runs as soon as its engine answers."""
+    test = RewardTest(reward_model, read_pairs(settings.reward_pairs) if settings.reward_pairs else ())
+    async with running_loops(test.run()):
+        yield test
 
 
 def _open_engines(

@@ -146,8 +146,9 @@ def ranked(seen: Found) -> str:
         for label in seen.arms
         if float(np.mean([one.win_rate for one in seen.last(label)])) >= 0.75
     }
-    order = sorted(costs, key=lambda label: costs[label])
-    found_ = ", ".join(f"{label} {costs[label]:.2f}" for label in order)
+    beyond = [label for label, cost in costs.items() if not np.isfinite(cost)]
+    order = sorted(costs.keys() - beyond, key=lambda label: costs[label])
+    found_ = ", ".join([f"{label} {costs[label]:.2f}" for label in order] + [f"{one} beyond its end" for one in beyond])
     return f"KL in units of the frontier's, of those that win three times in four: {found_ or 'none'}."
 
 

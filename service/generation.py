@@ -41,13 +41,9 @@ Unit = Annotated[str, Field(min_length=1, max_length=256)]
 Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]]
 
 
-class GenerateRequest(Record):
-    """Body of `POST /generate`. None: the caller did not say; null is refused."""
+class CompletionOptions(Record):
+    """What a request may say on every endpoint that completes, of how and for whom."""
 
-    prompt: str | None = None
-    messages: tuple[Message, ...] | None = Field(None, min_length=1, max_length=1000)
-    route: str = Field("default", min_length=1, max_length=64)
-    n: int | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -61,15 +57,24 @@ class GenerateRequest(Record):
     """By token id, in nats, from −100 to 100."""
     stop: StopTexts = ()
     seed: int | None = Field(None, ge=0, lt=2**63)
-    unit: Unit | None = None
-    """Whom an experiment's arm sticks to."""
     user: Unit | None = None
     metadata: Metadata = Field(default_factory=dict, max_length=16)
     timeout_ms: int | None = Field(None, ge=1)
     quorum: int | None = Field(None, ge=1)
+    store: bool = True
+
+
+class GenerateRequest(CompletionOptions):
+    """Body of `POST /generate`. None: the caller did not say; null is refused."""
+
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = Field(None, min_length=1, max_length=1000)
+    route: str = Field("default", min_length=1, max_length=64)
+    n: int | None = None
+    unit: Unit | None = None
+    """Whom an experiment's arm sticks to."""
     wait_for_reward: bool = False
     return_candidates: bool = False
-    store: bool = True
 
     @property
     def text_param(self) -> str:

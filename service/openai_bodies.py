@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from bon_algos.contracts import Message, Record
 from service.catalogue import Snapshot
 from service.errors import InvalidField, NotFound
-from service.generation import MAX_LOGIT_BIAS, GenerateRequest, Metadata, StopTexts, Unit
+from service.generation import GenerateRequest, CompletionOptions
 
 MAX_LOGPROBS: Final = 0
 """Alternatives to each token: the ledger keeps none, and the engine is not asked for any."""
@@ -49,31 +49,15 @@ class ResponseFormat(Record):
     type: Literal["text"]
 
 
-class Body(Record):
+class Body(CompletionOptions):
     """What both endpoints take."""
 
     model: Annotated[str, Field(min_length=1, max_length=64)]
     """A route, or a policy of the route `default`."""
     n: int = Field(1, ge=1)
     best_of: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, le=1_000_000)
-    min_p: float = Field(0.0, ge=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=2)
-    logit_bias: dict[str, float] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)
-    stop: StopTexts = ()
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    user: Unit | None = None
-    metadata: Metadata = Field(default_factory=dict, max_length=16)
-    store: bool = True
     stream: bool = False
     stream_options: StreamOptions | None = None
-    timeout_ms: int | None = Field(None, ge=1)
-    quorum: int | None = Field(None, ge=1)
 
     @property
     def shows_logprobs(self) -> bool:
@@ -85,29 +69,9 @@ class Body(Record):
 
     def as_request(self, route: str, n: int | None) -> GenerateRequest:
         """The same on `/generate`. Raises InvalidField for what one field's type cannot say."""
-        shared = self.model_dump(include=_SHARED & self.model_fields_set)
+        shared = self.model_dump(include=CompletionOptions.model_fields.keys() & self.model_fields_set)
         given = {"route": route, "n": n, **shared, **self._text()}
         return GenerateRequest.model_validate({name: value for name, value in given.items() if value is not None})
-
-
-_SHARED: Final = {
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "stop",
-    "seed",
-    "user",
-    "metadata",
-    "store",
-    "timeout_ms",
-    "quorum",
-}
 
 
 def _one_prompt(prompt: object) -> object:

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from bon_algos.contracts import Message, Record
 from service.catalogue import Snapshot
 from service.errors import InvalidField, NotFound
-from service.generation import GenerateRequest, CompletionOptions
+from service.generation import CompletionOptions, GenerateRequest
 
 MAX_LOGPROBS: Final = 0
 """Alternatives to each token: the ledger keeps none, and the engine is not asked for any."""

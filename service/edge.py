@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.access import ON_LOOPBACK
 from service.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -48,6 +49,7 @@ class Edge:
             return
         request = Request(scope)
         request_id = request.state.request_id = _request_id(request)
+        request.state.caller = ON_LOOPBACK
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

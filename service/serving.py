@@ -15,6 +15,7 @@ from uuid_utils import uuid7
 
 from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import CandidateGroup, Exposure, Route, Sampling
+from service.access import Caller
 from service.best_of_n import Answer, Budget, best_of_n
 from service.catalogue import Catalogue
 from service.experiments import Assignment, assign, parse_forced_arm
@@ -63,6 +64,7 @@ class Circumstances(NamedTuple):
 
     query: Mapping[str, str]
     request_id: str
+    caller: Caller
     unit: str | None
     """Header `x-bonsai-unit`."""
     forced_arm: str | None
@@ -101,13 +103,14 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         serving.reward_test.require_passed()
         serving.reward_model.require_room(prompt.prompt, request.messages)
     budget = budget_of(request, route, assignment.arm.n, around.started)
-    group = _empty_group(serving, request, assignment, prompt, request.sampling(max_tokens), route)
+    group = _empty_group(serving, request, around.caller, assignment, prompt, request.sampling(max_tokens), route)
     return Prepared(group, budget, _warnings(assignment, group))
 
 
 def _empty_group(
     serving: Serving,
     request: GenerateRequest,
+    caller: Caller,
     assignment: Assignment,
     prompt: EncodedPrompt,
     sampling: Sampling,
@@ -116,6 +119,7 @@ def _empty_group(
     return CandidateGroup(
         id=f"resp_{uuid7().hex}",
         created_at=time(),
+        tenant=caller.tenant,
         route=route.name,
         experiment=assignment.experiment_id,
         arm=assignment.arm,

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
 
 from bon_algos.contracts import CandidateGroup
+from service.access import caller_of
 from service.best_of_n import candidate_counts, selection_of, warnings_of
 from service.errors import ClientGone, InvalidField
 from service.generation import GenerateRequest
@@ -145,6 +146,7 @@ def circumstances_of(request: Request, started: float, query: Mapping[str, str])
     return Circumstances(
         query=query,
         request_id=request.state.request_id,
+        caller=caller_of(request),
         unit=unit,
         forced_arm=request.headers.get("x-bonsai-arm"),
         started=started,

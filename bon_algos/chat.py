@@ -18,7 +18,8 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from bon_algos.contracts import Message
+from bon_algos.contracts import Message, Tool, ToolCall
+from bon_algos.tool_calls import CallFormat, format_of_template
 
 
 class TemplateRefused(ValueError):
@@ -84,13 +85,24 @@ class ChatTokenizer:
         """Tokens, special ones included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    @property
+    def call_format(self) -> CallFormat | None:
+        """How the template has tool calls written; None where it has no place for tools, or we cannot read them."""
+        return format_of_template(self._source or "")
+
+    @property
+    def shows_calls(self) -> bool:
+        """Whether the template has a place for calls that were made."""
+        return "tool_calls" in (self._source or "")
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Tool] = ()) -> str:
         """The conversation as the model reads it. Raises TemplateRefused, also when there is no template."""
         if self._template is None:
             raise TemplateRefused("this model has no chat template: send `prompt` instead of `messages`")
         try:
             return self._template.render(
-                messages=[message.model_dump() for message in messages],
+                messages=[_for_template(message) for message in messages],
+                tools=[_tool_for_template(tool) for tool in tools] or None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special,
             )
@@ -114,6 +126,31 @@ class ChatTokenizer:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
 
+def _for_template(message: Message) -> dict[str, Any]:
+    """As Hugging Face's templates expect it: what a message does not have is not there."""
+    calls = [_call_for_template(call) for call in message.tool_calls]
+    return {
+        "role": message.role,
+        "content": message.content,
+        **({"tool_calls": calls} if calls else {}),
+        **({} if message.tool_call_id is None else {"tool_call_id": message.tool_call_id}),
+    }
+
+
+def _call_for_template(call: ToolCall) -> dict[str, Any]:
+    """Templates write arguments as JSON themselves."""
+    try:
+        arguments = json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        arguments = call.arguments
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _tool_for_template(tool: Tool) -> dict[str, Any]:
+    described = {} if tool.description is None else {"description": tool.description}
+    return {"type": "function", "function": {"name": tool.name, **described, "parameters": tool.parameters}}
+
+
 def _token_text(value: object) -> str | None:
     """A special token stands in the config as a string or as an object with its content."""
     if isinstance(value, str):
@@ -127,11 +164,22 @@ def reward_token_ids(
     tokenizer: ChatTokenizer, prompt: str, messages: Sequence[Message] | None, completion: str
 ) -> list[int]:
     """What the reward model reads: prompt and completion as a conversation in its own template, the completion
-    as the assistant's turn; a plain prompt is the user's turn. Without a template: the two texts joined.
+    as the assistant's turn; a plain prompt is the user's turn. Without a template: the two texts joined. Calls that the
+    template has no place for stand as JSON in the turn that made them.
     """
     if not tokenizer.has_template:
-        before = prompt if messages is None else "\n".join(message.content for message in messages) + "\n"
+        said = [_spelled_out(message).content for message in messages or ()]
+        before = prompt if messages is None else "\n".join(said) + "\n"
         return tokenizer.encode_prompt(before + completion)
-    turns = list(messages) if messages is not None else [Message(role="user", content=prompt)]
+    turns = [Message(role="user", content=prompt)] if messages is None else list(messages)
+    if not tokenizer.shows_calls:
+        turns = [_spelled_out(message) for message in turns]
     turns.append(Message(role="assistant", content=completion))
     return tokenizer.encode_chat(tokenizer.render(turns, add_generation_prompt=False))
+
+
+def _spelled_out(message: Message) -> Message:
+    lines = [f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}' for call in message.tool_calls]
+    if not lines:
+        return message
+    return Message(role=message.role, content="\n".join([message.content] * bool(message.content) + lines))

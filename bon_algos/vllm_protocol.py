@@ -6,12 +6,13 @@ into candidates, checked and finite. Does not own: sockets, deadlines, retries. 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from bon_algos.contracts import Candidate, FinishReason, Sampling
+from bon_algos.contracts import Alternatives, Candidate, FinishReason, Sampling
 
 LIVE_PRIORITY = 0
 ROLLOUT_PRIORITY = 10
@@ -51,13 +52,18 @@ def completion_request(
         "frequency_penalty": sampling.frequency_penalty,
         "repetition_penalty": sampling.repetition_penalty,
         "stop": list(sampling.stop),
-        "logprobs": 0,
+        "logprobs": sampling.top_logprobs,
         "return_token_ids": True,
         "priority": priority,
         "stream": stream,
     }
     if sampling.seed is not None:
         body["seed"] = sampling.seed
+    if sampling.top_logprobs:
+        # Alternatives come by their text, and two of them may have the same: their ids do not.
+        body["return_tokens_as_token_ids"] = True
+    if sampling.json_schema is not None:
+        body["structured_outputs"] = {"json": json.loads(sampling.json_schema)}
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
     if stream:
@@ -82,6 +88,10 @@ def forced_token_request(model: str, prefix_token_ids: Sequence[int], token: int
     return {**body, "allowed_token_ids": [token]}
 
 
+class RefusedReply(MalformedReply):
+    """The engine does not take the request: it says so inside its stream, when there is nothing else in it yet."""
+
+
 class Piece(NamedTuple):
     """What one chunk adds to one candidate."""
 
@@ -91,6 +101,8 @@ class Piece(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason | None
+    alternatives: tuple[Alternatives, ...] = ()
+    """Of each token, where they were asked for."""
 
 
 @dataclass
@@ -99,12 +111,14 @@ class _Partial:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    alternatives: list[Alternatives] = field(default_factory=list)
 
     def extend(self, piece: Piece) -> None:
         self.text.append(piece.text)
         self.token_ids.extend(piece.token_ids)
         self.logprobs.extend(piece.logprobs)
         self.finish_reason = piece.finish_reason
+        self.alternatives.extend(piece.alternatives)
 
     def candidate(self) -> Candidate:
         return Candidate(
@@ -113,6 +127,7 @@ class _Partial:
             logprobs=tuple(self.logprobs),
             finish_reason=self.finish_reason,
             failure=None if self.finish_reason is not None else "deadline",
+            alternatives=tuple(self.alternatives),
         )
 
 
@@ -182,6 +197,9 @@ def parse_forced_token(body: Json, token: int) -> float:
 
 def _choices(body: Json) -> list[dict[str, Any]]:
     if "error" in body:
+        error = body["error"]
+        if isinstance(error, dict) and error.get("code") == 400:
+            raise RefusedReply("it is a refusal")
         raise MalformedReply("the engine reports an error inside its answer")
     choices = body.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
@@ -198,7 +216,8 @@ def _index(entry: Json, count: int) -> int:
 
 def _piece(index: int, choice: Json) -> Piece:
     text, token_ids = choice.get("text"), choice.get("token_ids")
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs", [])
+    told = choice.get("logprobs") or {}
+    logprobs = told.get("token_logprobs", [])
     if not isinstance(text, str) or not isinstance(token_ids, list | None) or not isinstance(logprobs, list):
         raise MalformedReply("a choice lacks text, token ids or log-probs")
     ids = token_ids or []
@@ -208,8 +227,34 @@ def _piece(index: int, choice: Json) -> Piece:
     if reason not in (None, "stop", "length"):
         raise MalformedReply("a candidate ended for a reason that is neither stop nor length")
     return Piece(
-        index, text, tuple(ids), tuple(_finite(value) for value in logprobs), cast(FinishReason | None, reason)
+        index,
+        text,
+        tuple(ids),
+        tuple(_finite(value) for value in logprobs),
+        cast(FinishReason | None, reason),
+        _alternatives(told.get("top_logprobs") or [], len(ids)),
     )
+
+
+_TOKEN_ID = "token_id:"
+
+
+def _alternatives(rows: object, count: int) -> tuple[Alternatives, ...]:
+    """Of each token, from objects with `token_id:N`: log-prob. By their texts they come where nobody asked for them."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise MalformedReply("the alternatives to its tokens are no list of JSON objects")
+    if not rows or not next(iter(rows[0]), "").startswith(_TOKEN_ID):
+        return ()
+    if len(rows) != count:
+        raise MalformedReply("tokens and their alternatives do not match")
+    return tuple(tuple(sorted(map(_alternative, row.items()), key=lambda one: -one[1])) for row in rows)
+
+
+def _alternative(entry: tuple[str, object]) -> tuple[int, float]:
+    token = entry[0].removeprefix(_TOKEN_ID)
+    if not (token.isascii() and token.isdigit()):
+        raise MalformedReply("an alternative to a token is no token")
+    return int(token), _finite(entry[1])
 
 
 def _finite(value: object) -> float:

@@ -10,6 +10,7 @@ start-up. vLLM only allows that with VLLM_ENABLE_V1_MULTIPROCESSING=0, which for
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ ENTRY = (
 LORA_RANKS = (8, 16, 32, 64, 128, 256)
 CPU_LORA_PLUGIN = "bonsai_cpu_lora"
 """`cpu_lora.register`, by the name of its entry point."""
+JSON_OUTPUT = {"backend": "guidance", "disable_any_whitespace": True}
+"""Where white space is free a small model writes nothing else until its tokens are spent."""
 JOB_LORAS = 2
 """A job in training lends the engine its policy and its anchor."""
 NOT_INHERITED = (
@@ -61,6 +64,8 @@ def policy_engine_argv(
         str(max_loras + JOB_LORAS),
         "--scheduling-policy",
         "priority",
+        "--structured-outputs-config",
+        json.dumps(JSON_OUTPUT),
     )
 
 

@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import aiohttp
 
-from bon_algos.vllm_protocol import MalformedReply
-from service.errors import EngineBroken, Unavailable
+from bon_algos.vllm_protocol import MalformedReply, RefusedReply
+from service.errors import EngineBroken, EngineRefused, Unavailable
 
 CONNECT_SECONDS = 1.0
 MAX_CONNECTIONS = 512
@@ -106,6 +106,8 @@ class EngineHttp:
             raise self._unavailable(f"the {self._title} does not answer") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise EngineBroken(f"the {self._title} broke off its answer", code=self._broken_code) from error
+        except RefusedReply as error:
+            raise EngineRefused(f"the {self._title} refuses the request") from error
         except MalformedReply as error:
             raise EngineBroken(f"the {self._title} gave a malformed answer: {error}", code=self._broken_code) from error
 
@@ -114,6 +116,8 @@ class EngineHttp:
             raise self._unavailable(f"the {self._title} has no room for this request now")
         if response.status == 404:
             raise self._not_served(f"the {self._title} does not serve this model now")
+        if response.status == 400:
+            raise EngineRefused(f"the {self._title} refuses the request")
         if response.status != 200:
             raise EngineBroken(f"the {self._title} answered with status {response.status}", code=self._broken_code)
 

@@ -19,6 +19,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     ├── HeadersTooLarge             431  headers_too_large
     ├── ClientGone                  499  client_gone            never sent: nobody is there to read it
     ├── EngineBroken                502  engine_broken          an engine accepted and then did not deliver
+    │   └── EngineRefused                engine_refused         it did not take a request of ours
     ├── Unavailable                 503  unavailable            + Retry-After
     │   ├── EngineUnavailable            engine_unavailable
     │   ├── RewardModelUnavailable       reward_model_unavailable
@@ -130,6 +131,10 @@ class ClientGone(GatewayError):
 
 class EngineBroken(GatewayError):
     status, default_code = 502, "engine_broken"
+
+
+class EngineRefused(EngineBroken):
+    default_code = "engine_refused"
 
 
 class Unavailable(GatewayError):

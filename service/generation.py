@@ -6,17 +6,19 @@ Owns: the fields and their limits, the prompt's tokens and window, the deadline.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
 from bon_algos.chat import ChatTokenizer, TemplateRefused
-from bon_algos.contracts import Message, Record, Route, Sampling
+from bon_algos.contracts import Message, Record, Route, Sampling, Tool
 from service.best_of_n import Budget
 from service.errors import InvalidField
+from service.json_schema import require_schema
 
 LOWEST_TEMPERATURE: Final = 0.01
 """Below it the engine samples at another temperature than it was told."""
@@ -24,6 +26,7 @@ CHARACTERS_PER_TOKEN: Final = 8
 """A prompt longer than this many characters for each token of the window is refused before it is tokenised."""
 MAX_LOGIT_BIAS: Final = 300
 """Tokens."""
+MAX_TOOLS: Final = 128
 SCORING_SHARE: Final = 0.2
 LONGEST_SCORING_SECONDS: Final = 5.0
 
@@ -69,6 +72,11 @@ class GenerateRequest(CompletionOptions):
 
     prompt: str | None = None
     messages: tuple[Message, ...] | None = Field(None, min_length=1, max_length=1000)
+    prompt_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    tools: tuple[Tool, ...] = Field((), max_length=MAX_TOOLS)
+    """What the policy is shown that it may call."""
+    json_schema: dict[str, Any] | None = None
+    """Of what every candidate must be."""
     route: str = Field("default", min_length=1, max_length=64)
     n: int | None = None
     unit: Unit | None = None
@@ -78,7 +86,9 @@ class GenerateRequest(CompletionOptions):
 
     @property
     def text_param(self) -> str:
-        return "prompt" if self.messages is None else "messages"
+        """The one field that says what is to be continued."""
+        given = ("prompt", "messages", "prompt_token_ids")
+        return next((name for name in given if getattr(self, name) is not None), "prompt")
 
     def sampling(self, max_tokens: int) -> Sampling:
         return Sampling(
@@ -93,6 +103,7 @@ class GenerateRequest(CompletionOptions):
             logit_bias=tuple((int(token), bias) for token, bias in sorted(self.logit_bias.items())),
             stop=self.stop,
             seed=self.seed,
+            json_schema=None if self.json_schema is None else json.dumps(self.json_schema, ensure_ascii=False),
         )
 
 
@@ -107,13 +118,18 @@ def require_sense(request: GenerateRequest) -> None:
     for name in sorted(request.model_fields_set):
         if getattr(request, name) is None:
             raise InvalidField(f"{name} must not be null: leave it out", param=name)
-    if (request.prompt is None) == (request.messages is None):
-        both = "got both" if request.prompt is not None else "got neither"
-        raise InvalidField(f"exactly one of prompt and messages is required; {both}", param="prompt")
+    given = sum(one is not None for one in (request.prompt, request.messages, request.prompt_token_ids))
+    if given != 1:
+        raise InvalidField(
+            f"exactly one of prompt, messages and prompt_token_ids is required; got {given}", param="prompt"
+        )
     if request.prompt is not None:
         _require_text(request.prompt, "prompt")
     for i, message in enumerate(request.messages or ()):
-        _require_text(message.content, f"messages[{i}].content")
+        if not message.tool_calls and message.role != "tool":
+            _require_text(message.content, f"messages[{i}].content")
+    if request.json_schema is not None:
+        require_schema(request.json_schema, "json_schema")
     if math.copysign(1, request.temperature) < 0 or 0 < request.temperature < LOWEST_TEMPERATURE:
         raise InvalidField(f"temperature must be 0 or at least {LOWEST_TEMPERATURE} and at most 2", param="temperature")
 
@@ -150,17 +166,19 @@ def asked_n(body: int | None, query: Mapping[str, str], n_cap: int) -> int | Non
 def encode(request: GenerateRequest, tokenizer: ChatTokenizer, window: int) -> EncodedPrompt:
     """The prompt as the policy reads it. window: the policy's, tokens. Raises InvalidField."""
     param, longest = request.text_param, CHARACTERS_PER_TOKEN * window
-    characters = len(request.prompt or "") + sum(len(message.content) for message in request.messages or ())
+    characters = _characters(request)
     if characters > longest:
         raise InvalidField(f"{param} must be at most {longest} characters long; got {characters}", param=param)
-    if request.messages is None:
+    if request.prompt_token_ids is not None:
+        token_ids = list(request.prompt_token_ids)
+        if max(token_ids) >= tokenizer.vocabulary_size:
+            raise InvalidField(f"token ids must be below {tokenizer.vocabulary_size}", param=param)
+        prompt = tokenizer.decode(token_ids)
+    elif request.messages is None:
         prompt = request.prompt or ""
         token_ids = tokenizer.encode_prompt(prompt)
     else:
-        try:
-            prompt = tokenizer.render(request.messages, add_generation_prompt=True)
-        except TemplateRefused as error:
-            raise InvalidField(f"the chat template refuses the messages: {error}", param=param) from None
+        prompt = _rendered(request.messages, request.tools, tokenizer)
         token_ids = tokenizer.encode_chat(prompt)
     if len(token_ids) + 1 > window:
         raise InvalidField(
@@ -169,6 +187,25 @@ def encode(request: GenerateRequest, tokenizer: ChatTokenizer, window: int) -> E
             param=param,
         )
     return EncodedPrompt(prompt, token_ids)
+
+
+def _characters(request: GenerateRequest) -> int:
+    calls = sum(len(call.arguments) for message in request.messages or () for call in message.tool_calls)
+    tools = sum(len(tool.model_dump_json()) for tool in request.tools)
+    return len(request.prompt or "") + sum(len(message.content) for message in request.messages or ()) + calls + tools
+
+
+def _rendered(messages: Sequence[Message], tools: Sequence[Tool], tokenizer: ChatTokenizer) -> str:
+    if tools and tokenizer.call_format is None:
+        raise InvalidField(
+            "the policy's chat template has no place for tools in a form that is read here", param="tools"
+        )
+    if any(message.tool_calls for message in messages) and not tokenizer.shows_calls:
+        raise InvalidField("the policy's chat template has no place for tool calls", param="messages")
+    try:
+        return tokenizer.render(messages, add_generation_prompt=True, tools=tools)
+    except TemplateRefused as error:
+        raise InvalidField(f"the chat template refuses the messages: {error}", param="messages") from None
 
 
 def fitting_max_tokens(asked: int | None, default: int, prompt_tokens: int, window: int) -> int:
@@ -206,9 +243,11 @@ def budget_of(request: GenerateRequest, route: Route, n: int, started: float) ->
 
 def session_of(request: GenerateRequest) -> str:
     """Which groups belong together: `metadata.session`, else whatever begins with the same message."""
-    first = request.prompt if request.messages is None else request.messages[0].content
+    first = repr(request.prompt_token_ids) if request.prompt is None else request.prompt
+    if request.messages is not None:
+        first = request.messages[0].content
     named = request.metadata.get("session")
-    return named if named is not None else sha256((first or "").encode()).hexdigest()[:16]
+    return named if named is not None else sha256(first.encode()).hexdigest()[:16]
 
 
 def _require_text(text: str, param: str) -> None:

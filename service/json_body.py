@@ -27,7 +27,7 @@ MAX_INTEGER_DIGITS = 1000
 MAX_MEMBERS = 1000
 """Of one JSON object."""
 MAX_PARAM_LENGTH = 100
-_UNION_BRANCH = re.compile(r"(constrained-)?(str|bool|float)|tuple\[.*")
+_UNION_BRANCH = re.compile(r"(constrained-)?(str|bool|float)|tuple\[.*|literal\[.*|NamedTool")
 """pydantic's names for the branches of a union."""
 _PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
@@ -56,13 +56,17 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def parse_model(body: bytes, model: type[Model], *, null_is_unsaid: bool = False) -> Model:
-    """A body as a record of this kind; members that are null may count as left out."""
+def parse_model(body: bytes, model: type[Model], *, null_means_itself_in: Collection[str] | None = None) -> Model:
+    """A body as a record of this kind. null_means_itself_in: names of the members inside which a null stands for
+    itself, while elsewhere a member that is null counts as left out; None: a null is never left out."""
     value = parse_json(body)
     if not isinstance(value, dict):
         raise InvalidField(f"the body must be a JSON object; got {kind_of(value)}", param="body")
-    if null_is_unsaid and None in value.values():
-        body = json.dumps({name: member for name, member in value.items() if member is not None}).encode()
+    if null_means_itself_in is not None and b"null" in body:
+        try:
+            body = json.dumps(_without_nulls(value, null_means_itself_in)).encode()
+        except RecursionError:
+            raise Unparseable("the body is nested too deeply") from None
     try:
         # JSON mode: an array is a tuple and nothing else is converted.
         return model.model_validate_json(body, strict=True)
@@ -87,6 +91,15 @@ def parse_json(body: bytes) -> Any:
     if "\\u" in text:
         _refuse_broken_text(value)
     return value
+
+
+def _without_nulls(value: Any, verbatim: Collection[str]) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(one, verbatim) for one in value]
+    if not isinstance(value, dict):
+        return value
+    said = {name: one for name, one in value.items() if one is not None}
+    return {name: one if name in verbatim else _without_nulls(one, verbatim) for name, one in said.items()}
 
 
 def query_parameters(request: Request, allowed: Collection[str]) -> dict[str, str]:

@@ -9,17 +9,29 @@ that says how many are drawn.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from bon_algos.contracts import Message, Record
+from bon_algos.contracts import Record
+from bon_algos.tool_calls import CallFormat
 from service.catalogue import Snapshot
 from service.errors import InvalidField, NotFound
-from service.generation import CompletionOptions, GenerateRequest
+from service.generation import MAX_TOOLS, CompletionOptions, GenerateRequest
+from service.openai_messages import (
+    ChatMessage,
+    ChatTool,
+    ResponseFormat,
+    ToolChoice,
+    forced_calls,
+    plain_messages,
+    plain_tools,
+    prescribed_schema,
+)
 
-MAX_LOGPROBS: Final = 0
-"""Alternatives to each token: the ledger keeps none, and the engine is not asked for any."""
+MAX_LOGPROBS: Final = 20
+"""Alternatives to each token."""
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
 class StreamOptions(Record):
@@ -29,24 +41,15 @@ class StreamOptions(Record):
     """Progress as events `bonsai.progress`; otherwise as comments, which every client skips."""
 
 
-class TextPart(Record):
-    type: Literal["text"]
-    text: str
+class Presentation(NamedTuple):
+    """What a caller wants to see of a choice."""
 
-
-class ChatMessage(Record):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | tuple[TextPart, ...]
-
-    @property
-    def plain(self) -> Message:
-        role = "system" if self.role == "developer" else self.role
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(role=role, content=content)
-
-
-class ResponseFormat(Record):
-    type: Literal["text"]
+    logprobs: bool
+    alternatives: int
+    """To each token."""
+    calls: CallFormat | None = None
+    """How calls are written; None: there are none to be read."""
+    parallel_calls: bool = True
 
 
 class Body(CompletionOptions):
@@ -59,8 +62,8 @@ class Body(CompletionOptions):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    @property
-    def shows_logprobs(self) -> bool:
+    def presentation(self, call_format: CallFormat | None) -> Presentation:
+        """call_format: of the policy's chat template."""
         raise NotImplementedError
 
     def _text(self) -> dict[str, object]:
@@ -75,22 +78,23 @@ class Body(CompletionOptions):
 
 
 def _one_prompt(prompt: object) -> object:
-    """A list of one prompt may stand for it."""
-    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str) else prompt
+    """A list of one prompt may stand for it; a prompt is a text or its token ids."""
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    return tuple(prompt) if isinstance(prompt, list) else prompt
 
 
 class CompletionBody(Body):
     """Of `POST /v1/completions`."""
 
-    prompt: Annotated[str, BeforeValidator(_one_prompt)]
+    prompt: Annotated[str | TokenIds, BeforeValidator(_one_prompt)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
-    @property
-    def shows_logprobs(self) -> bool:
-        return self.logprobs is not None
+    def presentation(self, call_format: CallFormat | None) -> Presentation:
+        return Presentation(self.logprobs is not None, self.logprobs or 0)
 
     def _text(self) -> dict[str, object]:
-        return {"prompt": self.prompt}
+        return {"prompt" if isinstance(self.prompt, str) else "prompt_token_ids": self.prompt}
 
 
 class ChatBody(Body):
@@ -101,10 +105,16 @@ class ChatBody(Body):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
+    tools: tuple[ChatTool, ...] = Field((), max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
 
-    @property
-    def shows_logprobs(self) -> bool:
-        return self.logprobs
+    def presentation(self, call_format: CallFormat | None) -> Presentation:
+        is_free = self.tool_choice in (None, "auto")
+        calls: CallFormat | None = None
+        if self.tools and self.tool_choice != "none":
+            calls = call_format if is_free else "list"
+        return Presentation(self.logprobs, self.top_logprobs, calls, self.parallel_tool_calls)
 
     def _text(self) -> dict[str, object]:
         said = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -112,7 +122,17 @@ class ChatBody(Body):
             raise InvalidField("max_tokens and max_completion_tokens differ", param="max_completion_tokens")
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs needs logprobs: true", param="top_logprobs")
-        return {"messages": [message.plain for message in self.messages], "max_tokens": said.pop() if said else None}
+        tools = plain_tools(self.tools, self.tool_choice)
+        forced = forced_calls(tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
+        prescribed = prescribed_schema(self.response_format)
+        if forced is not None and prescribed is not None:
+            raise InvalidField("response_format prescribes one answer and tool_choice another", param="response_format")
+        return {
+            "messages": plain_messages(self.messages),
+            "tools": tools,
+            "json_schema": forced or prescribed,
+            "max_tokens": said.pop() if said else None,
+        }
 
 
 class Addressed(NamedTuple):

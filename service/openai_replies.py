@@ -10,8 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-from bon_algos.contracts import Candidate, CandidateGroup, FinishReason
+from uuid_utils import uuid7
+
+from bon_algos.contracts import Alternatives, Candidate, CandidateGroup, FinishReason
+from bon_algos.tool_calls import Call, Spoken, read_calls, sayable
 from service.best_of_n import candidate_counts, selection_of, warnings_of
+from service.openai_bodies import Presentation
 from service.serving import Prepared, Serving, ledger_warnings
 
 
@@ -22,10 +26,13 @@ class Part(NamedTuple):
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     finish_reason: FinishReason | None
+    alternatives: Sequence[Alternatives] = ()
 
 
 def whole(candidate: Candidate) -> Part:
-    return Part(candidate.text, candidate.token_ids, candidate.logprobs, candidate.finish_reason)
+    return Part(
+        candidate.text, candidate.token_ids, candidate.logprobs, candidate.finish_reason, candidate.alternatives
+    )
 
 
 class Shape(ABC):
@@ -34,8 +41,8 @@ class Shape(ABC):
     object: str
     chunk_object: str
 
-    def __init__(self, serving: Serving, prepared: Prepared, *, shows_logprobs: bool) -> None:
-        self._serving, self._prepared, self._shows_logprobs = serving, prepared, shows_logprobs
+    def __init__(self, serving: Serving, prepared: Prepared, shown: Presentation) -> None:
+        self._serving, self._prepared, self._shown = serving, prepared, shown
 
     @abstractmethod
     def choice(self, index: int, part: Part) -> dict[str, Any]:
@@ -43,7 +50,7 @@ class Shape(ABC):
 
     @abstractmethod
     def delta(self, part: Part, *, is_first: bool) -> dict[str, Any]:
-        """Of a chunk, for choice 0."""
+        """Of a chunk, for choice 0; the parts of one choice come in their order."""
 
     def reply(self, group: CandidateGroup, count: int) -> dict[str, Any]:
         """The whole reply with the best `count` choices, or as many as finished."""
@@ -84,8 +91,8 @@ class Shape(ABC):
             "system_fingerprint": f"fp_{group.settings_digest[:12]}_{group.policy_id.removeprefix('pol-')}",
         }
 
-    def _token_texts(self, part: Part) -> list[str]:
-        return [self._serving.tokenizer.decode_token(token) for token in part.token_ids]
+    def _text_of(self, token: int) -> str:
+        return self._serving.tokenizer.decode_token(token)
 
 
 class CompletionShape(Shape):
@@ -98,12 +105,13 @@ class CompletionShape(Shape):
         return {"text": part.text, "logprobs": self._logprobs(part), "finish_reason": part.finish_reason}
 
     def _logprobs(self, part: Part) -> dict[str, Any] | None:
-        if not self._shows_logprobs:
+        if not self._shown.logprobs:
             return None
+        top = [{self._text_of(token): logprob for token, logprob in row} for row in part.alternatives]
         return {
-            "tokens": self._token_texts(part),
+            "tokens": [self._text_of(token) for token in part.token_ids],
             "token_logprobs": list(part.logprobs),
-            "top_logprobs": None,
+            "top_logprobs": top or None,
             "text_offset": None,
         }
 
@@ -112,29 +120,76 @@ class ChatShape(Shape):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, serving: Serving, prepared: Prepared, shown: Presentation) -> None:
+        super().__init__(serving, prepared, shown)
+        self._written = ""
+        """Of the streamed choice, by the policy."""
+        self._sent = 0
+        """Characters of it that the client has."""
+
     def choice(self, index: int, part: Part) -> dict[str, Any]:
-        message = {"role": "assistant", "content": part.text, "refusal": None}
+        spoken = self._read(part.text)
+        calls = {"tool_calls": _call_objects(spoken.calls)} if spoken.calls else {}
+        content = None if spoken.calls and not spoken.text else spoken.text
         return {
             "index": index,
-            "message": message,
+            "message": {"role": "assistant", "content": content, "refusal": None, **calls},
             "logprobs": self._logprobs(part),
-            "finish_reason": part.finish_reason,
+            "finish_reason": _finish_reason(part, spoken),
         }
 
     def delta(self, part: Part, *, is_first: bool) -> dict[str, Any]:
-        said = {"content": part.text} if part.text or is_first else {}
+        spoken = self._released(part)
         role = {"role": "assistant"} if is_first else {}
-        return {"delta": {**role, **said}, "logprobs": self._logprobs(part), "finish_reason": part.finish_reason}
+        said = {"content": spoken.text} if spoken.text or (is_first and not spoken.calls) else {}
+        calls = [{"index": i, **call} for i, call in enumerate(_call_objects(spoken.calls))]
+        return {
+            "delta": {**role, **said, **({"tool_calls": calls} if calls else {})},
+            "logprobs": self._logprobs(part),
+            "finish_reason": _finish_reason(part, spoken),
+        }
+
+    def _read(self, text: str) -> Spoken:
+        form = self._shown.calls
+        return Spoken(text, ()) if form is None else read_calls(text, form, is_parallel=self._shown.parallel_calls)
+
+    def _released(self, part: Part) -> Spoken:
+        """What is to be sent: words as soon as they cannot be part of a call, calls when all is written."""
+        form = self._shown.calls
+        if form is None:
+            return Spoken(part.text, ())
+        self._written += part.text
+        if part.finish_reason is None:
+            spoken = Spoken(self._written[: sayable(self._written, form)], ())
+        else:
+            spoken = self._read(self._written)
+        text, self._sent = spoken.text[self._sent :], max(self._sent, len(spoken.text))
+        return spoken._replace(text=text)
 
     def _logprobs(self, part: Part) -> dict[str, Any] | None:
-        if not self._shows_logprobs:
+        if not self._shown.logprobs:
             return None
-        rows = zip(self._token_texts(part), part.logprobs, strict=True)
+        rows = zip(part.token_ids, part.logprobs, part.alternatives or [()] * len(part.token_ids), strict=True)
         content = [
-            {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
-            for text, logprob in rows
+            {
+                **self._token(token, logprob),
+                "top_logprobs": [self._token(*one) for one in top[: self._shown.alternatives]],
+            }
+            for token, logprob, top in rows
         ]
         return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text_of(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _finish_reason(part: Part, spoken: Spoken) -> str | None:
+    return "tool_calls" if spoken.calls and part.finish_reason == "stop" else part.finish_reason
+
+
+def _call_objects(calls: Sequence[Call]) -> list[dict[str, Any]]:
+    return [{"id": f"call_{uuid7().hex}", "type": "function", "function": call._asdict()} for call in calls]
 
 
 def ranked(group: CandidateGroup) -> list[int]:

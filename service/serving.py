@@ -80,6 +80,11 @@ class Prepared(NamedTuple):
     budget: Budget
     warnings: tuple[str, ...]
 
+    def with_alternatives(self, count: int) -> Prepared:
+        """The same; the engine tells so many alternatives to each token."""
+        sampling = self.group.sampling.model_copy(update={"top_logprobs": count})
+        return self._replace(group=self.group.model_copy(update={"sampling": sampling}))
+
 
 def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -> Prepared:
     """Everything that can be refused is refused here, before any engine is asked. Raises GatewayError."""

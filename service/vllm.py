@@ -19,7 +19,7 @@ from bon_algos.vllm_protocol import (
     parse_forced_token,
 )
 from service.engine_http import EngineHttp
-from service.errors import EngineBroken, EngineUnavailable, PolicyNotServed
+from service.errors import EngineBroken, EngineRefused, EngineUnavailable, InvalidField, PolicyNotServed
 
 CHANGE_SECONDS: Final = 120.0
 PROBE_SECONDS: Final = 120.0
@@ -96,6 +96,10 @@ class PolicyEngine:
                     soft.cancel()
         except TimeoutError:
             return stream.candidates()
+        except EngineRefused:
+            if sampling.json_schema is None:
+                raise
+            raise InvalidField("the engine cannot hold candidates to this schema", param="json_schema") from None
         if not stream.is_complete:
             raise EngineBroken(f"the policy engine finished {stream.finished} of {n} candidates")
         return stream.candidates()

@@ -85,6 +85,7 @@ from bon_algos.contracts.registry import (
 )
 from bon_algos.contracts.serving import (
     LEDGER_RECORD,
+    Alternatives,
     Arm,
     ArmReason,
     Candidate,
@@ -98,6 +99,8 @@ from bon_algos.contracts.serving import (
     Outcome,
     Sampling,
     SelectionStatus,
+    Tool,
+    ToolCall,
 )
 
 __all__ = [
@@ -122,6 +125,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "WEIGHING_METHODS",
     "AlgorithmSpec",
+    "Alternatives",
     "Arm",
     "ArmReason",
     "BonForwardKlSpec",
@@ -170,6 +174,8 @@ __all__ = [
     "Sampling",
     "SelectionStatus",
     "Strategy",
+    "Tool",
+    "ToolCall",
     "TrainingSpec",
     "VbonSpec",
     "Window",

@@ -4,16 +4,38 @@ serving and learning. Times are seconds since the epoch (UTC); log-probs are nat
 from __future__ import annotations
 
 import json
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter
 
 from bon_algos.contracts.record import DEFAULT_TENANT, SCHEMA_VERSION, PolicyId, Record, RouteName
 
 
+class ToolCall(Record):
+    """What an assistant asked to be done."""
+
+    id: str = Field(min_length=1, max_length=64)
+    name: str = Field(min_length=1, max_length=64)
+    arguments: str
+    """A JSON object, as it was written."""
+
+
+class Tool(Record):
+    """What an assistant may ask to be done."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = Field(None, max_length=16_384)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """JSON Schema of the arguments."""
+
+
 class Message(Record):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Of an assistant."""
+    tool_call_id: str | None = Field(None, min_length=1, max_length=64)
+    """Of a tool: which call it answers."""
 
 
 class Sampling(Record):
@@ -32,11 +54,16 @@ class Sampling(Record):
     """Token id and what is added to its logit."""
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    json_schema: str | None = None
+    """Nothing was drawn that does not lead to a document of this JSON Schema, which stands here as JSON."""
+    top_logprobs: int = Field(0, ge=0, le=20)
+    """Alternatives to each token that the caller wants to see. No part of the law."""
 
     @property
     def is_policy_law(self) -> bool:
         """Whether candidates are exact samples of the policy, so that quantiles and log-probs mean what
-        they say (algorithms.md J10): temperature 1, nothing truncated, nothing penalised or favoured."""
+        they say (algorithms.md J10): temperature 1, nothing truncated, nothing penalised, favoured or
+        prescribed."""
         return (
             self.temperature == 1
             and self.top_p == 1
@@ -46,6 +73,7 @@ class Sampling(Record):
             and self.frequency_penalty == 0
             and self.repetition_penalty == 1
             and not self.logit_bias
+            and self.json_schema is None
         )
 
 
@@ -53,6 +81,10 @@ FinishReason = Literal["stop", "length"]
 CandidateFailure = Literal[
     "deadline", "engine_error", "empty", "too_long", "reward_error", "reward_not_finite", "not_scored"
 ]
+
+
+Alternatives = tuple[tuple[int, float], ...]
+"""Token ids with their log-probs, the likeliest first."""
 
 
 class Candidate(Record):
@@ -67,6 +99,8 @@ class Candidate(Record):
     """None: never finished."""
     reward: float | None = None
     failure: CandidateFailure | None = None
+    alternatives: tuple[Alternatives, ...] = Field((), exclude=True)
+    """Of each token, where they were asked for. Not logged."""
 
     @property
     def is_complete(self) -> bool:

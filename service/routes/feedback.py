@@ -25,7 +25,7 @@ async def record(request: Request) -> Response:
     query_parameters(request, ())
     serving = cast(Serving, request.app.state.serving)
     content = await read_body(request, serving.max_body_bytes)
-    asked = parse_model(content, FeedbackRequest, null_is_unsaid=True)
+    asked = parse_model(content, FeedbackRequest, null_means_itself_in=())
 
     async def make() -> Reply:
         return Reply(feedback_object(await _book(request).record(asked)), {})

@@ -19,6 +19,7 @@ from service.errors import InvalidField, NotFound
 from service.idempotency import HEADER
 from service.json_body import parse_model, query_parameters, read_body
 from service.openai_bodies import Body, ChatBody, CompletionBody, addressed
+from service.openai_messages import SCHEMA_MEMBERS
 from service.openai_replies import ChatShape, CompletionShape, Shape
 from service.openai_stream import stream
 from service.replays import Reply
@@ -44,7 +45,7 @@ async def _answered(request: Request, body_type: type[Body], shape_type: type[Sh
     serving = cast(Serving, request.app.state.serving)
     content = await read_body(request, serving.max_body_bytes)
     # OpenAI's clients write null for what was not said.
-    body = parse_model(content, body_type, null_is_unsaid=True)
+    body = parse_model(content, body_type, null_means_itself_in=SCHEMA_MEMBERS)
     around = circumstances_of(request, started, query_parameters(request, ()))
     to = addressed(body, serving.catalogue.snapshot, around.forced_arm, serving.n_cap)
     prepared = await prepared_aside(
@@ -52,7 +53,9 @@ async def _answered(request: Request, body_type: type[Body], shape_type: type[Sh
     )
     if body.n > prepared.group.requested:
         raise InvalidField(f"n must be at most what the arm draws, {prepared.group.requested}", param="n")
-    shape = shape_type(serving, prepared, shows_logprobs=body.shows_logprobs)
+    shown = body.presentation(serving.tokenizer.call_format)
+    prepared = prepared.with_alternatives(shown.alternatives)
+    shape = shape_type(serving, prepared, shown)
     if body.stream:
         if HEADER in request.headers:
             raise InvalidField(f"a stream cannot be replayed: leave {HEADER} out", param=HEADER)

@@ -55,7 +55,7 @@ def ours_and_oracle(tokenizer_json: str, template: str):
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
 def test_rendering_and_encoding_are_transformers_own(tokenizer_json, template, add_generation_prompt):
     ours, oracle = ours_and_oracle(tokenizer_json, template)
-    conversation = [message.model_dump() for message in CONVERSATION]
+    conversation = [{"role": message.role, "content": message.content} for message in CONVERSATION]
     rendered = oracle.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
     token_ids = oracle.apply_chat_template(
         conversation, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False

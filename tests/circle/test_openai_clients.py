@@ -42,6 +42,26 @@ def test_a_chat_is_answered_by_the_best_of_16(stack, client, messages):
     assert [choice.message.content for choice in reply.choices] == [texts[reward] for reward in rewards[:4]]
 
 
+def test_the_alternatives_to_a_token_are_the_likeliest_ones(stack, client, messages):
+    reply = client.chat.completions.create(
+        model="default", messages=messages, logprobs=True, top_logprobs=5, extra_body={"best_of": 4}
+    )
+    for token in reply.choices[0].logprobs.content:
+        top = [one.logprob for one in token.top_logprobs]
+        assert len(top) == 5
+        assert top == sorted(top, reverse=True)
+        assert token.logprob <= top[0]
+        assert token.logprob < top[-1] or token.token in [one.token for one in token.top_logprobs]
+
+
+def test_a_prompt_of_token_ids_is_the_prompt_it_encodes(stack, client):
+    """Greedy: the same tokens go on in the same way."""
+    asked = {"model": stack.base_policy, "max_tokens": 8, "temperature": 0}
+    text = client.completions.create(prompt="the food was", **asked)
+    ids = list(stack.group(text.id).prompt_token_ids)
+    assert client.completions.create(prompt=ids, **asked).choices[0].text == text.choices[0].text
+
+
 def test_a_biased_token_is_all_that_is_said(stack, client):
     free = client.completions.create(model="default", prompt="the", best_of=1, max_tokens=1, logprobs=0)
     token = stack.group(free.id).candidates[0].token_ids[0]

@@ -15,6 +15,7 @@ import pytest
 
 from tests.fixtures.gateway import wait_until
 from tests.service.records import BASE
+from tests.stubs.tokenizer import text_of
 
 HI = [{"role": "user", "content": "hi"}]
 THREE = ["short", "the longest of them all", "middling one"]
@@ -152,13 +153,12 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "n with stream": ({"n": 2, "stream": True}, "n"),
     "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "two limits": ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
-    "top_logprobs": ({"logprobs": True, "top_logprobs": 5}, "top_logprobs"),
+    "21 alternatives": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    "alternatives without logprobs": ({"top_logprobs": 5}, "top_logprobs"),
     "a token that is none": ({"logit_bias": {"256": 1}}, "logit_bias"),
     "a token by name": ({"logit_bias": {"a": 1}}, "logit_bias"),
     "too much bias": ({"logit_bias": {"1": 101}}, "logit_bias"),
     "301 biases": ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
-    "a schema": ({"response_format": {"type": "json_object"}}, "response_format.type"),
-    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     "functions": ({"functions": []}, "functions"),
     "audio": ({"modalities": ["audio"]}, "modalities"),
     "chat_template": ({"chat_template": "{{ 1 }}"}, "chat_template"),
@@ -301,3 +301,48 @@ def test_what_fails_after_the_first_byte_is_told_in_the_stream(world, client):
     stream = client.chat.completions.create(model="default", messages=HI, stream=True, extra_body={"best_of": 2})
     with pytest.raises(openai.APIError, match="finished 1 of 2 candidates"):
         list(stream)
+
+
+# --- token ids and alternatives --------------------------------------------------------------------------
+
+
+def test_a_prompt_may_be_token_ids(world, client):
+    ids = list(b"hi there")
+    for prompt in (ids, [ids]):
+        reply = client.completions.create(model="default", prompt=prompt, best_of=2)
+        assert reply.usage.prompt_tokens == 8
+    [first, second] = world.groups(2)
+    assert (first.prompt_token_ids, first.prompt) == (tuple(ids), text_of(ids))
+    assert first.session == second.session
+    assert world.engine.requests[0]["prompt"] == ids
+    assert world.reward.texts[0].startswith(f"u:{text_of(ids)}\n")
+
+
+def test_alternatives_to_each_token_are_told_by_their_ids(world, client):
+    """Two tokens may have one text; the engine is asked for ids, the likeliest come first."""
+    world.engine.script.completions = ["ab"]
+    world.engine.script.alternatives = {7: -2.0, 9: -1.0, 8: -3.0}
+    chat = client.chat.completions.create(
+        model="default", messages=HI, logprobs=True, top_logprobs=2, extra_body={"best_of": 2}
+    )
+    for token in chat.choices[0].logprobs.content:
+        assert [(one.token, one.logprob) for one in token.top_logprobs] == [(text_of([9]), -1.0), (text_of([7]), -2.0)]
+    plain = client.completions.create(model="default", prompt="hi", best_of=2, logprobs=3)
+    assert plain.choices[0].logprobs.top_logprobs == [{text_of([9]): -1.0, text_of([7]): -2.0, text_of([8]): -3.0}] * 2
+    stream = client.chat.completions.create(
+        model=BASE, messages=HI, logprobs=True, top_logprobs=1, stream=True, extra_body={"best_of": 1}
+    )
+    told = [token for chunk in stream for choice in chunk.choices for token in choice.logprobs.content]
+    assert [one.logprob for token in told for one in token.top_logprobs] == [-1.0, -1.0]
+    assert [request["logprobs"] for request in world.engine.requests] == [2, 3, 1]
+    assert [group.sampling.top_logprobs for group in world.groups(3)] == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], [[]], [-1], [256], [1.5], [[1], [2]], ["a", "b"], [1, "a"], [True], list(range(256)) * 2]
+)
+def test_token_ids_that_are_none_are_refused(world, prompt):
+    reply = world.client.post("/v1/completions", {"model": "default", "prompt": prompt})
+    assert reply.status == 422
+    assert reply.json["error"]["param"].startswith("prompt"), reply.json
+    assert world.engine.requests == []

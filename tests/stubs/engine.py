@@ -21,6 +21,8 @@ Fault = Literal[
     "none",
     "busy",  # 503: the queue is full
     "error",  # 500
+    "refused",  # 400: a field it does not take
+    "refused_inside",  # the same in a stream: 200, and a 400 instead of a choice
     "silent",  # accepts, then never says a word
     "cut",  # the connection breaks in the middle of the stream
     "no_end",  # the stream ends without [DONE]
@@ -44,6 +46,8 @@ class EngineScript:
     """Seconds from the start until candidate i has finished."""
     fault: Fault = "none"
     logprob: float = -0.5
+    alternatives: dict[int, float] = field(default_factory=dict)
+    """Token id to log-prob, said of every token where alternatives are asked for by their ids."""
     models: list[str] = field(default_factory=list)
     """The base first."""
 
@@ -72,8 +76,8 @@ class StubEngine:
         script = self.script
         if body["model"] not in script.models:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
-        if script.fault in ("busy", "error"):
-            return web.json_response({"error": {}}, status=503 if script.fault == "busy" else 500)
+        if (status := {"busy": 503, "error": 500, "refused": 400}.get(script.fault)) is not None:
+            return web.json_response({"error": {}}, status=status)
         self.active += 1
         try:
             if not body.get("stream"):
@@ -141,12 +145,18 @@ def _chunks(body: dict[str, Any], script: EngineScript, i: int) -> list[bytes]:
     """Two chunks as vLLM sends them with a large stream_interval: the first token, then the rest."""
     if script.fault == "garbage":
         return [b'{"choices": [']
+    if script.fault == "refused_inside":
+        return [b'{"error": {"message": "secret detail", "code": 400}}']
     if script.fault == "error_inside":
         return [b'{"error": {"message": "secret detail"}}']
     text = _cycled(script.completions, i)
     index = body["n"] + 3 if script.fault == "wrong_index" else i
     first, rest = _choice(index, text[:1], script), _choice(index, text[1:], script)
     rest["finish_reason"] = _cycled(script.finish_reasons, i)
+    if body.get("return_tokens_as_token_ids"):
+        for part in (first, rest):
+            told = {f"token_id:{token}": logprob for token, logprob in script.alternatives.items()}
+            part["logprobs"]["top_logprobs"] = [told] * len(part["token_ids"])
     return [json.dumps({"object": "text_completion", "choices": [part]}).encode() for part in (first, rest)]
 
 

@@ -17,10 +17,10 @@ VOCABULARY = {character: i for i, character in enumerate(sorted(pre_tokenizers.B
 _CHARACTERS = {i: character for character, i in VOCABULARY.items()}
 
 
-def write_model_directory(directory: Path) -> Path:
+def write_model_directory(directory: Path, template: str = TEMPLATE) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(byte_tokenizer().to_str())
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return directory
 
 

@@ -1,0 +1,297 @@
+"""Tools and prescribed answers on `/v1/chat/completions`, by OpenAI's own client against a stub that says what it is
+told. The stub's reward is the length of what the reward model reads, so the longest candidate wins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from tests.fixtures.gateway import World, gateway_settings, running_gateway
+from tests.stubs.server import running
+from tests.stubs.tokenizer import text_of, write_model_directory
+
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}<tool_call>\n{% endif %}"
+    "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+ASK = [{"role": "user", "content": "rain?"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+
+
+@pytest.fixture
+def world(tmp_path, engine, reward, redis_url) -> Iterator[World]:
+    """As everywhere, but with a policy whose template has a place for tools."""
+    models = write_model_directory(tmp_path / "with-tools", TEMPLATE)
+    with running(engine.app()) as engine_url, running(reward.app()) as reward_url:
+        settings = gateway_settings(
+            tmp_path, engine_url, reward_url, redis_url, policy_directory=models, max_model_len=4096,
+            reward_max_model_len=4096,
+        )  # fmt: skip
+        with running_gateway(settings) as client:
+            yield World(client, engine, reward, redis_url)
+
+
+@pytest.fixture
+def client(world) -> Iterator[openai.OpenAI]:
+    host, port = world.client.address
+    with openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0) as opened:
+        yield opened
+
+
+# --- tools -----------------------------------------------------------------------------------------------
+
+
+def test_the_winners_call_is_a_tool_call_and_the_policy_saw_the_tools(world, client):
+    world.engine.script.completions = ["I do not know.", "Let me see.\n" + CALL]
+    reply = client.chat.completions.create(
+        model="default", messages=ASK, tools=[WEATHER, CLOCK], extra_body={"best_of": 2}
+    )
+    [choice] = reply.choices
+    [call] = choice.message.tool_calls
+    assert (call.type, call.function.name, json.loads(call.function.arguments)) == (
+        "function",
+        "weather",
+        {"city": "Paris"},
+    )
+    assert (choice.message.content, choice.finish_reason) == ("Let me see.", "tool_calls")
+    [request] = world.engine.requests
+    assert text_of(request["prompt"]).startswith(
+        json.dumps([WEATHER, {**CLOCK, "function": {"name": "clock", "parameters": {}}}])
+    )
+    assert "structured_outputs" not in request
+    [group] = world.groups()
+    assert group.is_unbiased
+    assert group.candidates[1].text.endswith(CALL)
+
+
+def test_a_conversation_goes_on_behind_the_tools_answer(world, client):
+    """The client's own message object goes back as it came."""
+    world.engine.script.completions = [CALL]
+    asked = client.chat.completions.create(model="default", messages=ASK, tools=[WEATHER], extra_body={"best_of": 1})
+    message = asked.choices[0].message
+    assert message.content is None
+    world.engine.script.completions = ["It rains."]
+    answer = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"}
+    reply = client.chat.completions.create(
+        model="default", messages=[*ASK, message, answer], tools=[WEATHER], extra_body={"best_of": 2}
+    )
+    assert reply.choices[0].message.content == "It rains."
+    prompt = text_of(world.engine.requests[-1]["prompt"])
+    assert prompt.endswith('a:<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>\nt:rain\na:')
+    # The reward model's template has no place for calls: they are spelled out.
+    told = 'u:rain?\na:{"name": "weather", "arguments": {"city": "Paris"}}\nt:rain\na:It rains.\n'
+    assert world.reward.texts[-2:] == [told, told]
+
+
+def test_two_calls_at_once_unless_one_is_wanted(world, client):
+    world.engine.script.completions = [CALL + CALL]
+    both = client.chat.completions.create(model="default", messages=ASK, tools=[WEATHER])
+    one = client.chat.completions.create(model="default", messages=ASK, tools=[WEATHER], parallel_tool_calls=False)
+    assert [len(reply.choices[0].message.tool_calls) for reply in (both, one)] == [2, 1]
+    assert len({call.id for call in both.choices[0].message.tool_calls}) == 2
+
+
+def test_no_tool_is_shown_where_none_may_be_called(world, client):
+    world.engine.script.completions = [CALL]
+    reply = client.chat.completions.create(model="default", messages=ASK, tools=[WEATHER], tool_choice="none")
+    assert (reply.choices[0].message.content, reply.choices[0].message.tool_calls) == (CALL, None)
+    assert text_of(world.engine.requests[0]["prompt"]) == "u:rain?\na:"
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "most"),
+    [
+        ("required", [["weather"], ["clock"]], None),
+        ({"type": "function", "function": {"name": "clock"}}, [["clock"]], 1),
+    ],
+)
+def test_a_call_that_must_come_is_prescribed_to_the_engine(world, client, choice, names, most):
+    world.engine.script.completions = ['[{"name": "clock", "arguments": {}}]']
+    reply = client.chat.completions.create(model="default", messages=ASK, tools=[WEATHER, CLOCK], tool_choice=choice)
+    assert reply.choices[0].message.tool_calls[0].function.name == "clock"
+    schema = world.engine.requests[0]["structured_outputs"]["json"]
+    assert [one["properties"]["name"]["enum"] for one in schema["items"]["anyOf"]] == names
+    assert schema.get("maxItems") == most
+    assert not world.groups()[0].is_unbiased
+
+
+def test_a_cut_call_is_text_that_was_cut(world, client):
+    world.engine.script.completions, world.engine.script.finish_reasons = [CALL[:40]], ["length"]
+    [choice] = client.chat.completions.create(model="default", messages=ASK, tools=[WEATHER]).choices
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (CALL[:40], None, "length")
+
+
+@pytest.mark.parametrize("best_of", [1, 3])
+def test_a_streamed_call_comes_whole_behind_its_words(world, client, best_of):
+    world.engine.script.completions = ["Let me see.\n" + CALL]
+    chunks = list(
+        client.chat.completions.create(
+            model="default", messages=ASK, tools=[WEATHER], stream=True, extra_body={"best_of": best_of}
+        )
+    )
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas) == "Let me see."
+    [(call,)] = [delta.tool_calls for delta in deltas if delta.tool_calls]
+    assert (call.index, call.function.name, json.loads(call.function.arguments)) == (0, "weather", {"city": "Paris"})
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "tool_calls"
+
+
+def test_a_stream_without_a_call_says_all_of_it(world, client):
+    world.engine.script.completions = ["It may <rain> "]
+    chunks = client.chat.completions.create(
+        model="default", messages=ASK, tools=[WEATHER], stream=True, extra_body={"best_of": 1}
+    )
+    said = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(one.delta.content or "" for one in said) == "It may <rain> "
+    assert said[-1].finish_reason == "stop"
+
+
+# --- prescribed answers ----------------------------------------------------------------------------------
+
+
+class Forecast(BaseModel):
+    city: str
+    rain: bool
+
+
+def test_an_answer_of_a_pydantic_model_is_parsed_by_the_client(world, client):
+    world.engine.script.completions = ['{"city": "Paris", "rain": true}']
+    reply = client.chat.completions.parse(
+        model="default", messages=ASK, response_format=Forecast, extra_body={"best_of": 2}
+    )
+    assert reply.choices[0].message.parsed == Forecast(city="Paris", rain=True)
+    schema = world.engine.requests[0]["structured_outputs"]["json"]
+    assert schema["properties"].keys() == {"city", "rain"}
+    [group] = world.groups()
+    assert json.loads(group.sampling.json_schema) == schema
+    assert not group.is_unbiased
+
+
+def test_a_json_object_may_have_any_members(world, client):
+    client.chat.completions.create(model="default", messages=ASK, response_format={"type": "json_object"})
+    assert world.engine.requests[0]["structured_outputs"] == {"json": {"type": "object"}}
+
+
+def test_a_null_inside_a_schema_means_something(world, client):
+    schema = {"type": "object", "properties": {"x": {"default": None, "enum": [None, 1]}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "description": None, "schema": schema}}
+    client.chat.completions.create(model="default", messages=ASK, response_format=form)
+    assert world.engine.requests[0]["structured_outputs"] == {"json": schema}
+
+
+@pytest.mark.parametrize("fault", ["refused", "refused_inside"])
+def test_a_schema_that_the_engine_refuses_is_the_callers_fault(world, client, fault):
+    world.engine.script.fault = fault
+    with pytest.raises(openai.UnprocessableEntityError, match="schema"):
+        client.chat.completions.create(model="default", messages=ASK, response_format={"type": "json_object"})
+    with pytest.raises(openai.InternalServerError, match="refuses"):
+        client.chat.completions.create(model="default", messages=ASK)
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+
+def nested(depth: int) -> dict[str, object]:
+    schema: dict[str, object] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+def a_schema(schema: object) -> dict[str, object]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+def a_tool(**function: object) -> dict[str, object]:
+    return {"tools": [{"type": "function", "function": {"name": "f", **function}}]}
+
+
+def behind(*messages: dict[str, object]) -> dict[str, object]:
+    return {"messages": [*ASK, *messages]}
+
+
+THE_CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "129 tools": ({"tools": [CLOCK] * 129}, "tools"),
+    "two of a name": ({"tools": [CLOCK, CLOCK]}, "tools"),
+    "a name with a space": (a_tool(name="a b"), "tools[0].function.name"),
+    "a long name": (a_tool(name="f" * 65), "tools[0].function.name"),
+    "no function": ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    "another kind of tool": ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    "parameters that are no object": (a_tool(parameters=[]), "tools[0].function.parameters"),
+    "a deep schema": (a_tool(parameters=nested(40)), "tools[0].function.parameters"),
+    "a foreign $ref": (a_tool(parameters={"$ref": "http://169.254.169.254/"}), "tools[0].function.parameters"),
+    "a choice without tools": ({"tool_choice": "auto"}, "tool_choice"),
+    "a choice of none of them": (
+        {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "fly"}}},
+        "tool_choice",
+    ),
+    "an unknown choice": ({"tools": [CLOCK], "tool_choice": "any"}, "tool_choice"),
+    "two prescriptions": (
+        {"tools": [CLOCK], "tool_choice": "required", "response_format": {"type": "json_object"}},
+        "response_format",
+    ),
+    "an unknown format": ({"response_format": {"type": "xml"}}, "response_format.type"),
+    "json_schema without one": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    "a schema of json_object": (
+        {"response_format": {"type": "json_object", "json_schema": {"name": "x", "schema": {"a": 1}}}},
+        "response_format.json_schema",
+    ),
+    "an empty schema": (a_schema({}), "response_format.json_schema.schema"),
+    "a deep answer": (a_schema(nested(40)), "response_format.json_schema.schema"),
+    "a large enum": (a_schema({"enum": ["x" * 1000] * 40}), "response_format.json_schema.schema"),
+    "a long pattern": (a_schema({"type": "string", "pattern": "(a+)+" * 60}), "response_format.json_schema.schema"),
+    "an answer to no call": (
+        behind({"role": "tool", "content": "x", "tool_call_id": "call_9"}),
+        "messages[1].tool_call_id",
+    ),
+    "an answer without its call": (behind({"role": "tool", "content": "x"}), "messages[1].tool_call_id"),
+    "a user's call": (behind({"role": "user", "content": "x", "tool_calls": [THE_CALL]}), "messages[1].tool_calls"),
+    "a user who answers a call": (
+        behind({"role": "user", "content": "x", "tool_call_id": "call_1"}),
+        "messages[1].tool_call_id",
+    ),
+    "an assistant without words": (behind({"role": "assistant", "content": None}), "messages[1].content"),
+    "a call without a function": (
+        behind({"role": "assistant", "tool_calls": [{"id": "a"}]}),
+        "messages[1].tool_calls[0].function",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_prescribed_is_refused_by_name(world, case):
+    fields, param = REFUSED[case]
+    reply = world.client.post("/v1/chat/completions", {"model": "default", "messages": ASK, **fields})
+    assert (reply.status, reply.json["error"]["param"]) == (422, param), reply.json
+    assert world.engine.requests == []
+    assert len(reply.body) < 1024
+
+
+def test_a_template_without_a_place_for_tools_is_said(tmp_path, engine, reward, redis_url):
+    with (
+        running(engine.app()) as engine_url,
+        running(reward.app()) as reward_url,
+        running_gateway(gateway_settings(tmp_path, engine_url, reward_url, redis_url)) as plain,
+    ):
+        for fields, param in (
+            (a_tool(), "tools"),
+            (behind({"role": "assistant", "tool_calls": [THE_CALL]}), "messages"),
+        ):
+            reply = plain.post("/v1/chat/completions", {"model": "default", "messages": ASK, **fields})
+            assert (reply.status, reply.json["error"]["param"]) == (422, param), reply.json

@@ -38,7 +38,9 @@ class StreamOptions(Record):
     include_usage: bool = False
     """A last chunk without choices says what the request used."""
     bonsai_progress: bool = False
-    """Progress as events `bonsai.progress`; otherwise as comments, which every client skips."""
+    """Progress as events `bonsai.progress`; otherwise as comments, which clients skip."""
+    bonsai_comments: bool = True
+    """False for a client that stumbles over comments: then a load balancer may take the silence for the end."""
 
 
 class Presentation(NamedTuple):

@@ -92,7 +92,8 @@ class _Events:
 
     async def all(self, heard: list[Piece | None], request_id: str) -> AsyncGenerator[bytes]:
         async with aclosing(self._work):
-            yield PING
+            for comment in self._comment(PING):
+                yield comment
             try:
                 async for event in self._said(heard):
                     yield event
@@ -112,7 +113,8 @@ class _Events:
             try:
                 piece = heard.pop() if heard else await self._work.next(KEEP_ALIVE_SECONDS)
             except TimeoutError:
-                yield PING
+                for comment in self._comment(PING):
+                    yield comment
                 continue
             if piece is None:
                 return
@@ -122,7 +124,8 @@ class _Events:
             self._pieces[piece.candidate].append(piece)
             if piece.finish_reason is not None:
                 self._finished += 1
-                yield self._progress()
+                for event in self._progress():
+                    yield event
 
     def _told(self, filled: Answer) -> Iterator[bytes]:
         """When there is an answer."""
@@ -138,11 +141,14 @@ class _Events:
         is_first, self._is_first = self._is_first, False
         return _data(self._shape.chunk(part, is_first=is_first))
 
-    def _progress(self) -> bytes:
+    def _progress(self) -> tuple[bytes, ...]:
         if self._options.bonsai_progress:
             done = json.dumps({"candidates": {"requested": self._requested, "finished": self._finished}})
-            return f"event: bonsai.progress\ndata: {done}\n\n".encode()
-        return f": bonsai candidates={self._finished}/{self._requested}\n\n".encode()
+            return (f"event: bonsai.progress\ndata: {done}\n\n".encode(),)
+        return self._comment(f": bonsai candidates={self._finished}/{self._requested}\n\n".encode())
+
+    def _comment(self, comment: bytes) -> tuple[bytes, ...]:
+        return (comment,) if self._options.bonsai_comments else ()
 
 
 def _data(value: dict[str, Any]) -> bytes:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,26 +11,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from bon_algos.contracts import Candidate
-from tests.circle.random_models import write_policy, write_reward_model
-from tests.fixtures.real_stack import RealStack, real_stack
 
 pytestmark = pytest.mark.stack
-
-
-@pytest.fixture(scope="module")
-def foreign() -> Iterator[RealStack]:
-    """A stack of its own, since engines hold one model: Qwen3 with a byte-level tokenizer and ChatML."""
-    with tempfile.TemporaryDirectory(prefix="bonsai-foreign-") as name:
-        directory = Path(name)
-        write_policy(directory / "policy")
-        write_reward_model(directory / "reward")
-        with real_stack(
-            directory,
-            policy=str(directory / "policy"),
-            reward=str(directory / "reward"),
-            environment={**os.environ, "BONSAI_RECONCILE_SECONDS": "1"},
-        ) as running:
-            yield running
 
 
 def test_best_of_n_answers_prompts_and_conversations_in_any_script(foreign):

@@ -264,6 +264,12 @@ def test_progress_is_told_in_comments_or_events(world):
     assert json.loads(data.removeprefix("data: ")) == {"candidates": {"requested": 2, "finished": 2}}
 
 
+def test_a_client_that_stumbles_over_comments_gets_none(world):
+    events = lines_of(world, {"best_of": 2, "stream_options": {"bonsai_comments": False}})
+    assert [event[:6] for event in events] == ["data: "] * len(events)
+    assert len(events) >= 3
+
+
 def test_a_stream_begins_before_there_is_an_answer(world):
     """The headers and the first comment come while the engine is still at work."""
     world.engine.script.delays = [5.0]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from bon_algos.contracts import Alternatives, Candidate, FinishReason, Sampling
 
+CANARY_PRIORITY = -1
 LIVE_PRIORITY = 0
 ROLLOUT_PRIORITY = 10
 """Lower is served first: a job's rollouts wait for users."""
@@ -86,6 +87,11 @@ def forced_token_request(model: str, prefix_token_ids: Sequence[int], token: int
         model, prefix_token_ids, 1, Sampling(max_tokens=1), stream=False, priority=ROLLOUT_PRIORITY
     )
     return {**body, "allowed_token_ids": [token]}
+
+
+def canary_request(model: str) -> dict[str, Any]:
+    """Body of `POST /v1/completions` that shows whether an engine still samples: one token after one token."""
+    return completion_request(model, [0], 1, Sampling(max_tokens=1), stream=False, priority=CANARY_PRIORITY)
 
 
 class RefusedReply(MalformedReply):

@@ -6,6 +6,7 @@ worker read. Starts nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -147,7 +148,7 @@ def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, 
     return {
         **({} if pairs is None else {"BONSAI_REWARD_PAIRS": str(pairs)}),
         "BONSAI_REDIS_URL": redis_url(plan, state),
-        "BONSAI_POLICY_ENGINE_URL": f"unix://{state.policy_socket}",
+        "BONSAI_POLICY_ENGINE_URLS": json.dumps([f"unix://{state.policy_socket}"]),
         "BONSAI_REWARD_ENGINE_URL": f"unix://{state.reward_socket}",
         "BONSAI_POLICY_DIRECTORY": str(plan.policy.path),
         "BONSAI_REWARD_DIRECTORY": str(plan.reward.path),

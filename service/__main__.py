@@ -10,6 +10,7 @@ from functools import partial
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from service.app import create_app, open_gateway
 from service.settings import GatewaySettings
@@ -47,6 +48,9 @@ def main() -> int:
     except ValidationError as error:
         for fault in error.errors(include_input=False, include_url=False):
             print(f"BONSAI_{str(fault['loc'][0]).upper()}: {fault['msg']}", file=sys.stderr)
+        return 2
+    except SettingsError as error:
+        print(f"{error}: it must be JSON", file=sys.stderr)
         return 2
     for stopping in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again when everything has been shut down in order: that is a clean end.

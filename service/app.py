@@ -21,10 +21,12 @@ from service.feedback import FeedbackBook
 from service.ledger import Ledger
 from service.loops import running_loops
 from service.measurements import Measurements
+from service.pool import EnginePool
 from service.replays import Replays
+from service.replica import Replica
 from service.reward import RewardModel
 from service.reward_test import RewardTest, read_pairs
-from service.routes import distill, experiments, feedback, generate, health, openai, policies, routing
+from service.routes import distill, engines, experiments, feedback, generate, health, openai, policies, routing
 from service.serving import Serving
 from service.settings import GatewaySettings
 from service.spool import Spool
@@ -51,7 +53,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
     reward_tokenizer = read_tokenizer(settings.reward_directory)
     async with AsyncExitStack() as stack:
         spool = stack.enter_context(closing(Spool(settings.spool, settings.spool_max_bytes)))
-        engine, reward_model = _open_engines(settings, reward_tokenizer, stack)
+        engine = await stack.enter_async_context(_open_pool(settings))
+        reward_model = _open_reward_model(settings, reward_tokenizer, stack)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
         control = await stack.enter_async_context(_control(engine, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
@@ -74,9 +77,9 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         yield Gateway(serving, control)
 
 
-def _control(engine: PolicyEngine, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
+def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
     return open_control(
-        engine,
+        engine.replicas,
         redis_url=settings.redis_url,
         base_policy_id=settings.base_policy_id,
         reward_model_id=settings.reward_model_id,
@@ -99,16 +102,33 @@ async def _testing(reward_model: RewardModel, settings: GatewaySettings) -> Asyn
         yield test
 
 
-def _open_engines(
-    settings: GatewaySettings, reward_tokenizer: ChatTokenizer, stack: AsyncExitStack
-) -> tuple[PolicyEngine, RewardModel]:
-    engine = PolicyEngine(settings.policy_engine_url)
-    stack.push_async_callback(engine.close)
+@asynccontextmanager
+async def _open_pool(settings: GatewaySettings) -> AsyncGenerator[EnginePool]:
+    """The policy engines, watched until the block is left."""
+    async with AsyncExitStack() as stack:
+        replicas = []
+        for place, url in enumerate(settings.policy_engine_urls):
+            engine = PolicyEngine(url)
+            stack.push_async_callback(engine.close)
+            replicas.append(
+                Replica(
+                    f"policy-{place}",
+                    engine,
+                    settings.base_policy_id,
+                    canary_after=settings.canary_after_seconds,
+                    hung_after=settings.hung_after_seconds,
+                )
+            )
+        async with running_loops(*(replica.canary.run() for replica in replicas)):
+            yield EnginePool(replicas)
+
+
+def _open_reward_model(settings: GatewaySettings, tokenizer: ChatTokenizer, stack: AsyncExitStack) -> RewardModel:
     reward_model = RewardModel(
-        settings.reward_engine_url, settings.reward_model_id, reward_tokenizer, settings.reward_max_model_len
+        settings.reward_engine_url, settings.reward_model_id, tokenizer, settings.reward_max_model_len
     )
     stack.push_async_callback(reward_model.close)
-    return engine, reward_model
+    return reward_model
 
 
 @asynccontextmanager
@@ -133,7 +153,7 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_edge(app)
-    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments):
+    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines):
         app.include_router(routes.router)
     return app
 

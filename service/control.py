@@ -6,7 +6,7 @@ Owns: the wiring of catalogue, registry, jobs, experiments, publishing, curves a
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from service.experiment_store import Experiments
 from service.jobs import Jobs
 from service.loops import running_loops
 from service.policies import Policies
-from service.publishing import AdapterEngine, Publisher
+from service.publishers import Publishers
+from service.publishing import AdapterEngine
 from service.routing import Routes
 from service.store import open_redis
 
@@ -37,14 +38,14 @@ class Control:
     experiments: Experiments
     jobs: Jobs
     dispatcher: Dispatcher
-    publisher: Publisher
+    publishers: Publishers
     curves: Curves
     max_body_bytes: int
 
 
 @asynccontextmanager
 async def open_control(
-    engine: AdapterEngine,
+    engines: Sequence[AdapterEngine],
     *,
     redis_url: str,
     base_policy_id: str,
@@ -80,8 +81,8 @@ async def open_control(
             experiments=Experiments(redis),
             jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
             dispatcher=Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=reconcile_seconds),
-            publisher=Publisher(
-                engine,
+            publishers=Publishers(
+                engines,
                 catalogue,
                 policies,
                 artefacts=artefacts,
@@ -92,5 +93,6 @@ async def open_control(
             curves=Curves(redis_of_bytes),
             max_body_bytes=max_body_bytes,
         )
-        async with running_loops(catalogue.run(), control.dispatcher.run(), control.publisher.run()):
+        publishing = [publisher.run() for publisher in control.publishers.each]
+        async with running_loops(catalogue.run(), control.dispatcher.run(), *publishing):
             yield control

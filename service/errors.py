@@ -9,7 +9,8 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     │   ├── RouteNotFound                route_not_found
     │   ├── PolicyNotFound               policy_not_found
     │   ├── JobNotFound                  job_not_found
-    │   └── ExperimentNotFound           experiment_not_found
+    │   ├── ExperimentNotFound           experiment_not_found
+    │   └── EngineNotFound               engine_not_found
     ├── MethodNotAllowed            405  method_not_allowed
     ├── BodyTimeout                 408  body_timeout
     ├── Conflict                    409  conflict               the state forbids it now; `code` says why
@@ -95,6 +96,10 @@ class JobNotFound(NotFound):
 
 class ExperimentNotFound(NotFound):
     default_code = "experiment_not_found"
+
+
+class EngineNotFound(NotFound):
+    default_code = "engine_not_found"
 
 
 class MethodNotAllowed(GatewayError):

@@ -33,17 +33,18 @@ from service.generation import (
 )
 from service.ledger import Ledger
 from service.measurements import Measurements
+from service.pool import EnginePool
 from service.replays import Replays
 from service.reward import RewardModel
 from service.reward_test import RewardTest
-from service.vllm import Listener, PolicyEngine
+from service.vllm import Listener
 
 
 @dataclass(frozen=True)
 class Serving:
     """What a request for text may touch; built once, at start-up."""
 
-    engine: PolicyEngine
+    engine: EnginePool
     reward_model: RewardModel
     reward_test: RewardTest
     tokenizer: ChatTokenizer

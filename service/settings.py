@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from bon_algos.contracts import PolicyId
 from service.reward_test import read_pairs
+
+MAX_REPLICAS = 64
 
 
 def _is_loopback(host: str) -> bool:
@@ -41,6 +43,14 @@ def _private_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _replicas(urls: tuple[str, ...]) -> tuple[str, ...]:
+    if not 1 <= len(urls) <= MAX_REPLICAS:
+        raise ValueError(f"must name 1 to {MAX_REPLICAS} engines")
+    if len(set(urls)) < len(urls):
+        raise ValueError("names an engine twice")
+    return urls
+
+
 def _redis_url(url: str) -> str:
     if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
         raise ValueError("must begin with redis://, rediss:// or unix:///")
@@ -49,6 +59,7 @@ def _redis_url(url: str) -> str:
 
 LoopbackHost = Annotated[str, AfterValidator(_loopback_host)]
 PrivateUrl = Annotated[str, AfterValidator(_private_url)]
+PrivateUrls = Annotated[tuple[PrivateUrl, ...], AfterValidator(_replicas)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 
 
@@ -66,7 +77,9 @@ class GatewaySettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BONSAI_", frozen=True, extra="ignore")
 
     redis_url: RedisUrl
-    policy_engine_url: PrivateUrl
+    policy_engine_urls: PrivateUrls
+    """A JSON list: the replicas of the policy engine, alike in all that concerns an answer. They are called policy-0,
+    policy-1, … in this order; the worker samples from the first."""
     reward_engine_url: PrivateUrl
     policy_directory: Path
     """The base policy's model directory: tokenizer and chat template are read from it."""
@@ -98,8 +111,19 @@ class GatewaySettings(BaseSettings):
     default_max_tokens: int = Field(64, ge=1)
     """Of the route `default`, when it is made."""
     reconcile_seconds: float = Field(5, gt=0)
+    canary_after_seconds: float = Field(10, gt=0)
+    """A policy engine that gave no token for so long is asked for one."""
+    hung_after_seconds: float = Field(30, gt=0)
+    """One that gave no token for so long, though asked, is given no requests until it gives one."""
     shutdown_seconds: int = Field(75, ge=1)
     """How long requests that run may go on after SIGTERM."""
+
+    @field_validator("hung_after_seconds")
+    @classmethod
+    def _canary_has_time(cls, seconds: float, others: ValidationInfo) -> float:
+        if seconds <= others.data.get("canary_after_seconds", 0):
+            raise ValueError("must be above canary_after_seconds: the time between is what a token may take")
+        return seconds
 
     @property
     def digest(self) -> str:

@@ -14,8 +14,10 @@ from bon_algos.contracts import Candidate, Sampling
 from bon_algos.vllm_protocol import (
     CompletionStream,
     Piece,
+    canary_request,
     completion_request,
     forced_token_request,
+    parse_completion,
     parse_forced_token,
 )
 from service.engine_http import EngineHttp
@@ -118,6 +120,12 @@ class PolicyEngine:
     async def _logprob(self, policy: str, prefix_token_ids: Sequence[int], token: int) -> float:
         body = await self._http.post("/v1/completions", forced_token_request(policy, prefix_token_ids, token))
         return parse_forced_token(body, token)
+
+    async def give_a_token(self, policy: str) -> None:
+        """Have the engine sample one token, ahead of everything that waits. How long it may take is the caller's
+        affair. Raises as `sample` does."""
+        with self._http.translated():
+            parse_completion(await self._http.post("/v1/completions", canary_request(policy)), 1)
 
     async def models(self) -> list[str]:
         """Names the engine serves: its base first, then the adapters it has loaded."""

@@ -88,7 +88,7 @@ def run(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
 
     spec = JobSpec.model_validate_json(client.hget(job_key(lease.job_id), "spec") or b"")
     with Engines(
-        settings.policy_engine_url, settings.reward_engine_url, settings.reward_model_id, lease.check
+        settings.policy_engine_urls[0], settings.reward_engine_url, settings.reward_model_id, lease.check
     ) as engines:
         Distillation(spec, lease, workplace(client, engines, settings)).run()
 

@@ -30,7 +30,8 @@ class BrokerSettings(BaseSettings):
 class WorkerSettings(BrokerSettings):
     """What a job needs besides."""
 
-    policy_engine_url: str
+    policy_engine_urls: tuple[str, ...] = Field(min_length=1)
+    """As the gateway has them. A job samples from the first, and lends its adapters to no other."""
     reward_engine_url: str
     policy_directory: Path
     reward_directory: Path
@@ -49,11 +50,12 @@ class WorkerSettings(BrokerSettings):
     engine_patience_seconds: float = Field(600.0, gt=0)
     """How long a job waits, inside its lease, for an engine that does not answer."""
 
-    @field_validator("policy_engine_url", "reward_engine_url")
+    @field_validator("policy_engine_urls", "reward_engine_url")
     @classmethod
-    def _never_a_network(cls, url: str) -> str:
+    def _never_a_network(cls, urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
         """Engines have no authentication worth the name: a Unix socket or loopback, nothing else."""
-        parts = urlsplit(url)
-        if parts.scheme != "unix" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
-            raise ValueError("an engine listens on unix:///path or on http://127.0.0.1:PORT only")
-        return url
+        for url in (urls,) if isinstance(urls, str) else urls:
+            parts = urlsplit(url)
+            if parts.scheme != "unix" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
+                raise ValueError("an engine listens on unix:///path or on http://127.0.0.1:PORT only")
+        return urls

@@ -28,20 +28,23 @@ async def health() -> JSONResponse:
 
 @router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """Whether `/generate` would be answered now: both engines serve their model, and the reward model has ranked its
-    known pairs rightly. Without Redis it stays true while the spool has room; `degraded` says so."""
+    """Whether `/generate` would be answered now: a policy engine in rotation and the reward model serve their model,
+    and the reward model has ranked its known pairs rightly. Without Redis it stays true while the spool has room;
+    `degraded` says so, or that a policy engine is out of rotation."""
     serving = cast(Serving, request.app.state.serving)
-    base = serving.catalogue.base_policy
-    engine, reward_model = await asyncio.gather(
-        _state(serving.engine.models(), base), _state(serving.reward_model.models(), serving.reward_model.model)
+    engines, reward_model = await asyncio.gather(
+        serving.engine.readiness(), _state(serving.reward_model.models(), serving.reward_model.model)
     )
+    in_rotation = engines.count("ok")
+    engine = "ok" if in_rotation else "; ".join(dict.fromkeys(engines))
     ledger = serving.ledger.status
     may_choose = serving.reward_test.may_choose
     is_ready = engine == reward_model == "ok" and may_choose and bool(serving.catalogue.snapshot.routes)
-    is_whole = is_ready and ledger.redis == "ok" and ledger.has_room
+    is_whole = is_ready and in_rotation == len(engines) and ledger.redis == "ok" and ledger.has_room
     body: dict[str, Any] = {
         "status": "ready" if is_whole else "degraded" if is_ready else "starting",
         "engine": engine,
+        "engines": {"in_rotation": in_rotation, "of": len(engines)},
         "reward_model": reward_model,
         "reward_test": serving.reward_test.state,
         "redis": ledger.redis,

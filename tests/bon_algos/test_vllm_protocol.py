@@ -9,8 +9,12 @@ from hypothesis import strategies as st
 
 from bon_algos.contracts import Sampling
 from bon_algos.vllm_protocol import (
+    CANARY_PRIORITY,
+    LIVE_PRIORITY,
+    ROLLOUT_PRIORITY,
     CompletionStream,
     MalformedReply,
+    canary_request,
     classify_request,
     completion_request,
     forced_token_request,
@@ -28,6 +32,12 @@ def choice(index: int, text: str, ids: list[int], finish: str | None) -> dict[st
         "logprobs": {"token_logprobs": [-0.5] * len(ids)},
         "finish_reason": finish,
     }
+
+
+def test_a_canary_is_one_token_ahead_of_users_and_users_are_ahead_of_rollouts():
+    body = canary_request("pol-1")
+    assert (body["n"], body["max_tokens"], body["stream"], body["priority"]) == (1, 1, False, CANARY_PRIORITY)
+    assert CANARY_PRIORITY < LIVE_PRIORITY < ROLLOUT_PRIORITY
 
 
 def test_n_candidates_are_one_call_with_raw_logprobs_and_token_ids():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_engine_and_settings_agree_on_names_and_windows(make_plan: MakePlan, tmp
     assert policy[policy.index("--served-model-name") + 1] == variables["BONSAI_BASE_POLICY_ID"]
     assert reward[reward.index("--served-model-name") + 1] == variables["BONSAI_REWARD_MODEL_ID"]
     assert policy[policy.index("--max-model-len") + 1] == variables["BONSAI_MAX_MODEL_LEN"] == "256"
-    assert variables["BONSAI_POLICY_ENGINE_URL"] == f"unix://{policy[policy.index('--uds') + 1]}"
+    assert json.loads(variables["BONSAI_POLICY_ENGINE_URLS"]) == [f"unix://{policy[policy.index('--uds') + 1]}"]
 
 
 def test_a_password_is_in_no_command_line_and_reaches_no_engine(make_plan: MakePlan, tmp_path: Path) -> None:

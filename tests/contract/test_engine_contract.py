@@ -7,9 +7,10 @@ the fault tests may rely on.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -69,13 +70,13 @@ def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]
     if request.param == "vllm":
         told = request.getfixturevalue("stack").stack.environment
         yield Engines(
-            told["BONSAI_POLICY_ENGINE_URL"],
+            first_engine(told),
             told["BONSAI_REWARD_ENGINE_URL"],
             told["BONSAI_BASE_POLICY_ID"],
             told["BONSAI_REWARD_MODEL_ID"],
             Path(told["BONSAI_POLICY_DIRECTORY"]),
             Path(told["BONSAI_REWARD_DIRECTORY"]),
-            lambda: asyncio.run(vllm_running(told["BONSAI_POLICY_ENGINE_URL"])),
+            lambda: asyncio.run(vllm_running(first_engine(told))),
         )
         return
     model = write_model_directory(tmp_path / "model")
@@ -84,6 +85,11 @@ def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]
     stub.script.delays = [0.2]
     with running(stub.app()) as policy_url, running(StubReward(REWARD_MODEL).app()) as reward_url:
         yield Engines(policy_url, reward_url, BASE, REWARD_MODEL, model, model, lambda: stub.active)
+
+
+def first_engine(told: Mapping[str, str]) -> str:
+    """Where the first policy engine of a real stack listens."""
+    return str(json.loads(told["BONSAI_POLICY_ENGINE_URLS"])[0])
 
 
 async def vllm_running(url: str) -> float:
@@ -124,6 +130,14 @@ def test_n_candidates_come_whole_each_token_with_its_logprob(engines, n):
         assert candidate.failure is None
         assert 1 <= len(candidate.token_ids) == len(candidate.logprobs)
         assert all(math.isfinite(value) and value <= 0 for value in candidate.logprobs)
+
+
+def test_a_token_is_given_when_asked_for(engines):
+    async def ask(engine: PolicyEngine) -> None:
+        async with asyncio.timeout(30):
+            await engine.give_a_token(engines.base)
+
+    engines.ask(ask)
 
 
 def test_leaving_a_call_stops_the_engine_within_a_second(engines):
@@ -169,7 +183,7 @@ def test_the_base_beside_policies_that_fill_every_slot_stays_the_base(stack, tmp
     save_random_adapter(directory, tmp_path / "adapter")
 
     async def run() -> list[tuple[Candidate, list[float]]]:
-        engine = PolicyEngine(told["BONSAI_POLICY_ENGINE_URL"])
+        engine = PolicyEngine(first_engine(told))
         try:
             for name in names:
                 await engine.load_adapter(name, str(tmp_path / "adapter"))

@@ -14,6 +14,7 @@ def test_a_whole_gateway_is_ready(world):
     assert reply.json == {
         "status": "ready",
         "engine": "ok",
+        "engines": {"in_rotation": 1, "of": 1},
         "reward_model": "ok",
         "reward_test": "no pairs",
         "redis": "ok",

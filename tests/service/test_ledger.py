@@ -20,7 +20,7 @@ from service.ledger import Ledger
 from service.settings import GatewaySettings
 from service.spool import Spool
 from service.store import open_redis
-from tests.fixtures.gateway import Client, gateway_settings, read_ledger, running_gateway, wait_until
+from tests.fixtures.gateway import Client, environment_of, gateway_settings, read_ledger, running_gateway, wait_until
 from tests.service.records import group
 from tests.stubs.engine import StubEngine
 from tests.stubs.reward import StubReward
@@ -171,7 +171,7 @@ def test_a_full_spool_drops_whole_groups_counts_them_and_says_so(tmp_path, own_r
 @contextmanager
 def gateway_process(settings: GatewaySettings, port: int) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
     """`python -m service`, ready to answer."""
-    given = {f"BONSAI_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_none=True).items()}
+    given = environment_of(settings)
     process = subprocess.Popen(
         [sys.executable, "-m", "service"], env={**os.environ, **given, "BONSAI_PORT": str(port)}, stderr=subprocess.PIPE
     )
@@ -249,7 +249,7 @@ def test_sigterm_ends_the_process_cleanly_with_everything_delivered(tmp_path, re
 @pytest.mark.slow
 def test_a_second_gateway_on_the_same_spool_refuses_to_start(tmp_path, redis_url, unused_port):
     with stubs(tmp_path, redis_url) as (settings, _, _), gateway_process(settings, unused_port):
-        given = {f"BONSAI_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_none=True).items()}
+        given = environment_of(settings)
         second = subprocess.run(
             [sys.executable, "-m", "service"], env={**os.environ, **given}, capture_output=True, text=True, timeout=30
         )
@@ -260,7 +260,7 @@ def test_a_second_gateway_on_the_same_spool_refuses_to_start(tmp_path, redis_url
 @pytest.mark.slow
 def test_a_host_that_is_not_loopback_is_refused_in_one_line(tmp_path, redis_url):
     settings = gateway_settings(tmp_path, "http://127.0.0.1:1", "http://127.0.0.1:2", redis_url)
-    given = {f"BONSAI_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_none=True).items()}
+    given = environment_of(settings)
     started = subprocess.run(
         [sys.executable, "-m", "service"],
         env={**os.environ, **given, "BONSAI_HOST": "0.0.0.0"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,10 @@ from bon_algos.contracts import (
 )
 from service.catalogue import Catalogue, Snapshot
 from service.errors import EngineBroken, EngineUnavailable, StoreUnavailable
+from service.fingerprint import FLOAT32_TOLERANCE, compare_fingerprint
 from service.policies import Policies
-from service.publishing import FLOAT32_TOLERANCE, Publisher, compare_fingerprint, wanted_policies
+from service.publishers import Publishers
+from service.publishing import Publisher, wanted_policies
 from service.store import open_redis
 from service.vllm import AdapterRefused
 from tests.fixtures.redis import RedisServer
@@ -32,13 +34,19 @@ pytestmark = pytest.mark.anyio
 class OneEngine:
     """An engine at the process's edge: what it has loaded, and how far from the base each adapter really is."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "policy-0") -> None:
+        self.name = name
+        self.is_in_rotation = True
+        self.served: frozenset[str] = frozenset()
         self.adapters: dict[str, str] = {}
         self.distance = 0.5
         self.is_away = False
         self.is_broken = False
         self.refusal: str | None = None
         self.num_probes = 0
+
+    def serve(self, policies: Iterable[str]) -> None:
+        self.served = frozenset(policies)
 
     async def models(self) -> list[str]:
         if self.is_away:
@@ -88,8 +96,12 @@ def publisher(engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: P
 
 
 def make_publisher(engine: OneEngine, catalogue: Catalogue, redis: Redis, root: Path) -> Publisher:
-    return Publisher(
-        engine, catalogue, Policies(redis), artefacts=root, slots=2, max_lora_rank=32, tolerance=FLOAT32_TOLERANCE
+    return make_publishers([engine], catalogue, redis, root).each[0]
+
+
+def make_publishers(engines: Sequence[OneEngine], catalogue: Catalogue, redis: Redis, root: Path) -> Publishers:
+    return Publishers(
+        engines, catalogue, Policies(redis), artefacts=root, slots=2, max_lora_rank=32, tolerance=FLOAT32_TOLERANCE
     )
 
 
@@ -277,6 +289,112 @@ async def test_an_engine_that_does_not_answer_is_asked_again_and_fails_nobody(
     engine.is_broken = False
     await publisher.reconcile()
     assert policy_id in catalogue.snapshot.served
+
+
+# --- several engines -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(catalogue: Catalogue, redis: Redis, tmp_path: Path) -> tuple[OneEngine, OneEngine, Publishers]:
+    engines = OneEngine("policy-0"), OneEngine("policy-1")
+    return *engines, make_publishers(engines, catalogue, redis, tmp_path)
+
+
+async def test_each_engine_loads_and_proves_for_itself(two, catalogue: Catalogue, redis: Redis, tmp_path: Path):
+    good, other, publishers = two
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publishers.each[0].reconcile()
+    assert (good.served, other.served) == ({BASE, policy_id}, set())
+    assert catalogue.snapshot.served == {BASE, policy_id}
+    await publishers.each[1].reconcile()
+    assert other.served == {BASE, policy_id}
+    assert good.num_probes == other.num_probes == len(COMPLETIONS)
+
+
+async def test_an_engine_with_other_weights_does_not_serve_and_fails_nobody(
+    two, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    bad, good, publishers = two
+    bad.distance = 0.0
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publishers.each[0].reconcile()
+    assert catalogue.snapshot.policy(policy_id).state == "candidate"
+    assert catalogue.snapshot.policy(policy_id).fingerprint is None
+    await publishers.each[1].reconcile()
+    assert (bad.served, bad.adapters) == ({BASE}, {})
+    assert good.served == catalogue.snapshot.served == {BASE, policy_id}
+    record = catalogue.snapshot.policy(policy_id)
+    assert record.fingerprint is not None
+    assert record.fingerprint.passed
+
+
+async def test_a_policy_that_every_engine_refuses_has_failed(two, catalogue: Catalogue, redis: Redis, tmp_path: Path):
+    one, other, publishers = two
+    one.distance, other.refusal = 0.0, "no such layer"
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    for publisher in publishers.each:
+        await publisher.reconcile()
+    assert catalogue.snapshot.policy(policy_id).state == "failed"
+    assert catalogue.snapshot.served == {BASE}
+
+
+async def test_files_that_are_refused_are_refused_for_all(two, catalogue: Catalogue, redis: Redis, tmp_path: Path):
+    """F10: no other engine would find others; one that is away need not be waited for."""
+    _, away, publishers = two
+    away.is_away = True
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    for file in tmp_path.glob("policies/*/adapter_model.safetensors"):
+        file.write_bytes(b"cut")
+    await publishers.each[0].reconcile()
+    assert catalogue.snapshot.policy(policy_id).state == "failed"
+
+
+async def test_what_an_engine_refused_it_may_take_in_its_next_life(
+    two, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    bad, _, publishers = two
+    bad.distance = 0.0
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    for publisher in publishers.each:
+        await publisher.reconcile()
+    bad.is_away = True
+    with pytest.raises(EngineUnavailable):
+        await publishers.each[0].reconcile()
+    bad.is_away, bad.distance = False, 0.5
+    await publishers.each[0].reconcile()
+    assert bad.served == {BASE, policy_id}
+
+
+async def test_served_is_what_engines_in_rotation_proved(two, catalogue: Catalogue, redis: Redis, tmp_path: Path):
+    holder, other, publishers = two
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    await publishers.each[0].reconcile()
+    other.refusal = "not now"
+    holder.is_in_rotation = False
+    await publishers.each[1].reconcile()
+    assert catalogue.snapshot.served == {BASE}
+    other.is_in_rotation = False  # With none left all arms of an experiment fail alike, after their exposure.
+    await publishers.each[1].reconcile()
+    assert catalogue.snapshot.served == {BASE, policy_id}
+
+
+async def test_one_engine_forgets_and_the_other_goes_on(two, catalogue: Catalogue, redis: Redis, tmp_path: Path):
+    """F9: what is proved is proved for one engine, until its next start."""
+    one, other, publishers = two
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    for publisher in publishers.each:
+        await publisher.reconcile()
+    one.restart()
+    one.is_broken = True
+    await publishers.each[0].reconcile()
+    assert (one.served, other.served) == ({BASE}, {BASE, policy_id})
+    assert catalogue.snapshot.served == {BASE, policy_id}
+    one.is_broken = False
+    await publishers.each[0].reconcile()
+    assert one.served == {BASE, policy_id}
+
+
+# --- without Redis, and without a need -------------------------------------------------------------------
 
 
 async def test_without_redis_an_engine_that_restarts_is_loaded_again(

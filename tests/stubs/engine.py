@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from aiohttp import web
 
+from bon_algos.vllm_protocol import CANARY_PRIORITY
 from tests.stubs.tokenizer import token_ids
 
 T = TypeVar("T")
@@ -58,6 +59,8 @@ class StubEngine:
     def __init__(self, base: str) -> None:
         self.script = EngineScript(models=[base])
         self.requests: list[dict[str, Any]] = []
+        """Without canaries, which are no traffic."""
+        self.num_canaries = 0
         self.aborted_at: list[float] = []
         """time.monotonic() of each stream that its client closed."""
         self.active = 0
@@ -72,8 +75,11 @@ class StubEngine:
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.requests.append(body)
         script = self.script
+        if body["priority"] == CANARY_PRIORITY:
+            self.num_canaries += 1
+        else:
+            self.requests.append(body)
         if body["model"] not in script.models:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         if (status := {"busy": 503, "error": 500, "refused": 400}.get(script.fault)) is not None:
@@ -81,6 +87,8 @@ class StubEngine:
         self.active += 1
         try:
             if not body.get("stream"):
+                if script.fault == "silent":
+                    await asyncio.Event().wait()
                 return web.json_response(_whole(body, script))
             return await self._stream(request, body, script)
         except asyncio.CancelledError:

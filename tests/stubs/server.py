@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from aiohttp import web
+
+TURNS_TO_ACCEPT = 5
+"""Of the event loop, from a connection's arrival to its protocol; more than it takes."""
 
 
 @contextmanager
@@ -22,12 +26,16 @@ def running(app: web.Application, port: int = 0) -> Iterator[str]:
         # A closed connection cancels its handler, as it aborts the request in vLLM.
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
-        await site.start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        started.set()
-        await stop.wait()
-        await runner.cleanup()
+        with socket.create_server(("127.0.0.1", port)) as listener:
+            await web.SockSite(runner, listener).start()
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            started.set()
+            await stop.wait()
+            # asyncio 3.11 never closes a connection whose acceptance is under way when its server is closed.
+            loop.remove_reader(listener)
+            for _ in range(TURNS_TO_ACCEPT):
+                await asyncio.sleep(0)
+            await runner.cleanup()
 
     def run() -> None:
         try:

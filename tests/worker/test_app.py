@@ -64,7 +64,7 @@ def test_an_engine_on_a_network_is_refused(url, tmp_path):
     with pytest.raises(ValueError, match="an engine listens on"):
         WorkerSettings(
             artefacts=tmp_path,
-            policy_engine_url=url,
+            policy_engine_urls=(url,),
             reward_engine_url="unix:///r.sock",
             policy_directory=tmp_path,
             reward_directory=tmp_path,

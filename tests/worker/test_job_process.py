@@ -1,6 +1,7 @@
 """The training process under kill -9, a dead parent and a frozen clock. Real processes; each waits for a
 condition, with a deadline."""
 
+import json
 import os
 import signal
 import subprocess
@@ -41,7 +42,7 @@ def environment(redis_url, engine, tiny_policy, reward_directory, tmp_path):
         "ARTEFACTS": tmp_path,
         "LEASE_SECONDS": LEASE_SECONDS,
         "HEARTBEAT_SECONDS": 1,
-        "POLICY_ENGINE_URL": engine.url,
+        "POLICY_ENGINE_URLS": json.dumps([engine.url]),
         "REWARD_ENGINE_URL": engine.url,
         "POLICY_DIRECTORY": tiny_policy,
         "REWARD_DIRECTORY": reward_directory,

@@ -41,6 +41,25 @@ _STACK_OPTIONS = (
     click.option("--policy", default="", metavar="MODEL", help="Directory or hub id; default: the demo's."),
     click.option("--reward", default="", metavar="MODEL", help="Reward model: directory or hub id."),
     click.option(
+        "--reward-function",
+        default="",
+        metavar="MODULE:FUNCTION",
+        help="A Python function as the reward model, from this directory or PYTHONPATH.",
+    ),
+    click.option(
+        "--reward-seconds",
+        type=click.FloatRange(0.01, 3600),
+        default=10.0,
+        show_default=True,
+        help="That one call of the reward function may take.",
+    ),
+    click.option(
+        "--reward-config",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        default=None,
+        help="JSON: reward models that you run yourself, one or an ensemble.",
+    ),
+    click.option(
         "--reward-pairs",
         type=click.Path(path_type=Path, exists=True, dir_okay=False),
         default=None,
@@ -162,13 +181,14 @@ def _console() -> Console:
 
 
 def _prepare(console: Console, options: dict[str, Any]) -> Plan:
+    from bonsai.function_call import FunctionError
     from bonsai.model_directory import BadModel
     from bonsai.redis_server import NoRedisServer
     from bonsai.stack_plan import Options, prepare
 
     try:
         plan = prepare(Options(**options))
-    except (BadModel, NoRedisServer, OSError) as error:
+    except (BadModel, FunctionError, NoRedisServer, OSError) as error:
         _say_failed(console, str(error))
         sys.exit(1)
     for warning in plan.warnings:

@@ -6,7 +6,7 @@ Owns: opening and closing what a gateway consists of, and the list of its routes
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Final
 from fastapi import FastAPI
 
 from bon_algos.chat import ChatTokenizer
+from bon_algos.scoring import Reader, open_readers
 from service.control import Control, open_control
 from service.edge import install_edge
 from service.feedback import FeedbackBook
@@ -48,10 +49,10 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
     """A running gateway. Engines and Redis may still be away: `/ready` says what is missing. Raises SpoolLocked when
     another process has the spool, OSError or ValueError when a directory or the known pairs cannot be read."""
     tokenizer = read_tokenizer(settings.policy_directory)
-    reward_tokenizer = read_tokenizer(settings.reward_directory)
+    readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     async with AsyncExitStack() as stack:
         spool = stack.enter_context(closing(Spool(settings.spool, settings.spool_max_bytes)))
-        engine, reward_model = _open_engines(settings, reward_tokenizer, stack)
+        engine, reward_model = _open_engines(settings, readers, stack)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
         control = await stack.enter_async_context(_control(engine, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
@@ -79,7 +80,7 @@ def _control(engine: PolicyEngine, settings: GatewaySettings) -> AbstractAsyncCo
         engine,
         redis_url=settings.redis_url,
         base_policy_id=settings.base_policy_id,
-        reward_model_id=settings.reward_model_id,
+        reward_model_id=settings.reward_model.id,
         artefacts=settings.artefacts,
         n_cap=settings.n_cap,
         default_max_tokens=settings.default_max_tokens,
@@ -100,13 +101,11 @@ async def _testing(reward_model: RewardModel, settings: GatewaySettings) -> Asyn
 
 
 def _open_engines(
-    settings: GatewaySettings, reward_tokenizer: ChatTokenizer, stack: AsyncExitStack
+    settings: GatewaySettings, readers: Sequence[Reader], stack: AsyncExitStack
 ) -> tuple[PolicyEngine, RewardModel]:
     engine = PolicyEngine(settings.policy_engine_url)
     stack.push_async_callback(engine.close)
-    reward_model = RewardModel(
-        settings.reward_engine_url, settings.reward_model_id, reward_tokenizer, settings.reward_max_model_len
-    )
+    reward_model = RewardModel(settings.reward_model, readers)
     stack.push_async_callback(reward_model.close)
     return engine, reward_model
 

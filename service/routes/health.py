@@ -32,9 +32,7 @@ async def ready(request: Request) -> JSONResponse:
     known pairs rightly. Without Redis it stays true while the spool has room; `degraded` says so."""
     serving = cast(Serving, request.app.state.serving)
     base = serving.catalogue.base_policy
-    engine, reward_model = await asyncio.gather(
-        _state(serving.engine.models(), base), _state(serving.reward_model.models(), serving.reward_model.model)
-    )
+    engine, reward_model = await asyncio.gather(_state(serving.engine.models(), base), serving.reward_model.state())
     ledger = serving.ledger.status
     may_choose = serving.reward_test.may_choose
     is_ready = engine == reward_model == "ok" and may_choose and bool(serving.catalogue.snapshot.routes)

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from bon_algos.contracts import HttpMember, RewardConfig, VllmMember
+from bon_algos.contracts import HttpMember, RewardConfig, VllmMember, read_reward_config
 from bonsai import model_directory
 from bonsai.model_directory import BadModel, ModelDirectory
 from bonsai.reward_function import RewardFunction
@@ -37,11 +35,9 @@ def open_directory(path: Path, longest: int, digests: Path) -> RewardDirectory:
 def read_config(file: Path) -> RewardConfig:
     """With absolute directories: gateway and worker do not run where the user does. Raises BadModel."""
     try:
-        config = RewardConfig.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        fault = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(str(part) for part in fault["loc"])
-        raise BadModel(f"--reward-config: {place or file}: {fault['msg']}") from None
+        config = read_reward_config(file.read_bytes())
+    except ValueError as error:
+        raise BadModel(f"--reward-config: {error}") from None
     return config.model_copy(update={"members": tuple(map(_absolute, config.members))})
 
 

@@ -11,9 +11,9 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfig, VllmMember, is_loopback
+from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfigSetting, VllmMember, is_loopback
 from service.reward_test import read_pairs
 
 
@@ -48,7 +48,7 @@ class GatewaySettings(BaseSettings):
 
     redis_url: RedisUrl
     policy_engine_url: PrivateUrl
-    reward_model: RewardConfig
+    reward_model: Annotated[RewardConfigSetting, NoDecode]
     """As JSON: where its members answer and how their rewards become one; the worker is told the same."""
     policy_directory: Path
     """The base policy's model directory: tokenizer and chat template are read from it."""

@@ -6,12 +6,12 @@ Read once, at a process edge (`app` for Celery, `job_process` for a job); everyt
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfig
+from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfigSetting
 
 
 class BrokerSettings(BaseSettings):
@@ -28,7 +28,7 @@ class WorkerSettings(BrokerSettings):
     """What a job needs besides."""
 
     policy_engine_url: PrivateUrl
-    reward_model: RewardConfig
+    reward_model: Annotated[RewardConfigSetting, NoDecode]
     """As JSON; the gateway is told the same."""
     policy_directory: Path
     base_policy_id: PolicyId

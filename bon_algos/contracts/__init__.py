@@ -88,8 +88,10 @@ from bon_algos.contracts.reward_models import (
     HttpMember,
     PrivateUrl,
     RewardConfig,
+    RewardConfigSetting,
     VllmMember,
     is_loopback,
+    read_reward_config,
     reward_model_id,
 )
 from bon_algos.contracts.serving import (
@@ -180,6 +182,7 @@ __all__ = [
     "PrivateUrl",
     "Record",
     "RewardConfig",
+    "RewardConfigSetting",
     "RlooSpec",
     "Route",
     "RouteName",
@@ -202,6 +205,7 @@ __all__ = [
     "job_events_key",
     "job_key",
     "policy_key",
+    "read_reward_config",
     "reward_model_id",
     "route_key",
     "seen_key",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from bon_algos.contracts.record import Record
 
@@ -96,6 +96,24 @@ class RewardConfig(Record):
         if len(self.members) == 1 and first.scale == 1:
             return first.id
         return reward_model_id(json.dumps([sorted((one.id, one.scale) for one in self.members), self.caution]))
+
+
+def read_reward_config(text: str | bytes) -> RewardConfig:
+    """From JSON. ValueError, in words that name the field, when it describes no reward model."""
+    try:
+        return RewardConfig.model_validate_json(text)
+    except ValidationError as error:
+        fault = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        raise ValueError(f"{place}: {fault['msg']}" if place else fault["msg"]) from None
+
+
+def _parsed(value: object) -> object:
+    return read_reward_config(value) if isinstance(value, str) else value
+
+
+RewardConfigSetting = Annotated[RewardConfig, BeforeValidator(_parsed)]
+"""As an environment variable holds it."""
 
 
 def reward_model_id(name: str) -> str:

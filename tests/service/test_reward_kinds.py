@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -161,6 +162,22 @@ def test_the_program_in_the_documentation_is_one(tmp_path, engine, redis_url, un
                 assert (body["completion"], body["reward"]) == ("short", -5.0)
         finally:
             server.terminate()
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ("{", "BONSAI_REWARD_MODEL: Value error, Invalid JSON"),
+        ('{"members": [{"kind": "http", "url": "unix:///a"}]}', "members.0.http.model: Field required"),
+        ('{"members": [{"kind": "http", "url": "http://h:1", "model": "a"}]}', "members.0.http.url: .*over a network"),
+    ],
+)
+def test_a_gateway_told_of_no_reward_model_says_which_field(tmp_path, told, words):
+    environment = {**os.environ, "BONSAI_REWARD_MODEL": told}
+    command = [sys.executable, "-m", "service"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert re.search(words, ended.stderr)
 
 
 # --- an ensemble ----------------------------------------------------------------------------------------------

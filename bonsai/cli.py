@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bonsai.engines import LORA_RANKS
+from bonsai.replay.command import replay_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,6 +148,9 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
     with _exit_status(console):
         succeeded = asyncio.run(_until_asked(run_demo(plan, console, stop_at_end=stop_at_end, picture=picture)))
         sys.exit(0 if succeeded else 1)
+
+
+main.add_command(replay_command)
 
 
 @main.group()

@@ -136,10 +136,10 @@ def test_a_prompt_without_room_for_any_completion_is_refused():
 
 def test_a_program_is_asked_once_for_each_prompt():
     turns = (Message(role="user", content="hi"),)
-    prompts = [("a", None), ("a", None), ("b", turns), ("a", turns)]
+    prompts = [("a", None), ("a", None), ("a", turns), ("b", turns)]
     asked = HttpReader(http()).ask([Completion(*prompt, str(place)) for place, prompt in enumerate(prompts)])
     bodies = [(call.body["prompt"], call.body["messages"] is None, call.body["completions"]) for call in asked.calls]
-    assert bodies == [("a", True, ["0", "1"]), ("b", False, ["2"]), ("a", False, ["3"])]
+    assert bodies == [("a", True, ["0", "1"]), ("a", False, ["2"]), ("b", False, ["3"])]
     assert [list(call.places) for call in asked.calls] == [[0, 1], [2], [3]]
     answer = {"rewards": [None, math.inf], "reasons": ["too vague", None]}
     assert asked.calls[0].read(answer) == [

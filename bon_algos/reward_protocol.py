@@ -1,8 +1,7 @@
 """The HTTP schema by which any program can be a reward model: pure functions over JSON, no I/O.
 
     GET  /v1/models  ->  {"data": [{"id": NAME}]}
-    POST /score      {"model": NAME, "prompt": str, "messages": [{"role", "content"}, …] | null,
-                      "completions": [str, …]}
+    POST /score      {"model": NAME, "prompt": str, "messages": [OpenAI's message, …] | null, "completions": [str, …]}
                  ->  {"rewards": [number | null, …], "reasons": [str | null, …]}
 
 One reward for each completion, in order; null: it has none. `reasons` may be left out. A program that does not serve
@@ -35,8 +34,22 @@ def score_request(
     model: str, prompt: str, messages: Sequence[Message] | None, completions: Sequence[str]
 ) -> dict[str, Any]:
     """Body of the POST. prompt: as the policy reads it; messages: as the caller sent them, if it did."""
-    turns = None if messages is None else [message.model_dump() for message in messages]
+    turns = None if messages is None else [_openai_message(message) for message in messages]
     return {"model": model, "prompt": prompt, "messages": turns, "completions": list(completions)}
+
+
+def _openai_message(message: Message) -> dict[str, Any]:
+    """What a message does not have is not there."""
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in message.tool_calls
+    ]
+    return {
+        "role": message.role,
+        "content": message.content,
+        **({"tool_calls": calls} if calls else {}),
+        **({} if message.tool_call_id is None else {"tool_call_id": message.tool_call_id}),
+    }
 
 
 def parse_score(body: Mapping[str, Any], count: int) -> list[Verdict]:

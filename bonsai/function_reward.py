@@ -15,7 +15,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 from aiohttp import web
@@ -32,7 +32,7 @@ LARGEST_BODY: Final = 64 * 2**20
 class ScoreRequest(BaseModel):
     model: str
     prompt: str
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     completions: list[str]
 
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from bon_algos.contracts import Message
+from bon_algos.contracts import Message, ToolCall
 from bon_algos.reward_protocol import LONGEST_REASON, Verdict, parse_score, score_request
 from bon_algos.vllm_protocol import MalformedReply, parse_classify
 
@@ -17,6 +17,17 @@ def test_a_request_holds_the_prompt_the_conversation_and_the_completions():
     turns = [{"role": "user", "content": "hi"}]
     assert asked == {"model": "judge", "prompt": "u:hi", "messages": turns, "completions": ["a", "b"]}
     assert score_request("judge", "hi", None, [])["messages"] is None
+
+
+def test_calls_and_what_came_of_them_are_written_as_openai_writes_them():
+    call = ToolCall(id="c1", name="add", arguments='{"a": 1}')
+    asked = Message(role="assistant", content="", tool_calls=(call,))
+    messages = [asked, Message(role="tool", content="2", tool_call_id="c1")]
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    assert score_request("judge", "p", messages, [])["messages"] == [
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "type": "function", "function": function}]},
+        {"role": "tool", "content": "2", "tool_call_id": "c1"},
+    ]
 
 
 def test_rewards_come_in_order_and_null_is_none():

@@ -187,7 +187,7 @@ def parse_classify(body: Json, count: int) -> list[float]:
         probs = entry.get("probs") if isinstance(entry, dict) else None
         if not isinstance(probs, list) or len(probs) != 1 or isinstance(probs[0], bool):
             raise MalformedReply("a score of the reward model is not one number: is it a one-label classifier?")
-        scores[_index(entry, count)] = float(probs[0]) if isinstance(probs[0], int | float) else math.nan
+        scores[_index(entry, count)] = as_float(probs[0]) if isinstance(probs[0], int | float) else math.nan
     if len(scores) != count:
         raise MalformedReply("the reward model scored one sequence twice")
     return [scores[i] for i in range(count)]
@@ -199,6 +199,14 @@ def parse_forced_token(body: Json, token: int) -> float:
     if candidate.token_ids != (token,):
         raise MalformedReply("the engine answered another token than the only one allowed")
     return candidate.logprobs[0]
+
+
+def as_float(number: int | float) -> float:
+    """JSON's integers have no bound: one that no float holds is infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _choices(body: Json) -> list[dict[str, Any]]:

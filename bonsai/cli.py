@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bonsai.engines import LORA_RANKS
+from bonsai.replay.command import replay_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +41,25 @@ _STACK_OPTIONS = (
     ),
     click.option("--policy", default="", metavar="MODEL", help="Directory or hub id; default: the demo's."),
     click.option("--reward", default="", metavar="MODEL", help="Reward model: directory or hub id."),
+    click.option(
+        "--reward-function",
+        default="",
+        metavar="MODULE:FUNCTION",
+        help="A Python function as the reward model, from this directory or PYTHONPATH.",
+    ),
+    click.option(
+        "--reward-seconds",
+        type=click.FloatRange(0.01, 3600),
+        default=10.0,
+        show_default=True,
+        help="That one call of the reward function may take.",
+    ),
+    click.option(
+        "--reward-config",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        default=None,
+        help="JSON: reward models that you run yourself, one or an ensemble.",
+    ),
     click.option(
         "--reward-pairs",
         type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -130,6 +150,9 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
         sys.exit(0 if succeeded else 1)
 
 
+main.add_command(replay_command)
+
+
 @main.group()
 def models() -> None:
     """The models that the demo uses."""
@@ -162,13 +185,14 @@ def _console() -> Console:
 
 
 def _prepare(console: Console, options: dict[str, Any]) -> Plan:
+    from bonsai.function_call import FunctionError
     from bonsai.model_directory import BadModel
     from bonsai.redis_server import NoRedisServer
     from bonsai.stack_plan import Options, prepare
 
     try:
         plan = prepare(Options(**options))
-    except (BadModel, NoRedisServer, OSError) as error:
+    except (BadModel, FunctionError, NoRedisServer, OSError) as error:
         _say_failed(console, str(error))
         sys.exit(1)
     for warning in plan.warnings:

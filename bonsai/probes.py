@@ -34,6 +34,18 @@ def engine(socket: Path) -> Probe:
     return probe
 
 
+def reward_function(socket: Path, model: str) -> Probe:
+    """Its socket is opened last; a function that was changed since the stack started is another reward model."""
+
+    async def probe(_log: LogTail) -> str | None:
+        answer = await _get("http://engine/v1/models", socket)
+        if answer is None or answer[0] != 200:
+            return "importing the function"
+        return None if model.encode() in answer[1] else "its source has changed: start the stack again"
+
+    return probe
+
+
 def gateway(url: str) -> Probe:
     async def probe(_log: LogTail) -> str | None:
         answer = await _get(f"{url}/ready", None)

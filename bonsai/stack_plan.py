@@ -18,12 +18,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 import bonsai
-from bon_algos.contracts import DISTILL_QUEUE
-from bonsai import engines, model_directory, probes, redis_server
+from bon_algos.contracts import DISTILL_QUEUE, RewardConfig
+from bonsai import engines, function_reward, model_directory, probes, redis_server
 from bonsai.model_directory import ModelDirectory
 from bonsai.placement import Placement, cache_bytes, place
 from bonsai.processes import ProcessSpec
 from bonsai.redis_server import RedisServer
+from bonsai.reward_function import RewardFunction, function_spec, open_function
+from bonsai.reward_plan import Reward, RewardDirectory, config_of, open_directory, read_config
 from bonsai.runtime_directory import StateDirectory
 from service.reward_test import read_pairs
 
@@ -48,6 +50,13 @@ class Options:
     policy: str = ""
     """A directory or a hub id; "" is the demo's."""
     reward: str = ""
+    """The same; not with one of the next two."""
+    reward_function: str = ""
+    """module:function, from the current directory or PYTHONPATH."""
+    reward_config: Path | None = None
+    """A RewardConfig as JSON: reward models that somebody else runs."""
+    reward_seconds: float = function_reward.SECONDS
+    """That one call of the reward function may take."""
     reward_pairs: Path | None = None
     """Known pairs; None: the demo's for the demo's reward model, none for another."""
     redis_url: str | None = None
@@ -71,8 +80,7 @@ class Plan:
     options: Options
     policy: ModelDirectory
     policy_id: str
-    reward: ModelDirectory
-    reward_model_id: str
+    reward: Reward
     redis: RedisServer | None
     """None: `options.redis_url` is used."""
     placement: Placement
@@ -91,14 +99,12 @@ def prepare(options: Options) -> Plan:
     """Resolve and check everything that can be checked before a process starts.
 
     Downloads a hub id (network) and reads the weights once to name them (minutes for big ones, then cached).
-    Raises BadModel, NoRedisServer or OSError.
+    Raises BadModel, FunctionError, NoRedisServer or OSError.
     """
     options.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     digests = options.directory / "model-digests.json"
     policy_path = model_directory.resolve(options.policy, "policy", SHIPPED_MODELS / "policy")
-    reward_path = model_directory.resolve(options.reward, "reward", SHIPPED_MODELS / "reward")
     policy = model_directory.open_model(policy_path, "policy", options.max_model_len)
-    reward = model_directory.open_model(reward_path, "reward", options.max_model_len)
     if options.reward_pairs is not None:
         try:
             read_pairs(options.reward_pairs)
@@ -109,11 +115,21 @@ def prepare(options: Options) -> Plan:
         options=options,
         policy=policy,
         policy_id=model_directory.policy_id(model_directory.model_digest(policy.path, digests)),
-        reward=reward,
-        reward_model_id=model_directory.reward_model_id(model_directory.model_digest(reward.path, digests)),
+        reward=_reward(options, digests),
         redis=None if options.redis_url else redis_server.system_server(),
         placement=place(cores, count_gpus()),
     )
+
+
+def _reward(options: Options, digests: Path) -> Reward:
+    if sum(map(bool, (options.reward, options.reward_function, options.reward_config))) > 1:
+        raise model_directory.BadModel("--reward, --reward-function and --reward-config: a stack has one of them")
+    if options.reward_function:
+        return open_function(options.reward_function, options.reward_seconds, options.environment)
+    if options.reward_config is not None:
+        return read_config(options.reward_config)
+    path = model_directory.resolve(options.reward, "reward", SHIPPED_MODELS / "reward")
+    return open_directory(path, options.max_model_len, digests)
 
 
 def count_gpus() -> int:
@@ -139,7 +155,8 @@ def redis_url(plan: Plan, state: StateDirectory) -> str:
 def reward_pairs(plan: Plan) -> Path | None:
     if plan.options.reward_pairs is not None:
         return plan.options.reward_pairs.resolve()
-    return SHIPPED_MODELS.with_name("reward_pairs.json") if plan.reward.path == SHIPPED_MODELS / "reward" else None
+    is_shipped = isinstance(plan.reward, RewardDirectory) and plan.reward.model.path == SHIPPED_MODELS / "reward"
+    return SHIPPED_MODELS.with_name("reward_pairs.json") if is_shipped else None
 
 
 def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, str]:
@@ -149,13 +166,10 @@ def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, 
         **({} if pairs is None else {"BONSAI_REWARD_PAIRS": str(pairs)}),
         "BONSAI_REDIS_URL": redis_url(plan, state),
         "BONSAI_POLICY_ENGINE_URLS": json.dumps([f"unix://{state.policy_socket}"]),
-        "BONSAI_REWARD_ENGINE_URL": f"unix://{state.reward_socket}",
+        "BONSAI_REWARD_MODEL": config_of(plan.reward, state.reward_socket).model_dump_json(),
         "BONSAI_POLICY_DIRECTORY": str(plan.policy.path),
-        "BONSAI_REWARD_DIRECTORY": str(plan.reward.path),
         "BONSAI_BASE_POLICY_ID": plan.policy_id,
-        "BONSAI_REWARD_MODEL_ID": plan.reward_model_id,
         "BONSAI_MAX_MODEL_LEN": str(plan.policy.max_model_len),
-        "BONSAI_REWARD_MAX_MODEL_LEN": str(plan.reward.max_model_len),
         "BONSAI_ARTEFACTS": str(state.artefacts),
         "BONSAI_SPOOL": str(state.spool),
         "BONSAI_MAX_LORAS": str(plan.options.max_loras),
@@ -182,38 +196,48 @@ def redis_spec(plan: Plan, state: StateDirectory) -> ProcessSpec | None:
     )
 
 
-def engine_specs(plan: Plan, state: StateDirectory) -> tuple[ProcessSpec, ProcessSpec]:
-    """The policy engine and the reward engine."""
-    place_of, inherited = plan.placement, plan.options.environment
-    policy_device = _device(plan.policy, place_of.policy_gpu_share)
-    reward_device = _device(plan.reward, place_of.reward_gpu_share)
-    policy = engines.policy_engine_argv(
+def engine_specs(plan: Plan, state: StateDirectory) -> tuple[ProcessSpec, ...]:
+    """The policy engine and the reward model, unless somebody else runs that."""
+    policy = _policy_spec(plan, state)
+    match plan.reward:
+        case RewardConfig():
+            return (policy,)
+        case RewardFunction() as function:
+            return (policy, function_spec(function, state, plan.options.environment))
+        case RewardDirectory() as reward:
+            return (policy, _reward_spec(plan, reward, state))
+
+
+def _policy_spec(plan: Plan, state: StateDirectory) -> ProcessSpec:
+    place_of = plan.placement
+    argv = engines.policy_engine_argv(
         plan.policy.path,
         plan.policy_id,
         state.policy_socket,
         max_model_len=plan.policy.max_model_len,
         max_loras=plan.options.max_loras,
         max_lora_rank=plan.max_lora_rank,
-        device=policy_device,
+        device=_device(plan.policy, place_of.policy_gpu_share),
     )
-    reward = engines.reward_engine_argv(
-        plan.reward.path,
-        plan.reward_model_id,
+    environment = engines.engine_environment(
+        plan.options.environment, runtime=state.runtime, threads=place_of.policy_threads, gpu=place_of.policy_gpu
+    )
+    return _engine("policy", argv, environment, state, state.policy_socket)
+
+
+def _reward_spec(plan: Plan, reward: RewardDirectory, state: StateDirectory) -> ProcessSpec:
+    place_of = plan.placement
+    argv = engines.reward_engine_argv(
+        reward.model.path,
+        reward.id,
         state.reward_socket,
-        max_model_len=plan.reward.max_model_len,
-        device=reward_device,
+        max_model_len=reward.model.max_model_len,
+        device=_device(reward.model, place_of.reward_gpu_share),
     )
-    runtime = state.runtime
-    policy_environment = engines.engine_environment(
-        inherited, runtime=runtime, threads=place_of.policy_threads, gpu=place_of.policy_gpu
+    environment = engines.engine_environment(
+        plan.options.environment, runtime=state.runtime, threads=place_of.reward_threads, gpu=place_of.reward_gpu
     )
-    reward_environment = engines.engine_environment(
-        inherited, runtime=runtime, threads=place_of.reward_threads, gpu=place_of.reward_gpu
-    )
-    return (
-        _engine("policy", policy, policy_environment, state, state.policy_socket),
-        _engine("reward", reward, reward_environment, state, state.reward_socket),
-    )
+    return _engine("reward", argv, environment, state, state.reward_socket)
 
 
 def _device(model: ModelDirectory, gpu_share: float | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Final
 from fastapi import FastAPI
 
 from bon_algos.chat import ChatTokenizer
+from bon_algos.scoring import open_readers
 from service.control import Control, open_control
 from service.edge import install_edge
 from service.feedback import FeedbackBook
@@ -50,11 +51,12 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
     """A running gateway. Engines and Redis may still be away: `/ready` says what is missing. Raises SpoolLocked when
     another process has the spool, OSError or ValueError when a directory or the known pairs cannot be read."""
     tokenizer = read_tokenizer(settings.policy_directory)
-    reward_tokenizer = read_tokenizer(settings.reward_directory)
+    readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     async with AsyncExitStack() as stack:
         spool = stack.enter_context(closing(Spool(settings.spool, settings.spool_max_bytes)))
         engine = await stack.enter_async_context(_open_pool(settings))
-        reward_model = _open_reward_model(settings, reward_tokenizer, stack)
+        reward_model = RewardModel(settings.reward_model, readers)
+        stack.push_async_callback(reward_model.close)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
         control = await stack.enter_async_context(_control(engine, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
@@ -82,7 +84,7 @@ def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncCont
         engine.replicas,
         redis_url=settings.redis_url,
         base_policy_id=settings.base_policy_id,
-        reward_model_id=settings.reward_model_id,
+        reward_model_id=settings.reward_model.id,
         artefacts=settings.artefacts,
         n_cap=settings.n_cap,
         default_max_tokens=settings.default_max_tokens,
@@ -121,14 +123,6 @@ async def _open_pool(settings: GatewaySettings) -> AsyncGenerator[EnginePool]:
             )
         async with running_loops(*(replica.canary.run() for replica in replicas)):
             yield EnginePool(replicas)
-
-
-def _open_reward_model(settings: GatewaySettings, tokenizer: ChatTokenizer, stack: AsyncExitStack) -> RewardModel:
-    reward_model = RewardModel(
-        settings.reward_engine_url, settings.reward_model_id, tokenizer, settings.reward_max_model_len
-    )
-    stack.push_async_callback(reward_model.close)
-    return reward_model
 
 
 @asynccontextmanager

@@ -24,8 +24,8 @@ from bon_algos.contracts import (
     SelectionStatus,
 )
 from bon_algos.order import soft_best_of_n_weights, systematic_sample
+from bon_algos.scoring import Score
 from service.errors import DeadlineExceeded, EngineBroken, GatewayError, InvalidField, RewardModelUnavailable
-from service.reward import Score
 from service.vllm import DrawingWindow, Listener
 
 
@@ -140,7 +140,11 @@ async def measure(group: CandidateGroup, reward_model: Scorer) -> CandidateGroup
     for i in set(finished) - set(speaking):
         candidates[i] = candidates[i].model_copy(update={"failure": "empty"})
     for i, score in zip(places, scores, strict=True):
-        found = {"reward": score.reward, "failure": score.failure or candidates[i].failure}
+        found = {
+            "reward": score.reward,
+            "disagreement": score.disagreement,
+            "failure": score.failure or candidates[i].failure,
+        }
         candidates[i] = candidates[i].model_copy(update=found)
     return group.model_copy(update={"candidates": tuple(candidates)})
 
@@ -235,13 +239,15 @@ def margin_of(group: CandidateGroup) -> float | None:
 
 def selection_of(group: CandidateGroup) -> dict[str, Any]:
     """How the served candidate was chosen, in the words of a reply."""
-    chosen, best = group.candidates[cast(int, group.selected)].reward, group.best
+    served, best = group.candidates[cast(int, group.selected)], group.best
+    chosen = served.reward
     highest = None if best is None else group.candidates[best].reward
     return {
         "status": group.status,
         "strategy": "fixed" if group.softness is None else "soft",
         "reward_model": group.reward_model_id,
         "reward": chosen,
+        "disagreement": served.disagreement,
         "margin": margin_of(group),
         "given_up": None if chosen is None or highest is None else highest - chosen,
     }

@@ -1,97 +1,111 @@
 """The reward model: a number for each completion, or the reason why it has none.
 
-Owns: rendering in the reward model's own chat template, what is too long for it, one batched call, refusing
-numbers that are not finite. Does not own: the wire format (bon_algos/vllm_protocol.py), deadlines, choosing.
+Owns: asking every member at once, over HTTP; one that fails fails all, for an ensemble of fewer is another reward
+model. Does not own: what is said and how it is read (bon_algos/scoring.py), deadlines, choosing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from math import isfinite
-from typing import Final, NamedTuple
+import logging
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, Final, TypeVar
 
-from bon_algos.chat import ChatTokenizer, TemplateRefused, reward_token_ids
-from bon_algos.contracts import CandidateFailure, Message
-from bon_algos.vllm_protocol import classify_request, parse_classify
+from bon_algos.contracts import Message, RewardConfig
+from bon_algos.scoring import Asked, Call, Completion, Reader, Score, combined, template_digest_of
 from service.engine_http import EngineHttp
-from service.errors import InvalidField, RewardModelUnavailable
+from service.errors import GatewayError, InvalidField, RewardModelUnavailable
 from service.vllm import LIST_SECONDS, model_names
 
 LONG_CHARACTERS: Final = 100_000
 """From here on tokenising would hold up other requests, and is done in a thread."""
-
-
-class Score(NamedTuple):
-    """A finite reward, or why there is none."""
-
-    reward: float | None
-    failure: CandidateFailure | None = None
+T = TypeVar("T")
+log = logging.getLogger("bonsai.reward")
 
 
 class RewardModel:
-    """One vLLM pooling server with a classifier of one label."""
+    """One member or several. Must be made inside a running event loop and closed."""
 
-    def __init__(self, url: str, model: str, tokenizer: ChatTokenizer, max_tokens: int) -> None:
-        """model: its served name. max_tokens: its window."""
-        self._http = EngineHttp(
-            url,
-            title="reward model",
-            unavailable=RewardModelUnavailable,
-            not_served=RewardModelUnavailable,
-            broken_code="reward_model_broken",
-        )
-        self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
-        self.model = model
-        self.template_digest = tokenizer.template_digest
+    def __init__(self, config: RewardConfig, readers: Sequence[Reader]) -> None:
+        """readers: one for each member."""
+        self._config = config
+        self._readers = readers
+        is_alone = len(config.members) == 1
+        self._http = [
+            EngineHttp(
+                member.url,
+                title="reward model" if is_alone else f"reward model {member.id}",
+                unavailable=RewardModelUnavailable,
+                not_served=RewardModelUnavailable,
+                broken_code="reward_model_broken",
+            )
+            for member in config.members
+        ]
+        self.model = config.id
+        self.template_digest = template_digest_of(readers)
 
     async def close(self) -> None:
-        await self._http.close()
+        for http in self._http:
+            await http.close()
 
-    async def models(self) -> list[str]:
-        """Names the engine serves."""
-        return model_names(await self._http.get("/v1/models", LIST_SECONDS))
+    async def state(self) -> str:
+        """ok, or in a few words why not."""
+        states = await _all(self._state_of(i) for i in range(len(self._http)))
+        return next((state for state in states if state != "ok"), "ok")
+
+    async def _state_of(self, i: int) -> str:
+        try:
+            served = model_names(await self._http[i].get("/v1/models", LIST_SECONDS))
+        except GatewayError as error:
+            return error.message
+        if self._config.members[i].model in served:
+            return "ok"
+        return "serves another model" + (f" than {self._config.members[i].id}" if len(self._http) > 1 else "")
 
     def require_room(self, prompt: str, messages: Sequence[Message] | None) -> None:
         """Refuse what could not be scored whatever is completed. Raises InvalidField."""
-        param = "prompt" if messages is None else "messages"
-        try:
-            taken = len(reward_token_ids(self._tokenizer, prompt, messages, ""))
-        except TemplateRefused as error:
-            raise InvalidField(f"the reward model's chat template refuses {param}: {error}", param=param) from None
-        if taken >= self._max_tokens:
-            raise InvalidField(
-                f"{param} takes {taken} tokens of the reward model's window of {self._max_tokens}", param=param
-            )
+        for reader in self._readers:
+            if (refusal := reader.refusal(prompt, messages)) is not None:
+                raise InvalidField(refusal, param="prompt" if messages is None else "messages")
 
     async def score(self, prompt: str, messages: Sequence[Message] | None, completions: Sequence[str]) -> list[Score]:
-        """One score for each completion, in order, by one call. Too long is a failure, never cut; so is a
-        conversation that the model's template refuses.
+        """One score for each completion, in order; every member is asked at once.
 
         Raises RewardModelUnavailable (503) and EngineBroken (502).
         """
-        try:
-            sequences = await self._encoded(prompt, messages, completions)
-        except TemplateRefused:
-            return [Score(None, "reward_error")] * len(completions)
-        fitting = [i for i, ids in enumerate(sequences) if len(ids) <= self._max_tokens]
-        scores = [Score(None, "too_long")] * len(completions)
-        if not fitting:
-            return scores
-        request = classify_request(self.model, [sequences[i] for i in fitting])
-        with self._http.translated():
-            rewards = parse_classify(await self._http.post("/classify", request), len(fitting))
-        for i, reward in zip(fitting, rewards, strict=True):
-            scores[i] = Score(reward) if isfinite(reward) else Score(None, "reward_not_finite")
+        asked = [Completion(prompt, messages, text) for text in completions]
+        scores = combined(self._config, await _all(self._scores_of(i, asked) for i in range(len(self._http))))
+        if reason := next((score.reason for score in scores if score.reason), ""):
+            missing = sum(score.reward is None for score in scores)
+            log.warning("%d of %d completions have no reward: %s", missing, len(scores), reason)
         return scores
 
-    async def _encoded(
-        self, prompt: str, messages: Sequence[Message] | None, completions: Sequence[str]
-    ) -> list[list[int]]:
-        def encode() -> list[list[int]]:
-            return [reward_token_ids(self._tokenizer, prompt, messages, text) for text in completions]
+    async def _scores_of(self, i: int, completions: Sequence[Completion]) -> list[Score]:
+        scores, calls = await _read(self._readers[i], completions)
+        answers = await _all(self._answer(self._http[i], call) for call in calls)
+        for call, found in zip(calls, answers, strict=True):
+            for place, score in zip(call.places, found, strict=True):
+                scores[place] = score
+        return scores
 
-        characters = len(prompt) + sum(len(message.content) for message in messages or ())
-        is_short = characters * len(completions) < LONG_CHARACTERS
-        return encode() if is_short else await asyncio.to_thread(encode)
+    async def _answer(self, http: EngineHttp, call: Call) -> list[Score]:
+        with http.translated():
+            return call.read(await http.post(call.path, call.body))
+
+
+async def _read(reader: Reader, completions: Sequence[Completion]) -> Asked:
+    characters = sum(
+        len(one.prompt) + sum(len(message.content) for message in one.messages or ()) for one in completions
+    )
+    is_short = characters < LONG_CHARACTERS
+    return reader.ask(completions) if is_short else await asyncio.to_thread(reader.ask, completions)
+
+
+async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order, or the first failure; then the others are left."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -6,41 +6,23 @@ Owns: names, defaults, limits. Only `app.py` reads this class; everything below 
 from __future__ import annotations
 
 from hashlib import sha256
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from bon_algos.contracts import PolicyId
+from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfigSetting, VllmMember, is_loopback
 from service.reward_test import read_pairs
 
 MAX_REPLICAS = 64
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _loopback_host(host: str) -> str:
-    if not _is_loopback(host):
+    if not is_loopback(host):
         raise ValueError("the gateway listens on loopback only (127.0.0.1, ::1, localhost) until it has API keys")
     return host
-
-
-def _private_url(url: str) -> str:
-    parts = urlsplit(url)
-    is_socket = parts.scheme == "unix" and parts.path.startswith("/") and not parts.netloc
-    if not is_socket and not (parts.scheme == "http" and _is_loopback(parts.hostname or "") and parts.port):
-        raise ValueError("an engine is reached over unix:///path or http://127.0.0.1:PORT, never over a network")
-    return url.rstrip("/")
 
 
 def _replicas(urls: tuple[str, ...]) -> tuple[str, ...]:
@@ -58,7 +40,6 @@ def _redis_url(url: str) -> str:
 
 
 LoopbackHost = Annotated[str, AfterValidator(_loopback_host)]
-PrivateUrl = Annotated[str, AfterValidator(_private_url)]
 PrivateUrls = Annotated[tuple[PrivateUrl, ...], AfterValidator(_replicas)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 
@@ -80,19 +61,16 @@ class GatewaySettings(BaseSettings):
     policy_engine_urls: PrivateUrls
     """A JSON list: the replicas of the policy engine, alike in all that concerns an answer. They are called policy-0,
     policy-1, … in this order; the worker samples from the first."""
-    reward_engine_url: PrivateUrl
+    reward_model: Annotated[RewardConfigSetting, NoDecode]
+    """As JSON: where its members answer and how their rewards become one; the worker is told the same."""
     policy_directory: Path
     """The base policy's model directory: tokenizer and chat template are read from it."""
-    reward_directory: Path
     base_policy_id: PolicyId
     """Also the model's name in the policy engine."""
-    reward_model_id: str = Field(pattern=r"^rm-[0-9a-f]{16}$")
-    """Also the model's name in the reward engine."""
     reward_pairs: PairsFile | None = None
     """A JSON list of known pairs that the reward model must rank rightly before it chooses anything."""
     max_model_len: int = Field(ge=2)
     """Window of the policy engine, tokens."""
-    reward_max_model_len: int = Field(ge=2)
     artefacts: Path
     spool: Path
     """One gateway process per directory."""
@@ -128,5 +106,7 @@ class GatewaySettings(BaseSettings):
     @property
     def digest(self) -> str:
         """Of what the answers depend on; stands in every group. No secrets, no addresses."""
-        kept = {"base_policy_id", "reward_model_id", "max_model_len", "reward_max_model_len", "n_cap"}
-        return sha256(self.model_dump_json(include=kept).encode()).hexdigest()[:16]
+        kept = {"base_policy_id", "max_model_len", "n_cap"}
+        windows = [member.window for member in self.reward_model.members if isinstance(member, VllmMember)]
+        told = f"{self.model_dump_json(include=kept)} {self.reward_model.id} {windows}"
+        return sha256(told.encode()).hexdigest()[:16]

@@ -18,7 +18,6 @@ import redis
 import torch
 
 from bon_algos.algorithms import make_step
-from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import BonRegressionSpec, DataWindow, EvaluationReport, InterpolationSpec, JobSpec, Manifest
 from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import OnPolicyStep, SequenceLogprobs
@@ -62,12 +61,9 @@ class Workplace:
 
     client: redis.Redis
     engines: Engines
-    reward_tokenizer: ChatTokenizer
     artefacts: Path
     policy_directory: Path
     base_policy_id: str
-    reward_model_id: str
-    reward_max_tokens: int
     device: torch.device
     torch_threads: int
     checkpoint_steps: int
@@ -90,11 +86,9 @@ class Distillation:
         self.progress = Progress(lease, self.steps)
         self.rollouts = Rollouts(
             workplace.engines,
-            workplace.reward_tokenizer,
             directory=self.attempt,
             job_id=lease.job_id,
             attempt=attempt,
-            reward_max_tokens=workplace.reward_max_tokens,
         )
 
     def run(self) -> None:
@@ -117,8 +111,8 @@ class Distillation:
         spec, place, method = self.spec, self.workplace, self.spec.method.spec
         wanted = dataset.Requirements(
             reference_policy=place.base_policy_id,
-            reward_model=place.reward_model_id,
-            reward_template_digest=place.reward_tokenizer.template_digest,
+            reward_model=place.engines.reward_model_id,
+            reward_template_digest=place.engines.reward_template_digest,
             num_candidates=method.candidates_needed,
             since=spec.window.since,
             until=spec.window.until,
@@ -271,7 +265,7 @@ class Distillation:
             digest=digest,
             base_policy_id=place.base_policy_id,
             parent_policy_id=place.base_policy_id if interpolation is None else interpolation.policy,
-            reward_model_id=place.reward_model_id,
+            reward_model_id=place.engines.reward_model_id,
             job_id=self.lease.job_id,
             epoch=self.lease.epoch,
             created_at=time.time(),

@@ -1,7 +1,7 @@
-"""The worker's client of the two engines: sampling, scoring, log-probs, adapters.
+"""The worker's client of the engines: sampling, scoring, adapters.
 
-Owns sockets, bounds and the translation of what goes wrong. Does not own what is said (`vllm_protocol`) nor how
-long to be patient (`patience`). Synchronous on the outside, for a training loop; parallel on the inside.
+Owns sockets, bounds and the translation of what goes wrong. Does not own what is said (`vllm_protocol`, `scoring`) nor
+how long to be patient (`patience`). Synchronous on the outside, for a training loop; parallel on the inside.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import aiohttp
 
-from bon_algos.contracts import Candidate, Sampling
+from bon_algos.contracts import Candidate, RewardConfig, Sampling
+from bon_algos.scoring import Completion, Reader, Score, combined, template_digest_of
 from bon_algos.vllm_protocol import (
     ROLLOUT_PRIORITY,
     Json,
-    classify_request,
     completion_request,
-    parse_classify,
     parse_completion,
 )
 from worker.errors import EngineUnavailable, JobFailed
@@ -29,7 +28,7 @@ from worker.errors import EngineUnavailable, JobFailed
 REQUEST_TIMEOUT_SECONDS = 180.0
 REQUESTS_IN_FLIGHT = 48
 """Enough to fill an engine's batch; what waits here is not waiting inside the engine in front of users."""
-SEQUENCES_PER_SCORE_CALL = 256
+MAX_REPLY_BYTES = 64 * 2**20
 CHECK_SECONDS = 0.5
 
 Result = TypeVar("Result")
@@ -45,12 +44,20 @@ class Draw(NamedTuple):
 
 
 class Engines:
-    """Both engines, for one job. `check` is asked twice a second while a call is under way; when it raises, the
-    call is aborted: a cancelled or fenced job stops waiting."""
+    """The policy engine and the members of the reward model, for one job. `check` is asked twice a second while a
+    call is under way; when it raises, the call is aborted: a cancelled or fenced job stops waiting."""
 
-    def __init__(self, policy_url: str, reward_url: str, reward_model_id: str, check: Callable[[], None]) -> None:
-        self._urls = {"policy": policy_url, "reward": reward_url}
-        self._reward_model_id = reward_model_id
+    def __init__(
+        self, policy_url: str, reward_model: RewardConfig, readers: Sequence[Reader], check: Callable[[], None]
+    ) -> None:
+        """readers: one for each member of the reward model."""
+        self._members = [f"reward {member.id}" for member in reward_model.members]
+        self._urls = {"policy": policy_url}
+        self._urls |= {name: one.url for name, one in zip(self._members, reward_model.members, strict=True)}
+        self._reward_model = reward_model
+        self._readers = readers
+        self.reward_model_id = reward_model.id
+        self.reward_template_digest = template_digest_of(readers)
         self._check = check
         self._runner = asyncio.Runner()
         self._sessions: dict[str, aiohttp.ClientSession] = {}
@@ -76,16 +83,15 @@ class Engines:
 
         return self._run_all([one(draw) for draw in draws])
 
-    def score(self, token_ids: Sequence[Sequence[int]]) -> list[float]:
-        """The reward of each sequence, in order; raw scores of the reward model, possibly not finite."""
-
-        def one(part: Sequence[Sequence[int]]) -> Coroutine[Any, Any, list[float]]:
-            body = classify_request(self._reward_model_id, part)
-            return self._post("reward", "/classify", body, lambda answer: parse_classify(answer, len(part)))
-
-        parts = range(0, len(token_ids), SEQUENCES_PER_SCORE_CALL)
-        rewards = self._run_all([one(token_ids[i : i + SEQUENCES_PER_SCORE_CALL]) for i in parts])
-        return [reward for part in rewards for reward in part]
+    def score(self, completions: Sequence[Completion]) -> list[Score]:
+        """One score for each completion, in order: of every member, all in parallel, as the gateway scores."""
+        asked = [reader.ask(completions) for reader in self._readers]
+        calls = [(name, own, call) for name, own in zip(self._members, asked, strict=True) for call in own.calls]
+        found = self._run_all([self._post(name, call.path, call.body, call.read) for name, _, call in calls])
+        for (_, own, call), scores in zip(calls, found, strict=True):
+            for place, score in zip(call.places, scores, strict=True):
+                own.scores[place] = score
+        return combined(self._reward_model, [own.scores for own in asked])
 
     def load_adapter(self, name: str, directory: Path) -> None:
         """Have the policy engine serve an adapter under a name that was never used before."""
@@ -159,7 +165,7 @@ class Engines:
         """One exchange. 4xx (but for `not found` and `too many`) is our own mistake and fails the job."""
         try:
             async with self._sessions[engine].request(method, path, json=body) as response:
-                content = await response.read()
+                content = await _bounded(response)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EngineUnavailable(f"the {engine} engine does not answer {path}: {type(error).__name__}") from error
         status = response.status
@@ -171,3 +177,12 @@ class Engines:
             detail = content[:300].decode(errors="replace")
             raise JobFailed("engine_refused", f"the {engine} engine answered {status} to {path}: {detail}")
         raise EngineUnavailable(f"the {engine} engine answered {status} to {path}")
+
+
+async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+    content = bytearray()
+    async for piece in response.content.iter_any():
+        content += piece
+        if len(content) > MAX_REPLY_BYTES:
+            raise aiohttp.ClientPayloadError(f"longer than {MAX_REPLY_BYTES} bytes")
+    return bytes(content)

@@ -23,6 +23,7 @@ import redis
 
 from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import JobSpec, job_key
+from bon_algos.scoring import open_readers
 from worker import lease as leases
 from worker.errors import EngineUnavailable, JobCancelled, JobFailed, LeaseLost
 from worker.lease import Lease
@@ -87,9 +88,8 @@ def run(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     from worker.engine import Engines
 
     spec = JobSpec.model_validate_json(client.hget(job_key(lease.job_id), "spec") or b"")
-    with Engines(
-        settings.policy_engine_urls[0], settings.reward_engine_url, settings.reward_model_id, lease.check
-    ) as engines:
+    readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
+    with Engines(settings.policy_engine_urls[0], settings.reward_model, readers, lease.check) as engines:
         Distillation(spec, lease, workplace(client, engines, settings)).run()
 
 
@@ -101,12 +101,9 @@ def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -
     return Workplace(
         client=client,
         engines=engines,
-        reward_tokenizer=read_tokenizer(settings.reward_directory),
         artefacts=settings.artefacts,
         policy_directory=settings.policy_directory,
         base_policy_id=settings.base_policy_id,
-        reward_model_id=settings.reward_model_id,
-        reward_max_tokens=settings.reward_max_model_len,
         device=torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu")),
         torch_threads=settings.torch_threads,
         checkpoint_steps=settings.checkpoint_steps,

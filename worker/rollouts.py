@@ -11,16 +11,15 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
-from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 from torch import Tensor
 
-from bon_algos.chat import ChatTokenizer, reward_token_ids
 from bon_algos.contracts import Candidate
 from bon_algos.logprobs import TokenGroup
+from bon_algos.scoring import Completion
 from bon_algos.steps import FreshGroup, RankedGroup
 from worker.dataset import INCOMPLETE_PENALTY, PromptPool, ranking_reward
 from worker.engine import Draw, Engines
@@ -53,19 +52,15 @@ class Rollouts:
     def __init__(
         self,
         engines: Engines,
-        reward_tokenizer: ChatTokenizer,
         *,
         directory: Path,
         job_id: str,
         attempt: str,
-        reward_max_tokens: int,
     ) -> None:
         self.engines = engines
-        self._reward_tokenizer = reward_tokenizer
         self._directory = directory
         self._job_prefix = f"{job_id}-"
         self._attempt = attempt
-        self._reward_max_tokens = reward_max_tokens
         self._numbers = count()
 
     def unload_leftovers(self) -> None:
@@ -141,19 +136,16 @@ class Rollouts:
         return groups, [samples[0] for samples in drawn]
 
     def _score(self, pairs: Sequence[tuple[PromptPool, Candidate]]) -> list[Rollout]:
-        tokens = [
-            reward_token_ids(self._reward_tokenizer, pool.prompt, pool.messages, candidate.text)
-            for pool, candidate in pairs
-        ]
-        readable = [index for index, ids in enumerate(tokens) if len(ids) <= self._reward_max_tokens]
-        scores = dict(zip(readable, self.engines.score([tokens[i] for i in readable]), strict=True))
-        return [_rollout(candidate, scores.get(index)) for index, (_, candidate) in enumerate(pairs)]
+        scores = self.engines.score(
+            [Completion(pool.prompt, pool.messages, candidate.text) for pool, candidate in pairs]
+        )
+        return [_rollout(candidate, score.reward) for (_, candidate), score in zip(pairs, scores, strict=True)]
 
 
-def _rollout(candidate: Candidate, score: float | None) -> Rollout:
-    if score is None or not isfinite(score):
+def _rollout(candidate: Candidate, reward: float | None) -> Rollout:
+    if reward is None:
         return Rollout(candidate, None, UNSCORED)
-    return Rollout(candidate, score, ranking_reward(candidate, score))
+    return Rollout(candidate, reward, ranking_reward(candidate, reward))
 
 
 def spread(pools: Sequence[PromptPool], at_most: int) -> list[PromptPool]:

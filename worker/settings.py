@@ -6,15 +6,12 @@ Read once, at a process edge (`app` for Celery, `job_process` for a job); everyt
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from bon_algos.contracts import PolicyId
-
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfigSetting
 
 
 class BrokerSettings(BaseSettings):
@@ -30,16 +27,14 @@ class BrokerSettings(BaseSettings):
 class WorkerSettings(BrokerSettings):
     """What a job needs besides."""
 
-    policy_engine_urls: tuple[str, ...] = Field(min_length=1)
+    policy_engine_urls: tuple[PrivateUrl, ...] = Field(min_length=1)
     """As the gateway has them. A job samples from the first, and lends its adapters to no other."""
-    reward_engine_url: str
+    reward_model: Annotated[RewardConfigSetting, NoDecode]
+    """As JSON; the gateway is told the same."""
     policy_directory: Path
-    reward_directory: Path
     base_policy_id: PolicyId
-    reward_model_id: str
     max_model_len: int = Field(ge=2)
     """Tokens of prompt and completion together that the policy engine takes."""
-    reward_max_model_len: int = Field(ge=1)
     heartbeat_seconds: float = Field(10.0, gt=0)
     checkpoint_steps: int = Field(20, ge=1)
     checkpoint_seconds: float = Field(30.0, gt=0)
@@ -49,13 +44,3 @@ class WorkerSettings(BrokerSettings):
     """None: CUDA when there is one."""
     engine_patience_seconds: float = Field(600.0, gt=0)
     """How long a job waits, inside its lease, for an engine that does not answer."""
-
-    @field_validator("policy_engine_urls", "reward_engine_url")
-    @classmethod
-    def _never_a_network(cls, urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        """Engines have no authentication worth the name: a Unix socket or loopback, nothing else."""
-        for url in (urls,) if isinstance(urls, str) else urls:
-            parts = urlsplit(url)
-            if parts.scheme != "unix" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
-                raise ValueError("an engine listens on unix:///path or on http://127.0.0.1:PORT only")
-        return urls

@@ -98,6 +98,8 @@ class Candidate(Record):
     finish_reason: FinishReason | None = None
     """None: never finished."""
     reward: float | None = None
+    disagreement: float | None = None
+    """Standard deviation between the members of an ensemble, of their scaled rewards; None with one member."""
     failure: CandidateFailure | None = None
     alternatives: tuple[Alternatives, ...] = Field((), exclude=True)
     """Of each token, where they were asked for. Not logged."""

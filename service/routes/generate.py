@@ -129,6 +129,7 @@ def _choice(group: CandidateGroup, index: int) -> dict[str, Any]:
         "index": index,
         "text": candidate.text,
         "reward": candidate.reward,
+        "disagreement": candidate.disagreement,
         "finish_reason": candidate.finish_reason,
         "failure": candidate.failure,
         "tokens": len(candidate.token_ids),

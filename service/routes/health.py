@@ -32,9 +32,7 @@ async def ready(request: Request) -> JSONResponse:
     and the reward model has ranked its known pairs rightly. Without Redis it stays true while the spool has room;
     `degraded` says so, or that a policy engine is out of rotation."""
     serving = cast(Serving, request.app.state.serving)
-    engines, reward_model = await asyncio.gather(
-        serving.engine.readiness(), _state(serving.reward_model.models(), serving.reward_model.model)
-    )
+    engines, reward_model = await asyncio.gather(serving.engine.readiness(), serving.reward_model.state())
     in_rotation = engines.count("ok")
     engine = "ok" if in_rotation else "; ".join(dict.fromkeys(engines))
     ledger = serving.ledger.status

@@ -24,7 +24,18 @@ def test_help_loads_none_of_the_heavy_libraries() -> None:
 
 def test_help_names_every_option_of_up() -> None:
     shown = CliRunner().invoke(main, ["up", "--help"]).output
-    for option in ("--dir", "--policy", "--reward", "--host", "--port", "--redis-url", "--max-loras", "--cores"):
+    for option in (
+        "--dir",
+        "--policy",
+        "--reward",
+        "--host",
+        "--port",
+        "--redis-url",
+        "--max-loras",
+        "--cores",
+        "--reward-function",
+        "--reward-config",
+    ):
         assert option in shown
 
 
@@ -56,3 +67,11 @@ def test_an_engine_that_cannot_load_its_model_is_named_with_its_log(tmp_path: Pa
     assert "not enough memory: MemoryError: no room for weights" in result.output
     assert "The whole log: " in result.output
     assert not (tmp_path / "s" / "up.json").exists()
+
+
+def test_a_reward_function_that_cannot_be_imported_ends_with_1_and_why(tmp_path: Path) -> None:
+    policy = write_model(tmp_path / "p", LLAMA)
+    command = ["up", "--dir", str(tmp_path / "s"), "--policy", str(policy), "--reward-function", "absent:reward"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert "there is no module absent in" in result.output

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from bon_algos.contracts import HttpMember, RewardConfig, VllmMember
 from bonsai import probes, up
+from bonsai.function_call import FunctionError
+from bonsai.model_directory import BadModel
 from bonsai.processes import ProcessSpec
 from bonsai.runtime_directory import StateDirectory
 from bonsai.stack_plan import Options, Plan, prepare
@@ -59,6 +62,7 @@ def test_gateway_and_worker_accept_their_settings(
     worker = WorkerSettings()
     assert gateway.port == 8123
     assert gateway.base_policy_id == worker.base_policy_id == plan.policy_id
+    assert gateway.reward_model == worker.reward_model
     assert gateway.redis_url == worker.redis_url == f"unix://{tmp_path}/run/redis.sock"
     assert worker.lease_seconds == 2
 
@@ -68,7 +72,11 @@ def test_engine_and_settings_agree_on_names_and_windows(make_plan: MakePlan, tmp
     variables = specs["gateway"].environment
     policy, reward = specs["policy"].argv, specs["reward"].argv
     assert policy[policy.index("--served-model-name") + 1] == variables["BONSAI_BASE_POLICY_ID"]
-    assert reward[reward.index("--served-model-name") + 1] == variables["BONSAI_REWARD_MODEL_ID"]
+    [told] = RewardConfig.model_validate_json(variables["BONSAI_REWARD_MODEL"]).members
+    assert reward[reward.index("--served-model-name") + 1] == told.model == told.id
+    assert told.url == f"unix://{reward[reward.index('--uds') + 1]}"
+    assert isinstance(told, VllmMember)
+    assert reward[reward.index("--max-model-len") + 1] == str(told.window) == "256"
     assert policy[policy.index("--max-model-len") + 1] == variables["BONSAI_MAX_MODEL_LEN"] == "256"
     assert json.loads(variables["BONSAI_POLICY_ENGINE_URLS"]) == [f"unix://{policy[policy.index('--uds') + 1]}"]
 
@@ -131,3 +139,77 @@ def test_engine_and_gateway_agree_on_the_largest_rank(
     argv = specs["policy"].argv
     assert argv[argv.index("--max-lora-rank") + 1] == told
     assert specs["gateway"].environment["BONSAI_MAX_LORA_RANK"] == told
+
+
+# --- other reward models ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's directory, with a reward function in it."""
+    directory = tmp_path / "here"
+    directory.mkdir()
+    (directory / "rewards.py").write_text("def reward(prompt, completions): return [0.0 for _ in completions]\n")
+    monkeypatch.chdir(directory)
+    return directory
+
+
+def test_a_function_stands_in_the_reward_engines_place(make_plan: MakePlan, tmp_path: Path, rewards: Path) -> None:
+    specs = specs_of(make_plan(reward="", reward_function="rewards:reward", reward_seconds=2.5), tmp_path)
+    assert list(specs) == ["redis", "policy", "reward", "gateway", "worker"]
+    [told] = RewardConfig.model_validate_json(specs["gateway"].environment["BONSAI_REWARD_MODEL"]).members
+    assert isinstance(told, HttpMember)
+    assert told.id == told.model
+    argv = specs["reward"].argv
+    assert argv[1:4] == ("-m", "bonsai.function_reward", "rewards:reward")
+    assert argv[argv.index("--seconds") + 1] == "2.5"
+    assert told.url == f"unix://{argv[argv.index('--uds') + 1]}"
+    # It is imported from where the user is; ours are not.
+    assert (specs["reward"].directory, specs["gateway"].directory) == (rewards, tmp_path / "state")
+    assert SECRET not in " ".join(specs["reward"].environment.values())
+
+
+def test_reward_models_of_somebody_else_are_told_and_not_started(
+    make_plan: MakePlan, tmp_path: Path, rewards: Path
+) -> None:
+    file = rewards / "reward.json"
+    file.write_text(
+        '{"caution": 0.5, "members": [{"kind": "http", "url": "http://127.0.0.1:9", "model": "a"},'
+        '{"kind": "vllm", "url": "unix:///b", "model": "b", "directory": "models/b", "window": 64}]}'
+    )
+    specs = specs_of(make_plan(reward="", reward_config=file), tmp_path)
+    assert list(specs) == ["redis", "policy", "gateway", "worker"]
+    told = RewardConfig.model_validate_json(specs["worker"].environment["BONSAI_REWARD_MODEL"])
+    assert told.caution == 0.5
+    assert isinstance(told.members[1], VllmMember)
+    assert told.members[1].directory == rewards / "models" / "b"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reward_function": "rewards:reward"}, "a stack has one of them"),
+        ({"reward": "", "reward_function": "rewards:absent"}, "the module rewards has no absent"),
+    ],
+)
+def test_a_reward_model_that_cannot_be_is_refused(
+    make_plan: MakePlan, rewards: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises((BadModel, FunctionError), match=words):
+        make_plan(**options)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"members": []}', "members: .*at least 1"),
+        ('{"members": [{"kind": "http", "url": "http://judge:80", "model": "a"}]}', "url: .*never over a network"),
+    ],
+)
+def test_a_file_that_describes_no_reward_model_is_refused_in_words(
+    make_plan: MakePlan, rewards: Path, content: str, words: str
+) -> None:
+    (rewards / "reward.json").write_text(content)
+    with pytest.raises(BadModel, match=f"--reward-config: .*{words}"):
+        make_plan(reward="", reward_config=rewards / "reward.json")

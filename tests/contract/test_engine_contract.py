@@ -20,13 +20,14 @@ import pytest
 import torch
 
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import Candidate, Sampling
+from bon_algos.contracts import Candidate, RewardConfig, Sampling
+from bon_algos.scoring import Score, open_readers
 from bonsai.engines import JOB_LORAS
 from service.app import read_tokenizer
 from service.errors import PolicyNotServed
-from service.reward import RewardModel, Score
+from service.reward import RewardModel
 from service.vllm import AdapterRefused, DrawingWindow, PolicyEngine
-from tests.fixtures.gateway import wait_until
+from tests.fixtures.gateway import vllm_member, wait_until
 from tests.service.records import BASE, REWARD_MODEL
 from tests.stubs.engine import StubEngine
 from tests.stubs.reward import StubReward
@@ -42,11 +43,9 @@ UNKNOWN = "pol-" + "f" * 16
 @dataclass(frozen=True)
 class Engines:
     policy_url: str
-    reward_url: str
+    reward_model: RewardConfig
     base: str
-    reward_model: str
     policy_directory: Path
-    reward_directory: Path
     num_running: Callable[[], float]
     """Candidates the policy engine works on now."""
 
@@ -71,11 +70,9 @@ def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]
         told = request.getfixturevalue("stack").stack.environment
         yield Engines(
             first_engine(told),
-            told["BONSAI_REWARD_ENGINE_URL"],
+            RewardConfig.model_validate_json(told["BONSAI_REWARD_MODEL"]),
             told["BONSAI_BASE_POLICY_ID"],
-            told["BONSAI_REWARD_MODEL_ID"],
             Path(told["BONSAI_POLICY_DIRECTORY"]),
-            Path(told["BONSAI_REWARD_DIRECTORY"]),
             lambda: asyncio.run(vllm_running(first_engine(told))),
         )
         return
@@ -84,7 +81,8 @@ def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]
     # Slow enough to be left in the middle.
     stub.script.delays = [0.2]
     with running(stub.app()) as policy_url, running(StubReward(REWARD_MODEL).app()) as reward_url:
-        yield Engines(policy_url, reward_url, BASE, REWARD_MODEL, model, model, lambda: stub.active)
+        config = RewardConfig(members=(vllm_member(reward_url, model),))
+        yield Engines(policy_url, config, BASE, model, lambda: stub.active)
 
 
 def first_engine(told: Mapping[str, str]) -> str:
@@ -217,16 +215,16 @@ def test_unloading_what_is_not_there_is_no_error(engines):
 
 
 def test_every_completion_gets_its_finite_reward(engines):
-    async def run() -> tuple[list[str], list[Score]]:
-        tokenizer = read_tokenizer(engines.reward_directory)
-        reward_model = RewardModel(engines.reward_url, engines.reward_model, tokenizer, max_tokens=256)
+    async def run() -> tuple[str, list[Score]]:
+        readers = open_readers(engines.reward_model, lambda member: read_tokenizer(member.directory))
+        reward_model = RewardModel(engines.reward_model, readers)
         try:
-            return await reward_model.models(), await reward_model.score(PROMPT, None, ["one", "two words", "one"])
+            return await reward_model.state(), await reward_model.score(PROMPT, None, ["one", "two words", "one"])
         finally:
             await reward_model.close()
 
-    models, scores = asyncio.run(run())
-    assert models == [engines.reward_model]
+    state, scores = asyncio.run(run())
+    assert state == "ok"
     rewards = [score.reward for score in scores]
     assert all(reward is not None and math.isfinite(reward) for reward in rewards)
     # The order is the request's: equal completions have equal rewards, up to the rounding of a batch.

@@ -9,9 +9,9 @@ from itertools import product
 import pytest
 
 from bon_algos.contracts import Candidate, CandidateGroup
+from bon_algos.scoring import Score
 from service.best_of_n import Answer, Budget, best_of_n, candidate_counts, choose
 from service.errors import DeadlineExceeded, EngineBroken, InvalidField, RewardModelUnavailable
-from service.reward import Score
 from tests.service.records import group
 
 WHOLE = Candidate(text="ab", token_ids=(1, 2), logprobs=(-1.0, -2.0), finish_reason="stop", reward=1.0)

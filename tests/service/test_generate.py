@@ -37,6 +37,7 @@ def test_the_highest_reward_is_served_and_all_candidates_are_logged(world):
         "reward": 31.0,
         "margin": 11.0,
         "given_up": 0.0,
+        "disagreement": None,
     }
     assert body["candidates"] == {"requested": 3, "finished": 3, "scored": 3, "failed": {}}
     # One token per byte: 2 of the prompt, 23 of the winner, 5 + 12 thrown away.
@@ -198,6 +199,7 @@ def test_rewards_that_are_not_finite_never_rank(world):
         "margin": None,
         "strategy": "fixed",
         "given_up": 0.0,
+        "disagreement": None,
     }
 
 

@@ -46,6 +46,7 @@ def test_a_chat_is_answered_by_the_best_of_n(world, client):
         "status": "ok",
         "strategy": "fixed",
         "given_up": 0.0,
+        "disagreement": None,
         "reward_model": world.reward.model,
         "reward": 8 + 23,
         "margin": 11.0,

@@ -67,3 +67,70 @@ class StubReward:
         if script.fault == "garbage":
             return web.Response(text="<html>", content_type="text/html")
         return web.json_response({"object": "list", "data": data})
+
+
+ScoreFault = Literal[
+    "none", "busy", "error", "silent", "gone", "one_missing", "one_more", "text", "boolean", "no_list", "garbage",
+    "reason_of_no_text", "endless",
+]  # fmt: skip
+BROKEN_SCORES: tuple[ScoreFault, ...] = (
+    "error", "one_missing", "one_more", "text", "boolean", "no_list", "garbage", "reason_of_no_text", "endless",
+)  # fmt: skip
+"""Answers that break the schema, or are none."""
+
+
+@dataclass
+class ScoreScript:
+    score: Callable[[str], object] = field(default=lambda text: float(len(text)))
+    """Of a completion's text; sent as it is, so also null and NaN."""
+    reasons: list[str | None] | None = None
+    fault: ScoreFault = "none"
+
+
+class StubScore:
+    """A program that speaks our own schema, with scripted faults. Keeps the requests it saw."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.script = ScoreScript()
+        self.requests: list[dict[str, Any]] = []
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=2**30)
+        app.router.add_post("/score", self._score)
+        app.router.add_get("/v1/models", self._models)
+        return app
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": self.model}]})
+
+    async def _score(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append(body)
+        fault = self.script.fault
+        if fault in ("busy", "error", "gone"):
+            return web.json_response({"error": {}}, status={"busy": 503, "error": 500, "gone": 404}[fault])
+        if fault == "silent":
+            await asyncio.Event().wait()
+        if fault == "garbage":
+            return web.Response(text="<html>", content_type="text/html")
+        if fault == "endless":
+            return await _endless(request)
+        rewards: list[object] = [self.script.score(text) for text in body["completions"]]
+        if fault == "one_missing":
+            rewards = rewards[:-1]
+        if fault == "one_more":
+            rewards = [*rewards, 1.0]
+        if fault in ("text", "boolean"):
+            rewards[0] = "1.0" if fault == "text" else True
+        if fault == "no_list":
+            return web.json_response({"rewards": 1.0})
+        reasons = [1] * len(rewards) if fault == "reason_of_no_text" else self.script.reasons
+        return web.json_response({"rewards": rewards} | ({} if reasons is None else {"reasons": reasons}))
+
+
+async def _endless(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    while True:
+        await response.write(b" " * 65_536)

@@ -3,7 +3,7 @@
 import pytest
 import redis
 
-from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE, DISTILL_TASK
+from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE, DISTILL_TASK, HttpMember, RewardConfig
 from worker.app import broker_url, create_celery
 from worker.settings import WorkerSettings
 
@@ -61,15 +61,12 @@ def test_the_brokers_address_in_kombus_spelling(ours, kombus):
 
 @pytest.mark.parametrize("url", ["http://10.0.0.7:8000", "https://127.0.0.1:1", "http://engine.example:80"])
 def test_an_engine_on_a_network_is_refused(url, tmp_path):
-    with pytest.raises(ValueError, match="an engine listens on"):
+    with pytest.raises(ValueError, match="never over a network"):
         WorkerSettings(
             artefacts=tmp_path,
             policy_engine_urls=(url,),
-            reward_engine_url="unix:///r.sock",
+            reward_model=RewardConfig(members=(HttpMember(url="unix:///r.sock", model="rm"),)),
             policy_directory=tmp_path,
-            reward_directory=tmp_path,
             base_policy_id="pol-" + "0" * 16,
-            reward_model_id="rm",
             max_model_len=64,
-            reward_max_model_len=64,
         )

@@ -23,6 +23,7 @@ from bon_algos.contracts import (
     policy_key,
 )
 from bon_algos.importance import effective_sample_size
+from bon_algos.scoring import Completion, open_readers
 from tests.worker import world
 from worker import checkpoint
 from worker.distillation import Distillation, Workplace
@@ -76,17 +77,16 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         epoch = claim(client, job_id, lease_seconds=lease_seconds, worker="here:1")
         assert isinstance(epoch, int)
         lease = Lease(client, job_id, epoch, lease_seconds=lease_seconds, heartbeat_seconds=60)
-        engines = Engines(engine.url, engine.url, world.REWARD_MODEL, lease.check)
+        config = world.reward_model(engine.url, reward_directory)
+        readers = open_readers(config, lambda member: read_tokenizer(member.directory))
+        engines = Engines(engine.url, config, readers, lease.check)
         opened.append(engines.__enter__())
         place = Workplace(
             client=client,
             engines=engines,
-            reward_tokenizer=read_tokenizer(reward_directory),
             artefacts=tmp_path,
             policy_directory=tiny_policy,
             base_policy_id=world.BASE,
-            reward_model_id=world.REWARD_MODEL,
-            reward_max_tokens=64,
             device=torch.device("cpu"),
             torch_threads=1,
             checkpoint_steps=every,
@@ -415,14 +415,16 @@ def test_a_job_waits_for_an_engine_that_comes_back(job, engine):
     assert training.done == JBOND["steps"]
 
 
-def test_what_the_engine_takes_too_long_for_is_given_up_when_the_job_must_stop(engine, tiny_policy):
+def test_what_the_engine_takes_too_long_for_is_given_up_when_the_job_must_stop(engine, reward_directory):
     """A call under way is aborted by the lease: a fenced job does not hold the engine until it answers."""
 
     def lost():
         raise LeaseLost("fenced")
 
-    with Engines(engine.url, engine.url, world.REWARD_MODEL, lost) as engines:
+    config = world.reward_model(engine.url, reward_directory)
+    readers = open_readers(config, lambda member: read_tokenizer(member.directory))
+    with Engines(engine.url, config, readers, lost) as engines:
         started = time.monotonic()
         with pytest.raises(LeaseLost):
-            engines.score([[1, 2]] * 4)
+            engines.score([Completion("w1", None, "w2")] * 4)
         assert time.monotonic() - started < 5

@@ -16,7 +16,9 @@ from bon_algos.contracts import (
     Candidate,
     CandidateGroup,
     Outcome,
+    RewardConfig,
     Sampling,
+    VllmMember,
 )
 
 BASE = "pol-" + "b" * 16
@@ -83,6 +85,11 @@ def deliver(client, *records):
     for record in records:
         data = zlib.compress(record.model_dump_json().encode())
         client.xadd(LEDGER_STREAM, {"kind": record.kind, "id": record.id, "data": data})
+
+
+def reward_model(url: str, directory: Path) -> RewardConfig:
+    """One vLLM server behind the tokenizer of this directory."""
+    return RewardConfig(members=(VllmMember(url=url, model=REWARD_MODEL, directory=directory, window=64),))
 
 
 def save_tiny_policy(directory: Path, seed: int = 0):

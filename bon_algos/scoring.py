@@ -1,0 +1,190 @@
+"""Completions to rewards: what each member of a reward model is asked, and how its answers become scores.
+
+Owns: rendering for each kind of member, what is too long for it, one score from several members. Pure; gateway and
+worker score through this one module, so a reward has one meaning in both. Does not own: sockets, deadlines, reading
+model directories.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, Final, NamedTuple, Protocol
+
+from bon_algos.chat import ChatTokenizer, TemplateRefused, reward_token_ids
+from bon_algos.contracts import CandidateFailure, HttpMember, Message, RewardConfig, VllmMember
+from bon_algos.reward_protocol import parse_score, score_request
+from bon_algos.vllm_protocol import classify_request, parse_classify
+
+SEQUENCES_PER_CALL: Final = 256
+"""Of one `/classify`; a prompt with more candidates takes several."""
+AS_IT_IS: Final = hashlib.sha256(b"bonsai: prompt, messages and completion as they are").hexdigest()[:16]
+"""Stands for a template where a member gets texts, not tokens."""
+
+
+class Score(NamedTuple):
+    """A finite reward, or why there is none."""
+
+    reward: float | None
+    failure: CandidateFailure | None = None
+    disagreement: float | None = None
+    """Standard deviation between members; None with one."""
+    reason: str = ""
+    """In the member's own words, where it gave any."""
+
+
+class Completion(NamedTuple):
+    """What is to be scored."""
+
+    prompt: str
+    messages: Sequence[Message] | None
+    text: str
+
+
+class Call(NamedTuple):
+    """One POST and how its answer is read."""
+
+    path: str
+    body: dict[str, Any]
+    places: Sequence[int]
+    """Which completions it is about."""
+    read: Callable[[Mapping[str, Any]], list[Score]]
+    """One score for each place. Raises MalformedReply."""
+
+
+class Asked(NamedTuple):
+    """How a member is asked for the scores of some completions."""
+
+    scores: list[Score]
+    """Of each completion; those that a call is about are still to be filled in."""
+    calls: list[Call]
+
+
+class Reader(Protocol):
+    """How one member is asked."""
+
+    template_digest: str
+    """Groups with different digests were not read in the same way."""
+
+    def refusal(self, prompt: str, messages: Sequence[Message] | None) -> str | None:
+        """Why nothing could be scored whatever is completed, in words that name `prompt` or `messages`; None when
+        something could."""
+
+    def ask(self, completions: Sequence[Completion]) -> Asked: ...
+
+
+class VllmReader:
+    """A classifier behind vLLM reads token ids in its own chat template."""
+
+    def __init__(self, member: VllmMember, tokenizer: ChatTokenizer) -> None:
+        self._member = member
+        self._tokenizer = tokenizer
+        self.template_digest = tokenizer.template_digest
+
+    def refusal(self, prompt: str, messages: Sequence[Message] | None) -> str | None:
+        param, window = "prompt" if messages is None else "messages", self._member.window
+        try:
+            taken = len(reward_token_ids(self._tokenizer, prompt, messages, ""))
+        except TemplateRefused as error:
+            return f"the reward model's chat template refuses {param}: {error}"
+        return f"{param} takes {taken} tokens of the reward model's window of {window}" if taken >= window else None
+
+    def ask(self, completions: Sequence[Completion]) -> Asked:
+        """Too long is a failure, never cut; so is a conversation that the model's template refuses."""
+        scores, fitting = [], []
+        for place, completion in enumerate(completions):
+            try:
+                ids = reward_token_ids(self._tokenizer, *completion)
+            except TemplateRefused as error:
+                scores.append(Score(None, "reward_error", reason=str(error)))
+                continue
+            scores.append(Score(None, "too_long"))
+            if len(ids) <= self._member.window:
+                fitting.append((place, ids))
+        parts = [fitting[i : i + SEQUENCES_PER_CALL] for i in range(0, len(fitting), SEQUENCES_PER_CALL)]
+        return Asked(scores, [self._call(part) for part in parts])
+
+    def _call(self, part: Sequence[tuple[int, list[int]]]) -> Call:
+        body = classify_request(self._member.model, [ids for _, ids in part])
+        return Call("/classify", body, [place for place, _ in part], lambda answer: _classified(answer, len(part)))
+
+
+class HttpReader:
+    """A program that speaks our own schema reads texts; one call is about one prompt."""
+
+    template_digest = AS_IT_IS
+
+    def __init__(self, member: HttpMember) -> None:
+        self._member = member
+
+    def refusal(self, prompt: str, messages: Sequence[Message] | None) -> str | None:
+        """It says for itself what it cannot read."""
+        return None
+
+    def ask(self, completions: Sequence[Completion]) -> Asked:
+        calls = []
+        for _, same_prompt in groupby(range(len(completions)), key=lambda place: completions[place][:2]):
+            places = list(same_prompt)
+            prompt, messages, _ = completions[places[0]]
+            body = score_request(self._member.model, prompt, messages, [completions[place].text for place in places])
+            calls.append(Call(self._member.path, body, places, _scored(len(places))))
+        return Asked([Score(None, "not_scored")] * len(completions), calls)
+
+
+def open_readers(config: RewardConfig, tokenizer_of: Callable[[VllmMember], ChatTokenizer]) -> list[Reader]:
+    """One for each member."""
+    return [
+        VllmReader(member, tokenizer_of(member)) if isinstance(member, VllmMember) else HttpReader(member)
+        for member in config.members
+    ]
+
+
+def template_digest_of(readers: Sequence[Reader]) -> str:
+    """Of all members together; with one it is that one's."""
+    digests = [reader.template_digest for reader in readers]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+
+
+def combined(config: RewardConfig, by_member: Sequence[Sequence[Score]]) -> list[Score]:
+    """One score for each completion from those of each member: mean − λ · standard deviation of the scaled rewards.
+
+    A completion that one member has no reward for has none: what the others say of it is another reward model's.
+    by_member: in the order of the members, all equally long.
+    """
+    scales = [member.scale for member in config.members]
+    return [_of_one(own, scales, config.caution) for own in zip(*by_member, strict=True)]
+
+
+def _of_one(scores: Sequence[Score], scales: Sequence[float], caution: float) -> Score:
+    rewards = []
+    for score, scale in zip(scores, scales, strict=True):
+        if score.reward is None:
+            return score
+        rewards.append(scale * score.reward)
+    if len(rewards) == 1:
+        return _finite(Score(rewards[0]))
+    # Not by the exact fractions of `statistics`, which know no infinity.
+    mean = sum(rewards) / len(rewards)
+    disagreement = math.hypot(*(reward - mean for reward in rewards)) / math.sqrt(len(rewards))
+    return _finite(Score(mean - caution * disagreement, disagreement=disagreement))
+
+
+def _finite(score: Score) -> Score:
+    numbers = (score.reward, score.disagreement)
+    return score if all(n is None or math.isfinite(n) for n in numbers) else Score(None, "reward_not_finite")
+
+
+def _classified(answer: Mapping[str, Any], count: int) -> list[Score]:
+    return [_finite(Score(reward)) for reward in parse_classify(answer, count)]
+
+
+def _scored(count: int) -> Callable[[Mapping[str, Any]], list[Score]]:
+    def read(answer: Mapping[str, Any]) -> list[Score]:
+        return [
+            Score(None, "reward_error", reason=said.reason) if said.reward is None else _finite(Score(said.reward))
+            for said in parse_score(answer, count)
+        ]
+
+    return read

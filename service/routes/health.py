@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from bon_algos.contracts import SCHEMA_VERSION
-from service.errors import GatewayError
 from service.serving import Serving
 
 router = APIRouter()
@@ -70,11 +69,3 @@ async def versions(request: Request) -> JSONResponse:
             "reward_model": serving.reward_model.model,
         }
     )
-
-
-async def _state(models: Any, expected: str) -> str:
-    """ok, or in a few words why not."""
-    try:
-        return "ok" if expected in await models else "serves another model"
-    except GatewayError as error:
-        return error.message

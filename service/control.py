@@ -1,6 +1,7 @@
 """The control plane as one object: what the admin routes may touch, built once, at start-up.
 
-Owns: the wiring of catalogue, registry, jobs, experiments, publishing, curves and their loops. Does not own: HTTP.
+Owns: the wiring of catalogue, registry, jobs, experiments, publishing, curves, what is learned of rewards, and their
+loops. Does not own: HTTP.
 `open_control` is the composition root of everything that changes traffic; the hot path needs `catalogue` alone.
 """
 
@@ -19,6 +20,7 @@ from service.curve import Curves
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.experiment_store import Experiments
 from service.jobs import Jobs
+from service.learned import LearnedStrategies
 from service.loops import running_loops
 from service.policies import Policies
 from service.publishing import AdapterEngine, Publisher
@@ -39,6 +41,7 @@ class Control:
     dispatcher: Dispatcher
     publisher: Publisher
     curves: Curves
+    learned: LearnedStrategies
     max_body_bytes: int
 
 
@@ -56,6 +59,7 @@ async def open_control(
     max_loras: int,
     max_lora_rank: int,
     fingerprint_tolerance: float,
+    learning_seconds: float,
     max_body_bytes: int,
 ) -> AsyncGenerator[Control]:
     """Build the control plane and keep its loops running until the block is left. Redis may be away: the default
@@ -90,7 +94,9 @@ async def open_control(
                 tolerance=fingerprint_tolerance,
             ),
             curves=Curves(redis_of_bytes),
+            learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
             max_body_bytes=max_body_bytes,
         )
-        async with running_loops(catalogue.run(), control.dispatcher.run(), control.publisher.run()):
+        loops = (catalogue.run(), control.dispatcher.run(), control.publisher.run(), control.learned.run())
+        async with running_loops(*loops):
             yield control

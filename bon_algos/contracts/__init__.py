@@ -99,6 +99,7 @@ from bon_algos.contracts.serving import (
     Outcome,
     Sampling,
     SelectionStatus,
+    StopReason,
     Tool,
     ToolCall,
 )
@@ -173,6 +174,7 @@ __all__ = [
     "SampledSpec",
     "Sampling",
     "SelectionStatus",
+    "StopReason",
     "Strategy",
     "Tool",
     "ToolCall",

@@ -33,10 +33,12 @@ def test_the_highest_reward_is_served_and_all_candidates_are_logged(world):
     assert body["selection"] == {
         "status": "ok",
         "strategy": "fixed",
+        "stop_reason": "fixed",
         "reward_model": reward_model,
         "reward": 31.0,
         "margin": 11.0,
         "given_up": 0.0,
+        "tokens_saved": 0,
     }
     assert body["candidates"] == {"requested": 3, "finished": 3, "scored": 3, "failed": {}}
     # One token per byte: 2 of the prompt, 23 of the winner, 5 + 12 thrown away.
@@ -197,7 +199,9 @@ def test_rewards_that_are_not_finite_never_rank(world):
         "reward": 1.0,
         "margin": None,
         "strategy": "fixed",
+        "stop_reason": "fixed",
         "given_up": 0.0,
+        "tokens_saved": 0,
     }
 
 

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-PARTICLES: Final = 2048
+PARTICLES: Final = 1024
 MOST_LEVELS: Final = 32
 """Rewards with no more different values are taken level by level."""
 OWN_DRAWS: Final = 1.0
@@ -139,27 +139,44 @@ class ShapedLaw:
 def _shaped(rows: Sequence[Array], ceiling: float) -> ShapedLaw:
     size_G, mean_G = np.array([row.size for row in rows]), np.array([row.mean() for row in rows])
     spread_G = np.array([row.std(ddof=1) for row in rows])
-    residuals = np.concatenate([(row - m) / s for row, m, s in zip(rows, mean_G, spread_G, strict=True)])
-    residuals = (residuals - residuals.mean()) / residuals.std()
-    within = float((spread_G**2).mean())
-    between = max(float(mean_G.var(ddof=1) - (spread_G**2 / size_G).mean()), LEAST_VARIANCE * within)
-    # The log of a standard deviation of m draws has a variance of about (κ − 1 + 2/(m − 1))/4m, κ the kurtosis.
-    log_spread_G, kurtosis = np.log(spread_G), float((residuals**4).mean())
-    noise = float(((kurtosis - 1 + 2 / (size_G - 1)) / (4 * size_G)).mean())
+    within_G = spread_G**2 / size_G
+    between = max(float(mean_G.var(ddof=1) - within_G.mean()), LEAST_VARIANCE * float((spread_G**2).mean()))
+    noise = _noise_of_log_spread(rows, mean_G, spread_G)
+    log_spread_G = np.log(spread_G) + noise
     of_spreads = max(float(log_spread_G.var(ddof=1)) - noise, LEAST_VARIANCE)
     together = float(np.cov(mean_G, log_spread_G)[0, 1]) / math.sqrt(between * of_spreads)
     together = min(max(together, -LIKELIEST), LIKELIEST) if of_spreads > LEAST_VARIANCE else 0.0
+    # Residuals by a prompt's own deviation have too short a tail: what its draws do not tell of it is all prompts'.
+    place_G = _towards_all(mean_G, between / (between + within_G))
+    own_G = np.exp(_towards_all(log_spread_G, of_spreads / (of_spreads + noise)))
+    residuals = np.concatenate([(row - m) / s for row, m, s in zip(rows, place_G, own_G, strict=True)])
+    log_density_Z, cdf_Z = _density((residuals - residuals.mean()) / residuals.std())
     first_P, second_P = _normal_pairs(PARTICLES)
-    log_density_Z, cdf_Z = _density(residuals)
+    second_P = together * first_P + math.sqrt(1 - together**2) * second_P
     return ShapedLaw(
         place_P=mean_G.mean() + math.sqrt(between) * first_P,
-        spread_P=np.exp(
-            log_spread_G.mean() + math.sqrt(of_spreads) * (together * first_P + math.sqrt(1 - together**2) * second_P)
-        ),
+        spread_P=np.exp(log_spread_G.mean() + math.sqrt(of_spreads) * second_P),
         log_density_Z=log_density_Z,
         cdf_Z=cdf_Z,
         ceiling=ceiling,
     )
+
+
+def _noise_of_log_spread(rows: Sequence[Array], mean_G: Array, spread_G: Array) -> float:
+    """The log of a deviation of m draws is off by about (κ − 1 + 2/(m − 1))/4(m − 1) in variance, and below by as much.
+
+    κ, the kurtosis, is taken from residuals by their own deviation, which leave (m − 1)/(m + 1) of it."""
+    size_G = np.array([row.size for row in rows])
+    residuals = np.concatenate([(row - m) / s for row, m, s in zip(rows, mean_G, spread_G, strict=True)])
+    kurtosis = float(((residuals / residuals.std()) ** 4).mean() * ((size_G + 1) / (size_G - 1)).mean())
+    return float(((kurtosis - 1 + 2 / (size_G - 1)) / (4 * (size_G - 1))).mean())
+
+
+def _towards_all(value_G: Array, own_share: Array | float) -> Array:
+    """Each prompt's value as far as its draws tell it, for the rest the mean over prompts."""
+    mean = value_G.mean()
+    values: Array = mean + own_share * (value_G - mean)
+    return values
 
 
 def _density(residuals: Array) -> tuple[Array, Array]:

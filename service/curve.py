@@ -112,6 +112,8 @@ def unfit(group: CandidateGroup, route: Route, n: int | None) -> str | None:
         return "not_stored"
     if not group.sampling.is_policy_law:
         return "changed_law"
+    if not group.is_fixed:
+        return "not_fixed"
     if not group.is_unbiased:
         return "incomplete"
     if group.requested < 2 or n not in (None, group.requested):

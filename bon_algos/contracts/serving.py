@@ -202,13 +202,18 @@ class CandidateGroup(Record):
         return tuple(candidate for candidate in self.candidates if candidate.reward is not None)
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether all n of one policy were drawn at once, whatever their rewards."""
+        is_of_one_policy = all(candidate.policy_id in (None, self.policy_id) for candidate in self.candidates)
+        return self.stop_reason in ("fixed", "holdout") and is_of_one_policy
+
+    @property
     def is_unbiased(self) -> bool:
         """Whether the rewards are `requested` independent draws of the policy: a group that lost candidates, was drawn
         from a changed law or by two policies, or ended as its rewards were, serves, is logged, and feeds no estimator.
         """
-        is_whole = len(self.scored) == self.requested and self.stop_reason in ("fixed", "holdout")
-        is_of_one_policy = all(candidate.policy_id in (None, self.policy_id) for candidate in self.candidates)
-        return self.store and self.sampling.is_policy_law and is_whole and is_of_one_policy
+        is_whole = len(self.scored) == self.requested
+        return self.store and self.sampling.is_policy_law and is_whole and self.is_fixed
 
     @property
     def answered_by(self) -> PolicyId:

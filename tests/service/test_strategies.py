@@ -135,7 +135,7 @@ def test_what_stopped_by_its_rewards_is_in_no_curve_and_is_not_learned_from(adap
     assert adaptive.client.post("/generate", HI).status == 200
     served(adaptive)
     after = adaptive.client.get("/routes/default/curve").json
-    assert after["skipped"] == {"incomplete": 1}
+    assert after["skipped"] == {"not_fixed": 1}
     assert after["points"] == before["points"]
     assert known(adaptive)["groups"] == 150
 
@@ -353,7 +353,7 @@ def test_until_the_threshold_is_known_every_request_is_a_probe(gateway, tmp_path
 
 def test_above_the_threshold_the_sample_is_the_answer(gateway, tmp_path):
     """Samples of 1, 2, …, 120 with a best of 100 beside each. In all the bests are 12,000 − 7,260 = 4,740 above the
-    samples, half of it is 2,370. Escalating what is below a threshold t gains Σ_{s<t} 100 − s: Σ_{s≤27} = 2700 − 378 = 2322 is less, Σ_{s≤28} = 2800 − 406 = 2394 more: all below 29."""
+    samples, half of it is 2,370. Escalating the lowest 27 gains 2,700 − 378 = 2,322, the lowest 28 gains 2,394."""
     world = gateway()
     student = distilled(world, tmp_path, kept_gain=0.5)
     log_probes(world, student, [float(i) for i in range(1, 121)], [100.0] * 120)

@@ -112,6 +112,15 @@ def test_place_spread_and_how_they_go_together_are_learned():
     assert np.cov(law.place_P, log_spread)[0, 1] == pytest.approx(0.42, rel=0.1)
 
 
+def test_one_law_for_all_is_not_taken_for_many():
+    """Means of four draws of one law have a deviation of ½, log-deviations one of about .4: none of it is prompts'."""
+    law = learned_law(list(np.random.default_rng(9).normal(size=(2000, 4))))
+    assert isinstance(law, ShapedLaw)
+    assert law.place_P.std() < 0.1
+    assert np.log(law.spread_P).std() < 0.2
+    assert law.spread_P.mean() == pytest.approx(1.0, abs=0.1)
+
+
 def test_the_shape_is_the_routes_own():
     """Exponential rewards: nothing below the place less one spread, and a tail of e⁻ᶻ above."""
     rng = np.random.default_rng(6)

@@ -53,10 +53,10 @@ def gateway(tmp_path: Path, engine: StubEngine, reward: StubReward, redis_url: s
             context.__exit__(None, None, None)
 
 
-def log_history(world: World, rewards_BM: np.ndarray) -> None:
-    """Full groups of the base policy, four tokens a candidate."""
-    with redis.Redis.from_url(world.redis_url) as store, store.pipeline(transaction=False) as pipe:
-        for i, row in enumerate(rewards_BM):
+def log_history(world: World, rewards_BM: np.ndarray, first: int = 0) -> None:
+    """Full groups of the base policy, four tokens a candidate; all at once."""
+    with redis.Redis.from_url(world.redis_url) as store, store.pipeline() as pipe:
+        for i, row in enumerate(rewards_BM, start=first):
             one = group([(float(reward), 4) for reward in row])
             one = one.model_copy(update={"id": f"resp_{i}", "prompt_token_ids": (1, i)})
             data = compress(one.model_dump_json().encode())
@@ -137,7 +137,9 @@ def test_what_stopped_by_its_rewards_is_in_no_curve_and_is_not_learned_from(adap
     after = adaptive.client.get("/routes/default/curve").json
     assert after["skipped"] == {"not_fixed": 1}
     assert after["points"] == before["points"]
-    assert known(adaptive)["groups"] == 150
+    log_history(adaptive, np.random.default_rng(1).normal(size=(20, N)), first=150)
+    wait_until(lambda: known(adaptive)["groups"] != 150)
+    assert known(adaptive)["groups"] == 170
 
 
 def test_a_larger_n_is_worth_more_tokens(adaptive):
@@ -161,14 +163,16 @@ def test_a_forced_arm_is_drawn_in_full(adaptive):
 
 def test_until_enough_is_known_all_n_are_drawn_and_the_reply_says_so(gateway):
     world = gateway()
+    log_history(world, np.random.default_rng(0).normal(size=(GROUPS_NEEDED - 1, N)))
     world.engine.script.completions = ["6.0", "0.0"]
     assert send(world, "PUT", "/routes/default", ROUTE).status == 200
+    wait_until(lambda: known(world)["groups"] == GROUPS_NEEDED - 1)
     body = world.client.post("/generate", HI).json
     assert body["candidates"]["requested"] == N
     [warning] = body["warnings"]
-    assert f"of the {GROUPS_NEEDED} groups" in warning
-    [group] = world.groups()
-    assert (group.stop_reason, group.is_unbiased) == ("fixed", True)
+    assert f"{GROUPS_NEEDED - 1} of the {GROUPS_NEEDED} groups" in warning
+    drawn = world.groups(GROUPS_NEEDED)[-1]
+    assert (drawn.stop_reason, drawn.is_unbiased) == ("fixed", True)
 
 
 def test_at_a_ceiling_nothing_more_is_drawn(gateway):

@@ -91,8 +91,9 @@ class LearnedStrategies:
             self._learned.pop(name, None)
         await self._read_on()
         for name in routes.keys() - self._seen.keys():
-            self._seen[name] = seen = _Seen(routes[name])
+            seen = _Seen(routes[name])
             await self._read_back(seen)
+            self._seen[name] = seen
         for name, seen in self._seen.items():
             if seen.has_news:
                 self._learned[name] = await asyncio.to_thread(seen.learned)

@@ -325,7 +325,7 @@ def distilled(world: World, root: Path, **route: object) -> str:
 
 
 def log_probes(world: World, student: str, samples: list[float], bests: list[float]) -> None:
-    with redis.Redis.from_url(world.redis_url) as store, store.pipeline(transaction=False) as pipe:
+    with redis.Redis.from_url(world.redis_url) as store, store.pipeline() as pipe:
         for i, (sample, best) in enumerate(zip(samples, bests, strict=True)):
             one = group([(sample, 4), *[(best - 1.0, 4)] * (N - 1), (best, 4)])
             marked = one.candidates[0].model_copy(update={"policy_id": student})
@@ -381,6 +381,38 @@ def test_above_the_threshold_the_sample_is_the_answer(gateway, tmp_path):
     world.engine.script.completions = ["28.9", "1.0"]
     body = world.client.post("/generate", HI).json
     assert (body["completion"], body["policy"]) == ("28.9", student)  # the sample counts as candidate 0
+
+
+def test_a_truncated_sample_is_escalated_whatever_its_reward(gateway, tmp_path):
+    world = gateway()
+    student = distilled(world, tmp_path)
+    log_probes(world, student, [float(i) for i in range(120)], [100.0] * 120)
+    wait_until(lambda: known(world)["distilled_first"] is not None)
+    world.engine.script.completions = ["999.0", "50.0"]
+    world.engine.script.finish_reasons = ["length", "stop"]
+    body = world.client.post("/generate", HI).json
+    assert (body["completion"], body["selection"]["stop_reason"]) == ("50.0", "below_threshold")
+
+
+def test_an_escalation_that_fails_leaves_the_sample(gateway, tmp_path):
+    world = gateway()
+    student = distilled(world, tmp_path)
+    from_the_second_wave(world, lambda: setattr(world.engine.script, "fault", "busy"))
+    body = world.client.post("/generate", HI).json
+    assert (body["completion"], body["policy"]) == ("-1.5", student)
+    assert (body["selection"]["status"], body["selection"]["stop_reason"]) == ("partial", "wave_failed")
+    assert body["selection"]["strategy"] == "distilled_first"
+    assert body["candidates"] == {"requested": 1 + N, "finished": 1, "scored": 1, "failed": {"engine_error": N}}
+
+
+def test_a_policy_that_goes_live_is_learned_about_anew(gateway, tmp_path):
+    """Probes of another policy tell nothing of it."""
+    world = gateway()
+    log_probes(world, "pol-" + "9" * 16, [float(i) for i in range(120)], [100.0] * 120)
+    student = distilled(world, tmp_path)
+    log_probes(world, student, [0.0] * 100, [1.0] * 100)
+    wait_until(lambda: known(world)["distilled_first"] is not None)
+    assert known(world)["probes"] == 100
 
 
 def test_a_stream_names_the_policy_that_answered(gateway, tmp_path):

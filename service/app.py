@@ -71,10 +71,12 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             catalogue=control.catalogue,
             replays=Replays(await stack.enter_async_context(open_redis(settings.redis_url))),
             feedback=FeedbackBook(of_bytes, ledger),
+            learned=control.learned,
             window=settings.max_model_len,
             n_cap=settings.n_cap,
             max_body_bytes=settings.max_body_bytes,
             settings_digest=settings.digest,
+            holdout_share=settings.holdout_share,
         )
         yield Gateway(serving, control)
 
@@ -92,6 +94,7 @@ def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncCont
         max_loras=settings.max_loras,
         max_lora_rank=settings.max_lora_rank,
         fingerprint_tolerance=settings.fingerprint_tolerance,
+        learning_seconds=settings.learning_seconds,
         max_body_bytes=settings.max_body_bytes,
     )
 

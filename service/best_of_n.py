@@ -1,7 +1,8 @@
 """The hot path: sample, score, choose.
 
 Owns: what becomes of n candidates under one deadline, and the words for it (status, failures). Does not own: who
-answers (experiments.py), the engines (vllm.py, reward.py), the definition of best (CandidateGroup.best), logging.
+answers (experiments.py), how many are drawn where that depends on rewards (strategies.py), the engines (vllm.py,
+reward.py), the definition of best (CandidateGroup.best), logging.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bon_algos.contracts import (
     Outcome,
     Sampling,
     SelectionStatus,
+    Strategy,
 )
 from bon_algos.order import soft_best_of_n_weights, systematic_sample
 from bon_algos.scoring import Score
@@ -92,9 +94,9 @@ async def best_of_n(
     group = group.model_copy(update={"candidates": tuple(drawn), "engine_seconds": monotonic() - asked})
     failure: GatewayError | None = None
     if finished_count(group) < budget.quorum:
-        failure = _too_late(group, f"and {budget.quorum} are needed")
+        failure = too_late(group, f"and {budget.quorum} are needed")
     elif group.requested > 1 or wait_for_reward:
-        group, failure = await _measure_in_time(group, budget.deadline, reward_model)
+        group, failure = await measure_in_time(group, budget.deadline, reward_model)
     answered = monotonic()
     group = group.model_copy(update={"total_seconds": answered - budget.started})
     return choose(group, budget.quorum, failure)._replace(waited=answered - asked)
@@ -106,7 +108,7 @@ def choose(group: CandidateGroup, quorum: int, failure: GatewayError | None = No
     A single sample is served whatever becomes of its score. When the deadline cut the drawing short, `quorum`
     candidates must have a reward; otherwise one is enough, and the status tells that others are missing.
     """
-    late = any(candidate.failure == "deadline" for candidate in group.candidates)
+    late = any(candidate.failure in ("deadline", "not_scored") for candidate in group.candidates)
     if group.requested == 1 and finished_count(group) == 1:
         return _served(group, 0, "single" if failure is None else "reward_failed")
     if failure is None and len(group.scored) < (quorum if late else 1):
@@ -149,15 +151,16 @@ async def measure(group: CandidateGroup, reward_model: Scorer) -> CandidateGroup
     return group.model_copy(update={"candidates": tuple(candidates)})
 
 
-async def _measure_in_time(
+async def measure_in_time(
     group: CandidateGroup, deadline: float, reward_model: Scorer
 ) -> tuple[CandidateGroup, GatewayError | None]:
+    """The group with its rewards, or with the reason why each has none, and what went wrong."""
     try:
         async with asyncio.timeout_at(deadline):
             return await measure(group, reward_model), None
     except TimeoutError:
         group = _unscored(group, "not_scored")
-        return group, _too_late(group, "and the reward model had not scored them")
+        return group, too_late(group, "and the reward model had not scored them")
     except (RewardModelUnavailable, EngineBroken) as error:
         return _unscored(group, "reward_error"), error
 
@@ -176,7 +179,7 @@ def _served(
     return Answer(group.model_copy(update={"selected": selected, "status": status}), failure, waited=0.0)
 
 
-def _too_late(group: CandidateGroup, rest: str) -> DeadlineExceeded:
+def too_late(group: CandidateGroup, rest: str) -> DeadlineExceeded:
     facts = candidate_counts(group)
     return DeadlineExceeded(
         f"when the deadline passed {facts['finished']} of {facts['requested']} candidates had finished {rest}",
@@ -244,13 +247,28 @@ def selection_of(group: CandidateGroup) -> dict[str, Any]:
     highest = None if best is None else group.candidates[best].reward
     return {
         "status": group.status,
-        "strategy": "fixed" if group.softness is None else "soft",
+        "strategy": _strategy_of(group),
+        "stop_reason": group.stop_reason,
         "reward_model": group.reward_model_id,
         "reward": chosen,
         "disagreement": served.disagreement,
         "margin": margin_of(group),
-        "given_up": None if chosen is None or highest is None else highest - chosen,
+        "given_up": None if chosen is None or highest is None else highest - chosen + (group.gain_missed or 0.0),
+        "tokens_saved": tokens_saved(group),
     }
+
+
+def _strategy_of(group: CandidateGroup) -> Strategy:
+    """What chose; where the route's strategy had to stand back, what stood in for it."""
+    if group.stop_reason in ("fixed", "holdout"):
+        return "fixed" if group.softness is None else "soft"
+    return "adaptive" if group.candidates[0].policy_id is None else "distilled_first"
+
+
+def tokens_saved(group: CandidateGroup) -> int:
+    """Against all n of the arm, at the mean length of those that were drawn; less than 0 where more were drawn."""
+    lengths = [len(candidate.token_ids) for candidate in group.candidates if candidate.finish_reason is not None]
+    return round((group.arm.n - len(group.candidates)) * sum(lengths) / len(lengths))
 
 
 def warnings_of(group: CandidateGroup) -> list[str]:

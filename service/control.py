@@ -1,6 +1,7 @@
 """The control plane as one object: what the admin routes may touch, built once, at start-up.
 
-Owns: the wiring of catalogue, registry, jobs, experiments, publishing, curves and their loops. Does not own: HTTP.
+Owns: the wiring of catalogue, registry, jobs, experiments, publishing, curves, what is learned of rewards, and their
+loops. Does not own: HTTP.
 `open_control` is the composition root of everything that changes traffic; the hot path needs `catalogue` alone.
 """
 
@@ -19,6 +20,7 @@ from service.curve import Curves
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.experiment_store import Experiments
 from service.jobs import Jobs
+from service.learned import LearnedStrategies
 from service.loops import running_loops
 from service.policies import Policies
 from service.publishers import Publishers
@@ -40,6 +42,7 @@ class Control:
     dispatcher: Dispatcher
     publishers: Publishers
     curves: Curves
+    learned: LearnedStrategies
     max_body_bytes: int
 
 
@@ -57,6 +60,7 @@ async def open_control(
     max_loras: int,
     max_lora_rank: int,
     fingerprint_tolerance: float,
+    learning_seconds: float,
     max_body_bytes: int,
 ) -> AsyncGenerator[Control]:
     """Build the control plane and keep its loops running until the block is left. Redis may be away: the default
@@ -91,8 +95,10 @@ async def open_control(
                 tolerance=fingerprint_tolerance,
             ),
             curves=Curves(redis_of_bytes),
+            learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
             max_body_bytes=max_body_bytes,
         )
-        publishing = [publisher.run() for publisher in control.publishers.each]
-        async with running_loops(catalogue.run(), control.dispatcher.run(), *publishing):
+        loops = [publisher.run() for publisher in control.publishers.each]
+        loops += [catalogue.run(), control.dispatcher.run(), control.learned.run()]
+        async with running_loops(*loops):
             yield control

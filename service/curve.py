@@ -94,7 +94,7 @@ def _fitting(
         group = cast(CandidateGroup, LEDGER_RECORD.validate_json(decompress(fields[b"data"])))
         if group.route != route.name:
             continue
-        reason = _unfit(group, route, n)
+        reason = unfit(group, route, n)
         if reason is None:
             chosen.append(group)
         else:
@@ -102,7 +102,8 @@ def _fitting(
     return chosen
 
 
-def _unfit(group: CandidateGroup, route: Route, n: int | None) -> str | None:
+def unfit(group: CandidateGroup, route: Route, n: int | None) -> str | None:
+    """Why the route's group tells nothing of best-of-n of its base policy; None when it does. n None: of any n."""
     if group.policy_id != route.base_policy:
         return "other_policy"
     if group.reward_model_id != route.reward_model:
@@ -111,6 +112,8 @@ def _unfit(group: CandidateGroup, route: Route, n: int | None) -> str | None:
         return "not_stored"
     if not group.sampling.is_policy_law:
         return "changed_law"
+    if not group.is_fixed:
+        return "not_fixed"
     if not group.is_unbiased:
         return "incomplete"
     if group.requested < 2 or n not in (None, group.requested):

@@ -223,8 +223,9 @@ def fitting_max_tokens(asked: int | None, default: int, prompt_tokens: int, wind
     return asked
 
 
-def budget_of(request: GenerateRequest, route: Route, n: int, started: float) -> Budget:
-    """The deadline, the slice of it kept for scoring, and the quorum. Raises InvalidField."""
+def budget_of(request: GenerateRequest, route: Route, n: int, started: float, *, first: int) -> Budget:
+    """The deadline, the slice of it kept for scoring, and the quorum. first: candidates of the first wave, n where it
+    is the only one. Raises InvalidField."""
     if request.timeout_ms is not None and request.timeout_ms > route.deadline_ms:
         raise InvalidField(
             f"timeout_ms must be at most {route.deadline_ms}; got an integer above it", param="timeout_ms"
@@ -237,7 +238,7 @@ def budget_of(request: GenerateRequest, route: Route, n: int, started: float) ->
         started=started,
         deadline=started + seconds,
         scoring_starts=started + seconds - scoring,
-        quorum=request.quorum or min(route.quorum or math.ceil(n / 2), n),
+        quorum=min(request.quorum or route.quorum or math.ceil(first / 2), first),
     )
 
 

@@ -56,16 +56,20 @@ class Shape(ABC):
         """The whole reply with the best `count` choices, or as many as finished."""
         served = ranked(group)[:count]
         choices = [self.choice(place, whole(group.candidates[i])) for place, i in enumerate(served)]
-        head = self._head(self.object)
+        head = self._head(self.object, group)
         return {**head, "choices": choices, "usage": usage(group, served), "bonsai": self.bonsai(group)}
 
-    def chunk(self, part: Part, *, is_first: bool) -> dict[str, Any]:
-        return {**self._head(self.chunk_object), "choices": [{"index": 0, **self.delta(part, is_first=is_first)}]}
+    def chunk(self, part: Part, group: CandidateGroup, *, is_first: bool) -> dict[str, Any]:
+        """group: as far as it is filled."""
+        return {
+            **self._head(self.chunk_object, group),
+            "choices": [{"index": 0, **self.delta(part, is_first=is_first)}],
+        }
 
     def last_chunk(self, group: CandidateGroup, *, include_usage: bool) -> dict[str, Any]:
         """Without choices: what happened, and what it used if that is wanted."""
         used = {"usage": usage(group, ranked(group)[:1])} if include_usage else {}
-        return {**self._head(self.chunk_object), "choices": [], **used, "bonsai": self.bonsai(group)}
+        return {**self._head(self.chunk_object, group), "choices": [], **used, "bonsai": self.bonsai(group)}
 
     def bonsai(self, group: CandidateGroup) -> dict[str, Any]:
         return {
@@ -73,7 +77,7 @@ class Shape(ABC):
             "experiment": group.experiment,
             "arm": str(group.arm),
             "arm_reason": group.arm_reason,
-            "policy": group.policy_id,
+            "policy": group.answered_by,
             "candidates": candidate_counts(group),
             "selection": selection_of(group),
             "candidate_tokens": sum(len(candidate.token_ids) for candidate in group.candidates),
@@ -81,14 +85,13 @@ class Shape(ABC):
             "warnings": [*self._prepared.warnings, *warnings_of(group), *ledger_warnings(self._serving)],
         }
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        group = self._prepared.group
+    def _head(self, kind: str, group: CandidateGroup) -> dict[str, Any]:
         return {
             "id": group.id,
             "object": kind,
             "created": int(group.created_at),
-            "model": group.policy_id,
-            "system_fingerprint": f"fp_{group.settings_digest[:12]}_{group.policy_id.removeprefix('pol-')}",
+            "model": group.answered_by,
+            "system_fingerprint": f"fp_{group.settings_digest[:12]}_{group.answered_by.removeprefix('pol-')}",
         }
 
     def _text_of(self, token: int) -> str:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, Final
 
 from starlette.responses import Response, StreamingResponse
 
+from bon_algos.contracts import CandidateGroup
 from bon_algos.vllm_protocol import Piece
 from service.best_of_n import Answer
 from service.errors import GatewayError, problem
@@ -77,16 +79,18 @@ async def stream(
         "Cache-Control": "no-store",
         "X-Accel-Buffering": "no",
         "x-bonsai-arm": str(group.arm),
-        "x-bonsai-policy": group.policy_id,
+        **({} if prepared.policy is None else {"x-bonsai-policy": prepared.policy}),
     }
-    events = _Events(work, shape, options or StreamOptions(), group.requested)
+    events = _Events(work, shape, options or StreamOptions(), prepared)
     return StreamingResponse(events.all(heard, request_id), headers=headers, media_type="text/event-stream")
 
 
 class _Events:
-    def __init__(self, work: Work, shape: Shape, options: StreamOptions, requested: int) -> None:
-        self._work, self._shape, self._options, self._requested = work, shape, options, requested
-        self._pieces: list[list[Piece]] = [[] for _ in range(requested)]
+    def __init__(self, work: Work, shape: Shape, options: StreamOptions, prepared: Prepared) -> None:
+        self._work, self._shape, self._options = work, shape, options
+        self._group, self._stops = prepared.group, prepared.stops
+        self._requested = self._stops[0]
+        self._pieces: defaultdict[int, list[Piece]] = defaultdict(list)
         self._finished = 0
         self._is_first = True
 
@@ -118,10 +122,11 @@ class _Events:
                 continue
             if piece is None:
                 return
-            if self._requested == 1:
-                yield self._chunk(Part(*piece[1:]))
+            if self._is_single:
+                yield self._chunk(Part(*piece[1:]), self._group)
                 continue
             self._pieces[piece.candidate].append(piece)
+            self._requested = next(stop for stop in self._stops if stop > piece.candidate)
             if piece.finish_reason is not None:
                 self._finished += 1
                 for event in self._progress():
@@ -130,16 +135,21 @@ class _Events:
     def _told(self, filled: Answer) -> Iterator[bytes]:
         """When there is an answer."""
         group = filled.group
-        if self._requested > 1:
+        if not self._is_single:
             assert group.selected is not None
-            yield from (self._chunk(Part(*piece[1:])) for piece in self._pieces[group.selected])
+            yield from (self._chunk(Part(*piece[1:]), group) for piece in self._pieces[group.selected])
         elif self._is_first:
-            yield self._chunk(whole(group.candidates[0]))
+            yield self._chunk(whole(group.candidates[0]), group)
         yield _data(self._shape.last_chunk(group, include_usage=self._options.include_usage))
 
-    def _chunk(self, part: Part) -> bytes:
+    @property
+    def _is_single(self) -> bool:
+        """Whether the one sample that is drawn is the answer, before it has come."""
+        return self._stops == (1,)
+
+    def _chunk(self, part: Part, group: CandidateGroup) -> bytes:
         is_first, self._is_first = self._is_first, False
-        return _data(self._shape.chunk(part, is_first=is_first))
+        return _data(self._shape.chunk(part, group, is_first=is_first))
 
     def _progress(self) -> tuple[bytes, ...]:
         if self._options.bonsai_progress:

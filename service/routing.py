@@ -43,6 +43,7 @@ class RouteRequest(Record):
     deadline_ms: int = Field(60_000, ge=1, le=3_600_000)
     strategy: Strategy = "fixed"
     softness: float | None = Field(None, gt=0, le=1e9)
+    kept_gain: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1, le=1_000_000)
 
 
@@ -112,6 +113,8 @@ class Routes:
             raise InvalidField("this installation does not serve this reward model", param="reward_model")
         if (request.strategy == "soft") != (request.softness is not None):
             raise InvalidField("softness belongs to strategy soft, which needs it", param="softness")
+        if request.kept_gain is not None and request.strategy != "distilled_first":
+            raise InvalidField("kept_gain belongs to strategy distilled_first", param="kept_gain")
         return {
             "base_policy": base_policy,
             "reward_model": self._reward_model,
@@ -121,6 +124,7 @@ class Routes:
             "deadline_ms": request.deadline_ms,
             "strategy": request.strategy,
             "softness": request.softness,
+            "kept_gain": request.kept_gain,
             "max_tokens": self._max_tokens if request.max_tokens is None else request.max_tokens,
         }
 

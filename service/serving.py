@@ -1,6 +1,6 @@
 """The data plane as one object, and the life of a request between its validation and its reply.
 
-Owns: assignment, exposure, best-of-n and the ledger in their order. Does not own: HTTP (routes/).
+Owns: assignment, exposure, drawing by a strategy and the ledger in their order. Does not own: HTTP (routes/).
 What is said yes to is on disk before it is said.
 """
 
@@ -14,9 +14,9 @@ from typing import NamedTuple
 from uuid_utils import uuid7
 
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import CandidateGroup, Exposure, Route, Sampling
+from bon_algos.contracts import CandidateGroup, Exposure, PolicyId, Route, Sampling
 from service.access import Caller
-from service.best_of_n import Answer, Budget, best_of_n
+from service.best_of_n import Answer, Budget
 from service.catalogue import Catalogue
 from service.experiments import Assignment, assign, parse_forced_arm
 from service.feedback import FeedbackBook
@@ -31,12 +31,14 @@ from service.generation import (
     require_tokens,
     session_of,
 )
+from service.learned import LearnedStrategies
 from service.ledger import Ledger
 from service.measurements import Measurements
 from service.pool import EnginePool
 from service.replays import Replays
 from service.reward import RewardModel
 from service.reward_test import RewardTest
+from service.strategies import DistilledFirst, Fixed, Means, Plan, answered, planned, share_of
 from service.vllm import Listener
 
 
@@ -53,11 +55,14 @@ class Serving:
     catalogue: Catalogue
     replays: Replays
     feedback: FeedbackBook
+    learned: LearnedStrategies
     window: int
     """Of the policy engine, tokens."""
     n_cap: int
     max_body_bytes: int
     settings_digest: str
+    holdout_share: float
+    """Of the requests, see `planned`."""
 
 
 class Circumstances(NamedTuple):
@@ -80,6 +85,17 @@ class Prepared(NamedTuple):
     group: CandidateGroup
     budget: Budget
     warnings: tuple[str, ...]
+    plan: Plan
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """After how many candidates drawing may end; one number where that is known beforehand."""
+        return self.plan.stops(self.group.arm.n)
+
+    @property
+    def policy(self) -> PolicyId | None:
+        """Who answers; None where that depends on rewards."""
+        return None if isinstance(self.plan, DistilledFirst) else self.group.policy_id
 
     def with_alternatives(self, count: int) -> Prepared:
         """The same; the engine tells so many alternatives to each token."""
@@ -105,12 +121,23 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         n=n,
         forced=None if around.forced_arm is None else parse_forced_arm(around.forced_arm, route, snapshot),
     )
+    sampling = request.sampling(max_tokens)
+    assignment, plan = planned(
+        route,
+        assignment,
+        n,
+        serving.learned.of(route.name),
+        is_policy_law=sampling.is_policy_law,
+        position=share_of(around.request_id),
+        holdout_share=serving.holdout_share,
+    )
     if assignment.arm.n > 1 or request.wait_for_reward:
         serving.reward_test.require_passed()
         serving.reward_model.require_room(prompt.prompt, request.messages)
-    budget = budget_of(request, route, assignment.arm.n, around.started)
-    group = _empty_group(serving, request, around.caller, assignment, prompt, request.sampling(max_tokens), route)
-    return Prepared(group, budget, _warnings(assignment, group))
+    budget = budget_of(request, route, assignment.arm.n, around.started, first=plan.stops(assignment.arm.n)[0])
+    group = _empty_group(serving, request, around.caller, assignment, prompt, sampling, route)
+    group = group.model_copy(update={"stop_reason": plan.stop_reason}) if isinstance(plan, Fixed) else group
+    return Prepared(group, budget, _warnings(assignment, group), plan)
 
 
 def _empty_group(
@@ -157,9 +184,8 @@ async def answer(
     group = prepared.group
     if group.experiment is not None:
         serving.ledger.append(_exposure(group))
-    filled = await best_of_n(
-        group, prepared.budget, serving.engine, serving.reward_model, wait_for_reward=wait_for_reward, hear=hear
-    )
+    means = Means(serving.engine, serving.reward_model, prepared.budget, hear)
+    filled = await answered(prepared.plan, group, means, wait_for_reward=wait_for_reward)
     serving.ledger.append(filled.group)
     if filled.failure is not None:
         raise filled.failure

@@ -88,6 +88,11 @@ class GatewaySettings(BaseSettings):
     """Nats between engine and trainer: 1e-3 for float32, 2e-2 for bfloat16."""
     default_max_tokens: int = Field(64, ge=1)
     """Of the route `default`, when it is made."""
+    holdout_share: float = Field(0.02, ge=0, le=0.5, allow_inf_nan=False)
+    """Of the requests to a route whose strategy looks at rewards: all n of the base policy, whatever they are, so that
+    the ledger goes on to tell what best-of-n is worth. Of distilled_first as many again are probes."""
+    learning_seconds: float = Field(30, gt=0)
+    """Between two looks at what the ledger tells strategies."""
     reconcile_seconds: float = Field(5, gt=0)
     canary_after_seconds: float = Field(10, gt=0)
     """A policy engine that gave no token for so long is asked for one."""

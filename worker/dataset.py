@@ -126,6 +126,8 @@ def rejection(group: CandidateGroup, wanted: Requirements) -> str | None:
         return "other_reward_template"
     if not group.sampling.is_policy_law:
         return "changed_law"
+    if not group.is_fixed:
+        return "not_fixed"
     if not group.is_unbiased or any(not candidate.token_ids for candidate in group.candidates):
         return "incomplete"
     return None

@@ -110,6 +110,7 @@ from bon_algos.contracts.serving import (
     Outcome,
     Sampling,
     SelectionStatus,
+    StopReason,
     Tool,
     ToolCall,
 )
@@ -189,6 +190,7 @@ __all__ = [
     "SampledSpec",
     "Sampling",
     "SelectionStatus",
+    "StopReason",
     "Strategy",
     "Tool",
     "ToolCall",

@@ -81,8 +81,10 @@ class PolicyRecord(Record):
     tainted: bool = False
 
 
-Strategy = Literal["fixed", "soft"]
-"""Which candidate is served. fixed: the one with the highest reward. soft: one drawn in proportion to exp(reward/λ)."""
+Strategy = Literal["fixed", "soft", "adaptive", "distilled_first"]
+"""fixed: of n candidates the one with the highest reward is served. soft: one drawn in proportion to exp(reward/λ).
+adaptive: the highest of as many as seem worth their tokens. distilled_first: one sample of the live policy, and n of
+the base policy beside it where its reward is too low."""
 
 
 class Route(Record):
@@ -100,6 +102,8 @@ class Route(Record):
     strategy: Strategy = "fixed"
     softness: float | None = Field(None, gt=0)
     """Of strategy soft: λ, in units of the reward."""
+    kept_gain: float | None = Field(None, ge=0, le=1)
+    """Of strategy distilled_first: the share that is kept of what best-of-n gains over the live policy's sample."""
     max_tokens: int = Field(64, ge=1)
     """When a request does not say."""
     live_policy: PolicyId | None = None

@@ -103,6 +103,8 @@ class Candidate(Record):
     failure: CandidateFailure | None = None
     alternatives: tuple[Alternatives, ...] = Field((), exclude=True)
     """Of each token, where they were asked for. Not logged."""
+    policy_id: PolicyId | None = None
+    """Who drew it; None: the group's policy."""
 
     @property
     def is_complete(self) -> bool:
@@ -111,6 +113,24 @@ class Candidate(Record):
 
 ArmReason = Literal["default", "live", "experiment", "forced", "n_above_equivalent", "n_below_arm"]
 SelectionStatus = Literal["ok", "partial", "deadline", "reward_failed", "unscored", "single"]
+StopReason = Literal[
+    "fixed",
+    "holdout",
+    "gain_below_price",
+    "cap",
+    "above_threshold",
+    "below_threshold",
+    "probe",
+    "no_time",
+    "wave_failed",
+]
+"""Why no more was drawn.
+
+fixed: what was asked for was. holdout: the same, where the route's strategy would have looked at the rewards.
+gain_below_price, cap: of adaptive. above_threshold: the live policy's sample was good enough; below_threshold: it was
+not, and best-of-n was drawn beside it; probe: that was drawn whatever the sample was worth. no_time, wave_failed: a
+further wave could not be had, or not whole.
+"""
 
 
 class Arm(Record):
@@ -172,6 +192,9 @@ class CandidateGroup(Record):
     selected: int | None
     """Index into candidates; None when nothing could be served."""
     status: SelectionStatus
+    stop_reason: StopReason = "fixed"
+    gain_missed: float | None = None
+    """By how much the draws up to the arm's n were expected to exceed the best; None: not estimated."""
     store: bool = True
     engine_seconds: float = Field(0.0, ge=0)
     total_seconds: float = Field(0.0, ge=0)
@@ -181,10 +204,24 @@ class CandidateGroup(Record):
         return tuple(candidate for candidate in self.candidates if candidate.reward is not None)
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether all n of one policy were drawn at once, whatever their rewards."""
+        is_of_one_policy = all(candidate.policy_id in (None, self.policy_id) for candidate in self.candidates)
+        return self.stop_reason in ("fixed", "holdout") and is_of_one_policy
+
+    @property
     def is_unbiased(self) -> bool:
-        """Whether the rewards are `requested` independent draws of the policy: a group that lost candidates
-        or was drawn from a changed law serves, is logged, and feeds no estimator."""
-        return self.store and self.sampling.is_policy_law and len(self.scored) == self.requested
+        """Whether the rewards are `requested` independent draws of the policy: a group that lost candidates, was drawn
+        from a changed law or by two policies, or ended as its rewards were, serves, is logged, and feeds no estimator.
+        """
+        is_whole = len(self.scored) == self.requested
+        return self.store and self.sampling.is_policy_law and is_whole and self.is_fixed
+
+    @property
+    def answered_by(self) -> PolicyId:
+        """Who drew what is served."""
+        served = None if self.selected is None else self.candidates[self.selected].policy_id
+        return served or self.policy_id
 
     @property
     def eligible(self) -> list[int]:

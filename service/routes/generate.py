@@ -107,7 +107,7 @@ def reply_object(group: CandidateGroup, prepared: Prepared, *, return_candidates
         "arm": str(group.arm),
         "arm_reason": group.arm_reason,
         "experiment": group.experiment,
-        "policy": group.policy_id,
+        "policy": group.answered_by,
         "candidates": candidate_counts(group),
         "selection": selection_of(group),
         "usage": {
@@ -127,6 +127,7 @@ def _choice(group: CandidateGroup, index: int) -> dict[str, Any]:
     candidate = group.candidates[index]
     return {
         "index": index,
+        "policy": candidate.policy_id or group.policy_id,
         "text": candidate.text,
         "reward": candidate.reward,
         "disagreement": candidate.disagreement,
@@ -158,7 +159,7 @@ def headers_of(group: CandidateGroup, overhead_seconds: float) -> dict[str, str]
     counts = candidate_counts(group)
     return {
         "x-bonsai-arm": str(group.arm),
-        "x-bonsai-policy": group.policy_id,
+        "x-bonsai-policy": group.answered_by,
         "x-bonsai-candidates": f"{counts['finished']}/{counts['requested']}",
         "x-bonsai-selection": group.status,
         "x-bonsai-overhead-duration-ms": f"{1000 * overhead_seconds:.2f}",

@@ -1,4 +1,4 @@
-"""`/routes`: create, change, read, delete, roll back, and the n-curve of what they served."""
+"""`/routes`: create, change, read, delete, roll back, the n-curve of what they served and what was learned from it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse, Response
 
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS, curve_object
 from service.json_body import query_parameters, read_model
+from service.learned import learned_object
 from service.routes.admin import checked_name, control_of, count_of, cut, idempotency_of, page_of, share_of
 from service.routing import RouteRequest, route_object
 
@@ -34,6 +35,13 @@ async def curve(request: Request, route: str) -> JSONResponse:
     n = count_of(query, "n", 2, at_least=2, at_most=found.n_cap) if "n" in query else None
     loss = share_of(query, "loss", DEFAULT_LOSS)
     return JSONResponse(curve_object(found, await control.curves.of(found, num_groups=num_groups, n=n), loss))
+
+
+@router.get("/{route}/strategy")
+async def strategy(request: Request, route: str) -> JSONResponse:
+    control = control_of(request)
+    found = control.catalogue.snapshot.route(route)
+    return JSONResponse(learned_object(found, control.learned.of(route)))
 
 
 @router.put("/{route}")

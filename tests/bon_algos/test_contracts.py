@@ -22,10 +22,11 @@ from bon_algos.contracts import (
 POLICY = "pol-0123456789abcdef"
 
 
-def candidate(reward: float | None, *, text: str = "good", finish: str | None = "stop") -> Candidate:
-    return Candidate.model_validate(
-        {"text": text, "token_ids": [5, 2], "logprobs": [-0.5, -0.1], "finish_reason": finish, "reward": reward}
-    )
+def candidate(
+    reward: float | None, *, text: str = "good", finish: str | None = "stop", policy: str | None = None
+) -> Candidate:
+    drawn = {"text": text, "token_ids": [5, 2], "logprobs": [-0.5, -0.1], "finish_reason": finish}
+    return Candidate.model_validate({**drawn, "reward": reward, "policy_id": policy})
 
 
 def group(*candidates: Candidate, requested: int | None = None, **changes: object) -> CandidateGroup:
@@ -82,16 +83,26 @@ def test_best_only_sees_order(rewards):
         {"sampling": Sampling(max_tokens=8, top_k=5)},
         {"store": False},
         {"requested": 3},
+        {"stop_reason": "gain_below_price"},
+        {"stop_reason": "probe"},
+        {"policy_id": "pol-" + "0" * 16, "candidates": (candidate(0.1), candidate(0.2, policy=POLICY))},
     ],
 )
 def test_a_group_teaches_only_as_whole_unchanged_draws_of_the_policy(change):
     full = group(candidate(0.1), candidate(0.2))
     assert full.is_unbiased
+    assert full.model_copy(update={"stop_reason": "holdout"}).is_unbiased
     assert not full.model_copy(update=change).is_unbiased
 
 
 def test_an_unscored_candidate_makes_a_group_unusable():
     assert not group(candidate(0.1), candidate(None)).is_unbiased
+
+
+def test_who_answered_is_who_drew_what_is_served():
+    student = "pol-" + "1" * 16
+    mixed = group(candidate(0.9, policy=student), candidate(0.1))
+    assert [mixed.model_copy(update={"selected": i}).answered_by for i in (0, 1, None)] == [student, POLICY, POLICY]
 
 
 def test_a_ledger_record_survives_the_journey_bit_for_bit():

@@ -33,11 +33,13 @@ def test_the_highest_reward_is_served_and_all_candidates_are_logged(world):
     assert body["selection"] == {
         "status": "ok",
         "strategy": "fixed",
+        "stop_reason": "fixed",
         "reward_model": reward_model,
         "reward": 31.0,
         "margin": 11.0,
         "given_up": 0.0,
         "disagreement": None,
+        "tokens_saved": 0,
     }
     assert body["candidates"] == {"requested": 3, "finished": 3, "scored": 3, "failed": {}}
     # One token per byte: 2 of the prompt, 23 of the winner, 5 + 12 thrown away.
@@ -198,8 +200,10 @@ def test_rewards_that_are_not_finite_never_rank(world):
         "reward": 1.0,
         "margin": None,
         "strategy": "fixed",
+        "stop_reason": "fixed",
         "given_up": 0.0,
         "disagreement": None,
+        "tokens_saved": 0,
     }
 
 

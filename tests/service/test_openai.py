@@ -45,8 +45,10 @@ def test_a_chat_is_answered_by_the_best_of_n(world, client):
     assert told["selection"] == {
         "status": "ok",
         "strategy": "fixed",
+        "stop_reason": "fixed",
         "given_up": 0.0,
         "disagreement": None,
+        "tokens_saved": 0,
         "reward_model": world.reward.model,
         "reward": 8 + 23,
         "margin": 11.0,

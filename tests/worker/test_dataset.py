@@ -40,6 +40,7 @@ UNFIT = {
     "other_reward_model": {"reward_model_id": "rm-" + "0" * 16},
     "other_reward_template": {"reward_template_digest": "another"},
     "changed_law": {"sampling": Sampling(max_tokens=6, temperature=0.7)},
+    "not_fixed": {"stop_reason": "gain_below_price"},
     "incomplete": {"candidates": [world.candidate(reward=1.0), world.candidate(reward=None)]},
 }
 
@@ -50,6 +51,16 @@ def test_an_unfit_group_is_counted_under_its_reason(reason, fields):
     chosen, rejected = choose([world.group("bad", [0, 1], **fields), world.group("good", [0, 1])], wanted, 10)
     assert [group.id for group in chosen] == ["good"]
     assert rejected == {reason: 1}
+
+
+def test_a_group_of_two_policies_is_nobodys_draws():
+    """A distilled policy's sample beside the base policy's: neither a window of the one nor of both takes it."""
+    of_both = [world.candidate(reward=2.0).model_copy(update={"policy_id": STUDENT}), world.candidate(reward=1.0)]
+    mixed = [world.group("m", [0, 1], candidates=of_both, stop_reason=why) for why in ("below_threshold", "fixed")]
+    for wanted in (WANTED, WANTED._replace(other_policies=(STUDENT,))):
+        chosen, rejected = choose([*mixed, world.group("good", [0, 1])], wanted, 10)
+        assert [group.id for group in chosen] == ["good"]
+        assert rejected == {"not_fixed": 2}
 
 
 def test_a_repeated_seed_is_no_second_draw():

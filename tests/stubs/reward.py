@@ -132,5 +132,10 @@ class StubScore:
 async def _endless(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse()
     await response.prepare(request)
-    while True:
-        await response.write(b" " * 65_536)
+    try:
+        while True:
+            await response.write(b" " * 65_536)
+    finally:
+        # What is still to be sent would keep the connection open beyond the stub's end.
+        if request.transport is not None:
+            request.transport.abort()

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Final, cast
-from zlib import decompress
 
 import numpy as np
 from pydantic import ValidationError
@@ -37,6 +37,8 @@ MOST_GROUPS: Final = 500
 """The newest of a route; older ones are forgotten."""
 MOST_PAGES: Final = 100
 """Of the ledger, looked through for groups of a route that was not learned about before."""
+MOST_OF_N: Final = 4
+"""Times the route's n that a request may draw, within the route's cap."""
 NEWS_SHARE: Final = 0.1
 """Of what is known, new groups that make it worth learning again."""
 DEFAULT_KEPT_GAIN: Final = 0.95
@@ -177,9 +179,9 @@ class _Seen:
         route, known = self.route, len(self._draws)
         if known < GROUPS_NEEDED:
             return {}, f"{known} of the {GROUPS_NEEDED} groups that stopping is learned from are logged"
-        stops = stops_of(route.default_n, route.n_cap)
+        most = min(route.n_cap, MOST_OF_N * route.default_n)
         try:
-            return learned_rules(list(self._draws), stops, range(2, route.n_cap + 1)), None
+            return learned_rules(list(self._draws), stops_of(route.default_n, most), range(2, most + 1)), None
         except ValueError:
             return {}, "the logged rewards of a prompt never differ, so stopping cannot be learned from them"
 
@@ -224,10 +226,10 @@ def _groups(entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[Candida
         if fields[b"kind"] != b"group":
             continue
         try:
-            groups.append(cast(CandidateGroup, LEDGER_RECORD.validate_json(decompress(fields[b"data"]))))
-        except ValidationError as error:
+            groups.append(cast(CandidateGroup, LEDGER_RECORD.validate_json(zlib.decompress(fields[b"data"]))))
+        except (ValidationError, zlib.error) as error:
             # A record of another version must not stop what is learned from all the others.
-            log.error("a group of the ledger is unreadable: %d faults", error.error_count())
+            log.error("a group of the ledger is unreadable: %s", type(error).__name__)
     return groups
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ import pytest
 import redis
 
 from bon_algos.contracts import LEDGER_STREAM, CandidateGroup
-from service.learned import GROUPS_NEEDED
+from service.catalogue import Catalogue
+from service.errors import StoreUnavailable
+from service.learned import GROUPS_NEEDED, Learned, LearnedStrategies
+from service.store import open_redis
 from service.strategies import share_of
 from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway, wait_until
-from tests.service.records import BASE, group
+from tests.service.records import BASE, group, policy, route
 from tests.service.test_admin_routes import proven_candidate, send
 from tests.service.test_generate import send_and_leave
 from tests.stubs.engine import StubEngine
@@ -175,6 +179,32 @@ def test_until_enough_is_known_all_n_are_drawn_and_the_reply_says_so(gateway):
     assert (drawn.stop_reason, drawn.is_unbiased) == ("fixed", True)
 
 
+def test_a_record_that_cannot_be_read_stops_no_learning(gateway):
+    world = gateway()
+    with redis.Redis.from_url(world.redis_url) as store:
+        for data in (compress(b"{}"), b"no zlib"):
+            store.xadd(LEDGER_STREAM, {"kind": "group", "id": "x", "data": data})
+    log_history(world, np.random.default_rng(0).normal(size=(GROUPS_NEEDED, N)))
+    send(world, "PUT", "/routes/default", ROUTE)
+    wait_until(lambda: known(world)["adaptive"] is not None, 60)
+    assert known(world)["groups"] == GROUPS_NEEDED
+
+
+def test_without_redis_what_is_learned_waits(unused_port):
+    async def run() -> bool:
+        url = f"redis://127.0.0.1:{unused_port}"
+        async with open_redis(url) as texts, open_redis(url, in_bytes=True) as in_bytes:
+            learned = LearnedStrategies(in_bytes, Catalogue(texts, policy(BASE), route()), seconds=0.01)
+            with pytest.raises(StoreUnavailable):
+                await learned.look()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await learned.run()
+            return learned.of("default") == Learned()
+
+    assert asyncio.run(run())
+
+
 def test_at_a_ceiling_nothing_more_is_drawn(gateway):
     """Right or wrong: a first right answer is the best there is, wrong ones are followed by more."""
     world = gateway()
@@ -314,12 +344,12 @@ def test_shares_are_uniform():
 # --- distilled first -------------------------------------------------------------------------------------
 
 
-def distilled(world: World, root: Path, **route: object) -> str:
+def distilled(world: World, root: Path, **changes: object) -> str:
     """A student is live on the default route, whose strategy asks it first."""
     world.engine.script.logprob = -0.5
     student = proven_candidate(world, root)
     send(world, "POST", f"/policies/{student}/promote", {"override_reason": "by hand"})
-    settled = {**ROUTE, "strategy": "distilled_first", **route}
+    settled = {**ROUTE, "strategy": "distilled_first", **changes}
     assert send(world, "PUT", "/routes/default", settled).status == 200
     return student
 

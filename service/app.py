@@ -15,10 +15,13 @@ from typing import Final
 from fastapi import FastAPI
 
 from bon_algos.chat import ChatTokenizer
+from service.allowances import Allowances, KeyLimits
 from service.control import Control, open_control
 from service.edge import install_edge
+from service.fair_queue import FairQueue
 from service.feedback import FeedbackBook
 from service.ledger import Ledger
+from service.limits import Limits
 from service.loops import running_loops
 from service.measurements import Measurements
 from service.replays import Replays
@@ -66,12 +69,22 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             catalogue=control.catalogue,
             replays=Replays(await stack.enter_async_context(open_redis(settings.redis_url))),
             feedback=FeedbackBook(of_bytes, ledger),
+            limits=_limits(settings),
             window=settings.max_model_len,
             n_cap=settings.n_cap,
             max_body_bytes=settings.max_body_bytes,
             settings_digest=settings.digest,
         )
         yield Gateway(serving, control)
+
+
+def _limits(settings: GatewaySettings) -> Limits:
+    of_a_key = KeyLimits(
+        requests_per_minute=settings.key_requests_per_minute,
+        tokens_per_minute=settings.key_tokens_per_minute,
+        tokens_in_flight=settings.key_tokens_in_flight,
+    )
+    return Limits(FairQueue(settings.max_tokens_in_flight, settings.max_tokens_waiting), Allowances(of_a_key))
 
 
 def _control(engine: PolicyEngine, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:

@@ -32,6 +32,7 @@ from service.generation import (
     session_of,
 )
 from service.ledger import Ledger
+from service.limits import Limits
 from service.measurements import Measurements
 from service.replays import Replays
 from service.reward import RewardModel
@@ -52,6 +53,7 @@ class Serving:
     catalogue: Catalogue
     replays: Replays
     feedback: FeedbackBook
+    limits: Limits
     window: int
     """Of the policy engine, tokens."""
     n_cap: int
@@ -78,6 +80,7 @@ class Prepared(NamedTuple):
 
     group: CandidateGroup
     budget: Budget
+    caller: Caller
     warnings: tuple[str, ...]
 
     def with_alternatives(self, count: int) -> Prepared:
@@ -109,7 +112,7 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         serving.reward_model.require_room(prompt.prompt, request.messages)
     budget = budget_of(request, route, assignment.arm.n, around.started)
     group = _empty_group(serving, request, around.caller, assignment, prompt, request.sampling(max_tokens), route)
-    return Prepared(group, budget, _warnings(assignment, group))
+    return Prepared(group, budget, around.caller, _warnings(assignment, group))
 
 
 def _empty_group(
@@ -151,20 +154,22 @@ def _empty_group(
 async def answer(
     serving: Serving, prepared: Prepared, *, wait_for_reward: bool, hear: Listener | None = None
 ) -> Answer:
-    """Fill the group and log it. Raises the reason when nothing can be served; the group is logged all the same,
-    unless the engine never gave a candidate."""
+    """Fill the group when it is its turn, and log it. Raises the reason when nothing can be served; the group is logged
+    all the same, unless it was not admitted or the engine never gave a candidate."""
     group = prepared.group
-    if group.experiment is not None:
-        serving.ledger.append(_exposure(group))
-    filled = await best_of_n(
-        group, prepared.budget, serving.engine, serving.reward_model, wait_for_reward=wait_for_reward, hear=hear
-    )
+    async with serving.limits.admitted(prepared.caller, group, prepared.budget.deadline) as admission:
+        if group.experiment is not None:
+            serving.ledger.append(_exposure(group))
+        filled = await best_of_n(
+            group, prepared.budget, serving.engine, serving.reward_model, wait_for_reward=wait_for_reward, hear=hear
+        )
+        admission.group = filled.group
     serving.ledger.append(filled.group)
     if filled.failure is not None:
         raise filled.failure
     if filled.group.status == "single" and not filled.group.scored and not wait_for_reward:
         serving.measurements.start(filled.group)
-    return filled
+    return filled._replace(waited=filled.waited + (admission.waited or 0.0))
 
 
 def _exposure(group: CandidateGroup) -> Exposure:

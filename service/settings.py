@@ -97,6 +97,15 @@ class GatewaySettings(BaseSettings):
     """Nats between engine and trainer: 1e-3 for float32, 2e-2 for bfloat16."""
     default_max_tokens: int = Field(64, ge=1)
     """Of the route `default`, when it is made."""
+    max_tokens_in_flight: int = Field(2**18, ge=1)
+    """Of all requests that run: prompt + n × the expected length. Best the engine's KV cache, whose size it logs."""
+    max_tokens_waiting: int = Field(2**20, ge=0)
+    """Of the requests that wait for room among those; 0 refuses them."""
+    key_requests_per_minute: int | None = Field(None, ge=1)
+    key_tokens_per_minute: int | None = Field(None, ge=1)
+    """Drawn for one key, prompts included, in any minute."""
+    key_tokens_in_flight: int | None = Field(None, ge=1)
+    """Of one key's requests: prompt + n × max_tokens."""
     reconcile_seconds: float = Field(5, gt=0)
     shutdown_seconds: int = Field(75, ge=1)
     """How long requests that run may go on after SIGTERM."""

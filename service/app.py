@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from bon_algos.chat import ChatTokenizer
 from service.allowances import Allowances, KeyLimits
 from service.control import Control, open_control
+from service.draining import Door, Draining
 from service.edge import install_edge
 from service.fair_queue import FairQueue
 from service.feedback import FeedbackBook
@@ -36,6 +37,8 @@ from service.vllm import PolicyEngine
 
 MEASUREMENTS_SECONDS: Final = 10.0
 """How long a gateway that stops waits for rewards that are being measured."""
+LEDGER_SECONDS: Final = 5.0
+"""And then for Redis to take what is on the disk; what it does not take waits there for the next start."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ async def _delivering(ledger: Ledger, reward_model: RewardModel) -> AsyncGenerat
             yield measurements
         finally:
             await measurements.drain(MEASUREMENTS_SECONDS)
+            await ledger.drain(LEDGER_SECONDS)
 
 
 def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]]) -> FastAPI:
@@ -145,6 +149,8 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
             yield
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.draining = Draining()
+    app.add_middleware(Door, draining=app.state.draining)
     install_edge(app)
     for routes in (generate, openai, feedback, health, routing, policies, distill, experiments):
         app.include_router(routes.router)

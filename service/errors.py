@@ -12,6 +12,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     │   └── ExperimentNotFound           experiment_not_found
     ├── MethodNotAllowed            405  method_not_allowed
     ├── BodyTimeout                 408  body_timeout
+    ├── HeadersTimeout              408  headers_timeout
     ├── Conflict                    409  conflict               the state forbids it now; `code` says why
     ├── BodyTooLarge                413  body_too_large
     ├── UnsupportedMediaType        415  unsupported_media_type
@@ -24,6 +25,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     │   └── EngineRefused                engine_refused         it did not take a request of ours
     ├── Unavailable                 503  unavailable            + Retry-After
     │   ├── Overloaded                   overloaded             too many requests of everybody
+    │   ├── ShuttingDown                 shutting_down
     │   ├── EngineUnavailable            engine_unavailable
     │   ├── RewardModelUnavailable       reward_model_unavailable
     │   ├── PolicyNotServed              policy_not_served
@@ -110,6 +112,10 @@ class BodyTimeout(GatewayError):
     status, default_code = 408, "body_timeout"
 
 
+class HeadersTimeout(GatewayError):
+    status, default_code = 408, "headers_timeout"
+
+
 class Conflict(GatewayError):
     status, default_code = 409, "conflict"
 
@@ -158,6 +164,10 @@ class Unavailable(GatewayError):
 
 class Overloaded(Unavailable):
     default_code = "overloaded"
+
+
+class ShuttingDown(Unavailable):
+    default_code = "shutting_down"
 
 
 class EngineUnavailable(Unavailable):

@@ -107,8 +107,12 @@ class GatewaySettings(BaseSettings):
     key_tokens_in_flight: int | None = Field(None, ge=1)
     """Of one key's requests: prompt + n × max_tokens."""
     reconcile_seconds: float = Field(5, gt=0)
+    header_seconds: float = Field(10, gt=0)
+    """A connection is closed that takes longer for a request's headers."""
+    unread_seconds: float = Field(30, gt=0)
+    """A connection is closed that leaves a reply unread so long."""
     shutdown_seconds: int = Field(75, ge=1)
-    """How long requests that run may go on after SIGTERM."""
+    """How long accepted requests may go on after SIGTERM."""
 
     @property
     def digest(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import sys
 from functools import partial
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -13,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from service.app import create_app, open_gateway
+from service.server import ImpatientProtocol, Server
 from service.settings import GatewaySettings
 
 MAX_HEADER_BYTES = 32_768
@@ -20,12 +23,16 @@ MAX_HEADER_BYTES = 32_768
 
 def server_config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
     """How the gateway is served."""
+    # h11 bounds the size of the headers and is strict about their form.
+    protocol = partial(
+        ImpatientProtocol, header_seconds=settings.header_seconds, unread_seconds=settings.unread_seconds
+    )
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        # h11 bounds the size of the headers and is strict about their form.
-        http="h11",
+        # uvicorn only ever calls it.
+        http=cast("type[asyncio.Protocol]", protocol),
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",
         lifespan="on",
@@ -53,9 +60,10 @@ def main() -> int:
         print(f"{error}: it must be JSON", file=sys.stderr)
         return 2
     for stopping in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises the signal again when everything has been shut down in order: that is a clean end.
+        # The server raises the signal again when everything has been shut down in order: that is a clean end.
         signal.signal(stopping, _leave)
-    uvicorn.Server(server_config(create_app(partial(open_gateway, settings)), settings)).run()
+    app = create_app(partial(open_gateway, settings))
+    Server(server_config(app, settings), app.state.draining).run()
     return 0
 
 

@@ -16,10 +16,14 @@ from fastapi import FastAPI
 
 from bon_algos.chat import ChatTokenizer
 from bon_algos.scoring import open_readers
+from service.allowances import Allowances, KeyLimits
 from service.control import Control, open_control
+from service.draining import Door, Draining
 from service.edge import install_edge
+from service.fair_queue import FairQueue
 from service.feedback import FeedbackBook
 from service.ledger import Ledger
+from service.limits import Limits
 from service.loops import running_loops
 from service.measurements import Measurements
 from service.pool import EnginePool
@@ -36,6 +40,8 @@ from service.vllm import PolicyEngine
 
 MEASUREMENTS_SECONDS: Final = 10.0
 """How long a gateway that stops waits for rewards that are being measured."""
+LEDGER_SECONDS: Final = 5.0
+"""And then for Redis to take what is on the disk; what it does not take waits there for the next start."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             replays=Replays(await stack.enter_async_context(open_redis(settings.redis_url))),
             feedback=FeedbackBook(of_bytes, ledger),
             learned=control.learned,
+            limits=_limits(settings),
             window=settings.max_model_len,
             n_cap=settings.n_cap,
             max_body_bytes=settings.max_body_bytes,
@@ -79,6 +86,15 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             holdout_share=settings.holdout_share,
         )
         yield Gateway(serving, control)
+
+
+def _limits(settings: GatewaySettings) -> Limits:
+    of_a_key = KeyLimits(
+        requests_per_minute=settings.key_requests_per_minute,
+        tokens_per_minute=settings.key_tokens_per_minute,
+        tokens_in_flight=settings.key_tokens_in_flight,
+    )
+    return Limits(FairQueue(settings.max_tokens_in_flight, settings.max_tokens_waiting), Allowances(of_a_key))
 
 
 def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
@@ -137,6 +153,7 @@ async def _delivering(ledger: Ledger, reward_model: RewardModel) -> AsyncGenerat
             yield measurements
         finally:
             await measurements.drain(MEASUREMENTS_SECONDS)
+            await ledger.drain(LEDGER_SECONDS)
 
 
 def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]]) -> FastAPI:
@@ -149,6 +166,8 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
             yield
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.draining = Draining()
+    app.add_middleware(Door, draining=app.state.draining)
     install_edge(app)
     for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines):
         app.include_router(routes.router)

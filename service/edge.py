@@ -50,10 +50,13 @@ class Edge:
         request = Request(scope)
         request_id = request.state.request_id = _request_id(request)
         request.state.caller = ON_LOOPBACK
+        request.state.reply_headers = dict
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers.update(request.state.reply_headers())
             await send(message)
 
         if len(scope["headers"]) > MAX_HEADERS:

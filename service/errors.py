@@ -13,15 +13,20 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     │   └── EngineNotFound               engine_not_found
     ├── MethodNotAllowed            405  method_not_allowed
     ├── BodyTimeout                 408  body_timeout
+    ├── HeadersTimeout              408  headers_timeout
     ├── Conflict                    409  conflict               the state forbids it now; `code` says why
     ├── BodyTooLarge                413  body_too_large
     ├── UnsupportedMediaType        415  unsupported_media_type
     ├── InvalidField                422  invalid_field          parsed, and one field is wrong: `param` names it
+    ├── RateLimited                 429  rate_limited           one key has used up what it may; + Retry-After
+    │   └── OverBudget                   over_budget            this request alone is more than that
     ├── HeadersTooLarge             431  headers_too_large
     ├── ClientGone                  499  client_gone            never sent: nobody is there to read it
     ├── EngineBroken                502  engine_broken          an engine accepted and then did not deliver
     │   └── EngineRefused                engine_refused         it did not take a request of ours
     ├── Unavailable                 503  unavailable            + Retry-After
+    │   ├── Overloaded                   overloaded             too many requests of everybody
+    │   ├── ShuttingDown                 shutting_down
     │   ├── EngineUnavailable            engine_unavailable
     │   ├── RewardModelUnavailable       reward_model_unavailable
     │   ├── PolicyNotServed              policy_not_served
@@ -44,6 +49,8 @@ from starlette.responses import Response
 PROBLEM_JSON = "application/problem+json"
 MAX_BODY_BYTES = 4096
 """No error body is longer."""
+OPENAI_RATE_LIMIT = "rate_limit_exceeded"
+"""What clients of OpenAI's API look for; our own code stands in `type`."""
 
 
 class GatewayError(Exception):
@@ -110,6 +117,10 @@ class BodyTimeout(GatewayError):
     status, default_code = 408, "body_timeout"
 
 
+class HeadersTimeout(GatewayError):
+    status, default_code = 408, "headers_timeout"
+
+
 class Conflict(GatewayError):
     status, default_code = 409, "conflict"
 
@@ -124,6 +135,15 @@ class UnsupportedMediaType(GatewayError):
 
 class InvalidField(GatewayError):
     status, default_code = 422, "invalid_field"
+
+
+class RateLimited(GatewayError):
+    status, default_code = 429, "rate_limited"
+    retry_after = 1
+
+
+class OverBudget(RateLimited):
+    default_code = "over_budget"
 
 
 class HeadersTooLarge(GatewayError):
@@ -145,6 +165,14 @@ class EngineRefused(EngineBroken):
 class Unavailable(GatewayError):
     status, default_code = 503, "unavailable"
     retry_after = 1
+
+
+class Overloaded(Unavailable):
+    default_code = "overloaded"
+
+
+class ShuttingDown(Unavailable):
+    default_code = "shutting_down"
 
 
 class EngineUnavailable(Unavailable):
@@ -194,11 +222,17 @@ def problem(error: GatewayError, request_id: str) -> dict[str, object]:
         "instance": f"urn:bonsai:request:{request_id}",
         "error": {
             "message": error.message,
-            "type": "invalid_request_error" if error.status < 500 else "server_error",
+            "type": _openai_type(error.status),
             "param": error.param,
-            "code": error.code,
+            "code": OPENAI_RATE_LIMIT if error.status == RateLimited.status else error.code,
         },
     }
+
+
+def _openai_type(status: int) -> str:
+    if status == RateLimited.status:
+        return OPENAI_RATE_LIMIT
+    return "invalid_request_error" if status < 500 else "server_error"
 
 
 def _title(status: int) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha1, sha256
 from typing import Any, Final
@@ -89,6 +90,7 @@ class Ledger:
         self._spool = spool
         self._redis = redis
         self._written = asyncio.Event()
+        self._delivered = asyncio.Event()
         self._first_own_segment = spool.active
         self._unmeasured: dict[str, bytes] = {}
         self._dropped = 0
@@ -101,6 +103,7 @@ class Ledger:
         if not self._has_room:
             self._dropped += 1
             log.error("ledger full: %s %s dropped, %d so far", record.kind, record.id, self._dropped)
+        self._delivered.clear()
         self._written.set()
         return self._has_room
 
@@ -135,7 +138,17 @@ class Ledger:
             if position.segment >= self._first_own_segment:
                 self._hand_over(measure_again)
             if not frames:
+                if not self._written.is_set():
+                    self._delivered.set()
                 await self._written.wait()
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until Redis has everything, if it is there."""
+        if self._redis_state == "away":
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._delivered.wait()
 
     async def _deliver(self, frames: Sequence[Frame]) -> None:
         heads = [_head(frame.payload) for frame in frames]

@@ -33,6 +33,7 @@ from service.generation import (
 )
 from service.learned import LearnedStrategies
 from service.ledger import Ledger
+from service.limits import Limits
 from service.measurements import Measurements
 from service.pool import EnginePool
 from service.replays import Replays
@@ -56,6 +57,7 @@ class Serving:
     replays: Replays
     feedback: FeedbackBook
     learned: LearnedStrategies
+    limits: Limits
     window: int
     """Of the policy engine, tokens."""
     n_cap: int
@@ -84,6 +86,7 @@ class Prepared(NamedTuple):
 
     group: CandidateGroup
     budget: Budget
+    caller: Caller
     warnings: tuple[str, ...]
     plan: Plan
 
@@ -137,7 +140,7 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
     budget = budget_of(request, route, assignment.arm.n, around.started, first=plan.stops(assignment.arm.n)[0])
     group = _empty_group(serving, request, around.caller, assignment, prompt, sampling, route)
     group = group.model_copy(update={"stop_reason": plan.stop_reason}) if isinstance(plan, Fixed) else group
-    return Prepared(group, budget, _warnings(assignment, group), plan)
+    return Prepared(group, budget, around.caller, _warnings(assignment, group), plan)
 
 
 def _empty_group(
@@ -179,19 +182,22 @@ def _empty_group(
 async def answer(
     serving: Serving, prepared: Prepared, *, wait_for_reward: bool, hear: Listener | None = None
 ) -> Answer:
-    """Fill the group and log it. Raises the reason when nothing can be served; the group is logged all the same,
-    unless the engine never gave a candidate."""
+    """Fill the group when it is its turn, and log it. Raises the reason when nothing can be served; the group is logged
+    all the same, unless it was not admitted or the engine never gave a candidate."""
     group = prepared.group
-    if group.experiment is not None:
-        serving.ledger.append(_exposure(group))
-    means = Means(serving.engine, serving.reward_model, prepared.budget, hear)
-    filled = await answered(prepared.plan, group, means, wait_for_reward=wait_for_reward)
+    most = prepared.stops[-1]
+    async with serving.limits.admitted(prepared.caller, group, most, prepared.budget.deadline) as admission:
+        if group.experiment is not None:
+            serving.ledger.append(_exposure(group))
+        means = Means(serving.engine, serving.reward_model, prepared.budget, hear)
+        filled = await answered(prepared.plan, group, means, wait_for_reward=wait_for_reward)
+        admission.group = filled.group
     serving.ledger.append(filled.group)
     if filled.failure is not None:
         raise filled.failure
     if filled.group.status == "single" and not filled.group.scored and not wait_for_reward:
         serving.measurements.start(filled.group)
-    return filled
+    return filled._replace(waited=filled.waited + (admission.waited or 0.0))
 
 
 def _exposure(group: CandidateGroup) -> Exposure:

@@ -98,8 +98,21 @@ class GatewaySettings(BaseSettings):
     """A policy engine that gave no token for so long is asked for one."""
     hung_after_seconds: float = Field(30, gt=0)
     """One that gave no token for so long, though asked, is given no requests until it gives one."""
+    max_tokens_in_flight: int = Field(2**18, ge=1)
+    """Of all requests that run: prompt + n × the expected length. Best the engine's KV cache, whose size it logs."""
+    max_tokens_waiting: int = Field(2**20, ge=0)
+    """Of the requests that wait for room among those; 0 refuses them."""
+    key_requests_per_minute: int | None = Field(None, ge=1)
+    key_tokens_per_minute: int | None = Field(None, ge=1)
+    """Drawn for one key, prompts included, in any minute."""
+    key_tokens_in_flight: int | None = Field(None, ge=1)
+    """Of one key's requests: prompt + n × max_tokens."""
+    header_seconds: float = Field(10, gt=0)
+    """A connection is closed that takes longer for a request's headers."""
+    unread_seconds: float = Field(30, gt=0)
+    """A connection is closed that leaves a reply unread so long."""
     shutdown_seconds: int = Field(75, ge=1)
-    """How long requests that run may go on after SIGTERM."""
+    """How long accepted requests may go on after SIGTERM."""
 
     @field_validator("hung_after_seconds")
     @classmethod

@@ -38,7 +38,7 @@ T = TypeVar("T")
 async def generate(request: Request) -> Response:
     """Sample, score, choose, log, reply."""
     started = monotonic()
-    serving = cast(Serving, request.app.state.serving)
+    serving = serving_of(request)
     content = await read_body(request, serving.max_body_bytes)
     body = parse_model(content, GenerateRequest)
     around = circumstances_of(request, started, query_parameters(request, ("n",)))
@@ -51,6 +51,13 @@ async def generate(request: Request) -> Response:
         return Reply(reply, headers_of(filled.group, monotonic() - started - filled.waited))
 
     return await replied(request, serving, prepared, content, make)
+
+
+def serving_of(request: Request) -> Serving:
+    """What a completion needs. Its reply, whatever it will be, tells of the caller's limits."""
+    serving = cast(Serving, request.app.state.serving)
+    request.state.reply_headers = partial(serving.limits.headers, caller_of(request))
+    return serving
 
 
 async def replied(

@@ -53,6 +53,7 @@ async def ready(request: Request) -> JSONResponse:
             "damaged": ledger.damaged,
         },
         "measurements_waiting": serving.measurements.waiting,
+        "limits": serving.limits.status,
     }
     return JSONResponse(body, 200 if is_ready else 503, headers=None if is_ready else {"Retry-After": "1"})
 

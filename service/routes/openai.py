@@ -23,7 +23,7 @@ from service.openai_messages import SCHEMA_MEMBERS
 from service.openai_replies import ChatShape, CompletionShape, Shape
 from service.openai_stream import stream
 from service.replays import Reply
-from service.routes.generate import circumstances_of, headers_of, prepared_aside, replied, while_connected
+from service.routes.generate import circumstances_of, headers_of, prepared_aside, replied, serving_of, while_connected
 from service.serving import Serving, answer, prepare
 
 router = APIRouter(prefix="/v1")
@@ -42,7 +42,7 @@ async def chat_completions(request: Request) -> Response:
 async def _answered(request: Request, body_type: type[Body], shape_type: type[Shape]) -> Response:
     """Sample, score, choose, log, reply: as `/generate`, in OpenAI's words."""
     started = monotonic()
-    serving = cast(Serving, request.app.state.serving)
+    serving = serving_of(request)
     content = await read_body(request, serving.max_body_bytes)
     # OpenAI's clients write null for what was not said.
     body = parse_model(content, body_type, null_means_itself_in=SCHEMA_MEMBERS)

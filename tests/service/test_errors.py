@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service import errors
-from service.errors import MAX_BODY_BYTES, GatewayError, InvalidField, Unavailable, render
+from service.errors import MAX_BODY_BYTES, GatewayError, InvalidField, render
 
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, GatewayError)]
 
@@ -25,11 +25,14 @@ def test_every_error_renders_as_problem_details_with_openais_object_inside(kind)
     assert body["status"] == response.status_code == kind.status
     assert body["error"].keys() == {"message", "type", "param", "code"}
     assert body["error"]["message"] == body["detail"] == "what happened"
-    assert body["error"]["type"] == ("invalid_request_error" if kind.status < 500 else "server_error")
+    assert body["type"] == f"urn:bonsai:error:{kind.default_code}"
+    openai_type = "invalid_request_error" if kind.status < 500 else "server_error"
+    expected = ["rate_limit_exceeded"] * 2 if kind.status == 429 else [openai_type, kind.default_code]
+    assert [body["error"]["type"], body["error"]["code"]] == expected
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CLASSES if issubclass(kind, Unavailable)], ids=lambda k: k.__name__)
-def test_503_says_when_to_come_back(kind):
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind.status in (429, 503)], ids=lambda k: k.__name__)
+def test_429_and_503_say_when_to_come_back(kind):
     assert int(render(kind("away"), "req_1").headers["Retry-After"]) >= 1
 
 

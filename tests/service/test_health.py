@@ -21,6 +21,14 @@ def test_a_whole_gateway_is_ready(world):
         "routes": 1,
         "spool": {"has_room": True, "pending_bytes": 0, "dropped": 0, "damaged": 0},
         "measurements_waiting": 0,
+        "limits": {
+            "max_tokens_in_flight": 2**18,
+            "tokens_in_flight": 0,
+            "requests_in_flight": 0,
+            "tokens_waiting": 0,
+            "requests_waiting": 0,
+            "refused": {"overloaded": 0, "rate_limited": 0, "over_budget": 0},
+        },
     }
 
 

@@ -20,7 +20,8 @@ from service.ledger import Ledger
 from service.settings import GatewaySettings
 from service.spool import Spool
 from service.store import open_redis
-from tests.fixtures.gateway import Client, environment_of, gateway_settings, read_ledger, running_gateway, wait_until
+from tests.fixtures.gateway import environment_of, gateway_settings, read_ledger, running_gateway, wait_until
+from tests.fixtures.process import gateway_process
 from tests.service.records import group
 from tests.stubs.engine import StubEngine
 from tests.stubs.reward import StubReward
@@ -45,9 +46,8 @@ def deliver(directory: Path, redis_url: str, records: Sequence[CandidateGroup]) 
                 assert ledger.append(record)
             started = time.monotonic()
             drainer = asyncio.create_task(ledger.run(lambda unmeasured: None))
-            async with asyncio.timeout(60):
-                while ledger.status.pending_bytes:
-                    await asyncio.sleep(0.005)
+            await ledger.drain(60)
+            assert ledger.status.pending_bytes == 0
             drainer.cancel()
         spool.close()
         return time.monotonic() - started
@@ -96,6 +96,25 @@ def test_only_groups_a_method_can_learn_from_are_counted(tmp_path, redis_url):
     assert len(ids(redis_url)) == 4
     with redis.Redis.from_url(redis_url, decode_responses=True) as connection:
         assert connection.hget(LEDGER_COUNTS, "default") == "1"
+
+
+def test_nobody_waits_for_a_redis_that_is_away(tmp_path):
+    async def process() -> None:
+        spool = Spool(tmp_path / "spool", 2**30)
+        async with open_redis(f"unix://{tmp_path}/no-redis.sock") as connection:
+            ledger = Ledger(spool, connection)
+            ledger.append(numbered_groups(1)[0])
+            drainer = asyncio.create_task(ledger.run(lambda unmeasured: None))
+            async with asyncio.timeout(10):
+                while ledger.status.redis != "away":
+                    await asyncio.sleep(0.005)
+            async with asyncio.timeout(1):
+                await ledger.drain(60)
+            assert ledger.status.pending_bytes > 0
+            drainer.cancel()
+        spool.close()
+
+    asyncio.run(process())
 
 
 @pytest.mark.slow
@@ -168,29 +187,6 @@ def test_a_full_spool_drops_whole_groups_counts_them_and_says_so(tmp_path, own_r
 # --- a gateway process of its own, killed -----------------------------------------------------------------
 
 
-@contextmanager
-def gateway_process(settings: GatewaySettings, port: int) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
-    """`python -m service`, ready to answer."""
-    given = environment_of(settings)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service"], env={**os.environ, **given, "BONSAI_PORT": str(port)}, stderr=subprocess.PIPE
-    )
-    client = Client(f"http://127.0.0.1:{port}")
-    try:
-        wait_until(lambda: _answers(client), seconds=30)
-        yield process, client
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _answers(client: Client) -> bool:
-    try:
-        return client.get("/health").status == 200
-    except OSError:
-        return False
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("is_redis_away", [False, True], ids=["redis up", "redis away"])
 def test_an_answer_that_went_out_has_its_group_once_after_kill_9(tmp_path, own_redis, unused_port, is_redis_away):
@@ -241,9 +237,10 @@ def test_sigterm_ends_the_process_cleanly_with_everything_delivered(tmp_path, re
         served = client.post("/generate?n=1", HI).json["id"]
         process.terminate()
         assert process.wait(20) == 0
-        assert ids(redis_url)[0] == served
-        with gateway_process(settings, unused_port):
-            wait_until(lambda: len(ids(redis_url)) == 2)
+        # The outcome was written a moment before the end.
+        group, outcome = read_ledger(redis_url)
+        assert isinstance(outcome, Outcome)
+        assert (group.id, outcome.group_id, outcome.rewards) == (served, served, (21.0,))
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ class StubEngine:
         self.aborted_at: list[float] = []
         """time.monotonic() of each stream that its client closed."""
         self.active = 0
+        self.most_active = 0
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**30)
@@ -85,6 +86,7 @@ class StubEngine:
         if (status := {"busy": 503, "error": 500, "refused": 400}.get(script.fault)) is not None:
             return web.json_response({"error": {}}, status=status)
         self.active += 1
+        self.most_active = max(self.most_active, self.active)
         try:
             if not body.get("stream"):
                 if script.fault == "silent":

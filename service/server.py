@@ -1,0 +1,131 @@
+"""The HTTP server: uvicorn, with an end that loses nothing and patience that ends.
+
+Owns: what a signal does, how long a connection may take for its headers and leave a reply unread. Does not own: what is
+still accepted (draining.py), the time a body may take (json_body.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+from time import monotonic
+from types import FrameType
+from typing import Any, Final
+from uuid import uuid4
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from service.draining import Draining
+from service.errors import HeadersTimeout, render
+
+LEAST_PROGRESS_BYTES: Final = 16_384
+"""Of a reply that waits for its reader, within the time that it may be left unread."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn closes its listener at once and cancels what the time does not suffice for. Here the listener stays open
+    until everything accepted is answered, so that whoever comes meanwhile is told where he is."""
+
+    def __init__(self, config: uvicorn.Config, draining: Draining) -> None:
+        super().__init__(config)
+        self._draining = draining
+        self._seconds = config.timeout_graceful_shutdown or 0
+        self._latest = math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the end. The second is the end, as `kill -9` is: what was promised is on disk."""
+        if self._draining.has_begun:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self._captured_signals.append(sig)
+        self._draining.has_begun = True
+        self._latest = monotonic() + self._seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; true ends the loop, and then uvicorn shuts down."""
+        left = self._latest - monotonic()
+        if self._draining.has_begun and (self._draining.num_open == 0 or left <= 0):
+            self.config.timeout_graceful_shutdown = max(0, math.ceil(left))
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+class ImpatientProtocol(H11Protocol):
+    """One connection. uvicorn waits for ever for a first request, for the end of headers and for a reader."""
+
+    def __init__(self, *args: Any, header_seconds: float, unread_seconds: float, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._header_seconds = header_seconds
+        self._unread_seconds = unread_seconds
+        self._headers_due: asyncio.TimerHandle | None = None
+        self._reading_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # Nothing is kept for a slow reader beyond what is being written: the next chunk waits with whoever makes it.
+        transport.set_write_buffer_limits(high=0)
+        self._expect_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_headers()
+        else:
+            self._expect_no_headers()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._expect_no_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_no_headers()
+        self._expect_no_reading()
+        super().connection_lost(exc)
+
+    def _expect_headers(self) -> None:
+        """Whole headers from here on within the time, however many pieces they come in."""
+        if self._headers_due is None and not self.transport.is_closing():
+            self._headers_due = self.loop.call_later(self._header_seconds, self._without_headers)
+
+    def _expect_no_headers(self) -> None:
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
+
+    def _without_headers(self) -> None:
+        begun, _ = self.conn.trailing_data
+        if begun and self.conn.our_state is h11.IDLE:
+            self._refuse_late_headers()
+        self.transport.close()
+
+    def _refuse_late_headers(self) -> None:
+        message = f"the headers did not arrive within {self._header_seconds:g} s"
+        refusal = render(HeadersTimeout(message), f"req_{uuid4().hex}", {"Connection": "close"})
+        for event in (
+            h11.Response(status_code=refusal.status_code, headers=refusal.raw_headers),
+            h11.Data(data=bytes(refusal.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+
+    def _expect_reading(self, unread: int) -> None:
+        self._reading_due = self.loop.call_later(self._unread_seconds, self._without_reading, unread)
+
+    def _expect_no_reading(self) -> None:
+        if self._reading_due is not None:
+            self._reading_due.cancel()
+            self._reading_due = None
+
+    def _without_reading(self, before: int) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if unread > before - LEAST_PROGRESS_BYTES:
+            self.transport.abort()
+        else:
+            self._expect_reading(unread)

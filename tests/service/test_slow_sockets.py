@@ -1,0 +1,212 @@
+"""Connections that take their time (F48): headers that never end, bodies that never come, replies that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from service.__main__ import server_config
+from tests.fixtures.gateway import Client, World, gateway_settings, running_gateway, wait_until
+from tests.fixtures.process import gateway_process
+from tests.stubs.server import running
+
+HALF_HEADERS = b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Half: "
+HALF_BODY = b'POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"pro'
+WHOLE = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+MANY = 100
+
+
+@pytest.fixture
+def world(tmp_path, engine, reward, redis_url) -> Iterator[World]:
+    """A gateway that waits half a second for headers."""
+    with running(engine.app()) as engine_url, running(reward.app()) as reward_url:
+        settings = gateway_settings(tmp_path, engine_url, reward_url, redis_url, header_seconds=0.5)
+        with running_gateway(settings) as client:
+            yield World(client, engine, reward, redis_url)
+
+
+def connected(client: Client) -> socket.socket:
+    return socket.create_connection(client.address, timeout=10)
+
+
+def all_of(connection: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    answer = b""
+    while piece := connection.recv(65_536):
+        answer += piece
+    return answer
+
+
+# --- headers ---------------------------------------------------------------------------------------------
+
+
+def test_headers_that_never_end_are_408_and_the_connection_is_closed(world):
+    with connected(world.client) as connection:
+        connection.sendall(HALF_HEADERS)
+        answer = all_of(connection)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"urn:bonsai:error:headers_timeout" in answer
+    assert b"connection: close" in answer.lower()
+
+
+def test_a_byte_now_and_then_buys_no_time(world):
+    with connected(world.client) as connection:
+        connection.sendall(HALF_HEADERS)
+        connection.setblocking(False)
+        wait_until(lambda: _answered_while_dripping(connection))
+
+
+def _answered_while_dripping(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(100).startswith(b"HTTP/1.1 408 ")
+    except BlockingIOError:
+        connection.send(b"a")
+        return False
+
+
+def test_the_headers_of_a_later_request_have_no_more_time(world):
+    with connected(world.client) as connection:
+        connection.sendall(WHOLE)
+        first = b""
+        while not first.endswith(b'{"status":"ok"}'):
+            first += connection.recv(65_536)
+        connection.sendall(HALF_HEADERS)
+        assert all_of(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_connection_that_says_nothing_is_closed_without_a_word(world):
+    with connected(world.client) as connection:
+        assert all_of(connection) == b""
+
+
+def test_a_request_that_takes_longer_than_its_headers_may_is_not_cut(world):
+    world.engine.script.delays = [0.8]
+    assert world.client.post("/generate?n=2", {"prompt": "hi"}).status == 200
+
+
+def test_slow_connections_delay_nobody(world):
+    """100 in the middle of their headers, 100 in the middle of their bodies: others are answered meanwhile, and every
+    one of the first is told 408."""
+    with ExitStack() as stack:
+        in_headers, in_bodies = ([stack.enter_context(connected(world.client)) for _ in range(MANY)] for _ in range(2))
+        for connection in in_bodies:
+            connection.sendall(HALF_BODY)
+        for connection in in_headers:
+            connection.sendall(HALF_HEADERS)
+        assert [world.client.post("/generate?n=2", {"prompt": "hi"}).status for _ in range(5)] == [200] * 5
+        assert [all_of(connection)[:13] for connection in in_headers] == [b"HTTP/1.1 408 "] * MANY
+    assert world.client.get("/ready").json["limits"]["requests_in_flight"] == 0
+
+
+# --- replies that nobody reads ---------------------------------------------------------------------------
+
+
+class Sender:
+    """Sends chunks for ever, or one and the end; knows how many it got rid of and when its client was gone."""
+
+    def __init__(self, chunk: bytes, *, is_endless: bool) -> None:
+        self._chunk = chunk
+        self._is_endless = is_endless
+        self.num_sent = 0
+        self.is_left = threading.Event()
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        if scope["type"] == "lifespan":
+            for done in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{done}.complete"})
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        sending = asyncio.create_task(self._sent(send))
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.is_left.set()
+        sending.cancel()
+        await asyncio.wait({sending})
+
+    async def _sent(self, send: Callable[..., Any]) -> None:
+        while True:
+            await send({"type": "http.response.body", "body": self._chunk, "more_body": self._is_endless})
+            self.num_sent += 1
+            if not self._is_endless:
+                return
+
+
+@contextmanager
+def served(sender: Sender, tmp_path, unread_seconds: float) -> Iterator[Client]:
+    """The sender behind our server."""
+    urls = ("http://127.0.0.1:1", "http://127.0.0.1:2", "redis://127.0.0.1:3")
+    settings = gateway_settings(tmp_path, *urls, unread_seconds=unread_seconds)
+    server = uvicorn.Server(server_config(sender, settings))  # type: ignore[arg-type]
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    yield Client(f"http://{host}:{port}")
+    server.should_exit = True
+    thread.join(30)
+
+
+def test_a_reply_that_nobody_reads_is_given_up_and_takes_no_memory(tmp_path):
+    """Chunks of 1 MiB: what the kernel takes, and one that waits. Then the connection is cut."""
+    sender = Sender(b"x" * 2**20, is_endless=True)
+    with served(sender, tmp_path, unread_seconds=0.5) as client, closing(connected(client)) as connection:
+        connection.sendall(WHOLE)
+        wait_until(sender.is_left.is_set)
+        assert sender.num_sent < 20
+
+
+@pytest.mark.slow
+def test_whoever_reads_slowly_but_reads_is_served_to_the_end(tmp_path):
+    """32 MiB in one piece, read at 6 MB/s at most: more than ten times as long as a reply may be left unread."""
+    size = 2**25
+    with (
+        served(Sender(b"x" * size, is_endless=False), tmp_path, unread_seconds=0.4) as client,
+        closing(connected(client)) as connection,
+    ):
+        connection.sendall(WHOLE)
+        got = 0
+
+        def is_read() -> bool:
+            nonlocal got
+            piece = len(connection.recv(32_768))
+            got += piece
+            return piece == 0 or got >= size
+
+        wait_until(is_read, seconds=60)
+    assert got >= size
+
+
+# --- no descriptors left ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_gateway_without_descriptors_recovers_when_connections_end(tmp_path, engine, reward, redis_url, unused_port):
+    """F50. 200 connections that say nothing, with descriptors for about 20: they are closed in their time, and then
+    others are answered again by the same process."""
+    with running(engine.app()) as engine_url, running(reward.app()) as reward_url, ExitStack() as stack:
+        settings = gateway_settings(tmp_path, engine_url, reward_url, redis_url, header_seconds=1)
+        process, client = stack.enter_context(gateway_process(settings, unused_port))
+        in_use = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (in_use + 20, in_use + 20))
+        for _ in range(200):
+            stack.enter_context(connected(client))
+        wait_until(lambda: len(list(Path(f"/proc/{process.pid}/fd").iterdir())) == in_use + 20)
+        wait_until(lambda: _is_answered(client), seconds=60)
+        assert process.poll() is None
+
+
+def _is_answered(client: Client) -> bool:
+    try:
+        return client.post("/generate?n=2", {"prompt": "hi"}).status == 200
+    except OSError:
+        return False

@@ -15,16 +15,20 @@ from typing import Final
 from fastapi import FastAPI
 
 from bon_algos.chat import ChatTokenizer
+from service.access import rights
+from service.api_key import read_pepper
+from service.authentication import Authentication
 from service.control import Control, open_control
 from service.edge import install_edge
 from service.feedback import FeedbackBook
+from service.keys import admin_record
 from service.ledger import Ledger
 from service.loops import running_loops
 from service.measurements import Measurements
 from service.replays import Replays
 from service.reward import RewardModel
 from service.reward_test import RewardTest, read_pairs
-from service.routes import distill, experiments, feedback, generate, health, openai, policies, routing
+from service.routes import distill, experiments, feedback, generate, health, keys, openai, policies, routing
 from service.serving import Serving
 from service.settings import GatewaySettings
 from service.spool import Spool
@@ -46,7 +50,7 @@ class Gateway:
 @asynccontextmanager
 async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
     """A running gateway. Engines and Redis may still be away: `/ready` says what is missing. Raises SpoolLocked when
-    another process has the spool, OSError or ValueError when a directory or the known pairs cannot be read."""
+    another process has the spool, OSError or ValueError when a directory, the known pairs or a key cannot be read."""
     tokenizer = read_tokenizer(settings.policy_directory)
     reward_tokenizer = read_tokenizer(settings.reward_directory)
     async with AsyncExitStack() as stack:
@@ -75,6 +79,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
 
 
 def _control(engine: PolicyEngine, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
+    pepper = read_pepper(settings.key_pepper_file)
     return open_control(
         engine,
         redis_url=settings.redis_url,
@@ -88,6 +93,8 @@ def _control(engine: PolicyEngine, settings: GatewaySettings) -> AbstractAsyncCo
         max_lora_rank=settings.max_lora_rank,
         fingerprint_tolerance=settings.fingerprint_tolerance,
         max_body_bytes=settings.max_body_bytes,
+        pepper=pepper,
+        admin=admin_record(settings.admin_key_file, pepper),
     )
 
 
@@ -123,18 +130,21 @@ async def _delivering(ledger: Ledger, reward_model: RewardModel) -> AsyncGenerat
 
 
 def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]]) -> FastAPI:
-    """The HTTP application around a gateway that is opened when the server starts."""
+    """The HTTP application around a gateway that is opened when the server starts. Raises ValueError for a route that
+    does not declare who may ask."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         async with open_gateway() as gateway:
             app.state.serving, app.state.control = gateway.serving, gateway.control
+            app.state.authentication = Authentication(gateway.control.key_ring)
             yield
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_edge(app)
-    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments):
+    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, keys):
         app.include_router(routes.router)
+    rights(app)
     return app
 
 

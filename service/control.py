@@ -1,13 +1,14 @@
 """The control plane as one object: what the admin routes may touch, built once, at start-up.
 
-Owns: the wiring of catalogue, registry, jobs, experiments, publishing, curves and their loops. Does not own: HTTP.
+Owns: the wiring of catalogue, keys, registry, jobs, experiments, publishing, curves and their loops. Does not own:
+HTTP.
 `open_control` is the composition root of everything that changes traffic; the hot path needs `catalogue` alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -17,8 +18,10 @@ from bon_algos.contracts import PolicyRecord, Route
 from service.catalogue import Catalogue
 from service.curve import Curves
 from service.dispatch import Dispatcher, open_producer, send_job
+from service.errors import StoreFull, StoreUnavailable
 from service.experiment_store import Experiments
 from service.jobs import Jobs
+from service.keys import KeyRecord, KeyRing, Keys
 from service.loops import running_loops
 from service.policies import Policies
 from service.publishing import AdapterEngine, Publisher
@@ -39,6 +42,8 @@ class Control:
     dispatcher: Dispatcher
     publisher: Publisher
     curves: Curves
+    keys: Keys
+    key_ring: KeyRing
     max_body_bytes: int
 
 
@@ -57,6 +62,8 @@ async def open_control(
     max_lora_rank: int,
     fingerprint_tolerance: float,
     max_body_bytes: int,
+    pepper: bytes,
+    admin: KeyRecord,
 ) -> AsyncGenerator[Control]:
     """Build the control plane and keep its loops running until the block is left. Redis may be away: the default
     route and the base policy serve from the start."""
@@ -73,6 +80,7 @@ async def open_control(
     async with open_redis(redis_url) as redis, open_redis(redis_url, in_bytes=True) as redis_of_bytes:
         catalogue = Catalogue(redis, base, default)
         policies = Policies(redis)
+        key_ring = KeyRing(redis, pepper, admin)
         control = Control(
             catalogue=catalogue,
             routes=Routes(redis, reward_model=reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens),
@@ -90,7 +98,12 @@ async def open_control(
                 tolerance=fingerprint_tolerance,
             ),
             curves=Curves(redis_of_bytes),
+            keys=Keys(redis, key_ring, pepper, admin, default),
+            key_ring=key_ring,
             max_body_bytes=max_body_bytes,
         )
-        async with running_loops(catalogue.run(), control.dispatcher.run(), control.publisher.run()):
+        with suppress(StoreUnavailable, StoreFull):
+            # The first request is held against the keys there are, where Redis says which.
+            await key_ring.refresh()
+        async with running_loops(catalogue.run(), key_ring.run(), control.dispatcher.run(), control.publisher.run()):
             yield control

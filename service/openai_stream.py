@@ -74,7 +74,6 @@ async def stream(
         raise
     group = prepared.group
     headers = {
-        "Cache-Control": "no-store",
         "X-Accel-Buffering": "no",
         "x-bonsai-arm": str(group.arm),
         "x-bonsai-policy": group.policy_id,

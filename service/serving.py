@@ -89,8 +89,9 @@ class Prepared(NamedTuple):
 def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -> Prepared:
     """Everything that can be refused is refused here, before any engine is asked. Raises GatewayError."""
     require_sense(request)
-    snapshot = serving.catalogue.snapshot
+    snapshot = serving.catalogue.of(around.caller.tenant)
     route = snapshot.route(request.route)
+    around.caller.require_route(route.name)
     require_tokens(request.logit_bias, serving.tokenizer.vocabulary_size)
     n = asked_n(request.n, around.query, min(serving.n_cap, route.n_cap))
     prompt = encode(request, serving.tokenizer, serving.window)
@@ -170,6 +171,7 @@ async def answer(
 def _exposure(group: CandidateGroup) -> Exposure:
     return Exposure(
         id=f"exposure_{group.id}",
+        tenant=group.tenant,
         created_at=group.created_at,
         group_id=group.id,
         route=group.route,

@@ -14,22 +14,24 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from bon_algos.contracts import SCHEMA_VERSION
+from service.access import OPEN_TO_ALL, known_caller
 from service.errors import GatewayError
 from service.serving import Serving
 
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", dependencies=[OPEN_TO_ALL])
 async def health() -> JSONResponse:
     """The process answers; nothing else is asked."""
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready")
+@router.get("/ready", dependencies=[OPEN_TO_ALL])
 async def ready(request: Request) -> JSONResponse:
     """Whether `/generate` would be answered now: both engines serve their model, and the reward model has ranked its
-    known pairs rightly. Without Redis it stays true while the spool has room; `degraded` says so."""
+    known pairs rightly. Without Redis it stays true while the spool has room; `degraded` says so. What is missing is
+    told to who has a key."""
     serving = cast(Serving, request.app.state.serving)
     base = serving.catalogue.base_policy
     engine, reward_model = await asyncio.gather(
@@ -39,8 +41,15 @@ async def ready(request: Request) -> JSONResponse:
     may_choose = serving.reward_test.may_choose
     is_ready = engine == reward_model == "ok" and may_choose and bool(serving.catalogue.snapshot.routes)
     is_whole = is_ready and ledger.redis == "ok" and ledger.has_room
-    body: dict[str, Any] = {
-        "status": "ready" if is_whole else "degraded" if is_ready else "starting",
+    body: dict[str, Any] = {"status": "ready" if is_whole else "degraded" if is_ready else "starting"}
+    if known_caller(request) is not None:
+        body |= _parts(serving, engine, reward_model)
+    return JSONResponse(body, 200 if is_ready else 503, headers=None if is_ready else {"Retry-After": "1"})
+
+
+def _parts(serving: Serving, engine: str, reward_model: str) -> dict[str, Any]:
+    ledger = serving.ledger.status
+    return {
         "engine": engine,
         "reward_model": reward_model,
         "reward_test": serving.reward_test.state,
@@ -54,21 +63,19 @@ async def ready(request: Request) -> JSONResponse:
         },
         "measurements_waiting": serving.measurements.waiting,
     }
-    return JSONResponse(body, 200 if is_ready else 503, headers=None if is_ready else {"Retry-After": "1"})
 
 
-@router.get("/version")
+@router.get("/version", dependencies=[OPEN_TO_ALL])
 async def versions(request: Request) -> JSONResponse:
     serving = cast(Serving, request.app.state.serving)
-    return JSONResponse(
-        {
-            "version": version("bonsai"),
-            "schema_version": SCHEMA_VERSION,
+    told: dict[str, Any] = {"version": version("bonsai"), "schema_version": SCHEMA_VERSION}
+    if known_caller(request) is not None:
+        told |= {
             "settings_digest": serving.settings_digest,
             "base_policy": serving.catalogue.base_policy,
             "reward_model": serving.reward_model.model,
         }
-    )
+    return JSONResponse(told)
 
 
 async def _state(models: Any, expected: str) -> str:

@@ -322,15 +322,13 @@ def test_an_unknown_route_is_404(still_world, name):
 def test_C66_a_body_over_the_limit_is_413_before_it_is_read(still_world):
     """The length alone is enough: the body never comes."""
     with socket.create_connection(still_world.client.address, timeout=10) as connection:
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {MAX_BODY + 1}"
-        connection.sendall(head.encode() + b"\r\n\r\n")
+        connection.sendall(still_world.client.written("POST", "/generate", b"", f"Content-Length: {MAX_BODY + 1}"))
         assert connection.recv(65_536).startswith(b"HTTP/1.1 413 ")
 
 
 def test_C66_a_chunked_body_over_the_limit_is_413(still_world):
     with socket.create_connection(still_world.client.address, timeout=10) as connection:
-        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
-        connection.sendall(head + b"\r\n\r\n")
+        connection.sendall(still_world.client.written("POST", "/generate", b"", "Transfer-Encoding: chunked"))
         chunk = b"10000\r\n" + b" " * 65_536 + b"\r\n"
         for _ in range(MAX_BODY // 65_536):
             connection.sendall(chunk)
@@ -404,8 +402,7 @@ def test_malformed_http_ends_before_a_handler_runs(still_world, head):
 def test_C26_C27_a_body_that_does_not_come_is_408_within_10_s(still_world):
     """One socket is held with half a body; nothing is read of it for ever."""
     with socket.create_connection(still_world.client.address, timeout=15) as connection:
-        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
-        connection.sendall(head + b'{"prompt":')
+        connection.sendall(still_world.client.written("POST", "/generate", b'{"prompt":', "Content-Length: 99"))
         answer = connection.recv(65_536)
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"connection: close" in answer.lower()

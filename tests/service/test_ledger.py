@@ -16,6 +16,7 @@ import pytest
 import redis
 
 from bon_algos.contracts import LEDGER_COUNTS, Arm, CandidateGroup, Outcome, experiment_stats_key
+from service.api_key import read_admin_key
 from service.ledger import Ledger
 from service.settings import GatewaySettings
 from service.spool import Spool
@@ -175,7 +176,7 @@ def gateway_process(settings: GatewaySettings, port: int) -> Iterator[tuple[subp
     process = subprocess.Popen(
         [sys.executable, "-m", "service"], env={**os.environ, **given, "BONSAI_PORT": str(port)}, stderr=subprocess.PIPE
     )
-    client = Client(f"http://127.0.0.1:{port}")
+    client = Client(f"http://127.0.0.1:{port}", read_admin_key(settings.admin_key_file))
     try:
         wait_until(lambda: _answers(client), seconds=30)
         yield process, client
@@ -258,16 +259,16 @@ def test_a_second_gateway_on_the_same_spool_refuses_to_start(tmp_path, redis_url
 
 
 @pytest.mark.slow
-def test_a_host_that_is_not_loopback_is_refused_in_one_line(tmp_path, redis_url):
+def test_an_engine_on_a_network_is_refused_in_one_line(tmp_path, redis_url):
     settings = gateway_settings(tmp_path, "http://127.0.0.1:1", "http://127.0.0.1:2", redis_url)
     given = {f"BONSAI_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_none=True).items()}
     started = subprocess.run(
         [sys.executable, "-m", "service"],
-        env={**os.environ, **given, "BONSAI_HOST": "0.0.0.0"},
+        env={**os.environ, **given, "BONSAI_POLICY_ENGINE_URL": "http://10.0.0.1:8000"},
         capture_output=True,
         text=True,
         timeout=30,
     )
     assert started.returncode == 2
-    assert started.stderr.startswith("BONSAI_HOST: ")
-    assert "loopback only" in started.stderr
+    assert started.stderr.startswith("BONSAI_POLICY_ENGINE_URL: ")
+    assert "never over a network" in started.stderr

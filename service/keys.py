@@ -113,6 +113,7 @@ class KeyRing:
         self._records: Mapping[str, KeyRecord] = {admin.id: admin}
         self._rows: dict[str, str] = {}
         self._was_read = False
+        self._refreshing = asyncio.Lock()
         self._used: dict[str, int] = {}
         self._unsaved: dict[str, int] = {}
 
@@ -142,18 +143,22 @@ class KeyRing:
 
     async def refresh(self) -> None:
         """Read Redis now. Raises StoreUnavailable and leaves the ring as it was."""
-        with translated():
-            rows = cast("dict[str, str]", await self._redis.hgetall(KEYS))
-        self._records = {**self._parsed(rows), self._admin.id: self._admin}
-        self._rows, self._was_read = rows, True
-        if self._unsaved:
-            saving, self._unsaved = self._unsaved, {}
-            try:
-                with translated():
+        async with self._refreshing:  # a read that began earlier must not bring back what was revoked in between
+            with translated():
+                rows = cast("dict[str, str]", await self._redis.hgetall(KEYS))
+            self._records = {**self._parsed(rows), self._admin.id: self._admin}
+            self._rows, self._was_read = rows, True
+            await self._save_uses()
+
+    async def _save_uses(self) -> None:
+        saving, self._unsaved = self._unsaved, {}
+        try:
+            with translated():
+                if saving:
                     await self._redis.hset(KEYS_USED, mapping=cast("dict[Any, Any]", saving))
-            except (StoreUnavailable, StoreFull):
-                self._unsaved = {**saving, **self._unsaved}
-                raise
+        except (StoreUnavailable, StoreFull):
+            self._unsaved = {**saving, **self._unsaved}
+            raise
 
     async def run(self) -> None:
         """Refresh until cancelled."""

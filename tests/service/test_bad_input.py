@@ -135,6 +135,7 @@ WRONG = {
     "C67 true": (prompt(n=True), "n"),
     'C67 "64"': (prompt(n="64"), "n"),
     "C67 64.0": (raw('"n":64.0'), "n"),
+    "C67 1e1": (raw('"n":1e1'), "n"),
     "C56 1e400": (raw('"n":1e400'), "n"),
     # tokens
     "G13 n=64 at model length": (prompt(n=64, max_tokens=WINDOW), "max_tokens"),
@@ -184,6 +185,7 @@ WRONG = {
     "G33 empty": (prompt(prompt=""), "prompt"),
     "G34 blanks": (prompt(prompt=" \t\r\n\u00a0\u2003"), "prompt"),
     "G35 list": (prompt(prompt=["a", "b"]), "prompt"),
+    "a list of 4 MB where a text is due": (b'{"prompt":[' + b"7," * 2_000_000 + b"7]}", "prompt"),
     "G36 number": (prompt(prompt=7), "prompt"),
     "G37 object": (prompt(prompt={"text": "hi"}), "prompt"),
     "G38 1,000,000 spaces": (prompt(prompt=" " * 1_000_000), "prompt"),

@@ -263,6 +263,13 @@ def test_a_measurement_is_tried_again(world):
 # --- the client -------------------------------------------------------------------------------------------
 
 
+def test_G41_text_that_turns_around_is_kept_as_it_was_said(world):
+    """Bidirectional controls and joiners are text: served, logged, refused nowhere."""
+    turned = "a\u202eb\u200d\u2066c"
+    assert world.client.post("/generate?n=2", {"prompt": turned}).status == 200
+    assert world.groups()[0].prompt == turned
+
+
 def send_and_leave(client: Client, path: str, seen: Callable[[], bool]) -> None:
     with socket.create_connection(client.address, timeout=10) as connection:
         connection.sendall(client.written("POST", path, json.dumps(HI).encode()))

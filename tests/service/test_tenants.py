@@ -245,6 +245,17 @@ def test_an_idempotency_key_is_its_tenants(world):
         assert "idempotent-replayed" not in answers[1].headers
 
 
+def test_feedback_on_sessions_of_one_name_stands_side_by_side(world):
+    clients = [world.client, admin_of(world, "acme")]
+    for value, client in enumerate(clients):
+        assert client.post("/v1/feedback", {"session": "lunch", "value": value, "author": "ann"}).status == 201
+
+    def said(client: Client) -> list[float]:
+        return [row["value"] for row in client.get("/v1/feedback?session=lunch").json["data"]]
+
+    wait_until(lambda: [said(client) for client in clients] == [[0], [1]])
+
+
 def test_a_ledger_teaches_its_own_tenant_alone(world):
     """The same route's name, the same prompts: the curve and a job look at the caller's groups."""
     here, there = world.client, admin_of(world, "acme")

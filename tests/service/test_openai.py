@@ -28,6 +28,20 @@ def client(world) -> Iterator[openai.OpenAI]:
         yield opened
 
 
+# --- keys ------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_key_and_one_that_may_not_are_what_the_client_calls_them(world, client):
+    with pytest.raises(openai.AuthenticationError) as unknown:
+        client.with_options(api_key="sk-proj-from-elsewhere").models.list()
+    assert unknown.value.code == "invalid_key"
+    viewer = world.client.post("/keys", {"name": "v", "role": "viewer"}).json["key"]
+    with pytest.raises(openai.PermissionDeniedError) as forbidden:
+        client.with_options(api_key=viewer).chat.completions.create(model="default", messages=HI)
+    assert forbidden.value.code == "role_insufficient"
+    assert [card.id for card in client.with_options(api_key=viewer).models.list()] == ["default", BASE]
+
+
 # --- whole replies ---------------------------------------------------------------------------------------
 
 

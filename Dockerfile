@@ -1,7 +1,8 @@
 # One file, two images; build with `docker build --target gateway .` or `--target worker .`.
 #   gateway  serves; holds neither torch nor an engine, and no code of the worker
 #   worker   distils on an NVIDIA GPU; holds vLLM too, so the engines run from the same image
-# The gateway listens on loopback alone: put its proxy and its engine into the same network namespace.
+# The gateway listens on loopback unless BONSAI_HOST says otherwise; engines are reached over loopback or Unix sockets only:
+# put them into the same network namespace. BONSAI_ADMIN_KEY_FILE and BONSAI_KEY_PEPPER_FILE must exist (docs/api.md).
 # Run both with a read-only root file system and without capabilities: all they write goes to volumes.
 
 FROM python:3.11.14-slim-bookworm AS base

@@ -203,7 +203,10 @@ def figures_of(reference: measure.Pool, seeds: Sequence[Seed], method: Method) -
 
 async def measured(specs: Sequence[JobSpec], console: Console, directory: Path) -> tuple[measure.Pool, list[Seed]]:
     """The reference's pool and every seed's numbers, from a stack that runs for this alone."""
-    async with running_stack(prepare(Options(directory=directory, port=0))) as stack, open_client(stack.url) as client:
+    async with (
+        running_stack(prepare(Options(directory=directory, port=0))) as stack,
+        open_client(stack.url, api_key=stack.api_key) as client,
+    ):
         await _fill_ledger(client, _traffic(specs[0].method.type), console)
         reference = await _reference(client)
         return reference, [await _one_seed(client, console, stack, reference, spec) for spec in specs]

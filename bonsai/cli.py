@@ -66,7 +66,12 @@ _STACK_OPTIONS = (
         default=None,
         help="JSON list of known pairs that the reward model must rank rightly before it chooses anything.",
     ),
-    click.option("--host", default="127.0.0.1", show_default=True, help="Loopback only."),
+    click.option(
+        "--host",
+        default="127.0.0.1",
+        show_default=True,
+        help="Where the gateway listens. Beyond loopback, put a proxy with TLS in front.",
+    ),
     click.option(
         "--port",
         type=click.IntRange(0, 65_535),
@@ -253,9 +258,14 @@ def _exit_status(console: Console) -> Iterator[None]:
 
 
 def _say_ready(console: Console, stack: Stack, seconds: float) -> None:
+    from bonsai.status_lines import key_header, shown_path
+
     console.print(f"[bold green]ready[/] at {stack.url} after {seconds:.1f} s · Ctrl-C takes it down", soft_wrap=True)
-    body = '{"prompt": "…"}'
-    console.print(f"  curl '{stack.url}/generate?n=16' -H 'content-type: application/json' -d '{body}'", soft_wrap=True)
+    key = shown_path(stack.state.admin_key)
+    console.print(f"  The administrator's key is in {key}", soft_wrap=True, markup=False)
+    headers = f"{key_header(stack.state.admin_key)} -H 'content-type: application/json'"
+    line = f"curl '{stack.url}/generate?n=16' {headers} -d '{{\"prompt\": \"…\"}}'"
+    console.print(f"  {line}", soft_wrap=True, markup=False)
 
 
 def _say_process_failed(console: Console, failed: ProcessFailed) -> None:

@@ -8,6 +8,7 @@ gateway may grow.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -257,9 +258,15 @@ def _refusal(status: int, content: bytes) -> RequestRefused:
 
 @asynccontextmanager
 async def open_client(
-    base_url: str, *, timeout_seconds: float = 120.0, patience_seconds: float = 60.0
+    base_url: str,
+    *,
+    api_key: str | None = None,
+    timeout_seconds: float = 120.0,
+    patience_seconds: float = 60.0,
 ) -> AsyncIterator[BonsaiClient]:
     """A client of the gateway at `base_url` (http://HOST:PORT), with as many connections as calls at one time.
+
+    api_key: None takes the environment variable BONSAI_API_KEY.
 
     A call that is answered "not now" (429 or 503 with Retry-After) is sent again after the pause the gateway names,
     until `patience_seconds` have passed.
@@ -268,5 +275,7 @@ async def open_client(
     # The gateway closes a connection that idles for seconds. Dropping it earlier here means that no request is ever
     # sent into one that is being closed.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=1.0)
-    async with aiohttp.ClientSession(base_url, timeout=timeout, connector=connector) as session:
+    key = os.environ.get("BONSAI_API_KEY", "") if api_key is None else api_key
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with aiohttp.ClientSession(base_url, timeout=timeout, connector=connector, headers=headers) as session:
         yield BonsaiClient(session, patience_seconds)

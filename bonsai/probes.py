@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from bonsai import redis_server
@@ -46,9 +47,11 @@ def reward_function(socket: Path, model: str) -> Probe:
     return probe
 
 
-def gateway(url: str) -> Probe:
+def gateway(url: str, admin_key: Path) -> Probe:
+    """admin_key: its file. Only who has a key is told what is missing."""
+
     async def probe(_log: LogTail) -> str | None:
-        answer = await _get(f"{url}/ready", None)
+        answer = await _get(f"{url}/ready", None, {"Authorization": f"Bearer {admin_key.read_text().strip()}"})
         if answer is None:
             return "starting"
         return None if answer[0] == 200 else what_is_missing(answer[1])
@@ -73,7 +76,7 @@ def what_is_missing(body: bytes) -> str:
     return "; ".join(f"{name}: {value}" for name, value in states.items() if value != "ok") or "not ready"
 
 
-async def _get(url: str, socket: Path | None) -> tuple[int, bytes] | None:
+async def _get(url: str, socket: Path | None, headers: Mapping[str, str] | None = None) -> tuple[int, bytes] | None:
     """Status and body; None when nobody answers."""
     import aiohttp
 
@@ -82,7 +85,7 @@ async def _get(url: str, socket: Path | None) -> tuple[int, bytes] | None:
     try:
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session,
-            session.get(url) as response,
+            session.get(url, headers=headers) as response,
         ):
             return response.status, await response.read()
     except (aiohttp.ClientError, OSError, TimeoutError):

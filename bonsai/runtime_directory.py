@@ -26,7 +26,7 @@ class StackRunsAlready(Exception):
 
 
 class UnsafeDirectory(Exception):
-    """A directory that others can reach stands where ours should be."""
+    """A directory or a secret that others can reach, or that is not one, stands where ours should be."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,14 @@ class StateDirectory:
     @property
     def record(self) -> Path:
         return self.root / "up.json"
+
+    @property
+    def admin_key(self) -> Path:
+        return self.root / "admin.key"
+
+    @property
+    def key_pepper(self) -> Path:
+        return self.root / "key-pepper"
 
     @property
     def redis_socket(self) -> Path:

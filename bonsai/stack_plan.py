@@ -30,8 +30,8 @@ from bonsai.runtime_directory import StateDirectory
 from service.reward_test import read_pairs
 
 SHIPPED_MODELS = Path(bonsai.__file__).parent / "demo" / "models"
-HUB_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Used here to fetch a model; no process of the stack goes to the hub."""
+SECRETS_OF_OURS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "BONSAI_API_KEY")
+"""To fetch a model, and for clients of a gateway; no process of the stack needs them."""
 GATEWAY_SHUTDOWN_SECONDS = 2
 """For requests that run when the stack is taken down: all of it has ten seconds."""
 WORKER_NICENESS = 5
@@ -261,7 +261,12 @@ def _engine(
 
 
 def gateway_spec(plan: Plan, state: StateDirectory, port: int) -> ProcessSpec:
-    settled = {"CUDA_VISIBLE_DEVICES": "", "BONSAI_SHUTDOWN_SECONDS": str(GATEWAY_SHUTDOWN_SECONDS)}
+    settled = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "BONSAI_SHUTDOWN_SECONDS": str(GATEWAY_SHUTDOWN_SECONDS),
+        "BONSAI_ADMIN_KEY_FILE": str(state.admin_key),
+        "BONSAI_KEY_PEPPER_FILE": str(state.key_pepper),
+    }
     environment = _own_environment(plan) | bonsai_variables(plan, state, port) | settled
     return ProcessSpec(
         name="gateway",
@@ -269,7 +274,7 @@ def gateway_spec(plan: Plan, state: StateDirectory, port: int) -> ProcessSpec:
         environment=environment,
         directory=state.root,
         log=state.log("gateway"),
-        probe=probes.gateway(f"http://{url_host(plan.options.host)}:{port}"),
+        probe=probes.gateway(f"http://{url_host(plan.options.host)}:{port}", state.admin_key),
         grace_seconds=3.5,
     )
 
@@ -296,7 +301,7 @@ def worker_spec(plan: Plan, state: StateDirectory, port: int) -> ProcessSpec:
 def _own_environment(plan: Plan) -> dict[str, str]:
     """Our own packages come from where this one does, and never from the directory a process runs in: a file of
     the user's called `worker.py` must not become our worker."""
-    inherited = {name: value for name, value in plan.options.environment.items() if name not in HUB_SECRETS}
+    inherited = {name: value for name, value in plan.options.environment.items() if name not in SECRETS_OF_OURS}
     home = str(Path(bonsai.__file__).parents[1])
     paths = [home, *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
     return inherited | {
@@ -307,4 +312,6 @@ def _own_environment(plan: Plan) -> dict[str, str]:
 
 
 def url_host(host: str) -> str:
+    """How this machine reaches what listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host

@@ -5,6 +5,7 @@ Owns how a stack's status looks on a terminal (lines that change in place) and i
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,11 @@ def shown_path(path: Path) -> str:
     """Relative to the current directory where it lies below it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def key_header(admin_key: Path) -> str:
+    """curl's argument that sends the key in a file; the key itself is never printed."""
+    return f'-H "Authorization: Bearer $(cat {shlex.quote(shown_path(admin_key))})"'
 
 
 def _plain(console: Console) -> Watch:

@@ -17,8 +17,10 @@ from bonsai import redis_server, stack_plan
 from bonsai.leftovers import kill_leftovers
 from bonsai.processes import ProcessFailed, ProcessSpec, ProcessStatus, SupervisedProcess
 from bonsai.runtime_directory import StateDirectory, locked, open_state
+from bonsai.secrets import make_secrets
 from bonsai.stack_plan import Options, Plan, prepare
 from bonsai.supervisor import Supervisor, Watch, kept
+from service.api_key import read_admin_key
 
 __all__ = ["Options", "Plan", "PortTaken", "Stack", "Watch", "blocking_stack", "prepare", "running_stack"]
 
@@ -40,6 +42,11 @@ class Stack:
     environment: dict[str, str]
     """The `BONSAI_…` variables of gateway and worker. Holds `redis_url`."""
     supervisor: Supervisor
+
+    @property
+    def api_key(self) -> str:
+        """The administrator's, of the gateway; for clients of this process. Never printed."""
+        return read_admin_key(self.state.admin_key)
 
     @property
     def statuses(self) -> tuple[ProcessStatus, ...]:
@@ -68,6 +75,7 @@ async def running_stack(plan: Plan, watch: Watch = _unwatched) -> AsyncIterator[
     """
     state = open_state(plan.options.directory, plan.options.environment)
     with locked(state):
+        make_secrets(state)
         # What an earlier run left may still hold the port.
         kill_leftovers(state.record)
         port = free_port(plan.options.host, plan.options.port)

@@ -16,12 +16,16 @@ from fastapi import FastAPI
 
 from bon_algos.chat import ChatTokenizer
 from bon_algos.scoring import open_readers
+from service.access import rights
 from service.allowances import Allowances, KeyLimits
+from service.api_key import read_pepper
+from service.authentication import Authentication
 from service.control import Control, open_control
 from service.draining import Door, Draining
 from service.edge import install_edge
 from service.fair_queue import FairQueue
 from service.feedback import FeedbackBook
+from service.keys import admin_record
 from service.ledger import Ledger
 from service.limits import Limits
 from service.loops import running_loops
@@ -31,7 +35,7 @@ from service.replays import Replays
 from service.replica import Replica
 from service.reward import RewardModel
 from service.reward_test import RewardTest, read_pairs
-from service.routes import distill, engines, experiments, feedback, generate, health, openai, policies, routing
+from service.routes import distill, engines, experiments, feedback, generate, health, keys, openai, policies, routing
 from service.serving import Serving
 from service.settings import GatewaySettings
 from service.spool import Spool
@@ -55,7 +59,7 @@ class Gateway:
 @asynccontextmanager
 async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
     """A running gateway. Engines and Redis may still be away: `/ready` says what is missing. Raises SpoolLocked when
-    another process has the spool, OSError or ValueError when a directory or the known pairs cannot be read."""
+    another process has the spool, OSError or ValueError when a directory, the known pairs or a key cannot be read."""
     tokenizer = read_tokenizer(settings.policy_directory)
     readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     async with AsyncExitStack() as stack:
@@ -98,6 +102,7 @@ def _limits(settings: GatewaySettings) -> Limits:
 
 
 def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
+    pepper = read_pepper(settings.key_pepper_file)
     return open_control(
         engine.replicas,
         redis_url=settings.redis_url,
@@ -112,6 +117,8 @@ def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncCont
         fingerprint_tolerance=settings.fingerprint_tolerance,
         learning_seconds=settings.learning_seconds,
         max_body_bytes=settings.max_body_bytes,
+        pepper=pepper,
+        admin=admin_record(settings.admin_key_file, pepper),
     )
 
 
@@ -157,20 +164,23 @@ async def _delivering(ledger: Ledger, reward_model: RewardModel) -> AsyncGenerat
 
 
 def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]]) -> FastAPI:
-    """The HTTP application around a gateway that is opened when the server starts."""
+    """The HTTP application around a gateway that is opened when the server starts. Raises ValueError for a route that
+    does not declare who may ask."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         async with open_gateway() as gateway:
             app.state.serving, app.state.control = gateway.serving, gateway.control
+            app.state.authentication = Authentication(gateway.control.key_ring)
             yield
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.draining = Draining()
     app.add_middleware(Door, draining=app.state.draining)
     install_edge(app)
-    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines):
+    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys):
         app.include_router(routes.router)
+    rights(app)
     return app
 
 

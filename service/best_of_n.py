@@ -222,6 +222,7 @@ def outcome_of(group: CandidateGroup) -> Outcome:
     """The record of rewards that were measured after the reply."""
     return Outcome(
         id=f"outcome_{group.id}",
+        tenant=group.tenant,
         created_at=time(),
         group_id=group.id,
         route=group.route,

@@ -1,8 +1,8 @@
 """What the hot path knows about routes, experiments and policies: a frozen snapshot, read without I/O.
 
 Owns: the snapshot, its refreshing every second, and the objects a gateway cannot start without (the base policy
-and the route `default`). Does not own: changing any of it (routing.py, policies.py, experiments.py) nor what
-the engine serves (publishing.py tells it by `set_served`).
+and the route `default`), what of it each tenant sees. Does not own: changing any of it (routing.py, policies.py,
+experiments.py) nor what the engine serves (publishing.py tells it by `set_served`).
 With Redis away the last snapshot keeps serving, and its age says so.
 """
 
@@ -13,18 +13,20 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from time import time
-from typing import Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from redis.asyncio import Redis
 
 from bon_algos.contracts import (
+    DEFAULT_TENANT,
     POLICIES_INDEX,
     ROUTES_INDEX,
     Experiment,
     PolicyRecord,
     Route,
     experiment_key,
+    of_tenant,
     policy_key,
     route_key,
 )
@@ -41,6 +43,7 @@ class Snapshot:
     """The catalogue at one moment; a reader that keeps one sees no change."""
 
     routes: Mapping[str, Route]
+    """By name; of all tenants by `of_tenant`."""
     policies: Mapping[str, PolicyRecord]
     experiments: Mapping[str, Experiment] = field(default_factory=dict)
     """The latest of each route by route, stopped ones too: see `running`."""
@@ -69,6 +72,16 @@ class Snapshot:
         """The distilled policy promoted on the route."""
         return None if route.live_policy is None else self.policies.get(route.live_policy)
 
+    def of(self, tenant: str) -> Snapshot:
+        """What a tenant sees, by its own names: what is its own, and the base."""
+        names = {name: route.name for name, route in self.routes.items() if route.tenant == tenant}
+        return replace(
+            self,
+            routes={own: self.routes[name] for name, own in names.items()},
+            experiments={own: self.experiments[name] for name, own in names.items() if name in self.experiments},
+            policies={own: one for own, one in self.policies.items() if one.kind == "base" or one.tenant == tenant},
+        )
+
     def age(self, now: float) -> float:
         """Seconds since Redis last answered."""
         return now - self.read_at
@@ -86,10 +99,18 @@ class Catalogue:
         self._parsed: dict[str, tuple[str, BaseModel]] = {}
         self._refreshing = asyncio.Lock()
         self._snapshot = Snapshot(routes={default_route.name: default_route}, policies={base.id: base})
+        self._views: dict[str, Snapshot] = {}
 
     @property
     def snapshot(self) -> Snapshot:
+        """Of all tenants: for what serves them all, and for nobody who asks."""
         return self._snapshot
+
+    def of(self, tenant: str) -> Snapshot:
+        """What a tenant sees."""
+        if tenant not in self._views:
+            self._views[tenant] = self._snapshot.of(tenant)
+        return self._views[tenant]
 
     @property
     def base_policy(self) -> str:
@@ -97,7 +118,10 @@ class Catalogue:
         return self._base.id
 
     def set_served(self, policies: Iterable[str]) -> None:
-        self._snapshot = replace(self._snapshot, served=frozenset(policies))
+        self._change(served=frozenset(policies))
+
+    def _change(self, **fields: Any) -> None:
+        self._snapshot, self._views = replace(self._snapshot, **fields), {}
 
     async def refresh(self) -> Snapshot:
         """Read Redis now. Raises StoreUnavailable and leaves the snapshot as it was."""
@@ -107,16 +131,14 @@ class Catalogue:
                     await self._seed()
                     self._is_seeded = True
                 routes, experiments, policies = await self._read()
-            self._snapshot = replace(
-                self._snapshot, routes=routes, experiments=experiments, policies=policies, read_at=time()
-            )
+            self._change(routes=routes, experiments=experiments, policies=policies, read_at=time())
             return self._snapshot
 
-    async def policy(self, policy_id: str) -> PolicyRecord:
+    async def policy(self, policy_id: str, tenant: str = DEFAULT_TENANT) -> PolicyRecord:
         """One policy; Redis is asked when the snapshot does not have it yet. Raises PolicyNotFound."""
         if policy_id not in self._snapshot.policies:
             await self.refresh()
-        return self._snapshot.policy(policy_id)
+        return self.of(tenant).policy(policy_id)
 
     async def run(self) -> None:
         """Refresh until cancelled."""
@@ -135,7 +157,7 @@ class Catalogue:
             pipe.hsetnx(policy_key(base.id), "version", "1")
             pipe.zadd(POLICIES_INDEX, {base.id: base.created_at}, nx=True)
             pipe.set(route_key(route.name), route.model_dump_json(), nx=True)
-            pipe.sadd(ROUTES_INDEX, route.name)
+            pipe.sadd(ROUTES_INDEX, of_tenant(route.tenant, route.name))
             await pipe.execute()
 
     async def _read(self) -> tuple[dict[str, Route], dict[str, Experiment], dict[str, PolicyRecord]]:

@@ -1,14 +1,14 @@
 """The control plane as one object: what the admin routes may touch, built once, at start-up.
 
-Owns: the wiring of catalogue, registry, jobs, experiments, publishing, curves, what is learned of rewards, and their
-loops. Does not own: HTTP.
+Owns: the wiring of catalogue, keys, registry, jobs, experiments, publishing, curves, what is learned of rewards, and
+their loops. Does not own: HTTP.
 `open_control` is the composition root of everything that changes traffic; the hot path needs `catalogue` alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -18,8 +18,10 @@ from bon_algos.contracts import PolicyRecord, Route
 from service.catalogue import Catalogue
 from service.curve import Curves
 from service.dispatch import Dispatcher, open_producer, send_job
+from service.errors import StoreFull, StoreUnavailable
 from service.experiment_store import Experiments
 from service.jobs import Jobs
+from service.keys import KeyRecord, KeyRing, Keys
 from service.learned import LearnedStrategies
 from service.loops import running_loops
 from service.policies import Policies
@@ -43,6 +45,8 @@ class Control:
     publishers: Publishers
     curves: Curves
     learned: LearnedStrategies
+    keys: Keys
+    key_ring: KeyRing
     max_body_bytes: int
 
 
@@ -62,6 +66,8 @@ async def open_control(
     fingerprint_tolerance: float,
     learning_seconds: float,
     max_body_bytes: int,
+    pepper: bytes,
+    admin: KeyRecord,
 ) -> AsyncGenerator[Control]:
     """Build the control plane and keep its loops running until the block is left. Redis may be away: the default
     route and the base policy serve from the start."""
@@ -78,6 +84,7 @@ async def open_control(
     async with open_redis(redis_url) as redis, open_redis(redis_url, in_bytes=True) as redis_of_bytes:
         catalogue = Catalogue(redis, base, default)
         policies = Policies(redis)
+        key_ring = KeyRing(redis, pepper, admin)
         control = Control(
             catalogue=catalogue,
             routes=Routes(redis, reward_model=reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens),
@@ -96,9 +103,14 @@ async def open_control(
             ),
             curves=Curves(redis_of_bytes),
             learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
+            keys=Keys(redis, key_ring, pepper, admin, default),
+            key_ring=key_ring,
             max_body_bytes=max_body_bytes,
         )
+        with suppress(StoreUnavailable, StoreFull):
+            # The first request is held against the keys there are, where Redis says which.
+            await key_ring.refresh()
         loops = [publisher.run() for publisher in control.publishers.each]
-        loops += [catalogue.run(), control.dispatcher.run(), control.learned.run()]
+        loops += [catalogue.run(), key_ring.run(), control.dispatcher.run(), control.learned.run()]
         async with running_loops(*loops):
             yield control

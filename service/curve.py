@@ -92,7 +92,7 @@ def _fitting(
         if fields[b"kind"] != b"group":
             continue
         group = cast(CandidateGroup, LEDGER_RECORD.validate_json(decompress(fields[b"data"])))
-        if group.route != route.name:
+        if (group.tenant, group.route) != (route.tenant, route.name):
             continue
         reason = unfit(group, route, n)
         if reason is None:

@@ -1,7 +1,8 @@
-"""Between the server and the routes: the request's id, a bound on its headers, errors in our shape.
+"""Between the server and the routes: the request's id and caller, bounds and headers of all, errors in our shape.
 
-Owns: `X-Request-Id`, the number of headers, the handlers that turn every exception into the one error body, and the
-one log line of a failed request. Does not own: the body's format (errors.py). No line ever holds a payload.
+Owns: `X-Request-Id`, the number of headers, what every reply tells browsers and caches, the handlers that turn every
+exception into the one error body, and the one log line of a failed request. Does not own: the body's format
+(errors.py), whose key it is (authentication.py). No line ever holds a payload.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access import ON_LOOPBACK
+from service.authentication import Authentication
 from service.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -33,6 +34,12 @@ from service.errors import (
 )
 
 MAX_HEADERS: Final = 100
+ALWAYS: Final = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+"""No reply is kept by a cache, taken for another type than it says, or shown inside a page."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 log = logging.getLogger("bonsai.requests")
 
@@ -49,20 +56,19 @@ class Edge:
             return
         request = Request(scope)
         request_id = request.state.request_id = _request_id(request)
-        request.state.caller = ON_LOOPBACK
         request.state.reply_headers = dict
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                headers.update(request.state.reply_headers())
+                headers = {**ALWAYS, "X-Request-Id": request_id, **request.state.reply_headers()}
+                MutableHeaders(scope=message).update(headers)
             await send(message)
 
         if len(scope["headers"]) > MAX_HEADERS:
             refused = render(HeadersTooLarge(f"a request may have at most {MAX_HEADERS} headers"), request_id)
             await refused(scope, receive, send_with_id)
         else:
+            request.state.caller = cast(Authentication, request.app.state.authentication).caller(scope)
             await self._app(scope, receive, send_with_id)
 
 
@@ -89,8 +95,10 @@ async def _gateway_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
-    """What the router raises: no such path, or not with this method."""
+    """What the router raises: no such path, or not with this method. Whom nobody knows learns neither."""
     raised = cast(HTTPException, error)
+    if isinstance(request.state.caller, GatewayError):
+        return _rendered(request, request.state.caller)
     if raised.status_code == MethodNotAllowed.status:
         return _rendered(request, MethodNotAllowed("this path does not take this method"), raised.headers)
     if raised.status_code == NotFound.status:
@@ -112,7 +120,7 @@ def _rendered(request: Request, error: GatewayError, headers: object = None) -> 
     level = logging.WARNING if error.status >= 500 else logging.INFO
     log.log(level, "%s %d %s %s", request_id, error.status, error.code, error.param or "")
     response = render(error, request_id, cast("dict[str, str] | None", headers))
-    response.headers["X-Request-Id"] = request_id
+    response.headers.update({**ALWAYS, "X-Request-Id": request_id})
     if error.status in (BodyTimeout.status, BodyTooLarge.status):
         # The rest of the body is still on its way, and nobody will read it.
         response.headers["Connection"] = "close"

@@ -5,12 +5,15 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
 
     GatewayError                    500  internal
     ├── Unparseable                 400  unparseable            not JSON, or JSON nobody reads the same way twice
+    ├── Unauthenticated             401  invalid_key            + WWW-Authenticate; missing, expired or revoked: `code`
+    ├── Forbidden                   403  role_insufficient      a key that may not; the message names what is needed
     ├── NotFound                    404  not_found
     │   ├── RouteNotFound                route_not_found
     │   ├── PolicyNotFound               policy_not_found
     │   ├── JobNotFound                  job_not_found
     │   ├── ExperimentNotFound           experiment_not_found
     │   └── EngineNotFound               engine_not_found
+    │   └── KeyNotFound                  key_not_found
     ├── MethodNotAllowed            405  method_not_allowed
     ├── BodyTimeout                 408  body_timeout
     ├── HeadersTimeout              408  headers_timeout
@@ -20,6 +23,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     ├── InvalidField                422  invalid_field          parsed, and one field is wrong: `param` names it
     ├── RateLimited                 429  rate_limited           one key has used up what it may; + Retry-After
     │   └── OverBudget                   over_budget            this request alone is more than that
+    ├── TooManyWrongKeys            429  too_many_wrong_keys    + Retry-After
     ├── HeadersTooLarge             431  headers_too_large
     ├── ClientGone                  499  client_gone            never sent: nobody is there to read it
     ├── EngineBroken                502  engine_broken          an engine accepted and then did not deliver
@@ -85,6 +89,14 @@ class Unparseable(GatewayError):
     status, default_code = 400, "unparseable"
 
 
+class Unauthenticated(GatewayError):
+    status, default_code = 401, "invalid_key"
+
+
+class Forbidden(GatewayError):
+    status, default_code = 403, "role_insufficient"
+
+
 class NotFound(GatewayError):
     status, default_code = 404, "not_found"
 
@@ -107,6 +119,10 @@ class ExperimentNotFound(NotFound):
 
 class EngineNotFound(NotFound):
     default_code = "engine_not_found"
+
+
+class KeyNotFound(NotFound):
+    default_code = "key_not_found"
 
 
 class MethodNotAllowed(GatewayError):
@@ -144,6 +160,10 @@ class RateLimited(GatewayError):
 
 class OverBudget(RateLimited):
     default_code = "over_budget"
+
+
+class TooManyWrongKeys(GatewayError):
+    status, default_code = 429, "too_many_wrong_keys"
 
 
 class HeadersTooLarge(GatewayError):
@@ -208,6 +228,8 @@ def render(error: GatewayError, request_id: str, headers: Mapping[str, str] | No
     sent = dict(headers or {})
     if error.retry_after is not None:
         sent["Retry-After"] = str(error.retry_after)
+    if error.status == Unauthenticated.status:
+        sent["WWW-Authenticate"] = "Bearer"
     return Response(body, status_code=error.status, headers=sent, media_type=PROBLEM_JSON)
 
 

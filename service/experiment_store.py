@@ -19,6 +19,7 @@ from uuid_utils import uuid7
 
 from bon_algos.contracts import (
     AUDIT_STREAM,
+    DEFAULT_TENANT,
     Arm,
     Experiment,
     ExperimentArm,
@@ -29,6 +30,8 @@ from bon_algos.contracts import (
     experiment_stats_key,
     route_key,
 )
+from service.access import GATEWAY, Caller
+from service.audit import audit_entry
 from service.catalogue import Snapshot
 from service.errors import Conflict, ExperimentNotFound, InvalidField, RouteNotFound
 from service.experiments import BUCKETS, arm_object, policy_named, require_n
@@ -103,9 +106,12 @@ class Experiments:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def put(self, route_name: str, request: ExperimentRequest, snapshot: Snapshot) -> Experiment:
-        """Start an experiment, or raise one weight of the running one. Raises InvalidField, RouteNotFound."""
-        keys = (route_key(route_name), experiment_key(route_name))
+    async def put(
+        self, route_name: str, request: ExperimentRequest, snapshot: Snapshot, by: Caller = GATEWAY
+    ) -> Experiment:
+        """Start an experiment, or raise one weight of the running one. snapshot: what the caller's tenant sees.
+        Raises InvalidField, RouteNotFound."""
+        keys = (route_key(route_name, by.tenant), experiment_key(route_name, by.tenant))
 
         async def change(pipe: Pipeline) -> Experiment:
             route_row, row = cast("list[str | None]", await pipe.mget(keys))
@@ -113,27 +119,27 @@ class Experiments:
                 raise RouteNotFound("no such route")
             former = None if row is None else Experiment.model_validate_json(row)
             arms = checked_arms(request, Route.model_validate_json(route_row), snapshot)
-            experiment = _successor(route_name, former, arms)
+            experiment = _successor(route_name, by.tenant, former, arms)
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.set(keys[1], experiment.model_dump_json())
-            pipe.xadd(AUDIT_STREAM, _audit("experiment_put", experiment))
+            pipe.xadd(AUDIT_STREAM, _audit("experiment_put", experiment, by))
             if former is not None and former.id != experiment.id:
                 pipe.expire(experiment_stats_key(former.id), FORMER_STATISTICS_SECONDS)
             return experiment
 
         return await transact(self._redis, keys, change)
 
-    async def get(self, route_name: str) -> Experiment:
+    async def get(self, route_name: str, tenant: str = DEFAULT_TENANT) -> Experiment:
         """The latest experiment of the route, running or stopped. Raises ExperimentNotFound."""
         with translated():
-            row = cast("str | None", await self._redis.get(experiment_key(route_name)))
+            row = cast("str | None", await self._redis.get(experiment_key(route_name, tenant)))
         if row is None:
             raise ExperimentNotFound("the route has no experiment")
         return Experiment.model_validate_json(row)
 
-    async def stop(self, route_name: str) -> Experiment:
+    async def stop(self, route_name: str, by: Caller = GATEWAY) -> Experiment:
         """Raises ExperimentNotFound, and Conflict when it stopped before."""
-        key = experiment_key(route_name)
+        key = experiment_key(route_name, by.tenant)
 
         async def change(pipe: Pipeline) -> Experiment:
             row = cast("str | None", await pipe.get(key))
@@ -145,7 +151,7 @@ class Experiments:
             stopped = experiment.model_copy(update={"stopped_at": time()})
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.set(key, stopped.model_dump_json())
-            pipe.xadd(AUDIT_STREAM, _audit("experiment_stop", stopped))
+            pipe.xadd(AUDIT_STREAM, _audit("experiment_stop", stopped, by))
             return stopped
 
         return await transact(self._redis, (key,), change)
@@ -166,15 +172,22 @@ class Experiments:
         }
 
 
-def _successor(route: str, former: Experiment | None, arms: tuple[ExperimentArm, ...]) -> Experiment:
+def _successor(route: str, tenant: str, former: Experiment | None, arms: tuple[ExperimentArm, ...]) -> Experiment:
     if former is not None and former.stopped_at is None:
         raised = ramped_up(former.arms, arms)
         if raised is not None:
             return former.model_copy(update={"arms": raised})
-    return Experiment(id=f"exp_{uuid7().hex}", route=route, salt=secrets.token_hex(16), arms=arms, created_at=time())
+    return Experiment(
+        id=f"exp_{uuid7().hex}",
+        route=route,
+        tenant=tenant,
+        salt=secrets.token_hex(16),
+        arms=arms,
+        created_at=time(),
+    )
 
 
-def _audit(event: str, experiment: Experiment) -> dict[Any, Any]:
+def _audit(event: str, experiment: Experiment, by: Caller) -> dict[Any, Any]:
     # Without the salt: who knows it can choose the arm of a unit.
     data = experiment.model_copy(update={"salt": ""}).model_dump_json()
-    return {"event": event, "route": experiment.route, "data": data}
+    return audit_entry(event, by, route=experiment.route, data=data)

@@ -21,6 +21,7 @@ from redis.asyncio import Redis
 from uuid_utils import uuid7
 
 from bon_algos.contracts import LEDGER_RECORD, LEDGER_STREAM, CandidateGroup, Feedback, Record, feedback_key
+from service.access import Caller
 from service.errors import InvalidField, NotFound, StoreUnavailable
 from service.generation import Unit
 from service.ledger import Ledger, target_of
@@ -66,20 +67,26 @@ class FeedbackBook:
         self._redis = redis
         self._ledger = ledger
 
-    async def record(self, asked: FeedbackRequest) -> Feedback:
-        """Log it. Raises InvalidField, NotFound for a reply the ledger does not have, StoreUnavailable."""
+    async def record(self, asked: FeedbackRequest, by: Caller) -> Feedback:
+        """Log it. Raises InvalidField, NotFound for a reply the ledger does not have, Forbidden, StoreUnavailable."""
         _require_sense(asked)
         group = None if asked.response is None else await self._group(asked.response)
-        feedback = _about(asked, group)
+        if group is not None:
+            if group.tenant != by.tenant:
+                raise _no_such_reply()
+            by.require_route(group.route)
+        feedback = _about(asked, group, by.tenant)
         if not self._ledger.append(feedback):
             raise StoreUnavailable("the ledger has no room: the feedback was not logged", code="ledger_full")
         return feedback
 
-    async def that_counts(self, response: str | None, session: str | None) -> Sequence[Feedback]:
-        """Of a reply or a session, oldest first."""
+    async def that_counts(self, response: str | None, session: str | None, by: Caller) -> Sequence[Feedback]:
+        """Of a reply or a session, oldest first; what the caller may see of it."""
         with translated():
-            rows = cast("list[bytes]", await self._redis.hvals(feedback_key(target_of(response, session))))
-        return sorted((Feedback.model_validate_json(row) for row in rows), key=lambda one: (one.created_at, one.id))
+            rows = cast("list[bytes]", await self._redis.hvals(feedback_key(target_of(response, session, by.tenant))))
+        found = [Feedback.model_validate_json(row) for row in rows]
+        seen = [one for one in found if one.tenant == by.tenant and (one.route is None or by.may_use(one.route))]
+        return sorted(seen, key=lambda one: (one.created_at, one.id))
 
     async def _group(self, group_id: str) -> CandidateGroup:
         if not _GROUP_ID.fullmatch(group_id):
@@ -89,7 +96,7 @@ class FeedbackBook:
             if found is not None:
                 return found
             await asyncio.sleep(pause if self._ledger.status.pending_bytes else 0.0)
-        raise NotFound("the ledger has no such reply", param="response", code="response_not_found")
+        raise _no_such_reply()
 
     async def _find(self, group_id: str) -> CandidateGroup | None:
         """From the time in its id on: the ledger has it soon after."""
@@ -127,7 +134,11 @@ def _require_sense(asked: FeedbackRequest) -> None:
         raise InvalidField("one of value, comment, correction, or better and worse is required", param="value")
 
 
-def _about(asked: FeedbackRequest, group: CandidateGroup | None) -> Feedback:
+def _no_such_reply() -> NotFound:
+    return NotFound("the ledger has no such reply", param="response", code="response_not_found")
+
+
+def _about(asked: FeedbackRequest, group: CandidateGroup | None, tenant: str) -> Feedback:
     candidate = asked.candidate
     if group is not None:
         for name in ("candidate", "better", "worse"):
@@ -139,6 +150,7 @@ def _about(asked: FeedbackRequest, group: CandidateGroup | None) -> Feedback:
             candidate = group.selected
     return Feedback(
         id=f"fb_{uuid7().hex}",
+        tenant=tenant,
         created_at=time(),
         group_id=asked.response,
         route=None if group is None else group.route,

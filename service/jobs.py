@@ -20,15 +20,17 @@ from uuid_utils import uuid7
 from bon_algos.contracts import (
     DEFAULT_TENANT,
     FINAL_JOB_STATES,
-    JOBS_INDEX,
     LEDGER_COUNTS,
     OPEN_JOBS,
     WEIGHING_METHODS,
     InterpolationSpec,
     JobSpec,
     LoggedSpec,
+    PolicyRecord,
     job_events_key,
     job_key,
+    jobs_index,
+    of_tenant,
     policy_key,
 )
 from service.errors import Conflict, InvalidField, JobNotFound, PolicyNotFound
@@ -58,12 +60,12 @@ redis.call('SADD', KEYS[3], ARGV[1])
 return ''
 """
 
-# KEYS: job, open jobs, events. ARGV: job id, then the final states. Returns 0 unknown, -1 final already,
-# 1 cancelled or asked for.
+# KEYS: job, open jobs, events. ARGV: job id, tenant, then the final states. Returns 0 unknown to the tenant, -1 final
+# already, 1 cancelled or asked for.
 _CANCEL: Final = """
+if redis.call('HGET', KEYS[1], 'tenant') ~= ARGV[2] then return 0 end
 local state = redis.call('HGET', KEYS[1], 'state')
-if not state then return 0 end
-for i = 2, #ARGV do if state == ARGV[i] then return -1 end end
+for i = 3, #ARGV do if state == ARGV[i] then return -1 end end
 redis.call('HSET', KEYS[1], 'cancel', 1)
 if state == 'queued' then
   local t = redis.call('TIME')
@@ -103,49 +105,53 @@ class Jobs:
         key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
         with translated():
             if idempotency is None or not await self._redis.exists(key):
-                await self._require_groups(spec)
-                await self._require_policies(spec)
+                await self._require_groups(spec, tenant)
+                await self._require_policies(spec, tenant)
             kept = await self._submit(
-                keys=[job_key(job_id), JOBS_INDEX, OPEN_JOBS, key],
+                keys=[job_key(job_id), jobs_index(tenant), OPEN_JOBS, key],
                 args=[job_id, spec.model_dump_json(), tenant, digest, KEPT_SECONDS],
             )
         if idempotency is None or not kept:
             return Submitted(job_id, is_replayed=False)
         return Submitted(idempotency.answer(cast(str, kept)), is_replayed=True)
 
-    async def get(self, job_id: str) -> dict[str, Any]:
+    async def get(self, job_id: str, tenant: str = DEFAULT_TENANT) -> dict[str, Any]:
         """The job object of the API. Raises JobNotFound."""
         _require_job_id(job_id)
         with translated():
-            fields = await self._redis.hgetall(job_key(job_id))
-        if not fields:
+            fields = cast(dict[str, str], await self._redis.hgetall(job_key(job_id)))
+        if fields.get("tenant") != tenant:
             raise JobNotFound("no such job")
-        return job_object(job_id, cast(dict[str, str], fields))
+        return job_object(job_id, fields)
 
-    async def list(self, limit: int, after: str | None = None) -> tuple[Sequence[dict[str, Any]], bool]:
+    async def list(
+        self, limit: int, after: str | None = None, tenant: str = DEFAULT_TENANT
+    ) -> tuple[Sequence[dict[str, Any]], bool]:
         """Newest first, those after the job `after`; and whether there are more."""
         with translated():
             start = 0
             if after is not None:
-                rank = await self._redis.zrevrank(JOBS_INDEX, after)
+                rank = await self._redis.zrevrank(jobs_index(tenant), after)
                 if rank is None:
                     raise InvalidField("after is not a job", param="after")
                 start = cast(int, rank) + 1
-            ids = cast("list[str]", await self._redis.zrevrange(JOBS_INDEX, start, start + limit))
+            ids = cast("list[str]", await self._redis.zrevrange(jobs_index(tenant), start, start + limit))
             async with self._redis.pipeline(transaction=True) as pipe:
                 for job_id in ids[:limit]:
                     pipe.hgetall(job_key(job_id))
                 rows = cast("list[dict[str, str]]", await pipe.execute())
         return [job_object(job, row) for job, row in zip(ids, rows, strict=False) if row], len(ids) > limit
 
-    async def events(self, job_id: str, limit: int, after: str | None = None) -> tuple[Sequence[dict[str, Any]], bool]:
+    async def events(
+        self, job_id: str, limit: int, after: str | None = None, tenant: str = DEFAULT_TENANT
+    ) -> tuple[Sequence[dict[str, Any]], bool]:
         """Oldest first, those after the event `after`; and whether there are more. Raises JobNotFound."""
         _require_job_id(job_id)
         if after is not None and not _EVENT_ID.fullmatch(after):
             raise InvalidField("after is not the id of an event", param="after")
         start = "-" if after is None else f"({after}"
         with translated():
-            if not await self._redis.exists(job_key(job_id)):
+            if await self._redis.hget(job_key(job_id), "tenant") != tenant:
                 raise JobNotFound("no such job")
             rows = cast(
                 "list[tuple[str, dict[str, str]]]",
@@ -153,22 +159,23 @@ class Jobs:
             )
         return [_event_object(event, fields) for event, fields in rows[:limit]], len(rows) > limit
 
-    async def cancel(self, job_id: str) -> dict[str, Any]:
+    async def cancel(self, job_id: str, tenant: str = DEFAULT_TENANT) -> dict[str, Any]:
         """Cancel a queued job now, ask a running one to stop at its next step. Raises JobNotFound, and Conflict
         (job_finished) when there is nothing left to stop."""
         _require_job_id(job_id)
         with translated():
             done = await self._cancel(
-                keys=[job_key(job_id), OPEN_JOBS, job_events_key(job_id)], args=[job_id, *FINAL_JOB_STATES]
+                keys=[job_key(job_id), OPEN_JOBS, job_events_key(job_id)], args=[job_id, tenant, *FINAL_JOB_STATES]
             )
         if done == 0:
             raise JobNotFound("no such job")
         if done == -1:
             raise Conflict("the job has finished; it cannot be cancelled any more", code="job_finished")
-        return await self.get(job_id)
+        return await self.get(job_id, tenant)
 
-    async def _require_groups(self, spec: JobSpec) -> None:
-        found = int(cast("str | None", await self._redis.hget(LEDGER_COUNTS, spec.route)) or 0)
+    async def _require_groups(self, spec: JobSpec, tenant: str) -> None:
+        counted = cast("str | None", await self._redis.hget(LEDGER_COUNTS, of_tenant(tenant, spec.route)))
+        found = int(counted or 0)
         if found < GROUPS_NEEDED:
             raise InvalidField(
                 f"the ledger of this route holds {found} usable groups and a job needs {GROUPS_NEEDED}: serve "
@@ -178,12 +185,13 @@ class Jobs:
                 facts={"groups_found": found, "groups_needed": GROUPS_NEEDED},
             )
 
-    async def _require_policies(self, spec: JobSpec) -> None:
+    async def _require_policies(self, spec: JobSpec, tenant: str) -> None:
         asked = [(policy, f"window.policies[{place}]") for place, policy in enumerate(spec.window.policies)]
         if spec.method.interpolation is not None:
             asked.append((spec.method.interpolation.policy, "method.interpolation.policy"))
         for policy, param in asked:
-            if not await self._redis.exists(policy_key(policy)):
+            row = cast("str | None", await self._redis.hget(policy_key(policy), "record"))
+            if row is None or not _is_seen_by(tenant, PolicyRecord.model_validate_json(row)):
                 raise PolicyNotFound(f"no such policy: {policy}", param=param)
 
 
@@ -273,6 +281,10 @@ def _number(fields: Mapping[str, str], name: str) -> float | None:
 def _at_most(param: str, value: int, limit: int) -> None:
     if value > limit:
         raise InvalidField(f"{param} is more than this installation's limit of {limit}", param=param)
+
+
+def _is_seen_by(tenant: str, policy: PolicyRecord) -> bool:
+    return policy.kind == "base" or policy.tenant == tenant
 
 
 def _require_job_id(job_id: str) -> None:

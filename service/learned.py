@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import ValidationError
 from redis.asyncio import Redis
 
-from bon_algos.contracts import LEDGER_RECORD, LEDGER_STREAM, Candidate, CandidateGroup, Route
+from bon_algos.contracts import LEDGER_RECORD, LEDGER_STREAM, Candidate, CandidateGroup, Route, of_tenant
 from bon_algos.escalation import EscalationRule, Pair, learned_escalation
 from bon_algos.stopping import LoggedDraws, StoppingRule, learned_rules, stops_of
 from service.catalogue import Catalogue
@@ -69,8 +69,8 @@ class LearnedStrategies:
         self._learned: dict[str, Learned] = {}
         self._newest = b""
 
-    def of(self, route: str) -> Learned:
-        return self._learned.get(route, Learned())
+    def of(self, route: Route) -> Learned:
+        return self._learned.get(of_tenant(route.tenant, route.name), Learned())
 
     async def run(self) -> None:
         """Learn until cancelled."""
@@ -105,7 +105,7 @@ class LearnedStrategies:
         while self._seen and (page := await self._page(b"(" + self._newest, forwards=True)):
             groups = await asyncio.to_thread(_groups, page)
             for group in groups:
-                if (seen := self._seen.get(group.route)) is not None:
+                if (seen := self._seen.get(of_tenant(group.tenant, group.route))) is not None:
                     seen.add(group, is_newest=True)
             self._newest = page[-1][0]
         if not self._seen:
@@ -120,7 +120,8 @@ class LearnedStrategies:
             if not page or seen.is_full:
                 return
             for group in await asyncio.to_thread(_groups, page):
-                if group.route == seen.route.name and not seen.is_full:
+                is_of_route = (group.tenant, group.route) == (seen.route.tenant, seen.route.name)
+                if is_of_route and not seen.is_full:
                     seen.add(group, is_newest=False)
             before = b"(" + page[-1][0]
 

@@ -22,6 +22,7 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
 from bon_algos.contracts import (
+    DEFAULT_TENANT,
     LEDGER_COUNTS,
     LEDGER_STREAM,
     Candidate,
@@ -31,6 +32,7 @@ from bon_algos.contracts import (
     Outcome,
     experiment_stats_key,
     feedback_key,
+    of_tenant,
     seen_key,
 )
 from service.experiments import statistics_increments
@@ -190,14 +192,20 @@ class Ledger:
 def _deliver_feedback(pipe: Pipeline, head: dict[str, Any], data: bytes) -> None:
     text = decompress(data)
     feedback = Feedback.model_validate_json(text)
-    keys = [seen_key(head["id"]), LEDGER_STREAM, feedback_key(target_of(feedback.group_id, feedback.session))]
+    keys = [
+        seen_key(head["id"]),
+        LEDGER_STREAM,
+        feedback_key(target_of(feedback.group_id, feedback.session, feedback.tenant)),
+    ]
     arguments = [SEEN_SECONDS, head["kind"], head["id"], data, feedback.question, text]
     pipe.evalsha(_DELIVER_FEEDBACK_SHA, len(keys), *keys, *arguments)
 
 
-def target_of(group_id: str | None, session: str | None) -> str:
-    """What feedback is kept under: a group's id, or a session's hash, whose name may be anything."""
-    return group_id or f"session-{sha256((session or '').encode()).hexdigest()[:32]}"
+def target_of(group_id: str | None, session: str | None, tenant: str = DEFAULT_TENANT) -> str:
+    """What feedback is kept under: a group's id, or a hash of a session, whose name may be anything, and its tenant."""
+    # No session's name can hold a NUL.
+    named = session or "" if tenant == DEFAULT_TENANT else f"{tenant}\0{session}"
+    return group_id or f"session-{sha256(named.encode()).hexdigest()[:32]}"
 
 
 def without_content(group: CandidateGroup) -> CandidateGroup:
@@ -223,7 +231,7 @@ def _frame(record: Record) -> bytes:
     }
     kept = record
     if isinstance(record, CandidateGroup):
-        head["usable"] = record.route if record.is_unbiased and record.requested > 1 else ""
+        head["usable"] = of_tenant(record.tenant, record.route) if record.is_unbiased and record.requested > 1 else ""
         head["unmeasured"] = record.store and record.status == "single" and not record.scored
         kept = record if record.store else without_content(record)
     return json.dumps(head).encode() + b"\n" + compress(kept.model_dump_json().encode(), level=1)

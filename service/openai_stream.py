@@ -76,7 +76,6 @@ async def stream(
         raise
     group = prepared.group
     headers = {
-        "Cache-Control": "no-store",
         "X-Accel-Buffering": "no",
         "x-bonsai-arm": str(group.arm),
         **({} if prepared.policy is None else {"x-bonsai-policy": prepared.policy}),

@@ -8,7 +8,7 @@ audit of both. Does not own: registering candidates (the worker's last script do
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, cast
 
 from redis.asyncio import Redis
@@ -21,9 +21,12 @@ from bon_algos.contracts import (
     PolicyRecord,
     PolicyState,
     Route,
+    of_tenant,
     policy_key,
     route_key,
 )
+from service.access import GATEWAY, Caller
+from service.audit import audit_entry
 from service.errors import Conflict, PolicyNotFound, RouteNotFound
 from service.idempotency import Idempotency
 from service.store import transact
@@ -48,7 +51,7 @@ class Policies:
             pipe.multi()  # type: ignore[no-untyped-call]
             _write_policy(pipe, probed)
             if not result.passed:
-                pipe.xadd(AUDIT_STREAM, _audit("policy_failed", policy_id, reason=result.reason))
+                pipe.xadd(AUDIT_STREAM, _audit("policy_failed", policy_id, GATEWAY, {"reason": result.reason}))
             return probed
 
         return await transact(self._redis, [policy_key(policy_id)], change)
@@ -60,6 +63,7 @@ class Policies:
         reason: str,
         served: frozenset[str],
         idempotency: Idempotency | None = None,
+        by: Caller = GATEWAY,
     ) -> Route:
         """Let a policy stand in for best-of-n on a route; the one before goes where roll-back finds it.
 
@@ -70,9 +74,11 @@ class Policies:
         async def change(pipe: Pipeline) -> Route:
             if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
                 return Route.model_validate_json(earlier)
-            routes = await self._watched_routes(pipe)
+            routes = await self._watched_routes(pipe, by.tenant)
             route = _named(routes, route_name)
             policy = await _read_policy(pipe, policy_id)
+            if policy.kind != "base" and policy.tenant != by.tenant:
+                raise PolicyNotFound("no such policy")
             _require_promotable(policy, route, served)
             if not reason.strip():
                 raise Conflict(
@@ -91,21 +97,20 @@ class Policies:
             _write_route(pipe, promoted, idempotency)
             _write_policy(pipe, policy.model_copy(update={"state": "live"}))
             _retire(pipe, former)
-            pipe.xadd(
-                AUDIT_STREAM, _audit("promote", policy_id, route=route_name, before=route.live_policy, reason=reason)
-            )
+            told = {"route": route_name, "before": route.live_policy, "reason": reason}
+            pipe.xadd(AUDIT_STREAM, _audit("promote", policy_id, by, told))
             return promoted
 
         return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
 
-    async def roll_back(self, route_name: str, idempotency: Idempotency | None = None) -> Route:
+    async def roll_back(self, route_name: str, idempotency: Idempotency | None = None, by: Caller = GATEWAY) -> Route:
         """Let the policy before stand in again, or best-of-n where there was none. One that has failed or was
         tainted since is passed over. Raises Conflict when there is nothing to go back to."""
 
         async def change(pipe: Pipeline) -> Route:
             if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
                 return Route.model_validate_json(earlier)
-            routes = await self._watched_routes(pipe)
+            routes = await self._watched_routes(pipe, by.tenant)
             route = _named(routes, route_name)
             target, rest, skipped = await _predecessor(pipe, route)
             former = await _former(pipe, routes, route)
@@ -117,23 +122,22 @@ class Policies:
             if target is not None:
                 _write_policy(pipe, target.model_copy(update={"state": "live"}))
             _retire(pipe, former)
-            pipe.xadd(
-                AUDIT_STREAM,
-                _audit("roll_back", restored.live_policy, route=route_name, before=route.live_policy, skipped=skipped),
-            )
+            told = {"route": route_name, "before": route.live_policy, "skipped": skipped}
+            pipe.xadd(AUDIT_STREAM, _audit("roll_back", restored.live_policy, by, told))
             return restored
 
         return await transact(self._redis, [ROUTES_INDEX], change)
 
-    async def _watched_routes(self, pipe: Pipeline) -> dict[str, Route]:
-        """All routes: whether a policy is still live somewhere else depends on every one of them."""
-        names = sorted(cast(set[str], await pipe.smembers(ROUTES_INDEX)))
-        if not names:
+    async def _watched_routes(self, pipe: Pipeline, tenant: str) -> dict[str, Route]:
+        """All routes of a tenant: whether a policy is still live somewhere else depends on every one of them."""
+        names = cast(set[str], await pipe.smembers(ROUTES_INDEX))
+        own = sorted(bare for name in names if of_tenant(tenant, bare := name.rpartition("/")[2]) == name)
+        if not own:
             return {}
-        keys = [route_key(name) for name in names]
+        keys = [route_key(name, tenant) for name in own]
         await pipe.watch(*keys)
         rows = cast("list[str | None]", await pipe.mget(keys))
-        return {name: Route.model_validate_json(row) for name, row in zip(names, rows, strict=True) if row is not None}
+        return {name: Route.model_validate_json(row) for name, row in zip(own, rows, strict=True) if row is not None}
 
 
 def policy_object(policy: PolicyRecord, routes: Iterable[Route], served: frozenset[str]) -> dict[str, Any]:
@@ -219,7 +223,7 @@ async def _read_policy(pipe: Pipeline, policy_id: str) -> PolicyRecord:
 
 def _write_route(pipe: Pipeline, route: Route, idempotency: Idempotency | None) -> None:
     text = route.model_dump_json()
-    pipe.set(route_key(route.name), text)
+    pipe.set(route_key(route.name, route.tenant), text)
     if idempotency is not None:
         idempotency.remember(pipe, text)
 
@@ -234,5 +238,5 @@ def _retire(pipe: Pipeline, former: PolicyRecord | None) -> None:
         _write_policy(pipe, former.model_copy(update={"state": "retired"}))
 
 
-def _audit(event: str, policy_id: str | None, **facts: object) -> dict[Any, Any]:
-    return {"event": event, "policy": policy_id or "", "data": json.dumps(facts)}
+def _audit(event: str, policy_id: str | None, by: Caller, told: Mapping[str, object]) -> dict[Any, Any]:
+    return audit_entry(event, by, policy=policy_id or "", data=json.dumps(told))

@@ -77,10 +77,11 @@ def wanted_policies(snapshot: Snapshot, slots: int) -> list[str]:
 
 
 def _by_need(snapshot: Snapshot) -> Iterator[str]:
-    routes = [snapshot.routes[name] for name in sorted(snapshot.routes)]
+    names = sorted(snapshot.routes)
+    routes = [snapshot.routes[name] for name in names]
     yield from (route.live_policy for route in routes if route.live_policy is not None)
-    for route in routes:
-        experiment = snapshot.running(route.name)
+    for name in names:
+        experiment = snapshot.running(name)
         yield from (entry.arm.policy for entry in experiment.arms) if experiment is not None else ()
     yield from (previous for route in routes if (previous := next(iter(route.previous_policies[-1:]), None)))
     candidates = [policy for policy in snapshot.policies.values() if policy.state == "candidate"]

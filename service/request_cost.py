@@ -11,7 +11,7 @@ from bisect import insort
 from collections import deque
 from typing import Final, NamedTuple
 
-from bon_algos.contracts import CandidateGroup
+from bon_algos.contracts import CandidateGroup, of_tenant
 
 REMEMBERED: Final = 512
 """Candidates of each route whose length is known."""
@@ -39,7 +39,7 @@ class CompletionLengths:
 
     def note(self, group: CandidateGroup) -> None:
         """Learn from a group that was filled."""
-        lengths = self._routes.setdefault(group.route, _Lengths())
+        lengths = self._routes.setdefault(of_tenant(group.tenant, group.route), _Lengths())
         for candidate in group.candidates:
             if candidate.finish_reason is not None:
                 # Cut at max_tokens: it would have been longer, nobody knows by how much.
@@ -49,7 +49,7 @@ class CompletionLengths:
     def cost_of(self, group: CandidateGroup, most_candidates: int) -> Cost:
         """Of a group that has no candidates yet. most_candidates: that may be drawn, where it depends on rewards how
         many are; what is aimed at is expected."""
-        lengths = self._routes.get(group.route)
+        lengths = self._routes.get(of_tenant(group.tenant, group.route))
         longest = group.sampling.max_tokens
         expected = longest if lengths is None else min(longest, lengths.usual)
         return Cost(

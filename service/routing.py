@@ -22,14 +22,18 @@ from bon_algos.contracts import (
     Strategy,
     experiment_key,
     experiment_stats_key,
+    of_tenant,
     route_key,
 )
+from service.access import GATEWAY, Caller
+from service.audit import audit_entry
 from service.catalogue import Snapshot
 from service.errors import Conflict, InvalidField, RouteNotFound
 from service.experiment_store import FORMER_STATISTICS_SECONDS
 from service.store import transact
 
 MAX_ROUTES: Final = 100
+"""Of a tenant."""
 
 
 class RouteRequest(Record):
@@ -56,29 +60,31 @@ class Routes:
         self._n_cap = n_cap
         self._max_tokens = max_tokens
 
-    async def put(self, name: str, request: RouteRequest, base_policy: str) -> tuple[Route, bool]:
+    async def put(self, name: str, request: RouteRequest, base_policy: str, by: Caller = GATEWAY) -> tuple[Route, bool]:
         """The route as it is now, and whether it is new. Raises InvalidField."""
-        settled = self._settled(request, base_policy)
+        settled, key = self._settled(request, base_policy), route_key(name, by.tenant)
 
         async def change(pipe: Pipeline) -> tuple[Route, bool]:
-            row = cast("str | None", await pipe.get(route_key(name)))
+            row = cast("str | None", await pipe.get(key))
             former = None if row is None else Route.model_validate_json(row)
-            if former is None and await pipe.scard(ROUTES_INDEX) >= MAX_ROUTES:
+            if former is None and await _count(pipe, by.tenant) >= MAX_ROUTES:
                 raise Conflict(f"there are {MAX_ROUTES} routes already: delete one", code="too_many_routes")
             if former is not None and former.live_policy is not None and former.base_policy != settled["base_policy"]:
                 raise Conflict("a policy of the present base is live here: roll it back first", code="route_in_use")
-            route = Route(name=name, **settled) if former is None else former.model_copy(update=settled)
+            route = (
+                Route(name=name, tenant=by.tenant, **settled) if former is None else former.model_copy(update=settled)
+            )
             pipe.multi()  # type: ignore[no-untyped-call]
-            pipe.set(route_key(name), route.model_dump_json())
-            pipe.sadd(ROUTES_INDEX, name)
-            pipe.xadd(AUDIT_STREAM, _audit("route_put", name, route.model_dump_json()))
+            pipe.set(key, route.model_dump_json())
+            pipe.sadd(ROUTES_INDEX, of_tenant(by.tenant, name))
+            pipe.xadd(AUDIT_STREAM, audit_entry("route_put", by, route=name, data=route.model_dump_json()))
             return route, former is None
 
-        return await transact(self._redis, (route_key(name), ROUTES_INDEX), change)
+        return await transact(self._redis, (key, ROUTES_INDEX), change)
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, by: Caller = GATEWAY) -> None:
         """Raises RouteNotFound, and Conflict while anything still depends on the route."""
-        keys = (route_key(name), experiment_key(name), ROUTES_INDEX)
+        keys = (route_key(name, by.tenant), experiment_key(name, by.tenant), ROUTES_INDEX)
 
         async def change(pipe: Pipeline) -> None:
             row, experiment_row = cast("list[str | None]", await pipe.mget(keys[:2]))
@@ -91,10 +97,10 @@ class Routes:
                 raise Conflict("a policy is live on the route: roll it back first", code="route_in_use")
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.delete(*keys[:2])
-            pipe.srem(ROUTES_INDEX, name)
+            pipe.srem(ROUTES_INDEX, of_tenant(by.tenant, name))
             if experiment is not None:
                 pipe.expire(experiment_stats_key(experiment.id), FORMER_STATISTICS_SECONDS)
-            pipe.xadd(AUDIT_STREAM, _audit("route_delete", name, row))
+            pipe.xadd(AUDIT_STREAM, audit_entry("route_delete", by, route=name, data=row))
 
         await transact(self._redis, keys, change)
 
@@ -141,5 +147,7 @@ def route_object(route: Route, snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _audit(event: str, route: str, data: str) -> dict[Any, Any]:
-    return {"event": event, "route": route, "data": data}
+async def _count(pipe: Pipeline, tenant: str) -> int:
+    """Routes of a tenant."""
+    names = cast("set[str]", await pipe.smembers(ROUTES_INDEX))
+    return sum(name == of_tenant(tenant, name.rpartition("/")[2]) for name in names)

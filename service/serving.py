@@ -109,8 +109,9 @@ class Prepared(NamedTuple):
 def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -> Prepared:
     """Everything that can be refused is refused here, before any engine is asked. Raises GatewayError."""
     require_sense(request)
-    snapshot = serving.catalogue.snapshot
+    snapshot = serving.catalogue.of(around.caller.tenant)
     route = snapshot.route(request.route)
+    around.caller.require_route(route.name)
     require_tokens(request.logit_bias, serving.tokenizer.vocabulary_size)
     n = asked_n(request.n, around.query, min(serving.n_cap, route.n_cap))
     prompt = encode(request, serving.tokenizer, serving.window)
@@ -129,7 +130,7 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         route,
         assignment,
         n,
-        serving.learned.of(route.name),
+        serving.learned.of(route),
         is_policy_law=sampling.is_policy_law,
         position=share_of(around.request_id),
         holdout_share=serving.holdout_share,
@@ -203,6 +204,7 @@ async def answer(
 def _exposure(group: CandidateGroup) -> Exposure:
     return Exposure(
         id=f"exposure_{group.id}",
+        tenant=group.tenant,
         created_at=group.created_at,
         group_id=group.id,
         route=group.route,

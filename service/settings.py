@@ -13,16 +13,11 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfigSetting, VllmMember, is_loopback
+from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfigSetting, VllmMember
+from service.api_key import read_admin_key, read_pepper
 from service.reward_test import read_pairs
 
 MAX_REPLICAS = 64
-
-
-def _loopback_host(host: str) -> str:
-    if not is_loopback(host):
-        raise ValueError("the gateway listens on loopback only (127.0.0.1, ::1, localhost) until it has API keys")
-    return host
 
 
 def _replicas(urls: tuple[str, ...]) -> tuple[str, ...]:
@@ -39,7 +34,6 @@ def _redis_url(url: str) -> str:
     return url
 
 
-LoopbackHost = Annotated[str, AfterValidator(_loopback_host)]
 PrivateUrls = Annotated[tuple[PrivateUrl, ...], AfterValidator(_replicas)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 
@@ -49,7 +43,19 @@ def _readable_pairs(file: Path) -> Path:
     return file
 
 
+def _admin_key_file(file: Path) -> Path:
+    read_admin_key(file)
+    return file
+
+
+def _pepper_file(file: Path) -> Path:
+    read_pepper(file)
+    return file
+
+
 PairsFile = Annotated[Path, AfterValidator(_readable_pairs)]
+AdminKeyFile = Annotated[Path, AfterValidator(_admin_key_file)]
+PepperFile = Annotated[Path, AfterValidator(_pepper_file)]
 
 
 class GatewaySettings(BaseSettings):
@@ -76,7 +82,13 @@ class GatewaySettings(BaseSettings):
     """One gateway process per directory."""
     spool_max_bytes: int = Field(2 * 2**30, ge=2**20)
     """Beyond it whole records are dropped and counted."""
-    host: LoopbackHost = "127.0.0.1"
+    admin_key_file: AdminKeyFile
+    """Holds one API key with the role admin. Mode 0600."""
+    key_pepper_file: PepperFile
+    """Holds the secret that keys are hashed with: the same for all gateways of one Redis, never another one. Mode
+    0600."""
+    host: str = Field("127.0.0.1", min_length=1)
+    """Keys travel with every request: beyond loopback a proxy in front brings TLS."""
     port: int = Field(8700, ge=0, le=65_535)
     n_cap: int = Field(64, ge=1, le=4096)
     max_body_bytes: int = Field(4 * 2**20, ge=1024)

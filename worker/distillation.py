@@ -18,7 +18,15 @@ import redis
 import torch
 
 from bon_algos.algorithms import make_step
-from bon_algos.contracts import BonRegressionSpec, DataWindow, EvaluationReport, InterpolationSpec, JobSpec, Manifest
+from bon_algos.contracts import (
+    DEFAULT_TENANT,
+    BonRegressionSpec,
+    DataWindow,
+    EvaluationReport,
+    InterpolationSpec,
+    JobSpec,
+    Manifest,
+)
 from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import OnPolicyStep, SequenceLogprobs
 from worker import checkpoint, dataset, mixture
@@ -74,8 +82,10 @@ class Workplace:
 class Distillation:
     """One attempt at one job."""
 
-    def __init__(self, spec: JobSpec, lease: Lease, workplace: Workplace) -> None:
+    def __init__(self, spec: JobSpec, lease: Lease, workplace: Workplace, tenant: str = DEFAULT_TENANT) -> None:
+        """tenant: whose job it is; it learns from nobody else's groups and policies."""
         self.spec = spec
+        self.tenant = tenant
         self.lease = lease
         self.workplace = workplace
         self.directory = workplace.artefacts / "jobs" / lease.job_id
@@ -118,7 +128,7 @@ class Distillation:
             until=spec.window.until,
             other_policies=spec.window.policies,
         )
-        groups = groups_newest_first(place.client, spec.route, since=spec.window.since)
+        groups = groups_newest_first(place.client, spec.route, tenant=self.tenant, since=spec.window.since)
         return dataset.freeze(
             self.directory / "window",
             groups,
@@ -193,7 +203,7 @@ class Distillation:
 
     def published(self, policy_id: str) -> TrainedPolicy:
         place = self.workplace
-        parent = read_published(place.client, place.artefacts, policy_id, place.base_policy_id)
+        parent = read_published(place.client, place.artefacts, policy_id, place.base_policy_id, self.tenant)
         policy = open_policy(
             place.policy_directory,
             place.base_policy_id,
@@ -261,6 +271,7 @@ class Distillation:
     ) -> Manifest:
         place, interpolation = self.workplace, self.spec.method.interpolation
         return Manifest(
+            tenant=self.tenant,
             policy_id=f"pol-{digest[:16]}",
             digest=digest,
             base_policy_id=place.base_policy_id,

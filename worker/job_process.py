@@ -17,12 +17,12 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import redis
 
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import JobSpec, job_key
+from bon_algos.contracts import DEFAULT_TENANT, JobSpec, job_key
 from bon_algos.scoring import open_readers
 from worker import lease as leases
 from worker.errors import EngineUnavailable, JobCancelled, JobFailed, LeaseLost
@@ -87,10 +87,12 @@ def run(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     from worker.distillation import Distillation
     from worker.engine import Engines
 
-    spec = JobSpec.model_validate_json(client.hget(job_key(lease.job_id), "spec") or b"")
+    asked, tenant = cast("list[bytes | None]", client.hmget(job_key(lease.job_id), ["spec", "tenant"]))
+    spec = JobSpec.model_validate_json(asked or b"")
+    owner = DEFAULT_TENANT if tenant is None else tenant.decode()
     readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     with Engines(settings.policy_engine_urls[0], settings.reward_model, readers, lease.check) as engines:
-        Distillation(spec, lease, workplace(client, engines, settings)).run()
+        Distillation(spec, lease, workplace(client, engines, settings), owner).run()
 
 
 def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -> Workplace:

@@ -11,7 +11,7 @@ from typing import cast
 
 import redis
 
-from bon_algos.contracts import LEDGER_RECORD, LEDGER_STREAM, CandidateGroup, Outcome, RouteName
+from bon_algos.contracts import DEFAULT_TENANT, LEDGER_RECORD, LEDGER_STREAM, CandidateGroup, Outcome, RouteName
 
 PAGE_ENTRIES = 200
 DELIVERY_SLACK_SECONDS = 86_400.0
@@ -21,9 +21,14 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 def groups_newest_first(
-    client: redis.Redis, route: RouteName, *, since: float | None = None, page_entries: int = PAGE_ENTRIES
+    client: redis.Redis,
+    route: RouteName,
+    *,
+    tenant: str = DEFAULT_TENANT,
+    since: float | None = None,
+    page_entries: int = PAGE_ENTRIES,
 ) -> Iterator[CandidateGroup]:
-    """The route's groups, newest delivery first, each once.
+    """The groups of a tenant's route, newest delivery first, each once.
 
     An outcome is delivered after its group, so on the way back it is met first: one pass joins them.
     """
@@ -32,7 +37,7 @@ def groups_newest_first(
     for record in _records(client, since, page_entries):
         if isinstance(record, Outcome):
             outcomes[record.group_id] = record
-        elif record.route == route and record.id not in seen:
+        elif (record.tenant, record.route) == (tenant, route) and record.id not in seen:
             seen.add(record.id)
             yield with_outcome(record, outcomes.pop(record.id, None))
 

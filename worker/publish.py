@@ -15,7 +15,15 @@ from typing import NamedTuple
 
 import redis
 
-from bon_algos.contracts import ADAPTER_FILES, Fingerprint, Manifest, PolicyRecord, adapter_digest, policy_key
+from bon_algos.contracts import (
+    ADAPTER_FILES,
+    DEFAULT_TENANT,
+    Fingerprint,
+    Manifest,
+    PolicyRecord,
+    adapter_digest,
+    policy_key,
+)
 from worker.durable import sha256_file, staged
 from worker.errors import JobFailed
 
@@ -61,11 +69,14 @@ class Published(NamedTuple):
     alpha: float
 
 
-def read_published(client: redis.Redis, artefacts: Path, policy_id: str, base_policy_id: str) -> Published:
-    """Raises JobFailed for a policy that is none, failed, stands on another base, or whose files are not its own."""
+def read_published(
+    client: redis.Redis, artefacts: Path, policy_id: str, base_policy_id: str, tenant: str = DEFAULT_TENANT
+) -> Published:
+    """Raises JobFailed for a policy that is none of the tenant's, failed, stands on another base, or whose files are
+    not its own."""
     row = client.hget(policy_key(policy_id), "record")
     record = None if row is None else PolicyRecord.model_validate_json(row)
-    if record is None or record.manifest is None or record.state == "failed":
+    if record is None or record.manifest is None or record.state == "failed" or record.tenant != tenant:
         raise JobFailed("policy_unusable", f"{policy_id} is no distilled policy that passed")
     if record.manifest.base_policy_id != base_policy_id:
         raise JobFailed(

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from typing import Final
 
+from bon_algos.contracts.record import DEFAULT_TENANT
+
 DISTILL_TASK: Final = "bonsai.distill"
 DISTILL_QUEUE: Final = "bonsai-distill"
 
 LEDGER_STREAM: Final = "bonsai:ledger"
 LEDGER_COUNTS: Final = "bonsai:ledger:counts"
-"""Hash route -> groups with `is_unbiased`, counted by the script that delivers them."""
+"""Hash `of_tenant` route -> groups with `is_unbiased`, counted by the script that delivers them."""
 AUDIT_STREAM: Final = "bonsai:audit"
-JOBS_INDEX: Final = "bonsai:jobs"
 OPEN_JOBS: Final = "bonsai:jobs:open"
 """Set of the jobs the reconciler still looks at; it takes out the finished ones itself."""
 POLICIES_INDEX: Final = "bonsai:policies"
 ROUTES_INDEX: Final = "bonsai:routes"
+"""Set of the routes' names, each as `of_tenant` gives it."""
+KEYS: Final = "bonsai:keys"
+"""Hash key id -> what is known of the API key; of the key itself a keyed hash."""
+KEYS_USED: Final = "bonsai:keys:used"
+"""Hash key id -> the hour it was last used in."""
 RECONCILER_LEASE: Final = "bonsai:reconciler"
 BROKER_PREFIX: Final = "bonsai:celery:"
 
@@ -30,6 +36,15 @@ def feedback_key(target: str) -> str:
     return f"bonsai:feedback:{target}"
 
 
+def of_tenant(tenant: str, route: str) -> str:
+    """A route's name among those of all tenants: bare for the tenant `default`. Neither name can hold a slash."""
+    return route if tenant == DEFAULT_TENANT else f"{tenant}/{route}"
+
+
+def jobs_index(tenant: str = DEFAULT_TENANT) -> str:
+    return "bonsai:jobs" if tenant == DEFAULT_TENANT else f"bonsai:jobs-of:{tenant}"
+
+
 def job_key(job_id: str) -> str:
     return f"bonsai:job:{job_id}"
 
@@ -42,12 +57,12 @@ def policy_key(policy_id: str) -> str:
     return f"bonsai:policy:{policy_id}"
 
 
-def route_key(route: str) -> str:
-    return f"bonsai:route:{route}"
+def route_key(route: str, tenant: str = DEFAULT_TENANT) -> str:
+    return f"bonsai:route:{of_tenant(tenant, route)}"
 
 
-def experiment_key(route: str) -> str:
-    return f"bonsai:experiment:{route}"
+def experiment_key(route: str, tenant: str = DEFAULT_TENANT) -> str:
+    return f"bonsai:experiment:{of_tenant(tenant, route)}"
 
 
 def experiment_stats_key(experiment_id: str) -> str:

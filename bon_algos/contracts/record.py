@@ -11,8 +11,10 @@ DEFAULT_TENANT: Final = "default"
 
 POLICY_ID_PATTERN: Final = r"^pol-[0-9a-f]{16}$"
 ROUTE_PATTERN: Final = r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?$"
+TENANT_PATTERN: Final = r"^[a-z0-9-]{1,32}$"
 PolicyId = Annotated[str, Field(pattern=POLICY_ID_PATTERN)]
 RouteName = Annotated[str, Field(pattern=ROUTE_PATTERN)]
+Tenant = Annotated[str, Field(pattern=TENANT_PATTERN)]
 
 
 class Record(BaseModel):

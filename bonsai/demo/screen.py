@@ -142,15 +142,15 @@ def _say(console: Console, text: str) -> None:
     console.print(Padding(text, (0, 0, 0, 2)))
 
 
-def show_curl_lines(console: Console, url: str, prompt: str, policy: str, job: str, n: int) -> None:
-    """Lines to try while the server is up; printed unwrapped so that they can be copied."""
-    body = f"-H 'content-type: application/json' -d '{{\"prompt\": \"{prompt}\"}}'"
+def show_curl_lines(console: Console, url: str, key: str, prompt: str, policy: str, job: str, n: int) -> None:
+    """Lines to try while the server is up; printed unwrapped so that they can be copied. key: curl's argument."""
+    body = f"{key} -H 'content-type: application/json' -d '{{\"prompt\": \"{prompt}\"}}'"
     lines = (
         ("what the route answers now: one sample of the distilled policy", f"curl -s '{url}/generate?n={n}' {body}"),
         (f"best of {n} of the reference", f"curl -s {url}/generate -H 'x-bonsai-arm: base:{n}' {body}"),
         ("one sample of the reference", f"curl -s {url}/generate -H 'x-bonsai-arm: base:1' {body}"),
-        ("the policy and its report", f"curl -s {url}/policies/{policy}"),
-        ("the job", f"curl -s {url}/distill/{job}"),
+        ("the policy and its report", f"curl -s {key} {url}/policies/{policy}"),
+        ("the job", f"curl -s {key} {url}/distill/{job}"),
     )
     for what, line in lines:
         console.print(f"  [dim]# {what}[/]")

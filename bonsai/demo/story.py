@@ -23,7 +23,7 @@ from bonsai.demo.job import CircleBroken, N
 from bonsai.demo.measure import Measured
 from bonsai.demo.prompts import training_prompts
 from bonsai.stack_plan import Plan
-from bonsai.status_lines import shown_path, status_lines
+from bonsai.status_lines import key_header, shown_path, status_lines
 from bonsai.up import Stack, running_stack
 
 
@@ -68,7 +68,7 @@ async def _run(plan: Plan, console: Console, stop_at_end: bool, picture: Path) -
         with told.part("Starting Redis, two engines, the gateway and a worker", budget=60):
             with status_lines(console) as watch:
                 stack = await running.enter_async_context(running_stack(plan, watch))
-            client = await running.enter_async_context(open_client(stack.url))
+            client = await running.enter_async_context(open_client(stack.url, api_key=stack.api_key))
         end = await _unless_it_fails(stack, tell(client, console, told, picture))
         told.show()
         _say_verdict(console, end)
@@ -126,7 +126,8 @@ def _say_verdict(console: Console, end: Told) -> None:
 async def _stay(stack: Stack, console: Console, end: Told) -> None:
     """Keep the server up until the user asks for the end. Raises ProcessFailed when it cannot be kept."""
     console.print(f"\nThe server is up at [bold]{stack.url}[/] until Ctrl-C. To try:", soft_wrap=True)
-    screen.show_curl_lines(console, stack.url, training_prompts()[0], end.policy_id, end.job_id, N)
+    key = key_header(stack.state.admin_key)
+    screen.show_curl_lines(console, stack.url, key, training_prompts()[0], end.policy_id, end.job_id, N)
     try:
         raise await stack.failure()
     except asyncio.CancelledError:

@@ -10,6 +10,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from bon_algos.contracts import ROUTE_PATTERN
+from service.access import caller_of
+from service.catalogue import Snapshot
 from service.control import Control
 from service.errors import InvalidField
 from service.idempotency import HEADER, Idempotency
@@ -24,9 +26,15 @@ def control_of(request: Request) -> Control:
     return cast(Control, request.app.state.control)
 
 
+def snapshot_of(request: Request) -> Snapshot:
+    """What the caller's tenant sees."""
+    return control_of(request).catalogue.of(caller_of(request).tenant)
+
+
 def idempotency_of(request: Request, body: str = "") -> Idempotency | None:
     """The request's `Idempotency-Key`, bound to its method, path and body. Raises Unparseable (400)."""
-    return Idempotency.of(request.headers.get(HEADER), f"{request.method} {request.url.path}", body)
+    operation = f"{request.method} {request.scope['path']}"
+    return Idempotency.of(request.headers.get(HEADER), operation, body, caller_of(request).tenant)
 
 
 def page_of(request: Request) -> tuple[int, str | None]:

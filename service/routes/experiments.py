@@ -5,32 +5,38 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from service.access import caller_of, needs
 from service.experiment_store import ExperimentRequest
 from service.json_body import read_model
-from service.routes.admin import control_of
+from service.routes.admin import control_of, snapshot_of
 
 router = APIRouter(prefix="/experiments")
 
 
-@router.put("/{route}")
+@router.put("/{route}", dependencies=[needs("move_traffic")])
 async def put(request: Request, route: str) -> JSONResponse:
-    control = control_of(request)
+    control, caller = control_of(request), caller_of(request)
     asked = await read_model(request, ExperimentRequest, control.max_body_bytes)
+    caller.require_route(route)
     # Read now: an arm may have been registered and proven since the last refresh.
-    experiment = await control.experiments.put(route, asked, await control.catalogue.refresh())
+    await control.catalogue.refresh()
+    experiment = await control.experiments.put(route, asked, snapshot_of(request), caller)
     await control.catalogue.refresh()
     return JSONResponse(await control.experiments.describe(experiment))
 
 
-@router.get("/{route}")
+@router.get("/{route}", dependencies=[needs("read")])
 async def experiment(request: Request, route: str) -> JSONResponse:
-    control = control_of(request)
-    return JSONResponse(await control.experiments.describe(await control.experiments.get(route)))
+    control, caller = control_of(request), caller_of(request)
+    found = await control.experiments.get(route, caller.tenant)
+    caller.require_route(route)
+    return JSONResponse(await control.experiments.describe(found))
 
 
-@router.delete("/{route}")
+@router.delete("/{route}", dependencies=[needs("move_traffic")])
 async def stop(request: Request, route: str) -> JSONResponse:
-    control = control_of(request)
-    stopped = await control.experiments.stop(route)
+    control, caller = control_of(request), caller_of(request)
+    caller.require_route(route)
+    stopped = await control.experiments.stop(route, caller)
     await control.catalogue.refresh()
     return JSONResponse(await control.experiments.describe(stopped))

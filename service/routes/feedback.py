@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from service.access import caller_of, needs
 from service.errors import InvalidField
 from service.feedback import FeedbackBook, FeedbackRequest, feedback_object
 from service.idempotency import HEADER, Idempotency
@@ -20,27 +21,30 @@ SECONDS = 10.0
 router = APIRouter(prefix="/v1/feedback")
 
 
-@router.post("")
+@router.post("", dependencies=[needs("complete")])
 async def record(request: Request) -> Response:
     query_parameters(request, ())
     serving = cast(Serving, request.app.state.serving)
     content = await read_body(request, serving.max_body_bytes)
     asked = parse_model(content, FeedbackRequest, null_means_itself_in=())
 
-    async def make() -> Reply:
-        return Reply(feedback_object(await _book(request).record(asked)), {})
+    caller = caller_of(request)
 
-    idempotency = Idempotency.of(request.headers.get(HEADER), "POST /v1/feedback", content.decode())
+    async def make() -> Reply:
+        return Reply(feedback_object(await _book(request).record(asked, caller)), {})
+
+    key = request.headers.get(HEADER)
+    idempotency = Idempotency.of(key, "POST /v1/feedback", content.decode(), caller.tenant)
     reply = await serving.replays.once(idempotency, SECONDS, make)
     return JSONResponse(reply.body, 201, headers=reply.headers)
 
 
-@router.get("")
+@router.get("", dependencies=[needs("read_content")])
 async def that_counts(request: Request) -> JSONResponse:
     query = query_parameters(request, ("response", "session"))
     if len(query) != 1:
         raise InvalidField("exactly one of response and session is required", param="response")
-    rows = await _book(request).that_counts(query.get("response"), query.get("session"))
+    rows = await _book(request).that_counts(query.get("response"), query.get("session"), caller_of(request))
     return list_of([feedback_object(one) for one in rows], has_more=False)
 
 

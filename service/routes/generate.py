@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
 
 from bon_algos.contracts import CandidateGroup
-from service.access import caller_of
+from service.access import caller_of, needs
 from service.best_of_n import candidate_counts, selection_of, warnings_of
 from service.errors import ClientGone, InvalidField
 from service.generation import GenerateRequest
@@ -34,7 +34,7 @@ router = APIRouter()
 T = TypeVar("T")
 
 
-@router.post("/generate")
+@router.post("/generate", dependencies=[needs("complete")])
 async def generate(request: Request) -> Response:
     """Sample, score, choose, log, reply."""
     started = monotonic()
@@ -64,8 +64,8 @@ async def replied(
     request: Request, serving: Serving, prepared: Prepared, content: bytes, make: Callable[[], Awaitable[Reply]]
 ) -> Response:
     """The reply, drawn once for an `Idempotency-Key`."""
-    path = f"{request.method} {request.url.path}?{request.url.query}"
-    asked = Idempotency.of(request.headers.get(HEADER), path, content.decode())
+    path = f"{request.method} {request.scope['path']}?{request.url.query}"
+    asked = Idempotency.of(request.headers.get(HEADER), path, content.decode(), caller_of(request).tenant)
     if asked is not None and not prepared.group.store:
         raise InvalidField(f"{HEADER} keeps the reply for a day, which store: false forbids", param=HEADER)
     reply = await serving.replays.once(asked, prepared.budget.deadline - prepared.budget.started, make)
@@ -152,12 +152,15 @@ def circumstances_of(request: Request, started: float, query: Mapping[str, str])
         raise InvalidField(
             f"x-bonsai-unit must be 1 to {MAX_UNIT_LENGTH} printable ASCII characters", param="x-bonsai-unit"
         )
+    caller, forced_arm = caller_of(request), request.headers.get("x-bonsai-arm")
+    if forced_arm is not None:
+        caller.require("force_arm", param="x-bonsai-arm")
     return Circumstances(
         query=query,
         request_id=request.state.request_id,
-        caller=caller_of(request),
+        caller=caller,
         unit=unit,
-        forced_arm=request.headers.get("x-bonsai-arm"),
+        forced_arm=forced_arm,
         started=started,
     )
 

@@ -14,7 +14,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.catalogue import Snapshot
+from service.access import caller_of, needs
 from service.errors import InvalidField, NotFound
 from service.idempotency import HEADER
 from service.json_body import parse_model, query_parameters, read_body
@@ -29,12 +29,12 @@ from service.serving import Serving, answer, prepare
 router = APIRouter(prefix="/v1")
 
 
-@router.post("/completions")
+@router.post("/completions", dependencies=[needs("complete")])
 async def completions(request: Request) -> Response:
     return await _answered(request, CompletionBody, CompletionShape)
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", dependencies=[needs("complete")])
 async def chat_completions(request: Request) -> Response:
     return await _answered(request, ChatBody, ChatShape)
 
@@ -47,7 +47,7 @@ async def _answered(request: Request, body_type: type[Body], shape_type: type[Sh
     # OpenAI's clients write null for what was not said.
     body = parse_model(content, body_type, null_means_itself_in=SCHEMA_MEMBERS)
     around = circumstances_of(request, started, query_parameters(request, ()))
-    to = addressed(body, serving.catalogue.snapshot, around.forced_arm, serving.n_cap)
+    to = addressed(body, serving.catalogue.of(around.caller.tenant), around.forced_arm, serving.n_cap)
     prepared = await prepared_aside(
         request, partial(prepare, serving, to.request, around._replace(forced_arm=to.forced_arm))
     )
@@ -72,31 +72,31 @@ async def _answered(request: Request, body_type: type[Body], shape_type: type[Sh
 # --- models ----------------------------------------------------------------------------------------------
 
 
-@router.get("/models")
+@router.get("/models", dependencies=[needs("list_models")])
 async def models(request: Request) -> JSONResponse:
     """Routes first, then the policies the engine serves."""
     query_parameters(request, ())
-    return JSONResponse({"object": "list", "data": list(_cards(_snapshot(request)).values())})
+    return JSONResponse({"object": "list", "data": list(_cards(request).values())})
 
 
-@router.get("/models/{model}")
+@router.get("/models/{model}", dependencies=[needs("list_models")])
 async def model(request: Request, model: str) -> JSONResponse:
     query_parameters(request, ())
-    card = _cards(_snapshot(request)).get(model)
+    card = _cards(request).get(model)
     if card is None:
         raise NotFound("no such model", param="model", code="model_not_found")
     return JSONResponse(card)
 
 
-def _snapshot(request: Request) -> Snapshot:
-    return cast(Serving, request.app.state.serving).catalogue.snapshot
-
-
-def _cards(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+def _cards(request: Request) -> dict[str, dict[str, Any]]:
+    """What the caller may name as `model`."""
+    caller = caller_of(request)
+    snapshot = cast(Serving, request.app.state.serving).catalogue.of(caller.tenant)
     base = {route.base_policy for route in snapshot.routes.values()}
     served = [policy for policy in snapshot.policies.values() if policy.id in snapshot.served | base]
     created = {policy.id: int(policy.created_at) for policy in served}
-    names = {name: created.get(route.base_policy, 0) for name, route in snapshot.routes.items()} | created
+    routes = {name: route for name, route in snapshot.routes.items() if caller.may_use(name)}
+    names = {name: created.get(route.base_policy, 0) for name, route in routes.items()} | created
     return {
         name: {"id": name, "object": "model", "created": since, "owned_by": "bonsai"} for name, since in names.items()
     }

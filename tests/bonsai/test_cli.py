@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
+from typing import cast
 
+import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
-from bonsai.cli import main
+from bonsai.cli import _say_ready, main
+from bonsai.runtime_directory import StateDirectory
+from bonsai.secrets import make_secrets
+from bonsai.stack_plan import Plan
+from bonsai.supervisor import Supervisor
+from bonsai.up import Stack
 from tests.bonsai.test_model_directory import LLAMA, REWARD, write_model
 
 
@@ -37,6 +46,24 @@ def test_help_names_every_option_of_up() -> None:
         "--reward-config",
     ):
         assert option in shown
+
+
+def test_what_is_said_when_ready_names_the_keys_file_and_not_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = StateDirectory(tmp_path / "my state", tmp_path / "run")
+    state.root.mkdir()
+    make_secrets(state)
+    stack = Stack(cast(Plan, None), state, "http://127.0.0.1:8000", "", {}, cast(Supervisor, None))
+    console = Console(file=StringIO(), width=60)
+    _say_ready(console, stack, 1.0)
+    assert isinstance(console.file, StringIO)
+    said = console.file.getvalue()
+    assert "The administrator's key is in my state/admin.key\n" in said
+    assert """-H "Authorization: Bearer $(cat 'my state/admin.key')" """ in said
+    for secret in (stack.api_key, state.key_pepper.read_text().strip()):
+        assert secret not in said
 
 
 def test_a_bad_model_ends_with_1_and_what_to_change(tmp_path: Path) -> None:

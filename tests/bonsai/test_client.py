@@ -39,6 +39,27 @@ def test_what_is_not_given_is_not_sent():
     assert not {"x-bonsai-arm", "x-bonsai-unit"} & set(request["headers"])
 
 
+@pytest.mark.parametrize(
+    ("given", "in_environment", "sent"),
+    [("a", "b", "Bearer a"), (None, "b", "Bearer b"), (None, None, None), ("", "b", None)],
+)
+def test_the_key_is_the_one_given_else_the_environments(monkeypatch, given, in_environment, sent):
+    monkeypatch.delenv("BONSAI_API_KEY", raising=False)
+    if in_environment is not None:
+        monkeypatch.setenv("BONSAI_API_KEY", in_environment)
+
+    async def reply(request: web.Request) -> web.Response:
+        return web.json_response({"id": request.headers.get("Authorization", "none"), "status": "running"})
+
+    async def ask() -> str:
+        app = web.Application()
+        app.add_routes([web.get("/distill/{job}", reply)])
+        async with TestServer(app) as server, open_client(str(server.make_url("/")), api_key=given) as client:
+            return (await client.job("job_1")).id
+
+    assert asyncio.run(ask()) == (sent or "none")
+
+
 def test_generated_tokens_count_the_candidates_that_were_not_served():
     async def ask() -> int:
         async with ScriptedGateway([1.0, 3.0, 2.0]).client() as client:

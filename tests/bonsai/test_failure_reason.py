@@ -20,7 +20,7 @@ CORE_KILLED = """\
 (APIServer pid=1) WARNING 11-21 00:42:28 [core_client.py:817] [shutdown] MPClient: engine core exited unexpectedly
 (APIServer pid=1) ERROR 11-21 00:42:28 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: EngineCore
 """
-BAD_SETTING = "BONSAI_HOST: Value error, the gateway listens on loopback only"
+BAD_SETTING = "BONSAI_ADMIN_KEY_FILE: Value error, admin.key has mode 0644; it must be 0600"
 NO_VLLM = "Python cannot find the package 'vllm': is everything installed?"
 TORCH_MEMORY = "RuntimeError: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"
 KV_CACHE = (

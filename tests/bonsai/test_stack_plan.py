@@ -16,7 +16,8 @@ from bonsai.function_call import FunctionError
 from bonsai.model_directory import BadModel
 from bonsai.processes import ProcessSpec
 from bonsai.runtime_directory import StateDirectory
-from bonsai.stack_plan import Options, Plan, prepare
+from bonsai.secrets import make_secrets
+from bonsai.stack_plan import Options, Plan, prepare, url_host
 from service.settings import GatewaySettings
 from tests.bonsai.test_model_directory import LLAMA, REWARD, write_model
 from worker.settings import WorkerSettings
@@ -32,7 +33,12 @@ def make_plan(tmp_path: Path) -> MakePlan:
             "directory": tmp_path / "state",
             "policy": str(write_model(tmp_path / "policy", LLAMA)),
             "reward": str(write_model(tmp_path / "reward", REWARD)),
-            "environment": {"PATH": "/usr/bin", "HF_TOKEN": SECRET, "BONSAI_LEASE_SECONDS": "2"},
+            "environment": {
+                "PATH": "/usr/bin",
+                "HF_TOKEN": SECRET,
+                "BONSAI_API_KEY": SECRET,
+                "BONSAI_LEASE_SECONDS": "2",
+            },
         }
         return prepare(Options(**(settings | options)))
 
@@ -54,6 +60,7 @@ def test_gateway_and_worker_accept_their_settings(
     """The two settings classes are read from exactly the variables that the processes are started with."""
     plan = make_plan()
     specs = specs_of(plan, tmp_path)
+    make_secrets(StateDirectory(tmp_path / "state", tmp_path / "run"))
     for name, value in specs["gateway"].environment.items():
         monkeypatch.setenv(name, value)
     gateway = GatewaySettings()
@@ -91,9 +98,21 @@ def test_a_password_is_in_no_command_line_and_reaches_no_engine(make_plan: MakeP
     assert SECRET not in " ".join([*specs["policy"].environment.values(), *specs["reward"].environment.values()])
 
 
-def test_the_hubs_token_reaches_nobody(make_plan: MakePlan, tmp_path: Path) -> None:
+@pytest.mark.parametrize("secret", ["HF_TOKEN", "BONSAI_API_KEY"])
+def test_a_users_token_reaches_nobody(make_plan: MakePlan, tmp_path: Path, secret: str) -> None:
     specs = specs_of(make_plan(), tmp_path)
-    assert {name for name, spec in specs.items() if "HF_TOKEN" in spec.environment} == set()
+    assert {name for name, spec in specs.items() if secret in spec.environment} == set()
+
+
+def test_the_gateway_alone_is_told_where_its_secrets_are(make_plan: MakePlan, tmp_path: Path) -> None:
+    for variable in ("BONSAI_ADMIN_KEY_FILE", "BONSAI_KEY_PEPPER_FILE"):
+        told = {name for name, spec in specs_of(make_plan(), tmp_path).items() if variable in spec.environment}
+        assert told == {"gateway"}
+
+
+@pytest.mark.parametrize(("host", "asked"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("a", "a")])
+def test_what_listens_everywhere_is_reached_on_loopback(host: str, asked: str) -> None:
+    assert url_host(host) == asked
 
 
 def test_a_module_in_the_working_directory_is_not_ours(make_plan: MakePlan, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def environment_of(client: str) -> Path:
 
 
 def output_of(stack: RealStack, python: Path | str, *arguments: str) -> str:
-    own = {"OPENAI_BASE_URL": f"{stack.stack.url}/v1", "OPENAI_API_KEY": "none", "HF_HUB_OFFLINE": "1"}
+    own = {"OPENAI_BASE_URL": f"{stack.stack.url}/v1", "OPENAI_API_KEY": stack.stack.api_key, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(python), *arguments], capture_output=True, text=True, env={**os.environ, **own})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

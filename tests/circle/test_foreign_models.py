@@ -26,7 +26,7 @@ def test_best_of_n_answers_prompts_and_conversations_in_any_script(foreign):
 
 @pytest.fixture
 def client(foreign) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{foreign.stack.url}/v1", api_key="none", max_retries=0) as opened:
+    with openai.OpenAI(base_url=f"{foreign.stack.url}/v1", api_key=foreign.stack.api_key, max_retries=0) as opened:
         yield opened
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.stack
 
 @pytest.fixture
 def client(stack: RealStack) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{stack.stack.url}/v1", api_key="none", max_retries=0) as opened:
+    with openai.OpenAI(base_url=f"{stack.stack.url}/v1", api_key=stack.stack.api_key, max_retries=0) as opened:
         yield opened
 
 

@@ -135,6 +135,7 @@ WRONG = {
     "C67 true": (prompt(n=True), "n"),
     'C67 "64"': (prompt(n="64"), "n"),
     "C67 64.0": (raw('"n":64.0'), "n"),
+    "C67 1e1": (raw('"n":1e1'), "n"),
     "C56 1e400": (raw('"n":1e400'), "n"),
     # tokens
     "G13 n=64 at model length": (prompt(n=64, max_tokens=WINDOW), "max_tokens"),
@@ -184,6 +185,7 @@ WRONG = {
     "G33 empty": (prompt(prompt=""), "prompt"),
     "G34 blanks": (prompt(prompt=" \t\r\n\u00a0\u2003"), "prompt"),
     "G35 list": (prompt(prompt=["a", "b"]), "prompt"),
+    "a list of 4 MB where a text is due": (b'{"prompt":[' + b"7," * 2_000_000 + b"7]}", "prompt"),
     "G36 number": (prompt(prompt=7), "prompt"),
     "G37 object": (prompt(prompt={"text": "hi"}), "prompt"),
     "G38 1,000,000 spaces": (prompt(prompt=" " * 1_000_000), "prompt"),
@@ -322,15 +324,13 @@ def test_an_unknown_route_is_404(still_world, name):
 def test_C66_a_body_over_the_limit_is_413_before_it_is_read(still_world):
     """The length alone is enough: the body never comes."""
     with socket.create_connection(still_world.client.address, timeout=10) as connection:
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {MAX_BODY + 1}"
-        connection.sendall(head.encode() + b"\r\n\r\n")
+        connection.sendall(still_world.client.written("POST", "/generate", b"", f"Content-Length: {MAX_BODY + 1}"))
         assert connection.recv(65_536).startswith(b"HTTP/1.1 413 ")
 
 
 def test_C66_a_chunked_body_over_the_limit_is_413(still_world):
     with socket.create_connection(still_world.client.address, timeout=10) as connection:
-        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
-        connection.sendall(head + b"\r\n\r\n")
+        connection.sendall(still_world.client.written("POST", "/generate", b"", "Transfer-Encoding: chunked"))
         chunk = b"10000\r\n" + b" " * 65_536 + b"\r\n"
         for _ in range(MAX_BODY // 65_536):
             connection.sendall(chunk)
@@ -404,8 +404,7 @@ def test_malformed_http_ends_before_a_handler_runs(still_world, head):
 def test_C26_C27_a_body_that_does_not_come_is_408_within_10_s(still_world):
     """One socket is held with half a body; nothing is read of it for ever."""
     with socket.create_connection(still_world.client.address, timeout=15) as connection:
-        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
-        connection.sendall(head + b'{"prompt":')
+        connection.sendall(still_world.client.written("POST", "/generate", b'{"prompt":', "Content-Length: 99"))
         answer = connection.recv(65_536)
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"connection: close" in answer.lower()

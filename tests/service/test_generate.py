@@ -15,7 +15,7 @@ import pytest
 
 from bon_algos.contracts import Arm, Exposure, Outcome
 from service.best_of_n import choose
-from tests.fixtures.gateway import wait_until
+from tests.fixtures.gateway import Client, wait_until
 from tests.service.records import BASE
 
 HI = {"prompt": "hi"}
@@ -269,17 +269,22 @@ def test_a_measurement_is_tried_again(world):
 # --- the client -------------------------------------------------------------------------------------------
 
 
-def send_and_leave(address: tuple[str, int], path: str, seen: Callable[[], bool]) -> None:
-    body = json.dumps(HI).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection(address, timeout=10) as connection:
-        connection.sendall(head.encode() + body)
+def test_G41_text_that_turns_around_is_kept_as_it_was_said(world):
+    """Bidirectional controls and joiners are text: served, logged, refused nowhere."""
+    turned = "a\u202eb\u200d\u2066c"
+    assert world.client.post("/generate?n=2", {"prompt": turned}).status == 200
+    assert world.groups()[0].prompt == turned
+
+
+def send_and_leave(client: Client, path: str, seen: Callable[[], bool]) -> None:
+    with socket.create_connection(client.address, timeout=10) as connection:
+        connection.sendall(client.written("POST", path, json.dumps(HI).encode()))
         wait_until(seen)
 
 
 def test_a_client_that_leaves_while_drawing_stops_the_engine_within_200_ms(world):
     world.engine.script.delays = [60.0]
-    send_and_leave(world.client.address, "/generate?n=4", lambda: world.engine.active == 1)
+    send_and_leave(world.client, "/generate?n=4", lambda: world.engine.active == 1)
     left = time.monotonic()
     wait_until(lambda: len(world.engine.aborted_at) == 1)
     assert world.engine.aborted_at[0] - left < 0.2
@@ -291,7 +296,7 @@ def test_a_client_that_leaves_while_drawing_stops_the_engine_within_200_ms(world
 
 def test_a_client_that_leaves_while_scoring_leaves_nothing_behind(world):
     world.reward.script.fault = "silent"
-    send_and_leave(world.client.address, "/generate?n=4", lambda: len(world.reward.requests) == 1)
+    send_and_leave(world.client, "/generate?n=4", lambda: len(world.reward.requests) == 1)
     world.reward.script.fault = "none"
     world.client.post("/generate?n=2", HI)
     assert [group.requested for group in world.groups()] == [2]

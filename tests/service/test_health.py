@@ -74,3 +74,11 @@ def test_redis_away_from_the_start_is_degraded_and_serves(tmp_path, engine, rewa
             reply = client.get("/ready")
             assert (reply.status, reply.json["status"]) == (200, "degraded")
             assert reply.json["spool"]["pending_bytes"] > 0
+
+
+def test_the_gateway_may_listen_beyond_loopback_and_still_asks_for_a_key(tmp_path, redis_url):
+    settings = gateway_settings(tmp_path, "unix:///away", "unix:///away", redis_url, host="0.0.0.0")
+    with running_gateway(settings) as client:
+        assert client.address[0] == "0.0.0.0"
+        assert client.get("/routes").status == 200
+        assert client.with_key(None).get("/routes").status == 401

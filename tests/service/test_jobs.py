@@ -8,7 +8,6 @@ import pytest
 from redis.asyncio import Redis
 
 from bon_algos.contracts import (
-    JOBS_INDEX,
     LEDGER_COUNTS,
     OPEN_JOBS,
     BonForwardKlSpec,
@@ -19,6 +18,7 @@ from bon_algos.contracts import (
     Window,
     job_events_key,
     job_key,
+    jobs_index,
     policy_key,
 )
 from service.errors import Conflict, InvalidField, JobNotFound, PolicyNotFound, StoreUnavailable, Unparseable
@@ -26,7 +26,7 @@ from service.idempotency import Idempotency
 from service.jobs import Jobs, check_spec
 from service.store import open_redis
 from tests.fixtures.redis import RedisServer
-from tests.service.records import STUDENT, job_spec
+from tests.service.records import STUDENT, job_spec, policy
 
 pytestmark = pytest.mark.anyio
 
@@ -70,7 +70,7 @@ async def test_a_job_on_an_empty_ledger_is_refused_with_the_numbers(redis: Redis
         await jobs.submit(job_spec())
     assert refused.value.code == "empty_ledger"
     assert refused.value.facts == {"groups_found": 3, "groups_needed": 4}
-    assert await redis.zcard(JOBS_INDEX) == 0
+    assert await redis.zcard(jobs_index()) == 0
     assert (await jobs.submit(job_spec(route="other"))).job_id
 
 
@@ -80,7 +80,7 @@ async def test_a_policy_to_interpolate_must_be_there(jobs: Jobs, redis: Redis):
     with pytest.raises(PolicyNotFound) as refused:
         await jobs.submit(spec)
     assert refused.value.param == "method.interpolation.policy"
-    await redis.hset(policy_key(STUDENT), "record", "{}")
+    await redis.hset(policy_key(STUDENT), "record", policy(STUDENT).model_dump_json())
     assert (await jobs.get((await jobs.submit(spec)).job_id))["status"] == "queued"
 
 
@@ -89,7 +89,7 @@ async def test_a_policy_whose_groups_are_wanted_must_be_there(jobs: Jobs, redis:
     with pytest.raises(PolicyNotFound, match=STUDENT) as refused:
         await jobs.submit(spec)
     assert refused.value.param == "window.policies[0]"
-    await redis.hset(policy_key(STUDENT), "record", "{}")
+    await redis.hset(policy_key(STUDENT), "record", policy(STUDENT).model_dump_json())
     assert (await jobs.get((await jobs.submit(spec)).job_id))["spec"]["window"]["policies"] == [STUDENT]
 
 
@@ -98,7 +98,7 @@ async def test_the_same_key_and_body_are_one_job(jobs: Jobs, redis: Redis):
     await redis.delete(LEDGER_COUNTS)  # A replay is answered whatever has become of the ledger since.
     second = await jobs.submit(job_spec(), key("k"))
     assert (second.job_id, first.is_replayed, second.is_replayed) == (first.job_id, False, True)
-    assert await redis.zcard(JOBS_INDEX) == 1
+    assert await redis.zcard(jobs_index()) == 1
 
 
 async def test_the_same_key_with_another_body_is_refused(jobs: Jobs, redis: Redis):
@@ -106,7 +106,7 @@ async def test_the_same_key_with_another_body_is_refused(jobs: Jobs, redis: Redi
     with pytest.raises(InvalidField) as refused:
         await jobs.submit(job_spec(seed=1), key("k", '{"seed": 1}'))
     assert refused.value.code == "idempotency_conflict"
-    assert await redis.zcard(JOBS_INDEX) == 1
+    assert await redis.zcard(jobs_index()) == 1
 
 
 async def test_without_a_key_every_submission_is_a_new_job(jobs: Jobs):

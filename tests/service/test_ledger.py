@@ -255,16 +255,16 @@ def test_a_second_gateway_on_the_same_spool_refuses_to_start(tmp_path, redis_url
 
 
 @pytest.mark.slow
-def test_a_host_that_is_not_loopback_is_refused_in_one_line(tmp_path, redis_url):
+def test_an_engine_on_a_network_is_refused_in_one_line(tmp_path, redis_url):
     settings = gateway_settings(tmp_path, "http://127.0.0.1:1", "http://127.0.0.1:2", redis_url)
     given = environment_of(settings)
     started = subprocess.run(
         [sys.executable, "-m", "service"],
-        env={**os.environ, **given, "BONSAI_HOST": "0.0.0.0"},
+        env={**os.environ, **given, "BONSAI_POLICY_ENGINE_URLS": '["http://10.0.0.1:8000"]'},
         capture_output=True,
         text=True,
         timeout=30,
     )
     assert started.returncode == 2
-    assert started.stderr.startswith("BONSAI_HOST: ")
-    assert "loopback only" in started.stderr
+    assert started.stderr.startswith("BONSAI_POLICY_ENGINE_URL: ")
+    assert "never over a network" in started.stderr

@@ -18,7 +18,7 @@ from service.request_cost import FEWEST, CompletionLengths, drawn_tokens
 from tests.service.records import group
 
 pytestmark = pytest.mark.anyio
-GREEDY, OTHER = Caller("greedy", "default"), Caller("other", "default")
+GREEDY, OTHER = Caller("greedy", "default", "inference"), Caller("other", "default", "inference")
 ONE = group([(0.0, 3)])
 """A prompt of 1 token and at most 8 drawn: 9; in fact 4."""
 
@@ -128,7 +128,9 @@ async def test_whatever_comes_and_goes_nothing_is_left_behind(seed):
     async def request(steps: int) -> None:
         nonlocal finished
         asked = group([(0.0, 3)] * draw.randint(1, 16))
-        async with limits.admitted(Caller(draw.choice("abc"), "default"), asked, asked.requested, monotonic() + 60):
+        async with limits.admitted(
+            Caller(draw.choice("abc"), "default", "inference"), asked, asked.requested, monotonic() + 60
+        ):
             status = limits.status
             assert status["tokens_in_flight"] <= 100 or status["requests_in_flight"] == 1
             for _ in range(steps):

@@ -24,8 +24,22 @@ THREE = ["short", "the longest of them all", "middling one"]
 @pytest.fixture
 def client(world) -> Iterator[openai.OpenAI]:
     host, port = world.client.address
-    with openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0) as opened:
+    with openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key=world.client.key, max_retries=0) as opened:
         yield opened
+
+
+# --- keys ------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_key_and_one_that_may_not_are_what_the_client_calls_them(world, client):
+    with pytest.raises(openai.AuthenticationError) as unknown:
+        client.with_options(api_key="sk-proj-from-elsewhere").models.list()
+    assert unknown.value.code == "invalid_key"
+    viewer = world.client.post("/keys", {"name": "v", "role": "viewer"}).json["key"]
+    with pytest.raises(openai.PermissionDeniedError) as forbidden:
+        client.with_options(api_key=viewer).chat.completions.create(model="default", messages=HI)
+    assert forbidden.value.code == "role_insufficient"
+    assert [card.id for card in client.with_options(api_key=viewer).models.list()] == ["default", BASE]
 
 
 # --- whole replies ---------------------------------------------------------------------------------------
@@ -298,8 +312,7 @@ def connected(world) -> socket.socket:
     """A socket on which a streamed best-of-4 was asked for."""
     body = json.dumps({"model": "default", "messages": HI, "stream": True, "best_of": 4}).encode()
     connection = socket.create_connection(world.client.address, timeout=10)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    connection.sendall(world.client.written("POST", "/v1/chat/completions", body))
     return connection
 
 

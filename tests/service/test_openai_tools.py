@@ -49,7 +49,7 @@ def world(tmp_path, engine, reward, redis_url) -> Iterator[World]:
 @pytest.fixture
 def client(world) -> Iterator[openai.OpenAI]:
     host, port = world.client.address
-    with openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0) as opened:
+    with openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key=world.client.key, max_retries=0) as opened:
         yield opened
 
 

@@ -13,12 +13,23 @@ import pytest
 import redis as blocking_redis
 from redis.asyncio import Redis
 
-from bon_algos.contracts import BROKER_PREFIX, LEDGER_STREAM, CandidateGroup, Experiment, Exposure, Feedback
+from bon_algos.contracts import (
+    BROKER_PREFIX,
+    LEDGER_COUNTS,
+    LEDGER_STREAM,
+    CandidateGroup,
+    Experiment,
+    Exposure,
+    Feedback,
+    of_tenant,
+)
+from service.access import GATEWAY
 from service.catalogue import Catalogue
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.experiment_store import Experiments
 from service.idempotency import Idempotency
 from service.jobs import GROUPS_NEEDED, Jobs
+from service.keys import KeyRecord, KeyRequest, KeyRing, Keys
 from service.ledger import Ledger
 from service.policies import Policies
 from service.routing import RouteRequest, Routes
@@ -93,6 +104,23 @@ async def live_through_everything(redis: Redis, url: str, directory: Path) -> No
         await registry.record_fingerprint(policy_id, PASSED)
         await registry.promote(policy_id, "default", "r", SERVED)
     await registry.roll_back("default", Idempotency.of("other", "POST /routes/default/rollback", ""))
+    await go_through_keys(redis)
+
+
+async def go_through_keys(redis: Redis) -> None:
+    """The first key of a tenant, used once; and what that tenant leaves."""
+    pepper = bytes(32)
+    admin = KeyRecord(
+        id="key_a", digest="", name="a", role="admin", tenant="default", routes=None, created_at=0.0, created_by="file"
+    )
+    ring = KeyRing(redis, pepper, admin)
+    keys = Keys(redis, ring, pepper, admin, route())
+    record, key = await keys.create(KeyRequest(name="b", role="admin", tenant="acme"), GATEWAY)
+    ring.caller(key)
+    await ring.refresh()
+    await keys.revoke(record.id, GATEWAY)
+    await redis.hset(LEDGER_COUNTS, of_tenant("acme", "default"), str(GROUPS_NEEDED))
+    await Jobs(redis, n_cap=64, max_lora_rank=32).submit(job_spec(), tenant="acme")
 
 
 async def go_through_jobs(redis: Redis, url: str) -> None:

@@ -151,7 +151,7 @@ def served(sender: Sender, tmp_path, unread_seconds: float) -> Iterator[Client]:
     thread.start()
     wait_until(lambda: server.started)
     host, port = server.servers[0].sockets[0].getsockname()[:2]
-    yield Client(f"http://{host}:{port}")
+    yield Client(f"http://{host}:{port}", None)
     server.should_exit = True
     thread.join(30)
 

@@ -200,7 +200,7 @@ def test_without_redis_what_is_learned_waits(unused_port):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2):
                     await learned.run()
-            return learned.of("default") == Learned()
+            return learned.of(route()) == Learned()
 
     assert asyncio.run(run())
 

@@ -67,7 +67,15 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
     opened = []
 
     def attempt(
-        method="bon_forward_kl", parameters=None, *, patience=5.0, lease_seconds=60.0, every=2, job_id=JOB, policies=()
+        method="bon_forward_kl",
+        parameters=None,
+        *,
+        patience=5.0,
+        lease_seconds=60.0,
+        every=2,
+        job_id=JOB,
+        policies=(),
+        tenant="default",
     ):
         given = parameters or OWN_PARAMETERS.get(method, FORWARD)
         asked, window = Method(type=method, **{method: given}), Window(policies=policies)
@@ -93,7 +101,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
             checkpoint_seconds=60.0,
             engine_patience_seconds=patience,
         )
-        return Distillation(spec, lease, place)
+        return Distillation(spec, lease, place, tenant)
 
     yield attempt
     for engines in opened:
@@ -201,6 +209,23 @@ def test_a_finished_policy_is_taken_back_towards_its_reference(job, client, tmp_
     part = load_file(tmp_path / record.directory / "adapter_model.safetensors")
     for name, factor in whole.items():
         torch.testing.assert_close(part[name], factor * (0.25 if ".lora_B." in name else 1.0), rtol=0, atol=0)
+
+
+def test_a_tenants_job_learns_from_its_own_and_what_it_makes_is_its_own(job, client, tmp_path, tiny_groups):
+    too_early = job(tenant="acme")
+    with pytest.raises(JobFailed) as failed:
+        too_early.run()
+    assert failed.value.code == "empty_window"
+    ours = {"tenant": "acme", "reward_template_digest": too_early.workplace.reward_tokenizer.template_digest}
+    world.deliver(client, *(group.model_copy(update={"id": f"ours-{group.id}", **ours}) for group in tiny_groups))
+    job(job_id="job_2", tenant="acme").run()
+    made = client.hget(job_key("job_2"), "policy_id").decode()
+    record = PolicyRecord.model_validate_json(client.hget(policy_key(made), "record"))
+    assert record.manifest is not None
+    assert (record.tenant, record.manifest.tenant) == ("acme", "acme")
+    assert record.manifest.data.groups == len(tiny_groups)
+    with pytest.raises(JobFailed, match="no distilled policy"):
+        job("interpolation", {"policy": made, "share": 0.25}, job_id="job_3").run()
 
 
 def test_only_a_published_policy_with_its_own_files_is_interpolated(job, client, tmp_path):

@@ -20,6 +20,7 @@ from worker.lease import claim
 
 pytestmark = pytest.mark.slow
 
+TENANT = "acme"
 JOB = "job_2"
 STEPS = 40
 SPEC = JobSpec(
@@ -56,17 +57,17 @@ def environment(redis_url, engine, tiny_policy, reward_directory, tmp_path):
 
 @pytest.fixture
 def client(redis_url, tiny_groups, reward_directory):
-    digest = read_tokenizer(reward_directory).template_digest
+    """The ledger is a tenant's: a job that is not that tenant's learns nothing from it."""
+    ours = {"reward_template_digest": read_tokenizer(reward_directory).template_digest, "tenant": TENANT}
     with redis.Redis.from_url(redis_url, decode_responses=True) as connection:
-        world.deliver(
-            connection, *(group.model_copy(update={"reward_template_digest": digest}) for group in tiny_groups)
-        )
+        world.deliver(connection, *(group.model_copy(update=ours) for group in tiny_groups))
         yield connection
 
 
 def submit(client):
     client.delete(job_key(JOB))
-    client.hset(job_key(JOB), mapping={"state": "queued", "epoch": 0, "attempts": 0, "spec": SPEC.model_dump_json()})
+    asked = {"spec": SPEC.model_dump_json(), "tenant": TENANT}
+    client.hset(job_key(JOB), mapping={"state": "queued", "epoch": 0, "attempts": 0, **asked})
 
 
 @pytest.fixture

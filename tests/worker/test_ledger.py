@@ -39,5 +39,11 @@ def test_other_routes_are_not_read(client):
     assert [group.id for group in groups_newest_first(client, "default")] == ["h"]
 
 
+def test_other_tenants_are_not_read_whatever_their_routes_are_called(client):
+    world.deliver(client, world.group("g", [0, 1], tenant="acme"), world.group("h", [0, 1]))
+    assert [group.id for group in groups_newest_first(client, "default")] == ["h"]
+    assert [group.id for group in groups_newest_first(client, "default", tenant="acme")] == ["g"]
+
+
 def test_an_empty_ledger_has_no_groups(client):
     assert list(groups_newest_first(client, "default")) == []

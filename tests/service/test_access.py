@@ -1,0 +1,469 @@
+"""Who may do what: every route for every role, what is told to whom nobody knows, and what no reply ever holds."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from io import StringIO
+from pathlib import Path
+from time import perf_counter_ns, time
+from typing import Any
+
+import pytest
+import redis as blocking_redis
+from fastapi import APIRouter
+
+from service.access import GATEWAY, Role, needs, rights
+from service.api_key import key_id, new_key
+from service.app import Gateway, create_app
+from service.errors import Unauthenticated
+from service.keys import KeyRecord, KeyRequest, KeyRing, Keys, admin_record
+from service.routes import health
+from service.store import open_redis
+from service.wrong_keys import PER_ADDRESS, PER_KEY
+from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until, write_secrets
+from tests.fixtures.redis import RedisServer
+from tests.service.records import BASE, REWARD_MODEL, route
+from tests.stubs.engine import StubEngine
+from tests.stubs.reward import StubReward
+from tests.stubs.server import running
+
+ROLES: tuple[Role, ...] = ("admin", "operator", "trainer", "inference", "viewer")
+ALL = "admin operator trainer inference viewer"
+READERS = "admin operator trainer viewer"
+ANYBODY = "anybody"
+
+MATRIX = {
+    ("POST", "/generate"): "admin operator inference",
+    ("POST", "/v1/completions"): "admin operator inference",
+    ("POST", "/v1/chat/completions"): "admin operator inference",
+    ("GET", "/v1/models"): ALL,
+    ("GET", "/v1/models/{model}"): ALL,
+    ("POST", "/v1/feedback"): "admin operator inference",
+    ("GET", "/v1/feedback"): "admin operator trainer",
+    ("GET", "/routes"): READERS,
+    ("GET", "/routes/{route}"): READERS,
+    ("GET", "/routes/{route}/curve"): READERS,
+    ("GET", "/routes/{route}/strategy"): READERS,
+    ("GET", "/engines"): READERS,
+    ("POST", "/engines/{name}/drain"): "admin operator",
+    ("POST", "/engines/{name}/undrain"): "admin operator",
+    ("PUT", "/routes/{route}"): "admin operator",
+    ("DELETE", "/routes/{route}"): "admin operator",
+    ("POST", "/routes/{route}/rollback"): "admin operator",
+    ("GET", "/policies"): READERS,
+    ("GET", "/policies/{policy_id}"): READERS,
+    ("POST", "/policies/{policy_id}/promote"): "admin operator",
+    ("GET", "/experiments/{route}"): READERS,
+    ("PUT", "/experiments/{route}"): "admin operator",
+    ("DELETE", "/experiments/{route}"): "admin operator",
+    ("POST", "/distill"): "admin operator trainer",
+    ("GET", "/distill"): READERS,
+    ("GET", "/distill/{job_id}"): READERS,
+    ("GET", "/distill/{job_id}/events"): READERS,
+    ("POST", "/distill/{job_id}/cancel"): "admin operator trainer",
+    ("POST", "/keys"): "admin",
+    ("GET", "/keys"): "admin",
+    ("GET", "/keys/{key_id}"): "admin",
+    ("DELETE", "/keys/{key_id}"): "admin",
+    ("GET", "/health"): ANYBODY,
+    ("GET", "/ready"): ANYBODY,
+    ("GET", "/version"): ANYBODY,
+}
+"""Written by hand: what service/access.py and the routes declare must come to this."""
+
+
+def no_gateway() -> AbstractAsyncContextManager[Gateway]:
+    raise AssertionError("nothing is opened")
+
+
+@pytest.fixture(scope="module")
+def still_world() -> Iterator[World]:
+    """One gateway for the whole module, with a Redis that no other test empties."""
+    engine, reward = StubEngine(BASE), StubReward(REWARD_MODEL)
+    with (
+        tempfile.TemporaryDirectory(prefix="bonsai-") as name,
+        running(engine.app()) as engine_url,
+        running(reward.app()) as reward_url,
+    ):
+        directory = Path(name)
+        server = RedisServer(directory)
+        server.start()
+        try:
+            with running_gateway(gateway_settings(directory, engine_url, reward_url, server.url)) as client:
+                yield World(client, engine, reward, server.url)
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def clients(still_world: World) -> dict[str, Client]:
+    """One for each role."""
+    return {role: still_world.client.with_key(made(still_world.client, role=role)["key"]) for role in ROLES}
+
+
+def made(client: Client, **fields: object) -> dict[str, Any]:
+    reply = client.post("/keys", {"name": "test", "role": "viewer", **fields})
+    assert reply.status == 201, reply.body
+    return dict(reply.json)
+
+
+def asked(client: Client, method: str, path: str, headers: dict[str, str] | None = None) -> Reply:
+    """With a body that is never carried out, on an object that is not there."""
+    for name in ("route", "policy_id", "job_id", "key_id", "model"):
+        path = path.replace(f"{{{name}}}", "none")
+    body = None if method == "GET" else b"null"
+    return client.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
+
+
+def refused(reply: Reply, status: int, code: str) -> dict[str, Any]:
+    assert (reply.status, reply.json["error"]["code"]) == (status, code)
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert len(reply.body) <= 4096
+    return dict(reply.json)
+
+
+# --- the matrix ------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_every_route_of_the_router():
+    assert set(rights(create_app(no_gateway))) == set(MATRIX)
+
+
+@pytest.mark.parametrize(("named", "allowed"), MATRIX.items(), ids=[" ".join(named) for named in MATRIX])
+def test_every_route_is_for_the_roles_of_the_table(still_world, clients, named, allowed):
+    for role in ROLES:
+        reply = asked(clients[role], *named)
+        if allowed == ANYBODY or role in allowed.split():
+            assert reply.status not in (401, 403, 500), role
+        else:
+            told = refused(reply, 403, "role_insufficient")
+            assert told["detail"] == f"this needs a key with one of the roles {', '.join(allowed.split())}"
+
+
+@pytest.mark.parametrize(("named", "allowed"), MATRIX.items(), ids=[" ".join(named) for named in MATRIX])
+def test_C1_without_a_key_nothing_is_open_but_health(still_world, named, allowed):
+    reply = asked(still_world.client.with_key(None), *named)
+    if allowed == ANYBODY:
+        assert reply.status in (200, 503)
+        return
+    refused(reply, 401, "missing_key")
+    assert reply.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/nowhere"), ("DELETE", "/generate"), ("POST", "/health")])
+def test_without_a_key_nobody_learns_which_paths_there_are(still_world, method, path):
+    refused(asked(still_world.client.with_key(None), method, path), 401, "missing_key")
+    assert asked(still_world.client, method, path).status in (404, 405)
+
+
+def test_an_app_with_a_route_that_declares_no_right_does_not_start(monkeypatch):
+    for declared, count in (((), 0), ((needs("read"), needs("train")), 2)):
+        router = APIRouter()
+        router.add_api_route("/open", health.health, dependencies=declared)
+        monkeypatch.setattr(health, "router", router)
+        with pytest.raises(ValueError, match=f"/open declares {count} rights instead of one"):
+            create_app(no_gateway)
+
+
+# --- keys that open nothing ------------------------------------------------------------------------------
+
+WRONG = {
+    "C2 basic": ({"Authorization": "Basic YTpi"}, 401, "missing_key"),
+    "C3 empty": ({"Authorization": "Bearer "}, 401, "missing_key"),
+    "no scheme": ({"Authorization": "sk-bonsai-x"}, 401, "missing_key"),
+    "C4 of the right length": ({"Authorization": f"Bearer {new_key()}"}, 401, "invalid_key"),
+    "C11 not ASCII": ({"Authorization": "Bearer \u00fc"}, 401, "invalid_key"),
+    "C12 4 KiB": ({"Authorization": "Bearer " + "k" * 4096}, 401, "invalid_key"),
+}
+
+
+@pytest.mark.parametrize(("headers", "status", "code"), WRONG.values(), ids=WRONG.keys())
+def test_a_header_that_holds_no_key_of_ours(still_world, headers, status, code):
+    reply = asked(still_world.client, "GET", "/routes", headers)
+    refused(reply, status, code)
+    assert reply.headers["www-authenticate"] == "Bearer"
+
+
+def test_C5_one_character_off_is_another_key(still_world):
+    key = still_world.client.key
+    off = key[:-1] + ("a" if key[-1] != "a" else "b")
+    refused(still_world.client.with_key(off).get("/routes"), 401, "invalid_key")
+
+
+def test_the_scheme_is_read_in_any_case(still_world):
+    headers = {"Authorization": f"bearer {still_world.client.key}"}
+    assert asked(still_world.client, "GET", "/routes", headers).status == 200
+
+
+def test_C6_C7_only_who_has_all_of_a_key_is_told_that_it_ended(still_world):
+    expiring = made(still_world.client, expires_at=time() + 0.5)
+    revoked = made(still_world.client)
+    assert still_world.client.with_key(revoked["key"]).get("/routes").status == 200
+    assert still_world.client.request("DELETE", f"/keys/{revoked['id']}").json["status"] == "revoked"
+    refused(still_world.client.with_key(revoked["key"]).get("/routes"), 401, "revoked_key")
+    late = still_world.client.with_key(expiring["key"])
+    wait_until(lambda: late.get("/routes").status == 401)
+    refused(late.get("/routes"), 401, "expired_key")
+    for one in (expiring, revoked):
+        guessed = one["key"][:-48] + "a" * 48
+        refused(still_world.client.with_key(guessed).get("/routes"), 401, "invalid_key")
+
+
+def test_C9_a_key_in_the_query_is_none(still_world):
+    refused(still_world.client.with_key(None).get(f"/routes?api_key={still_world.client.key}"), 401, "missing_key")
+
+
+def test_C10_two_headers_are_400_whatever_they_say(still_world):
+    key = still_world.client.key
+    with socket.create_connection(still_world.client.address, timeout=10) as connection:
+        twice = f"Authorization: Bearer {key}"
+        connection.sendall(still_world.client.written("GET", "/routes", b"", twice))
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 400 ")
+
+
+def test_C11_a_NUL_ends_the_connection_or_is_4xx(still_world):
+    with socket.create_connection(still_world.client.address, timeout=10) as connection:
+        connection.sendall(b"GET /routes HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a\x00b\r\n\r\n")
+        answer = connection.recv(65_536)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+
+
+def test_C17_another_host_changes_neither_path_nor_right(still_world):
+    headers = {"Host": "evil/health?x="}
+    refused(asked(still_world.client.with_key(None), "GET", "/routes", headers), 401, "missing_key")
+    assert asked(still_world.client, "GET", "/routes", headers).json["object"] == "list"
+
+
+def test_K13_a_thousand_wrong_keys_are_told_to_wait_and_right_ones_are_not(world):
+    wrong = world.client.with_key("x").get
+    answers = [wrong("/routes") for _ in range(PER_ADDRESS + 5)]
+    assert [reply.status for reply in answers] == [401] * PER_ADDRESS + [429] * 5
+    refused(answers[-1], 429, "too_many_wrong_keys")
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
+    forged = {"X-Forwarded-For": "10.9.8.7"}
+    assert asked(world.client.with_key("x"), "GET", "/routes", forged).status == 429
+    assert world.client.get("/routes").status == 200
+    assert world.client.with_key("x").get("/health").status == 200
+
+
+def test_one_key_is_guessed_at_only_so_often(world):
+    guess = world.client.with_key(world.client.key[:-48] + "a" * 48)
+    assert [guess.get("/routes").status for _ in range(PER_KEY + 1)] == [401] * PER_KEY + [429]
+    assert world.client.get("/routes").status == 200
+
+
+def test_C5_an_unknown_key_takes_as_long_as_a_known_one(tmp_path, redis_url):
+    """Medians of 10,000 calls each, by turns: without the digest of an unknown key it would take half as long."""
+    files = write_secrets(tmp_path)
+    record = admin_record(files["admin_key_file"], b"p" * 32)
+    ring = KeyRing(open_redis(redis_url), b"p" * 32, record)
+    ring._was_read = True
+    known = files["admin_key_file"].read_text()[:-48] + "a" * 48
+    unknown = new_key()
+    assert key_id(known) == record.id
+
+    def nanoseconds(key: str) -> int:
+        began = perf_counter_ns()
+        with pytest.raises(Exception, match="not known"):
+            ring.caller(key)
+        return perf_counter_ns() - began
+
+    pairs = [(nanoseconds(known), nanoseconds(unknown)) for _ in range(10_000)]
+    ratio = statistics.median(one for one, _ in pairs) / statistics.median(other for _, other in pairs)
+    assert 0.9 < ratio < 1.1
+
+
+# --- arms, routes, what is open --------------------------------------------------------------------------
+
+
+def test_G55_an_arm_is_forced_only_by_who_may(clients):
+    headers = {"x-bonsai-arm": "base:2"}
+    told = refused(clients["inference"].post("/generate", {"prompt": "hi"}, headers), 403, "role_insufficient")
+    assert told["error"]["param"] == "x-bonsai-arm"
+    assert clients["operator"].post("/generate", {"prompt": "hi"}, headers).status == 200
+
+
+@pytest.fixture(scope="module")
+def scoped(still_world: World) -> Client:
+    """Of an operator whose key is good for the route `mine` alone."""
+    for name in ("mine", "other"):
+        reply = still_world.client.request(
+            "PUT", f"/routes/{name}", b'{"default_n":2}', {"Content-Type": "application/json"}
+        )
+        assert reply.status in (200, 201)
+    return still_world.client.with_key(made(still_world.client, role="operator", routes=["mine"])["key"])
+
+
+ROUTED = [
+    ("POST", "/generate", b'{"prompt":"hi","route":"%s"}'),
+    ("POST", "/v1/completions", b'{"prompt":"hi","model":"%s"}'),
+    ("POST", "/v1/chat/completions", b'{"messages":[{"role":"user","content":"hi"}],"model":"%s"}'),
+    ("GET", "/routes/%s", None),
+    ("PUT", "/routes/%s", b'{"default_n":2}'),
+    ("GET", "/routes/%s/curve", None),
+    ("POST", "/routes/%s/rollback", b""),
+    ("PUT", "/experiments/%s", b'{"arms":[{"policy":"base","n":2,"weight":1},{"policy":"base","n":1,"weight":9999}]}'),
+    ("DELETE", "/experiments/%s", b""),
+    ("POST", "/policies/pol-1111111111111111/promote", b'{"route":"%s","override_reason":"r"}'),
+    ("POST", "/distill", b'{"route":"%s","method":{"type":"bon_sft"}}'),
+    ("DELETE", "/routes/%s", b""),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTED, ids=[f"{method} {path}" for method, path, _ in ROUTED])
+def test_a_key_for_some_routes_is_good_for_no_other(scoped: Client, method: str, path: str, body: bytes | None):
+    def reply_for(name: str) -> Reply:
+        filled = body.replace(b"%s", name.encode()) if body is not None else None
+        return scoped.request(method, path.replace("%s", name), filled, {"Content-Type": "application/json"})
+
+    refused(reply_for("other"), 403, "route_forbidden")
+    assert reply_for("mine").status not in (401, 403, 500)
+
+
+def test_a_key_for_some_routes_lists_no_other(still_world, scoped):
+    still_world.client.request("PUT", "/routes/mine", b'{"default_n":2}', {"Content-Type": "application/json"})
+    assert [row["id"] for row in scoped.get("/routes").json["data"]] == ["mine"]
+    listed = {row["id"] for row in scoped.get("/v1/models").json["data"]}
+    assert listed == {"mine", BASE}
+
+
+def test_K15_what_is_open_tells_nothing_to_whom_nobody_knows(still_world):
+    nobody = still_world.client.with_key(None)
+    assert nobody.get("/health").json == {"status": "ok"}
+    assert set(nobody.get("/ready").json) == {"status"}
+    assert set(nobody.get("/version").json) == {"version", "schema_version"}
+    for path in ("/ready", "/version"):
+        assert still_world.client.with_key(new_key()).get(path).json == nobody.get(path).json
+        assert len(still_world.client.get(path).json) > 2
+
+
+def test_S30_every_reply_says_what_browsers_and_caches_may_do_with_it(still_world):
+    nobody = still_world.client.with_key(None)
+    streamed = {"prompt": "hi", "model": "default", "stream": True}
+    for reply in (
+        nobody.get("/health"),
+        nobody.get("/routes"),
+        still_world.client.get("/nowhere"),
+        still_world.client.post("/generate", {"prompt": "hi", "n": 2}),
+        still_world.client.post("/v1/completions", streamed),
+    ):
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["cache-control"] == "no-store"
+        assert "frame-ancestors 'none'" in reply.headers["content-security-policy"]
+
+
+# --- with Redis away, and what is written down -----------------------------------------------------------
+
+
+def test_with_redis_away_the_keys_that_were_known_serve_on(tmp_path, engine, reward, own_redis):
+    with running(engine.app()) as engine_url, running(reward.app()) as reward_url:
+        settings = gateway_settings(tmp_path, engine_url, reward_url, own_redis.url)
+        with running_gateway(settings) as client:
+            key = made(client, role="inference")["key"]
+            own_redis.kill()
+            assert client.with_key(key).post("/generate", {"prompt": "hi", "n": 2}).status == 200
+            refused(client.with_key(new_key()).post("/generate", {"prompt": "hi"}), 401, "invalid_key")
+            refused(client.post("/keys", {"name": "n", "role": "viewer"}), 503, "store_unavailable")
+        with running_gateway(settings) as client:
+            # Which keys there are is not known: a right key is not called wrong.
+            refused(client.with_key(key).get("/routes"), 503, "store_unavailable")
+            assert client.get("/routes").status == 200
+            own_redis.start()
+            wait_until(lambda: client.with_key(key).get("/v1/models").status == 200)
+
+
+@pytest.mark.anyio
+async def test_another_gateway_knows_a_key_and_its_end_at_its_next_look(tmp_path, redis_url):
+    """Two rings of one Redis."""
+    pepper = b"p" * 32
+    record = admin_record(write_secrets(tmp_path)["admin_key_file"], pepper)
+    async with open_redis(redis_url) as redis:
+        here, there = KeyRing(redis, pepper, record), KeyRing(redis, pepper, record)
+        keys = Keys(redis, here, pepper, record, route())
+        made_record, key = await keys.create(KeyRequest(name="n", role="viewer"), GATEWAY)
+        await there.refresh()
+        assert there.caller(key) == here.caller(key)
+        await keys.revoke(made_record.id, GATEWAY)
+        await there.refresh()
+        with pytest.raises(Unauthenticated, match="revoked"):
+            there.caller(key)
+
+
+def test_S1_S17_S18_no_key_is_in_redis_and_neither_key_nor_prompt_in_a_log_or_an_error(world):
+    """A canary through every route, its body, its path and its query, with right and wrong keys."""
+    canary, wrong = "canary-prompt-4711", new_key()
+    made_key = made(world.client, role="admin")["key"]
+    owner = world.client.with_key(made_key)
+    texts: list[bytes] = []
+    with everything_logged() as log:
+        for method, path in MATRIX:
+            for client in (owner, world.client.with_key(wrong)):
+                for name in ("route", "policy_id", "job_id", "key_id", "model"):
+                    path = path.replace(f"{{{name}}}", canary)
+                body = None if method == "GET" else f'{{"prompt":"{canary}","bad":"{canary}"}}'.encode()
+                reply = client.request(
+                    method, f"{path}?q={canary}", body, {"Content-Type": "application/json", "x-bonsai-arm": canary}
+                )
+                texts += [reply.body] if reply.status >= 400 else []
+        assert owner.post("/generate", {"prompt": canary, "n": 2}).status == 200
+        world.engine.script.fault = "wrong_index"
+        texts.append(owner.post("/generate", {"prompt": canary, "n": 2}).body)
+        world.groups(1)
+    said = log.getvalue().encode() + b"".join(texts)
+    secret = made_key[-48:]
+    for hidden in (canary, secret, wrong[-48:], world.client.key[-48:]):
+        assert hidden.encode() not in said
+    kept = everything_in(world.redis_url)
+    assert made_key.split("-")[2].encode() in kept  # the public part, so that the search can find what is there
+    assert secret.encode() not in kept
+    assert world.client.key[-48:].encode() not in kept
+
+
+@contextmanager
+def everything_logged() -> Iterator[StringIO]:
+    """What reaches the root logger, as `python -m service` sets it up, at the lowest level. (caplog would also hear
+    loggers that are turned off.)"""
+    root, log = logging.getLogger(), StringIO()
+    handler, level = logging.StreamHandler(log), root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    try:
+        yield log
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+
+
+def everything_in(redis_url: str) -> bytes:
+    """Names and values of all keys, as Redis would write them to its disk."""
+    with blocking_redis.Redis.from_url(redis_url) as client:
+        found: list[bytes] = []
+        for name in client.scan_iter("*"):
+            kind = client.type(name)
+            found.append(name)
+            if kind == b"string":
+                found.append(client.get(name) or b"")
+            elif kind == b"hash":
+                found += [part for pair in client.hgetall(name).items() for part in pair]
+            elif kind == b"stream":
+                found += [part for _, fields in client.xrange(name) for pair in fields.items() for part in pair]
+            else:
+                found += list(client.smembers(name) if kind == b"set" else client.zrange(name, 0, -1))
+    return b"\n".join(found)
+
+
+def test_a_key_that_is_good_no_more_is_forgotten_after_a_month():
+    def record(**fields: Any) -> KeyRecord:
+        given = {"id": "key_a", "digest": "d", "name": "n", "role": "viewer", "tenant": "default", "routes": None}
+        return KeyRecord(**given, created_at=0.0, created_by="file", **fields)
+
+    month = 30 * 86_400
+    assert not record().is_forgotten(1e12)
+    assert not record(expires_at=100.0).is_forgotten(100.0 + month)
+    assert record(expires_at=100.0).is_forgotten(101.0 + month)
+    assert record(expires_at=1e9, revoked_at=100.0).is_forgotten(101.0 + month)

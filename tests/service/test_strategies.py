@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import redis
 
-from bon_algos.contracts import LEDGER_STREAM, CandidateGroup
+from bon_algos.contracts import LEDGER_STREAM, Arm, CandidateGroup
 from service.catalogue import Catalogue
 from service.errors import StoreUnavailable
+from service.experiments import Assignment
 from service.learned import GROUPS_NEEDED, Learned, LearnedStrategies
 from service.store import open_redis
-from service.strategies import share_of
+from service.strategies import Fixed, planned, share_of
 from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway, wait_until
-from tests.service.records import BASE, group, policy, route
+from tests.service.records import BASE, STUDENT, group, policy, route
 from tests.service.test_admin_routes import proven_candidate, send
 from tests.service.test_generate import send_and_leave
 from tests.stubs.engine import StubEngine
@@ -333,6 +334,17 @@ def test_the_holdout_is_a_share_of_requests_by_their_ids(gateway):
     wait_until(lambda: len(world.records()) == 162)
     groups = [record for record in world.records()[150:] if isinstance(record, CandidateGroup)]
     assert [one.is_unbiased for one in groups] == [one.stop_reason == "holdout" for one in groups]
+
+
+@pytest.mark.parametrize("strategy", ["adaptive", "distilled_first"])
+@pytest.mark.parametrize(("reason", "experiment"), [("forced", None), ("experiment", "exp_1"), ("n_below_arm", None)])
+def test_what_is_forced_or_in_an_experiment_is_fixed(strategy, reason, experiment):
+    """Even where it falls into the holdout: an arm is what it is called."""
+    on = route().model_copy(update={"strategy": strategy})
+    assignment = Assignment(Arm(policy=STUDENT, n=2), reason, experiment)
+    for position in (0.0, 0.9):
+        found = planned(on, assignment, None, Learned(), is_policy_law=True, position=position, holdout_share=0.5)
+        assert found == (assignment, Fixed())
 
 
 def test_shares_are_uniform():

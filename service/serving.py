@@ -39,8 +39,9 @@ from service.pool import EnginePool
 from service.replays import Replays
 from service.reward import RewardModel
 from service.reward_test import RewardTest
-from service.strategies import DistilledFirst, Fixed, Means, Plan, answered, planned, share_of
+from service.strategies import DistilledFirst, Fixed, Plan, answered, planned, share_of
 from service.vllm import Listener
+from service.waves import Means
 
 
 @dataclass(frozen=True)

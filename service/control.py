@@ -72,18 +72,10 @@ async def open_control(
     """Build the control plane and keep its loops running until the block is left. Redis may be away: the default
     route and the base policy serve from the start."""
     base = PolicyRecord(id=base_policy_id, kind="base", state="live", created_at=time())
-    default = Route(
-        name=DEFAULT_ROUTE,
-        base_policy=base_policy_id,
-        reward_model=reward_model_id,
-        default_n=min(DEFAULT_N, n_cap),
-        n_cap=n_cap,
-        max_tokens=default_max_tokens,
-    )
+    default = _default_route(base_policy_id, reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens)
     producer = open_producer(redis_url)
     async with open_redis(redis_url) as redis, open_redis(redis_url, in_bytes=True) as redis_of_bytes:
-        catalogue = Catalogue(redis, base, default)
-        policies = Policies(redis)
+        catalogue, policies = Catalogue(redis, base, default), Policies(redis)
         key_ring = KeyRing(redis, pepper, admin)
         control = Control(
             catalogue=catalogue,
@@ -114,3 +106,14 @@ async def open_control(
         loops += [catalogue.run(), key_ring.run(), control.dispatcher.run(), control.learned.run()]
         async with running_loops(*loops):
             yield control
+
+
+def _default_route(base_policy: str, reward_model: str, *, n_cap: int, max_tokens: int) -> Route:
+    return Route(
+        name=DEFAULT_ROUTE,
+        base_policy=base_policy,
+        reward_model=reward_model,
+        default_n=min(DEFAULT_N, n_cap),
+        n_cap=n_cap,
+        max_tokens=max_tokens,
+    )

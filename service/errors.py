@@ -164,6 +164,7 @@ class OverBudget(RateLimited):
 
 class TooManyWrongKeys(GatewayError):
     status, default_code = 429, "too_many_wrong_keys"
+    retry_after = 1
 
 
 class HeadersTooLarge(GatewayError):

@@ -126,21 +126,21 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         n=n,
         forced=None if around.forced_arm is None else parse_forced_arm(around.forced_arm, route, snapshot),
     )
-    sampling = request.sampling(max_tokens)
+    sampling, group_id = request.sampling(max_tokens), f"resp_{uuid7().hex}"
     assignment, plan = planned(
         route,
         assignment,
         n,
         serving.learned.of(route),
         is_policy_law=sampling.is_policy_law,
-        position=share_of(around.request_id),
+        position=share_of(group_id),
         holdout_share=serving.holdout_share,
     )
     if assignment.arm.n > 1 or request.wait_for_reward:
         serving.reward_test.require_passed()
         serving.reward_model.require_room(prompt.prompt, request.messages)
     budget = budget_of(request, route, assignment.arm.n, around.started, first=plan.stops(assignment.arm.n)[0])
-    group = _empty_group(serving, request, around.caller, assignment, prompt, sampling, route)
+    group = _empty_group(serving, request, around.caller, assignment, prompt, sampling, route, group_id)
     group = group.model_copy(update={"stop_reason": plan.stop_reason}) if isinstance(plan, Fixed) else group
     return Prepared(group, budget, around.caller, _warnings(assignment, group), plan)
 
@@ -153,9 +153,10 @@ def _empty_group(
     prompt: EncodedPrompt,
     sampling: Sampling,
     route: Route,
+    group_id: str,
 ) -> CandidateGroup:
     return CandidateGroup(
-        id=f"resp_{uuid7().hex}",
+        id=group_id,
         created_at=time(),
         tenant=caller.tenant,
         route=route.name,

@@ -100,9 +100,9 @@ def _rewards(group: CandidateGroup) -> list[float]:
 # --- which strategy answers ------------------------------------------------------------------------------
 
 
-def share_of(request_id: str) -> float:
-    """Where a request falls in [0, 1): the same on every gateway."""
-    return int.from_bytes(blake2b(request_id.encode(), digest_size=8).digest()) / 2**64
+def share_of(group_id: str) -> float:
+    """Where a group falls in [0, 1), by its id: nobody can choose it."""
+    return int.from_bytes(blake2b(group_id.encode(), digest_size=8).digest()) / 2**64
 
 
 def planned(
@@ -117,8 +117,8 @@ def planned(
 ) -> tuple[Assignment, Plan]:
     """The strategy that answers, and the arm it aims at. Pure.
 
-    n: what the request names. is_policy_law: whether it is sampled as what was learned from. position: `share_of` the
-    request. The first `holdout_share` always has all n of the base policy; of distilled_first the next share is probes.
+    n: what the request names. is_policy_law: whether it is sampled as what was learned from. position: `share_of` its
+    group. The first `holdout_share` always has all n of the base policy; of distilled_first the next share is probes.
     What is forced or in an experiment is fixed.
     """
     is_free = assignment.experiment_id is None and assignment.reason in ("default", "live", "n_above_equivalent")

@@ -44,12 +44,9 @@ def world_with(tmp_path, engine, reward, redis_url) -> Iterator[WorldWith]:
 @contextmanager
 def sent(world: World, path: str, body: dict[str, object]) -> Iterator[socket.socket]:
     """A request under way; its client goes away at the end of the block."""
-    content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
+    request = world.client.written("POST", path, json.dumps(body).encode())
     with closing(socket.create_connection(world.client.address, timeout=10)) as connection:
-        connection.sendall(head.encode() + content)
+        connection.sendall(request)
         yield connection
 
 
@@ -199,7 +196,7 @@ def test_without_limits_no_header_tells_of_any(world):
 def test_openais_client_raises_its_rate_limit_error(world_with):
     world = world_with(key_requests_per_minute=1)
     host, port = world.client.address
-    with openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key=world.client.key, max_retries=0) as client:
         client.chat.completions.create(model="default", messages=CHAT)
         with pytest.raises(openai.RateLimitError) as refused:
             client.chat.completions.create(model="default", messages=CHAT)

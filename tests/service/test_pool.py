@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -274,8 +274,8 @@ def test_clients_that_leave_do_not_open_it(open_pool):
     engine = pool.engines[0]
     engine.script.delays = [30.0]
     for _ in range(2 * FAILED_CALLS):
-        connection = HTTPConnection(*pool.world.client.address)
-        connection.request("POST", "/generate", b'{"prompt": "hi", "n": 2}', {"Content-Type": "application/json"})
+        connection = socket.create_connection(pool.world.client.address, timeout=10)
+        connection.sendall(pool.world.client.written("POST", "/generate", b'{"prompt": "hi", "n": 2}'))
         wait_until(lambda: engine.active == 1)
         connection.close()
         wait_until(lambda: engine.active == 0)

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
-from zlib import decompress
 
 import numpy as np
 from redis.asyncio import Redis
 
-from bon_algos.contracts import LEDGER_RECORD, LEDGER_STREAM, CandidateGroup, Interval, Route
+from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, Interval, Route
+from bon_algos.ledger_entries import UnreadableRecord, group_of
 from bon_algos.order import Array, best_of_k_values, mean_interval
 from service.errors import Conflict
 from service.store import translated
@@ -89,10 +89,13 @@ def _fitting(
 ) -> list[CandidateGroup]:
     chosen = []
     for fields in entries:
-        if fields[b"kind"] != b"group":
+        try:
+            group = group_of(fields)
+        except UnreadableRecord:
+            # Of another version: it must not take the curve away from all the others.
+            skipped["unreadable"] += 1
             continue
-        group = cast(CandidateGroup, LEDGER_RECORD.validate_json(decompress(fields[b"data"])))
-        if (group.tenant, group.route) != (route.tenant, route.name):
+        if group is None or (group.tenant, group.route) != (route.tenant, route.name):
             continue
         reason = unfit(group, route, n)
         if reason is None:

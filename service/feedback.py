@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from time import time
 from typing import Annotated, Any, Final, cast
-from zlib import decompress
 
 from pydantic import Field
 from redis.asyncio import Redis
 from uuid_utils import uuid7
 
-from bon_algos.contracts import LEDGER_RECORD, LEDGER_STREAM, CandidateGroup, Feedback, Record, feedback_key
+from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, Feedback, Record, feedback_key
+from bon_algos.ledger_entries import UnreadableRecord, group_of
 from service.access import Caller
 from service.errors import InvalidField, NotFound, StoreUnavailable
 from service.generation import Unit
@@ -110,7 +111,9 @@ class FeedbackBook:
                 )
             for _, fields in page:
                 if fields[b"id"] == group_id.encode():
-                    return cast(CandidateGroup, LEDGER_RECORD.validate_json(decompress(fields[b"data"])))
+                    with suppress(UnreadableRecord):
+                        return group_of(fields)
+                    return None
             if len(page) < PAGE_ENTRIES:
                 break
             oldest = f"({page[-1][0].decode()}"

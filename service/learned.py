@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,11 @@ from math import isfinite
 from typing import Any, Final, cast
 
 import numpy as np
-from pydantic import ValidationError
 from redis.asyncio import Redis
 
-from bon_algos.contracts import LEDGER_RECORD, LEDGER_STREAM, Candidate, CandidateGroup, Route, of_tenant
+from bon_algos.contracts import LEDGER_STREAM, Candidate, CandidateGroup, Route, of_tenant
 from bon_algos.escalation import EscalationRule, Pair, learned_escalation
+from bon_algos.ledger_entries import UnreadableRecord, group_of
 from bon_algos.stopping import LoggedDraws, StoppingRule, learned_rules, stops_of
 from service.catalogue import Catalogue
 from service.curve import PAGE_ENTRIES, unfit
@@ -224,13 +223,13 @@ def learned_object(route: Route, learned: Learned) -> dict[str, Any]:
 def _groups(entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[CandidateGroup]:
     groups = []
     for _, fields in entries:
-        if fields[b"kind"] != b"group":
-            continue
         try:
-            groups.append(cast(CandidateGroup, LEDGER_RECORD.validate_json(zlib.decompress(fields[b"data"]))))
-        except (ValidationError, zlib.error) as error:
-            # A record of another version must not stop what is learned from all the others.
-            log.error("a group of the ledger is unreadable: %s", type(error).__name__)
+            group = group_of(fields)
+        except UnreadableRecord as error:
+            # Of another version: it must not stop what is learned from all the others.
+            log.error("%s", error)
+            continue
+        groups += [group] if group is not None else []
     return groups
 
 

@@ -5,18 +5,20 @@ Owns paging, decoding and the join. Does not own which groups are fit to learn f
 
 from __future__ import annotations
 
-import zlib
+import logging
 from collections.abc import Iterator
 from typing import cast
 
 import redis
 
-from bon_algos.contracts import DEFAULT_TENANT, LEDGER_RECORD, LEDGER_STREAM, CandidateGroup, Outcome, RouteName
+from bon_algos.contracts import DEFAULT_TENANT, LEDGER_STREAM, CandidateGroup, Outcome, RouteName
+from bon_algos.ledger_entries import UnreadableRecord, record_of
 
 PAGE_ENTRIES = 200
 DELIVERY_SLACK_SECONDS = 86_400.0
 """A spool that waited for Redis delivers late: an entry's own id may be this much younger than its group."""
 
+log = logging.getLogger("bonsai.ledger")
 Entry = tuple[bytes, dict[bytes, bytes]]
 
 
@@ -61,6 +63,11 @@ def _records(client: redis.Redis, since: float | None, page_entries: int) -> Ite
     newest: str = "+"
     while page := cast(list[Entry], client.xrevrange(LEDGER_STREAM, newest, oldest, count=page_entries)):
         for _, fields in page:
-            if fields[b"kind"] in (b"group", b"outcome"):
-                yield cast(CandidateGroup | Outcome, LEDGER_RECORD.validate_json(zlib.decompress(fields[b"data"])))
+            if fields[b"kind"] not in (b"group", b"outcome"):
+                continue
+            try:
+                yield cast(CandidateGroup | Outcome, record_of(fields))
+            except UnreadableRecord as error:
+                # Of another version: it must not take the others from a job.
+                log.warning("%s", error)
         newest = f"({page[-1][0].decode()}"

@@ -37,6 +37,7 @@ def _ago(_context: click.Context, _param: click.Parameter, value: str | None) ->
 )
 @click.option("--redis-url", envvar="BONSAI_REDIS_URL", metavar="URL", help="Its Redis, where it is one of yours.")
 @click.option("--route", default="default", show_default=True)
+@click.option("--tenant", default="default", show_default=True, help="Whose route it is.")
 @click.option("--since", callback=_ago, metavar="AGO", help="Not older than this: 90m, 12h, 7d.")
 @click.option("--groups", type=click.IntRange(2, MOST_GROUPS), default=1000, show_default=True, help="The newest ones.")
 @click.option("--reward-url", metavar="URL", help="The other reward model: unix:///path or http://127.0.0.1:PORT.")
@@ -58,6 +59,7 @@ def replay_command(
     route: str,
     since: float | None,
     groups: int,
+    tenant: str,
     json_file: Path | None,
     **reward: Any,
 ) -> None:
@@ -72,7 +74,7 @@ def replay_command(
     console = Console()
     options = RewardOptions(**{name.removeprefix("reward_"): value for name, value in reward.items()})
     try:
-        report = asyncio.run(replayed(directory, redis_url, Window(route, groups, since), options, console))
+        report = asyncio.run(replayed(directory, redis_url, Window(route, groups, since, tenant), options, console))
         if json_file is not None:
             json_file.write_text(report.model_dump_json(indent=1) + "\n")
     except KNOWN as error:

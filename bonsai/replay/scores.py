@@ -7,7 +7,6 @@ Does not own: the estimates (`bon_algos.replay`), how any of it is shown.
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import Final, cast
 
 from redis.asyncio import Redis
 
-from bon_algos.contracts import LEDGER_RECORD, LEDGER_STREAM, CandidateGroup, Record
+from bon_algos.contracts import DEFAULT_TENANT, LEDGER_STREAM, CandidateGroup, Record
+from bon_algos.ledger_entries import UnreadableRecord, group_of
 from bon_algos.replay import Comparison, Reranked, compare, reranked
 from bon_algos.scoring import Score
 from service.errors import EngineBroken, RewardModelUnavailable
@@ -45,6 +45,7 @@ class Window:
     num_groups: int
     since: float | None = None
     """Seconds since the epoch."""
+    tenant: str = DEFAULT_TENANT
 
 
 class ReplayReport(Record):
@@ -103,7 +104,7 @@ async def replay(redis: Redis, reward_model: RewardModel, window: Window, told: 
     Raises ReplayFailed, RewardModelUnavailable or RedisError.
     """
     found = _Found()
-    async for page in _pages(redis, window):
+    async for page in _pages(redis, window, found.skipped):
         usable = [group for group in page if not found.rejects(group, window)]
         for start in range(0, len(usable), AT_ONCE):
             room = window.num_groups - len(found.groups)
@@ -124,7 +125,7 @@ async def _replay_part(reward_model: RewardModel, part: Sequence[CandidateGroup]
             found.add(group, rewards)
 
 
-async def _pages(redis: Redis, window: Window) -> AsyncIterator[list[CandidateGroup]]:
+async def _pages(redis: Redis, window: Window, skipped: Counter[str]) -> AsyncIterator[list[CandidateGroup]]:
     """The route's groups, newest first. No entry is older than the group in it."""
     newest, oldest = "+", "-" if window.since is None else str(max(0, int(window.since * 1000)))
     while True:
@@ -135,12 +136,17 @@ async def _pages(redis: Redis, window: Window) -> AsyncIterator[list[CandidateGr
         if not page:
             return
         newest = f"({page[-1][0].decode()}"
-        records = [
-            LEDGER_RECORD.validate_json(zlib.decompress(fields[b"data"]))
-            for _, fields in page
-            if fields[b"kind"] == b"group"
-        ]
-        yield [one for one in records if isinstance(one, CandidateGroup) and one.route == window.route]
+        groups = [_read(fields, skipped) for _, fields in page]
+        asked = (window.tenant, window.route)
+        yield [one for one in groups if one is not None and (one.tenant, one.route) == asked]
+
+
+def _read(fields: dict[bytes, bytes], skipped: Counter[str]) -> CandidateGroup | None:
+    try:
+        return group_of(fields)
+    except UnreadableRecord:
+        skipped["unreadable"] += 1
+        return None
 
 
 async def _rewards(reward_model: RewardModel, group: CandidateGroup) -> dict[int, float] | str:

@@ -110,14 +110,17 @@ def test_what_cannot_be_replayed_is_counted_by_reason(redis_url, judge, tmp_path
         logged(3, two, store=False, prompt=""),
         logged(4, {"a": 1.0, "bb": None}),
         logged(5, two, route="another"),
+        logged(9, two, tenant="acme"),
         logged(6, {"a": 1.0, "unreadable": 2.0}),
         logged(7, two),
         logged(8, two, messages=(Message(role="user", content="hi"),)),
     )
+    with redis.Redis.from_url(redis_url) as store:
+        store.xadd(LEDGER_STREAM, {"kind": "group", "id": "x", "data": b"not even compressed"})
     judge.script.score = lambda text: None if text == "unreadable" else 1.0
     with running(judge.app()) as url:
         report = reported(redis_url, tmp_path, "--reward-url", url, "--since", "1h")
-    reasons = ("too_old", "other_reward_model", "not_stored", "fewer_than_two_rewards", "reward_error")
+    reasons = ("unreadable", "too_old", "other_reward_model", "not_stored", "fewer_than_two_rewards", "reward_error")
     assert report["skipped"] == dict.fromkeys(reasons, 1)
     assert report["comparison"]["groups"] == 2
     assert {"role": "user", "content": "hi"} in [turn for one in judge.requests for turn in one["messages"] or ()]

@@ -92,6 +92,15 @@ def test_groups_that_cannot_tell_are_counted_by_reason(world):
     assert world.client.get(f"{CURVE}?n=3").json["error"]["code"] == "too_few_groups"
 
 
+def test_a_record_of_another_version_is_counted_and_takes_the_curve_from_nobody(world):
+    logged(world, drawn("a", 1, [9.0, 1.0]), drawn("b", 2, [0.0, 0.0]))
+    with redis.Redis.from_url(world.redis_url) as store:
+        for data in (b"not even compressed", compress(b'{"kind": "group", "schema_version": 99}')):
+            store.xadd(LEDGER_STREAM, {"kind": "group", "id": "x", "data": data})
+    body = world.client.get(CURVE).json
+    assert (body["groups"], body["skipped"]) == (2, {"unreadable": 2})
+
+
 def test_the_smallest_n_within_a_loss():
     """Of a gain of 10: best-of-2 misses 4, best-of-3 misses 1 and perhaps 3."""
     missing = tuple(Interval(mean=mean, low=mean, high=high) for mean, high in ((10, 12), (4, 5), (1, 3), (0, 0)))

@@ -1,8 +1,11 @@
 """The ledger is read backwards, once, with rewards that came later joined in. A real Redis."""
 
+from zlib import compress
+
 import pytest
 import redis
 
+from bon_algos.contracts import LEDGER_STREAM
 from tests.worker import world
 from worker.ledger import groups_newest_first, with_outcome
 
@@ -43,6 +46,14 @@ def test_other_tenants_are_not_read_whatever_their_routes_are_called(client):
     world.deliver(client, world.group("g", [0, 1], tenant="acme"), world.group("h", [0, 1]))
     assert [group.id for group in groups_newest_first(client, "default")] == ["h"]
     assert [group.id for group in groups_newest_first(client, "default", tenant="acme")] == ["g"]
+
+
+def test_a_record_of_another_version_takes_the_others_from_nobody(client):
+    world.deliver(client, world.group("g", [0, 1]))
+    for data in (b"not even compressed", compress(b'{"kind": "group", "schema_version": 99}')):
+        client.xadd(LEDGER_STREAM, {"kind": "group", "id": "x", "data": data})
+    world.deliver(client, world.group("h", [0, 1]))
+    assert [group.id for group in groups_newest_first(client, "default")] == ["h", "g"]
 
 
 def test_an_empty_ledger_has_no_groups(client):

@@ -15,7 +15,7 @@ import pytest
 
 from service.api_key import key_digest, key_id, new_key, new_pepper, public_part, read_admin_key, read_pepper
 from service.wrong_keys import MOST_KEPT, PER_ADDRESS, PER_KEY, WINDOW_SECONDS, WrongKeys
-from tests.fixtures.gateway import gateway_settings
+from tests.fixtures.gateway import environment_of, gateway_settings
 
 KEY = "sk-bonsai-" + "a" * 12 + "-" + "b" * 48
 
@@ -98,7 +98,7 @@ def test_a_pepper_is_64_hexadecimal_digits(tmp_path: Path):
 @pytest.mark.parametrize("name", ["BONSAI_ADMIN_KEY_FILE", "BONSAI_KEY_PEPPER_FILE"])
 def test_a_gateway_without_its_secrets_does_not_start_and_says_why_in_one_line(tmp_path, redis_url, name):
     settings = gateway_settings(tmp_path, "http://127.0.0.1:1", "http://127.0.0.1:2", redis_url)
-    given = {f"BONSAI_{key.upper()}": str(value) for key, value in settings.model_dump(exclude_none=True).items()}
+    given = environment_of(settings)
     Path(given[name]).chmod(0o644)
     for environment in (given, {key: value for key, value in given.items() if key != name}):
         started = subprocess.run(

@@ -266,5 +266,5 @@ def test_an_engine_on_a_network_is_refused_in_one_line(tmp_path, redis_url):
         timeout=30,
     )
     assert started.returncode == 2
-    assert started.stderr.startswith("BONSAI_POLICY_ENGINE_URL: ")
+    assert started.stderr.startswith("BONSAI_POLICY_ENGINE_URLS: ")
     assert "never over a network" in started.stderr

@@ -20,7 +20,6 @@ from tests.fixtures.process import gateway_process
 from tests.stubs.server import running
 
 HALF_HEADERS = b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Half: "
-HALF_BODY = b'POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"pro'
 WHOLE = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 MANY = 100
 
@@ -97,11 +96,16 @@ def test_slow_connections_delay_nobody(world):
     """100 in the middle of their headers, 100 in the middle of their bodies: others are answered meanwhile, and every
     one of the first is told 408."""
     with ExitStack() as stack:
-        in_headers, in_bodies = ([stack.enter_context(connected(world.client)) for _ in range(MANY)] for _ in range(2))
-        for connection in in_bodies:
-            connection.sendall(HALF_BODY)
-        for connection in in_headers:
-            connection.sendall(HALF_HEADERS)
+        half_body = world.client.written("POST", "/generate", b'{"pro', "Content-Length: 99")
+
+        def begun(half: bytes) -> socket.socket:
+            connection = stack.enter_context(connected(world.client))
+            connection.sendall(half)
+            return connection
+
+        in_headers = [begun(HALF_HEADERS) for _ in range(MANY)]
+        for _ in range(MANY):
+            begun(half_body)
         assert [world.client.post("/generate?n=2", {"prompt": "hi"}).status for _ in range(5)] == [200] * 5
         assert [all_of(connection)[:13] for connection in in_headers] == [b"HTTP/1.1 408 "] * MANY
     assert world.client.get("/ready").json["limits"]["requests_in_flight"] == 0

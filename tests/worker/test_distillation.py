@@ -216,7 +216,7 @@ def test_a_tenants_job_learns_from_its_own_and_what_it_makes_is_its_own(job, cli
     with pytest.raises(JobFailed) as failed:
         too_early.run()
     assert failed.value.code == "empty_window"
-    ours = {"tenant": "acme", "reward_template_digest": too_early.workplace.reward_tokenizer.template_digest}
+    ours = {"tenant": "acme", "reward_template_digest": too_early.workplace.engines.reward_template_digest}
     world.deliver(client, *(group.model_copy(update={"id": f"ours-{group.id}", **ours}) for group in tiny_groups))
     job(job_id="job_2", tenant="acme").run()
     made = client.hget(job_key("job_2"), "policy_id").decode()

@@ -30,6 +30,7 @@ from service.errors import (
     InvalidField,
     MethodNotAllowed,
     NotFound,
+    Unparseable,
     render,
 )
 
@@ -64,12 +65,23 @@ class Edge:
                 MutableHeaders(scope=message).update(headers)
             await send(message)
 
-        if len(scope["headers"]) > MAX_HEADERS:
-            refused = render(HeadersTooLarge(f"a request may have at most {MAX_HEADERS} headers"), request_id)
+        if (error := _wrong_headers(scope)) is not None:
+            # Where its body ends is not known, or not worth to be read.
+            refused = _rendered(request, error, {"Connection": "close"})
             await refused(scope, receive, send_with_id)
         else:
             request.state.caller = cast(Authentication, request.app.state.authentication).caller(scope)
             await self._app(scope, receive, send_with_id)
+
+
+def _wrong_headers(scope: Scope) -> GatewayError | None:
+    """What is wrong with the headers of a request whoever sent it."""
+    if len(scope["headers"]) > MAX_HEADERS:
+        return HeadersTooLarge(f"a request may have at most {MAX_HEADERS} headers")
+    if {name for name, _ in scope["headers"]} >= {b"content-length", b"transfer-encoding"}:
+        # A proxy in front may have believed the other one of them (RFC 9112, 6.3).
+        return Unparseable("a request may have a Content-Length or a Transfer-Encoding, not both")
+    return None
 
 
 def install_edge(app: FastAPI) -> None:

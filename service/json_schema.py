@@ -7,14 +7,18 @@ Engines have been brought down through schemas, and compiling one is work that n
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, Final
+from urllib.parse import unquote
 
 from service.errors import InvalidField
 
 MAX_CHARACTERS: Final = 32_768
 MAX_DEPTH: Final = 32
 MAX_PATTERN: Final = 256
+ALTERNATIVES: Final = ("anyOf", "oneOf", "allOf")
 
 
 def require_schema(schema: Mapping[str, Any], param: str) -> None:
@@ -24,12 +28,45 @@ def require_schema(schema: Mapping[str, Any], param: str) -> None:
     for depth, name, value in _members(schema):
         if depth > MAX_DEPTH:
             raise InvalidField(f"{param} must be nested at most {MAX_DEPTH} deep; got deeper", param=param)
-        if name == "$ref" and not (isinstance(value, str) and value.startswith("#")):
+        if name == "$ref" and not (isinstance(value, str) and (value == "#" or value.startswith("#/"))):
             raise InvalidField(f"{param} must refer to its own parts only (#/…); got another $ref", param=param)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidField(f"{param} must have finite numbers", param=param)
         if name == "pattern" and isinstance(value, str) and len(value) > MAX_PATTERN:
             raise InvalidField(f"{param} must have patterns of at most {MAX_PATTERN} characters", param=param)
     if len(json.dumps(schema, ensure_ascii=False)) > MAX_CHARACTERS:
         raise InvalidField(f"{param} must be at most {MAX_CHARACTERS} characters of JSON; got more", param=param)
+    _require_ends(schema, param)
+
+
+def _require_ends(schema: Mapping[str, Any], param: str) -> None:
+    """Every $ref leads to a part, and none back to where it stands. Of a schema that is only itself nothing is a
+    document: an engine that holds a candidate to it has no token that it may draw."""
+    same_place: dict[int, list[int]] = {}
+    for part in [schema, *(value for _, _, value in _members(schema) if isinstance(value, Mapping))]:
+        stand_for_it = [_part(schema, part["$ref"])] if "$ref" in part else []
+        if None in stand_for_it:
+            raise InvalidField(f"{param} must refer to parts that are there; got a $ref to none", param=param)
+        for name in ALTERNATIVES:
+            stand_for_it += part[name] if isinstance(part.get(name), list) else []
+        same_place[id(part)] = [id(one) for one in stand_for_it]
+    try:
+        TopologicalSorter(same_place).prepare()
+    except CycleError:
+        raise InvalidField(f"{param} has a $ref that leads back to itself with nothing between", param=param) from None
+
+
+def _part(schema: Mapping[str, Any], reference: str) -> object:
+    """What a JSON pointer behind `#` names (RFC 6901); None where there is nothing."""
+    found: object = schema
+    for step in reference.split("/")[1:]:
+        if isinstance(found, Mapping):
+            found = found.get(unquote(step).replace("~1", "/").replace("~0", "~"))
+        elif isinstance(found, list) and step in map(str, range(len(found))):
+            found = found[int(step)]
+        else:
+            return None
+    return found
 
 
 def _members(schema: object) -> Iterator[tuple[int, str, object]]:

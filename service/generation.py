@@ -128,6 +128,11 @@ def require_sense(request: GenerateRequest) -> None:
     for i, message in enumerate(request.messages or ()):
         if not message.tool_calls and message.role != "tool":
             _require_text(message.content, f"messages[{i}].content")
+    if request.tools and request.messages is None:
+        raise InvalidField("tools needs messages: no other text has a place for them", param="tools")
+    for i, tool in enumerate(request.tools):
+        if tool.parameters:
+            require_schema(tool.parameters, f"tools[{i}].parameters")
     if request.json_schema is not None:
         require_schema(request.json_schema, "json_schema")
     if math.copysign(1, request.temperature) < 0 or 0 < request.temperature < LOWEST_TEMPERATURE:
@@ -171,8 +176,9 @@ def encode(request: GenerateRequest, tokenizer: ChatTokenizer, window: int) -> E
         raise InvalidField(f"{param} must be at most {longest} characters long; got {characters}", param=param)
     if request.prompt_token_ids is not None:
         token_ids = list(request.prompt_token_ids)
+        _require_room(len(token_ids), window, param)
         if max(token_ids) >= tokenizer.vocabulary_size:
-            raise InvalidField(f"token ids must be below {tokenizer.vocabulary_size}", param=param)
+            raise InvalidField(f"{param} must have token ids below {tokenizer.vocabulary_size}", param=param)
         prompt = tokenizer.decode(token_ids)
     elif request.messages is None:
         prompt = request.prompt or ""
@@ -180,13 +186,17 @@ def encode(request: GenerateRequest, tokenizer: ChatTokenizer, window: int) -> E
     else:
         prompt = _rendered(request.messages, request.tools, tokenizer)
         token_ids = tokenizer.encode_chat(prompt)
-    if len(token_ids) + 1 > window:
+    _require_room(len(token_ids), window, param)
+    return EncodedPrompt(prompt, token_ids)
+
+
+def _require_room(tokens: int, window: int, param: str) -> None:
+    if tokens + 1 > window:
         raise InvalidField(
             f"{param} must be at most {window - 1} tokens long, to leave room for one more in a window of {window}; "
-            f"got {len(token_ids)}",
+            f"got {tokens}",
             param=param,
         )
-    return EncodedPrompt(prompt, token_ids)
 
 
 def _characters(request: GenerateRequest) -> int:

@@ -9,6 +9,8 @@ that says how many are drawn.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Final, NamedTuple
 
 from pydantic import BeforeValidator, Field
@@ -68,6 +70,11 @@ class Body(CompletionOptions):
         """call_format: of the policy's chat template."""
         raise NotImplementedError
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Of fields of `/generate` that are called something else here."""
+        raise NotImplementedError
+
     def _text(self) -> dict[str, object]:
         """The fields of `/generate` that say what is to be continued."""
         raise NotImplementedError
@@ -95,6 +102,10 @@ class CompletionBody(Body):
     def presentation(self, call_format: CallFormat | None) -> Presentation:
         return Presentation(self.logprobs is not None, self.logprobs or 0)
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        return {"prompt_token_ids": "prompt"}
+
     def _text(self) -> dict[str, object]:
         return {"prompt" if isinstance(self.prompt, str) else "prompt_token_ids": self.prompt}
 
@@ -118,6 +129,11 @@ class ChatBody(Body):
             calls = call_format if is_free else "list"
         return Presentation(self.logprobs, self.top_logprobs, calls, self.parallel_tool_calls)
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        limit = {"max_tokens": "max_completion_tokens"} if self.max_tokens is None else {}
+        return {**limit, "json_schema": "tool_choice" if self.response_format is None else "response_format"}
+
     def _text(self) -> dict[str, object]:
         said = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(said) > 1:
@@ -135,6 +151,21 @@ class ChatBody(Body):
             "json_schema": forced or prescribed,
             "max_tokens": said.pop() if said else None,
         }
+
+
+@contextmanager
+def in_words_of(body: Body) -> Iterator[None]:
+    """What is wrong with the request of `/generate` is said of the field that the caller wrote."""
+    try:
+        yield
+    except InvalidField as error:
+        param = error.param or ""
+        name = body.names.get(param)
+        if name is None:
+            raise
+        raise InvalidField(
+            error.message.replace(param, name, 1), param=name, code=error.code, facts=error.facts
+        ) from None
 
 
 class Addressed(NamedTuple):

@@ -18,13 +18,13 @@ from service.access import caller_of, needs
 from service.errors import InvalidField, NotFound
 from service.idempotency import HEADER
 from service.json_body import parse_model, query_parameters, read_body
-from service.openai_bodies import Body, ChatBody, CompletionBody, addressed
+from service.openai_bodies import Body, ChatBody, CompletionBody, addressed, in_words_of
 from service.openai_messages import SCHEMA_MEMBERS
 from service.openai_replies import ChatShape, CompletionShape, Shape
 from service.openai_stream import stream
 from service.replays import Reply
 from service.routes.generate import circumstances_of, headers_of, prepared_aside, replied, serving_of, while_connected
-from service.serving import Serving, answer, prepare
+from service.serving import Circumstances, Serving, answer, prepare
 
 router = APIRouter(prefix="/v1")
 
@@ -47,6 +47,14 @@ async def _answered(request: Request, body_type: type[Body], shape_type: type[Sh
     # OpenAI's clients write null for what was not said.
     body = parse_model(content, body_type, null_means_itself_in=SCHEMA_MEMBERS)
     around = circumstances_of(request, started, query_parameters(request, ()))
+    with in_words_of(body):
+        return await _served(request, body, around, shape_type, content)
+
+
+async def _served(
+    request: Request, body: Body, around: Circumstances, shape_type: type[Shape], content: bytes
+) -> Response:
+    serving = serving_of(request)
     to = addressed(body, serving.catalogue.of(around.caller.tenant), around.forced_arm, serving.n_cap)
     prepared = await prepared_aside(
         request, partial(prepare, serving, to.request, around._replace(forced_arm=to.forced_arm))
@@ -63,7 +71,7 @@ async def _answered(request: Request, body_type: type[Body], shape_type: type[Sh
 
     async def make() -> Reply:
         filled = await while_connected(request.receive, answer(serving, prepared, wait_for_reward=False))
-        headers = headers_of(filled.group, monotonic() - started - filled.waited)
+        headers = headers_of(filled.group, monotonic() - around.started - filled.waited)
         return Reply(shape.reply(filled.group, body.n), headers)
 
     return await replied(request, serving, prepared, content, make)

@@ -158,59 +158,6 @@ def test_models_are_the_routes_and_what_is_served(world, client):
 # --- refusals --------------------------------------------------------------------------------------------
 
 
-def said(content: object) -> dict[str, object]:
-    return {"messages": [{"role": "user", "content": content}]}
-
-
-REFUSED: dict[str, tuple[dict[str, object], str]] = {
-    "best_of below n": ({"n": 3, "best_of": 2}, "best_of"),
-    "best_of above the cap": ({"best_of": 65}, "best_of"),
-    "n above the cap": ({"n": 65}, "n"),
-    "n 0": ({"n": 0}, "n"),
-    "n with stream": ({"n": 2, "stream": True}, "n"),
-    "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
-    "two limits": ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
-    "21 alternatives": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    "alternatives without logprobs": ({"top_logprobs": 5}, "top_logprobs"),
-    "a token that is none": ({"logit_bias": {"256": 1}}, "logit_bias"),
-    "a token by name": ({"logit_bias": {"a": 1}}, "logit_bias"),
-    "too much bias": ({"logit_bias": {"1": 101}}, "logit_bias"),
-    "301 biases": ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
-    "functions": ({"functions": []}, "functions"),
-    "audio": ({"modalities": ["audio"]}, "modalities"),
-    "chat_template": ({"chat_template": "{{ 1 }}"}, "chat_template"),
-    "cache_salt": ({"cache_salt": "x\n"}, "cache_salt"),
-    "priority": ({"priority": -(10**9)}, "priority"),
-    "prompt_logprobs": ({"prompt_logprobs": 10**6}, "prompt_logprobs"),
-    "ignore_eos": ({"ignore_eos": True}, "ignore_eos"),
-    "no messages": ({"messages": []}, "messages"),
-    "an unknown role": ({"messages": [{"role": "root", "content": "hi"}]}, "messages[0].role"),
-    "content null": (said(None), "messages[0].content"),
-    "an image": (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        "messages[0].content",
-    ),
-    "a text part without text": (
-        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-        "messages[0].content",
-    ),
-    "a blank message": (said(" "), "messages[0].content"),
-    "a query": ({}, "n"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_chat_that_cannot_be_answered_is_refused_by_name(world, case):
-    changes, param = REFUSED[case]
-    path = "/v1/chat/completions" + ("?n=3" if case == "a query" else "")
-    reply = world.client.post(path, {"model": "default", "messages": HI, **changes})
-    assert reply.status == 422, reply.body
-    error = reply.json["error"]
-    assert error["type"] == "invalid_request_error"
-    assert error["param"] == param
-    assert world.engine.requests == []
-
-
 def test_what_is_null_was_not_said(world):
     unsaid = dict.fromkeys(("n", "stop", "seed", "max_tokens", "stream", "tools", "user", "logprobs"))
     assert world.client.post("/v1/chat/completions", {"model": "default", "messages": HI, **unsaid}).status == 200
@@ -358,13 +305,3 @@ def test_alternatives_to_each_token_are_told_by_their_ids(world, client):
     assert [one.logprob for token in told for one in token.top_logprobs] == [-1.0, -1.0]
     assert [request["logprobs"] for request in world.engine.requests] == [2, 3, 1]
     assert [group.sampling.top_logprobs for group in world.groups(3)] == [2, 3, 1]
-
-
-@pytest.mark.parametrize(
-    "prompt", [[], [[]], [-1], [256], [1.5], [[1], [2]], ["a", "b"], [1, "a"], [True], list(range(256)) * 2]
-)
-def test_token_ids_that_are_none_are_refused(world, prompt):
-    reply = world.client.post("/v1/completions", {"model": "default", "prompt": prompt})
-    assert reply.status == 422
-    assert reply.json["error"]["param"].startswith("prompt"), reply.json
-    assert world.engine.requests == []

@@ -18,6 +18,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     ├── BodyTimeout                 408  body_timeout
     ├── HeadersTimeout              408  headers_timeout
     ├── Conflict                    409  conflict               the state forbids it now; `code` says why
+    ├── PolicyRetired               410  policy_retired         and no engine has it any more
     ├── BodyTooLarge                413  body_too_large
     ├── UnsupportedMediaType        415  unsupported_media_type
     ├── InvalidField                422  invalid_field          parsed, and one field is wrong: `param` names it
@@ -139,6 +140,10 @@ class HeadersTimeout(GatewayError):
 
 class Conflict(GatewayError):
     status, default_code = 409, "conflict"
+
+
+class PolicyRetired(GatewayError):
+    status, default_code = 410, "policy_retired"
 
 
 class BodyTooLarge(GatewayError):

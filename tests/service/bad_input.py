@@ -665,7 +665,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "C43": "test_overload.py::test_openais_client_raises_its_rate_limit_error",
     "C66": "test_bad_input.py::test_C66_a_message_of_10_MB_is_413",
     "G12": "test_overload.py::test_a_request_above_the_keys_budget_is_429_with_its_cost_before_any_engine",
-    "G53": "test_admin_routes.py::test_a_policy_goes_live_answers_and_is_rolled_back",
+    "G53": "test_bad_input.py::test_G53_a_retired_policy_is_410",
     "G54": "test_tenants.py::test_C13_another_tenants_object_is_absent",
     "G55": "test_access.py::test_G55_an_arm_is_forced_only_by_who_may",
     "O21": "test_openai.py::test_the_winner_of_n_is_streamed_in_the_engines_pieces",

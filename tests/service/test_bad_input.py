@@ -16,11 +16,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+import redis as blocking_redis
 
+from bon_algos.contracts import POLICIES_INDEX, policy_key
 from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until
 from tests.fixtures.redis import RedisServer
 from tests.service.bad_input import (
     CANARY,
+    CHAT,
     ELSEWHERE,
     GENERATE,
     MALFORMED,
@@ -32,7 +35,7 @@ from tests.service.bad_input import (
     Served,
     user,
 )
-from tests.service.records import BASE, REWARD_MODEL
+from tests.service.records import BASE, REWARD_MODEL, STUDENT, policy
 from tests.stubs.engine import StubEngine
 from tests.stubs.reward import StubReward
 from tests.stubs.server import running
@@ -170,6 +173,23 @@ def test_the_message_names_the_field_the_limit_and_the_kind(still_world):
 def test_a_plain_request_id_is_echoed(still_world):
     reply = still_world.client.post(GENERATE, b"{}", {"X-Request-Id": "Run-7.step_3"})
     assert reply.headers["x-request-id"] == "Run-7.step_3"
+
+
+def test_G53_a_retired_policy_is_410(world):
+    """It was known, and will not be back: a 503 would have clients come again."""
+    retired = policy(STUDENT, state="retired")
+    with blocking_redis.Redis.from_url(world.redis_url) as store:
+        store.hset(policy_key(STUDENT), mapping={"record": retired.model_dump_json(), "version": 1})
+        store.zadd(POLICIES_INDEX, {STUDENT: 1.0})
+    wait_until(lambda: world.client.get(f"/policies/{STUDENT}").status == 200)
+    for path, body, headers in (
+        (GENERATE, PLAIN[GENERATE], {"x-bonsai-arm": f"{STUDENT}:1"}),
+        (CHAT, {**PLAIN[CHAT], "model": STUDENT}, {}),
+    ):
+        reply = world.client.post(path, body, headers)
+        assert_refused(reply, 410, None)
+        assert reply.json["error"]["code"] == "policy_retired"
+    assert world.engine.requests == []
 
 
 # --- what is served --------------------------------------------------------------------------------------

@@ -132,6 +132,18 @@ def test_a_stream_names_the_policy_that_answered(gateway, tmp_path):
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks[:-1]) == "3.0"
 
 
+@pytest.mark.parametrize(("best", "winner"), [("1.0", "3.0"), ("4.25", "4.25")])
+def test_log_probs_are_of_whoever_answered(gateway, tmp_path, best, winner):
+    world = gateway()
+    distilled(world, tmp_path)
+    world.engine.script.completions = ["3.0", best]
+    asked = {"model": "default", "prompt": "hi", "max_tokens": 16, "logprobs": 0}
+    [choice] = world.client.post("/v1/completions", asked).json["choices"]
+    assert choice["text"] == winner
+    assert choice["logprobs"]["tokens"] == list(winner)
+    assert choice["logprobs"]["token_logprobs"] == [-0.5] * len(winner)
+
+
 def test_a_reward_model_that_is_away_leaves_the_sample(gateway, tmp_path):
     world = gateway()
     student = distilled(world, tmp_path)

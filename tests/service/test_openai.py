@@ -109,6 +109,19 @@ def test_log_probs_of_a_chat(world, client):
     assert told == [("o", -0.5, [ord("o")]), ("k", -0.5, [ord("k")])]
 
 
+def test_log_probs_are_of_the_candidate_that_soft_best_of_n_drew(world, client):
+    """Not of the best one: some of 30 choices, of which each is a coin, are the other."""
+    soft = json.dumps({"strategy": "soft", "softness": 1e9, "default_n": 2}).encode()
+    assert world.client.request("PUT", "/routes/default", soft, {"Content-Type": "application/json"}).status == 200
+    world.engine.script.completions = ["a", "bb"]
+    said = set()
+    for _ in range(30):
+        [choice] = client.chat.completions.create(model="default", messages=HI, logprobs=True).choices
+        assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content
+        said.add(choice.message.content)
+    assert said == {"a", "bb"}
+
+
 def test_every_sampling_parameter_reaches_the_engine(world, client):
     client.chat.completions.create(
         model="default",

@@ -151,6 +151,17 @@ def test_a_streamed_call_comes_whole_behind_its_words(world, client, best_of):
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "tool_calls"
 
 
+@pytest.mark.parametrize("best_of", [1, 3])
+def test_log_probs_of_a_streamed_call_are_of_every_token_once(world, client, best_of):
+    """Words are held back while they may become a call; their tokens are told as they come."""
+    world.engine.script.completions = ["Let me see.\n" + CALL]
+    chunks = client.chat.completions.create(
+        model="default", messages=ASK, tools=[WEATHER], stream=True, logprobs=True, extra_body={"best_of": best_of}
+    )
+    told = [one.token for chunk in chunks for choice in chunk.choices for one in choice.logprobs.content]
+    assert "".join(told) == "Let me see.\n" + CALL
+
+
 def test_a_stream_without_a_call_says_all_of_it(world, client):
     world.engine.script.completions = ["It may <rain> "]
     chunks = client.chat.completions.create(

@@ -169,6 +169,15 @@ def test_a_reply_that_nobody_reads_is_given_up_and_takes_no_memory(tmp_path):
         assert sender.num_sent < 20
 
 
+def test_whoever_reads_a_byte_at_a_time_is_given_up(tmp_path):
+    """Some 200 bytes a second, and one a second all the more: less than 16 KiB in the time is no reading."""
+    sender = Sender(b"x" * 2**20, is_endless=True)
+    with served(sender, tmp_path, unread_seconds=0.5) as client, closing(connected(client)) as connection:
+        connection.sendall(WHOLE)
+        wait_until(lambda: len(connection.recv(1)) == 1 and sender.is_left.is_set())
+        assert sender.num_sent < 20
+
+
 @pytest.mark.slow
 def test_whoever_reads_slowly_but_reads_is_served_to_the_end(tmp_path):
     """32 MiB in one piece, read at 6 MB/s at most: more than ten times as long as a reply may be left unread."""

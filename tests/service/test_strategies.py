@@ -33,6 +33,7 @@ from tests.service.strategy_world import (
 )
 from tests.service.test_admin_routes import send
 from tests.service.test_generate import send_and_leave
+from tests.stubs.tokenizer import token_ids
 
 __all__ = ["gateway"]
 
@@ -258,6 +259,21 @@ def test_progress_is_streamed_over_waves(adaptive):
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks[:-1]) == "-1.25"
     assert chunks[-1]["bonsai"]["selection"]["strategy"] == "adaptive"
     assert chunks[-1]["bonsai"]["candidate_tokens"] == sum(drawn) // 2 * (4 + 5)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_log_probs_of_a_winner_from_a_later_wave(adaptive, is_stream):
+    """Every token once, with its alternatives."""
+    adaptive.engine.script.alternatives = {token_ids("9")[0]: -1.0}
+    from_the_second_wave(adaptive, lambda: setattr(adaptive.engine.script, "completions", ["2.0"]))
+    asked = {"model": "default", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 16, "logprobs": True}
+    reply = adaptive.client.post("/v1/chat/completions", {**asked, "top_logprobs": 1, "stream": is_stream})
+    assert len(adaptive.engine.requests) > 1
+    assert {request["logprobs"] for request in adaptive.engine.requests} == {1}
+    replies = chunks_of(reply) if is_stream else [reply.json]
+    told = [one for part in replies for choice in part["choices"] for one in choice["logprobs"]["content"]]
+    assert [(one["token"], one["logprob"]) for one in told] == [("2", -0.5), (".", -0.5), ("0", -0.5)]
+    assert [[other["token"] for other in one["top_logprobs"]] for one in told] == [["9"]] * 3
 
 
 # --- the holdout -----------------------------------------------------------------------------------------

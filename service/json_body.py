@@ -116,10 +116,20 @@ def query_parameters(request: Request, allowed: Collection[str]) -> dict[str, st
 
 def field_error(error: ValidationError) -> InvalidField:
     """The first thing wrong, in words that name the field, the limit and the kind of what came."""
-    details = error.errors(include_url=False, include_context=True)[0]
+    details = _nearest(error.errors(include_url=False, include_context=True))
     param = path(details["loc"])
     unknown = details["type"] == "extra_forbidden"
     return InvalidField(f"{param} {_complaint(details)}", param=param, code="unknown_field" if unknown else None)
+
+
+def _nearest(errors: list[ErrorDetails]) -> ErrorDetails:
+    """The first one; of the branches of a union, which has one for each, the branch that was read furthest."""
+    first = errors[0]
+    *field, branch = first["loc"] or ("",)
+    if not (isinstance(branch, str) and _UNION_BRANCH.fullmatch(branch)):
+        return first
+    of_the_union = [one for one in errors if list(one["loc"][: len(field)]) == field]
+    return max(of_the_union, key=lambda one: len(one["loc"]))
 
 
 def path(loc: tuple[int | str, ...]) -> str:

@@ -88,7 +88,9 @@ class Body(CompletionOptions):
 
 def _one_prompt(prompt: object) -> object:
     """A list of one prompt may stand for it; a prompt is a text or its token ids."""
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > 1:
+            raise ValueError(f"must be one text or one list of token ids; got an array of {len(prompt)} prompts")
         prompt = prompt[0]
     return tuple(prompt) if isinstance(prompt, list) else prompt
 

@@ -349,12 +349,14 @@ TOKENS = (
         )
     ),
     *(
-        wrong(f"G45 O25 {what}", {"prompt": prompt}, "prompt", (COMPLETIONS,))
-        for what, prompt in {
-            "none": [], "an empty list of them": [[]], "one above the vocabulary": [256], "10^6 of them": [1] * 10**6,
-            "numbers": [1.5], "two lists of them": [[1], [2]], "a token and a text": [1, CANARY], "booleans": [True],
-            "a negative one": [-1],
-        }.items()
+        wrong(f"G45 O25 {what}", {"prompt": prompt}, param, (COMPLETIONS,))
+        for what, prompt, param in (
+            ("none", [], "prompt"), ("an empty list of them", [[]], "prompt"),
+            ("one above the vocabulary", [256], "prompt"), ("10^6 of them", [1] * 10**6, "prompt"),
+            ("numbers", [1.5], "prompt[0]"), ("two lists of them", [[1], [2]], "prompt"),
+            ("a token and a text", [1, CANARY], "prompt[1]"), ("booleans", [True], "prompt[0]"),
+            ("a negative one", [-1], "prompt[0]"),
+        )
     ),
     wrong("O24 1,025 prompts", {"prompt": [CANARY] * 1025}, "prompt", (COMPLETIONS,)),
 )  # fmt: skip
@@ -444,10 +446,10 @@ MESSAGES = chats(
     ("O6 null", said(user(None)), f"{M}.content"),
     ("O6 an assistant without words", behind({"role": "assistant", "content": None}), "messages[1].content"),
     ("O7 a number", said(user(7)), f"{M}.content"),
-    *((f"O8 G47 {what}", said(user([{"type": "image_url", "image_url": {"url": url}}])), f"{M}.content")
+    *((f"O8 G47 {what}", said(user([{"type": "image_url", "image_url": {"url": url}}])), f"{M}.content[0].type")
       for what, url in IMAGES.items()),
-    ("O8 a sound", said(user([{"type": "input_audio", "input_audio": {"data": CANARY}}])), f"{M}.content"),
-    ("O9 a text part without text", said(user([{"type": "text"}])), f"{M}.content"),
+    ("O8 a sound", said(user([{"type": "input_audio", "input_audio": {"data": CANARY}}])), f"{M}.content[0].type"),
+    ("O9 a text part without text", said(user([{"type": "text"}])), f"{M}.content[0].text"),
     ("O10 1,001 messages", {"messages": [user("a")] * 1001}, "messages"),
     ("O10 10,001 messages", {"messages": [user("a")] * 10_001}, "messages"),
     ("O11 an answer without its call", behind({"role": "tool", "content": CANARY}), "messages[1].tool_call_id"),

@@ -24,6 +24,7 @@ from tests.fixtures.redis import RedisServer
 from tests.service.bad_input import (
     CANARY,
     CHAT,
+    COMPLETIONS,
     ELSEWHERE,
     GENERATE,
     MALFORMED,
@@ -167,6 +168,20 @@ def test_the_message_names_the_field_the_limit_and_the_kind(still_world):
     assert message(prompt=None, messages=None) == "messages must not be null: leave it out"
     assert message(max_tokens=255) == (
         "max_tokens must be at most 254 behind a prompt of 2 tokens in a window of 256; got an integer above it"
+    )
+
+
+def test_of_what_may_be_several_things_the_nearest_is_meant(still_world):
+    def message(endpoint: str, **fields: object) -> str:
+        return str(still_world.client.post(endpoint, {**PLAIN[endpoint], **fields}).json["error"]["message"])
+
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    assert message(CHAT, messages=[user([image])]) == (
+        "messages[0].content[0].type must be one of 'text'; got a string of 9 characters that is none of them"
+    )
+    assert message(COMPLETIONS, prompt=[1, -1]) == "prompt[1] must be at least 0; got an integer below it"
+    assert message(COMPLETIONS, prompt=["a", "b"]) == (
+        "prompt must be one text or one list of token ids; got an array of 2 prompts"
     )
 
 

@@ -39,6 +39,14 @@ def require_schema(schema: Mapping[str, Any], param: str) -> None:
     _require_ends(schema, param)
 
 
+def require_movable(schema: Mapping[str, Any], param: str) -> None:
+    """What is put inside another schema takes its `$defs` along and nothing else. Raises InvalidField."""
+    if not isinstance(schema.get("$defs", {}), Mapping):
+        raise InvalidField(f"{param} must have an object as $defs", param=param)
+    if any(name == "$ref" and not str(value).startswith("#/$defs/") for _, name, value in _members(schema)):
+        raise InvalidField(f"{param} that must be called may refer to their own #/$defs/… only", param=param)
+
+
 def _require_ends(schema: Mapping[str, Any], param: str) -> None:
     """Every $ref leads to a part, and none back to where it stands. Of a schema that is only itself nothing is a
     document: an engine that holds a candidate to it has no token that it may draw."""
@@ -62,7 +70,9 @@ def _part(schema: Mapping[str, Any], reference: str) -> object:
     for step in reference.split("/")[1:]:
         if isinstance(found, Mapping):
             found = found.get(unquote(step).replace("~1", "/").replace("~0", "~"))
-        elif isinstance(found, list) and step in map(str, range(len(found))):
+        elif (
+            isinstance(found, list) and step.isascii() and step.isdigit() and len(step) <= 5 and int(step) < len(found)
+        ):
             found = found[int(step)]
         else:
             return None

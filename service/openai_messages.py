@@ -15,7 +15,7 @@ from bon_algos.contracts import Message, Record, Tool, ToolCall
 from bon_algos.tool_calls import calling_schema
 from service.errors import InvalidField
 from service.generation import MAX_TOOLS
-from service.json_schema import require_schema
+from service.json_schema import require_movable, require_schema
 
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 SCHEMA_MEMBERS: Final = ("parameters", "schema")
@@ -136,6 +136,8 @@ def forced_calls(tools: Sequence[Tool], choice: ToolChoice | None, *, is_paralle
         tools, is_parallel = [tool for tool in tools if tool.name == choice.function.name], False
     if not tools:
         raise InvalidField("tool_choice names none of the tools", param="tool_choice")
+    for tool in tools:
+        require_movable(tool.parameters, "tools")
     try:
         return calling_schema(tools, is_parallel=is_parallel)
     except ValueError as error:

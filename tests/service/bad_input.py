@@ -479,6 +479,8 @@ TOOLS = chats(
     ("O16 parameters that are no object", tool(parameters=[]), PARAMETERS),
     ("O16 40 deep in a tool", tool(parameters=nested(40)), PARAMETERS),
     ("O16 a foreign $ref in a tool", tool(parameters={"$ref": "http://169.254.169.254/"}), PARAMETERS),
+    ("O16 a tool that must be called, with $defs that are none",
+     {**tool(parameters={"$defs": [CANARY]}), "tool_choice": "required"}, "tools"),
     ("O16 a $ref to itself", schema({"$ref": "#"}), SCHEMA),
     ("O16 a $ref that leads back", schema(
         {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}}

@@ -108,6 +108,9 @@ class ChatTokenizer:
             )
         except jinja2.exceptions.TemplateError as error:
             raise TemplateRefused(str(error)) from error
+        except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            # What it says may hold what was sent.
+            raise TemplateRefused("it fails on one of them") from error
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Token ids of a rendered conversation; the template has already written the special tokens."""

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from bon_algos.chat import ChatTokenizer, TemplateRefused, reward_token_ids
-from bon_algos.contracts import Message
+from bon_algos.contracts import Message, ToolCall
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n"
@@ -78,6 +78,16 @@ def test_the_template_may_refuse_and_says_why(tokenizer_json):
     ours, _ = ours_and_oracle(tokenizer_json, STRICT)
     with pytest.raises(TemplateRefused, match="the user speaks first"):
         ours.render([Message(role="assistant", content="Hello")], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "7", "secret"])
+def test_a_template_that_fails_on_a_message_refuses_it_and_repeats_nothing(tokenizer_json, arguments):
+    """Templates take a call's arguments for an object; what was sent may be any text."""
+    template = "{% for name, value in messages[0].tool_calls[0].function.arguments | items %}{{ name }}{% endfor %}"
+    tokenizer = ChatTokenizer(tokenizer_json, {"chat_template": template})
+    called = Message(role="assistant", content="", tool_calls=(ToolCall(id="a", name="f", arguments=arguments),))
+    with pytest.raises(TemplateRefused, match="it fails on one of them"):
+        tokenizer.render([called], add_generation_prompt=False)
 
 
 def test_without_a_template_a_conversation_is_refused_with_what_to_do(tokenizer_json):

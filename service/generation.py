@@ -39,7 +39,8 @@ def _as_tuple(stop: object) -> object:
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-StopTexts = Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple), Field(max_length=16)]
+_Stops = Annotated[tuple[StopText, ...], Field(max_length=16)]
+StopTexts = Annotated[_Stops, BeforeValidator(_as_tuple, json_schema_input_type=StopText | _Stops)]
 Unit = Annotated[str, Field(min_length=1, max_length=256)]
 Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]]
 

@@ -99,7 +99,7 @@ def _operation(method: str, path: str, right: Right | None, schemas: Schemas) ->
     if right is not None:
         described["description"] = f"Roles: {', '.join(ROLES[right])}."
     if row.body is not None:
-        content = {"application/json": {"schema": schemas.of_body(row.body)}}
+        content = {"application/json": {"schema": schemas.of_body(row.body), "example": row.body.example}}
         described["requestBody"] = {"required": True, "content": content}
     return described
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from bon_algos.contracts import JobSpec
+from bon_algos.contracts import POLICY_ID_PATTERN, JobSpec
 from service import replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.errors import (
@@ -56,6 +56,7 @@ Nulls = Literal["as declared", "refused", "left out"]
 
 class Body(NamedTuple):
     model: type[BaseModel]
+    example: Mapping[str, Any]
     nulls: Nulls = "as declared"
 
 
@@ -89,12 +90,16 @@ def _header(name: str, description: str, **schema: Any) -> Parameter:
 
 
 LIMIT: Final = _query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)
-AFTER: Final = _query("after", "The id of a row: those behind it follow.", type="string")
+AFTER: Final = _query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
 PAGE: Final = (LIMIT, AFTER)
 ONCE: Final = _header(
     HEADER, "The same request is carried out once in 24 h.", minLength=1, maxLength=MAX_LENGTH, pattern="^[!-~]+$"
 )
-ARM: Final = _header("x-bonsai-arm", "POLICY:N, forces an arm; for admins and operators.")
+ARM: Final = _header(
+    "x-bonsai-arm",
+    "POLICY:N, forces an arm; for admins and operators.",
+    pattern=f"^(base|live|{POLICY_ID_PATTERN.strip('^$')}):[0-9]{{1,6}}$",
+)
 UNIT: Final = _header(
     "x-bonsai-unit",
     "Whom an experiment's arm sticks to.",
@@ -121,14 +126,16 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/generate"): Operation(
         "The best of n completions",
         {200: replies.GENERATION},
-        Body(GenerateRequest, nulls="refused"),
+        Body(GenerateRequest, {"prompt": "A good review begins:", "n": 4, "max_tokens": 16}, nulls="refused"),
         (_query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, ONCE),
         COMPLETING,
     ),
     ("POST", "/v1/completions"): Operation(
         "OpenAI's completions, best-of-n",
         {200: replies.COMPLETION},
-        Body(CompletionBody, nulls="left out"),
+        Body(
+            CompletionBody, {"model": "default", "prompt": "A good review begins:", "max_tokens": 16}, nulls="left out"
+        ),
         (ARM, UNIT, ONCE),
         COMPLETING,
         streams=True,
@@ -136,7 +143,11 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/v1/chat/completions"): Operation(
         "OpenAI's chat completions, best-of-n",
         {200: replies.CHAT_COMPLETION},
-        Body(ChatBody, nulls="left out"),
+        Body(
+            ChatBody,
+            {"model": "default", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16},
+            nulls="left out",
+        ),
         (ARM, UNIT, ONCE),
         COMPLETING,
         streams=True,
@@ -150,7 +161,11 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/v1/feedback"): Operation(
         "What somebody thinks of an answer",
         {201: replies.FEEDBACK},
-        Body(FeedbackRequest, nulls="left out"),
+        Body(
+            FeedbackRequest,
+            {"response": "resp_" + "0" * 32, "value": True, "comment": "To the point."},
+            nulls="left out",
+        ),
         (ONCE,),
         (NotFound, Conflict, StoreFull),
     ),
@@ -186,7 +201,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("PUT", "/routes/{route}"): Operation(
         "Make or change a route",
         {200: replies.ROUTE, 201: replies.ROUTE},
-        Body(RouteRequest),
+        Body(RouteRequest, {"default_n": 8, "strategy": "adaptive"}),
         errors=(Conflict, StoreFull),
     ),
     ("DELETE", "/routes/{route}"): Operation(
@@ -205,14 +220,20 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/policies/{policy_id}/promote"): Operation(
         "Put a policy live on a route",
         {200: replies.ROUTE},
-        Body(PromoteRequest),
+        Body(
+            PromoteRequest,
+            {"route": "default", "override_reason": "The report was read."},
+        ),
         (ONCE,),
         (PolicyNotFound, RouteNotFound, Conflict, StoreFull),
     ),
     ("POST", "/distill"): Operation(
         "Submit a distillation",
         {202: replies.JOB},
-        Body(JobSpec),
+        Body(
+            JobSpec,
+            {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
+        ),
         (ONCE,),
         (RouteNotFound, PolicyNotFound, StoreFull),
         headers=("Location",),
@@ -233,7 +254,10 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("PUT", "/experiments/{route}"): Operation(
         "Start an experiment or raise a weight",
         {200: replies.EXPERIMENT},
-        Body(ExperimentRequest),
+        Body(
+            ExperimentRequest,
+            {"arms": [{"policy": "base", "n": 16, "weight": 9000}, {"policy": "base", "n": 4, "weight": 1000}]},
+        ),
         errors=(RouteNotFound, StoreFull),
     ),
     ("GET", "/experiments/{route}"): Operation(
@@ -254,7 +278,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/keys"): Operation(
         "Make a key, which is shown this once",
         {201: replies.NEW_KEY},
-        Body(KeyRequest),
+        Body(KeyRequest, {"name": "the web shop", "role": "inference"}),
         errors=(Conflict, StoreFull),
         headers=("Location",),
     ),

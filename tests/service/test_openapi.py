@@ -20,8 +20,8 @@ from pydantic import BaseModel
 from bon_algos.contracts import JobSpec
 from service.access import OPEN_TO_ALL
 from service.app import Gateway, create_app
-from service.errors import GatewayError, problem
-from service.generation import GenerateRequest
+from service.errors import GatewayError, InvalidField, problem
+from service.generation import GenerateRequest, require_sense
 from service.json_body import parse_model
 from service.openai_bodies import ChatBody, CompletionBody
 from service.openapi import PROBLEM, document, text_of
@@ -170,8 +170,19 @@ def test_a_schema_of_a_body_agrees_with_what_reads_it(model, nulls, body, is_val
     assert (is_read, body_validator(model.__name__).is_valid(body)) == (is_valid, is_valid)
 
 
-def test_generate_is_told_no_null():
-    assert not body_validator("GenerateRequest").is_valid({"prompt": "p", "seed": None})
+@pytest.mark.parametrize("named", [named for named, one in OPERATIONS.items() if one.body], ids=" ".join)
+def test_an_example_of_a_body_is_read(named):
+    body = OPERATIONS[named].body
+    assert body is not None
+    parse_model(json.dumps(body.example).encode(), body.model)
+    body_validator(body.model.__name__).validate(body.example)
+
+
+@pytest.mark.parametrize("body", [{"prompt": "p", "seed": None}, {}, {"prompt": "p", "prompt_token_ids": [1]}])
+def test_what_generate_refuses_beyond_its_types_is_in_its_schema(body):
+    with pytest.raises(InvalidField):
+        require_sense(GenerateRequest.model_validate(body))
+    assert not body_validator("GenerateRequest").is_valid(body)
 
 
 # --- what the routes answer ------------------------------------------------------------------------------
@@ -255,6 +266,12 @@ def test_the_control_plane_answers_as_described(world: World):
     ask("POST", "/engines/{name}/undrain", name="policy-0")
     for path in ("/health", "/ready", "/version", "/openapi.json"):
         ask("GET", path)
+
+
+def test_another_method_is_told_all_that_there_are(world: World):
+    for path, methods in DOCUMENT["paths"].items():
+        reply = world.client.request("PATCH", path)
+        assert (reply.status, reply.headers["allow"]) == (405, ", ".join(sorted(methods)).upper())
 
 
 def test_a_refusal_is_as_described():

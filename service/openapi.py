@@ -12,9 +12,10 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, get_args
 
-from service.access import ROLES, Right
+from service.access import ROLES, Right, Role
+from service.draining import ALIVE
 from service.errors import (
     PROBLEM_JSON,
     BodyTimeout,
@@ -38,7 +39,6 @@ EVERYBODY: Final = (HeadersTooLarge, ShuttingDown)
 """What the edge and the door refuse, whoever asks."""
 WITH_A_KEY: Final = (Unparseable, Unauthenticated, TooManyWrongKeys, StoreUnavailable)
 WITH_A_BODY: Final = (Unparseable, BodyTimeout, BodyTooLarge, UnsupportedMediaType, InvalidField)
-ALIVE: Final = "/health"
 
 HEADERS: Final = {
     "X-Request-Id": {"description": "As it was sent, or made.", "required": True, "schema": TEXT},
@@ -46,6 +46,10 @@ HEADERS: Final = {
     "Retry-After": {"description": "Seconds.", "required": True, "schema": TEXT},
     "WWW-Authenticate": {"description": "Bearer.", "required": True, "schema": TEXT},
 }
+ABOUT: Final = (
+    "What it all means is in docs/api.md. The description of a refusal is its usual `error.code`; where one status has "
+    "several causes, the code names the cause."
+)
 PROBLEM: Final = Named(
     "Problem",
     members(
@@ -76,7 +80,7 @@ def document(rights: Mapping[tuple[str, str], Right | None]) -> dict[str, Any]:
         paths[path][method.lower()] = _operation(method, path, right, schemas)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Bonsai", "version": "1", "description": "docs/api.md says what the fields mean."},
+        "info": {"title": "Bonsai", "version": "1", "description": ABOUT},
         "paths": paths,
         "components": {
             "schemas": dict(sorted(schemas.found.items())),
@@ -150,7 +154,7 @@ def _success(status: int, schema: Schema, row: Operation, schemas: Schemas) -> d
 def _errors(row: Operation, path: str, right: Right | None) -> Iterator[type[GatewayError]]:
     yield from (error for error in EVERYBODY if not (error is ShuttingDown and path == ALIVE))
     yield from WITH_A_KEY if right is not None else ()
-    if right is not None and len(ROLES[right]) < len(ROLES["list_models"]):
+    if right is not None and len(ROLES[right]) < len(get_args(Role)):
         yield Forbidden
     yield from WITH_A_BODY if row.body is not None else ()
     yield from row.errors

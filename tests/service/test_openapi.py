@@ -21,9 +21,9 @@ from bon_algos.contracts import JobSpec
 from service.access import OPEN_TO_ALL
 from service.app import Gateway, create_app
 from service.errors import GatewayError, InvalidField, problem
-from service.generation import GenerateRequest, require_sense
+from service.generation import CompletionOptions, GenerateRequest, require_sense
 from service.json_body import parse_model
-from service.openai_bodies import ChatBody, CompletionBody
+from service.openai_bodies import Body, ChatBody, CompletionBody
 from service.openapi import PROBLEM, document, text_of
 from service.operations import OPERATIONS
 from service.routes import health
@@ -93,6 +93,16 @@ def test_the_document_holds_all_that_it_refers_to_and_every_schema_is_one():
     assert names == known
     for schema in DOCUMENT["components"]["schemas"].values():
         Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize(
+    ("model", "field"), [("GenerateRequest", "top_k"), ("ChatBody", "top_k"), ("CompletionBody", "model")]
+)
+def test_what_stands_below_a_field_is_its_description(model, field):
+    """Below one of its own, an inherited one, and one whose schema was changed for null."""
+    told = DOCUMENT["components"]["schemas"][model]["properties"][field]["description"]
+    sources = inspect.getsource(CompletionOptions) + inspect.getsource(Body)
+    assert re.search(rf'{field}: [^"]*"""{re.escape(told)}"""', sources)
 
 
 def test_every_operation_has_a_name_of_its_own():

@@ -30,12 +30,25 @@ from service.ledger import Ledger
 from service.limits import Limits
 from service.loops import running_loops
 from service.measurements import Measurements
+from service.openapi import require_described
 from service.pool import EnginePool
 from service.replays import Replays
 from service.replica import Replica
 from service.reward import RewardModel
 from service.reward_test import RewardTest, read_pairs
-from service.routes import distill, engines, experiments, feedback, generate, health, keys, openai, policies, routing
+from service.routes import (
+    distill,
+    engines,
+    experiments,
+    feedback,
+    generate,
+    health,
+    keys,
+    openai,
+    openapi,
+    policies,
+    routing,
+)
 from service.serving import Serving
 from service.settings import GatewaySettings
 from service.spool import Spool
@@ -165,7 +178,7 @@ async def _delivering(ledger: Ledger, reward_model: RewardModel) -> AsyncGenerat
 
 def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]]) -> FastAPI:
     """The HTTP application around a gateway that is opened when the server starts. Raises ValueError for a route that
-    does not declare who may ask."""
+    does not declare who may ask, or that the OpenAPI document does not know."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -178,9 +191,9 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
     app.state.draining = Draining()
     app.add_middleware(Door, draining=app.state.draining)
     install_edge(app)
-    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys):
+    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys, openapi):
         app.include_router(routes.router)
-    rights(app)
+    app.state.rights = require_described(rights(app))
     return app
 
 

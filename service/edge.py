@@ -19,6 +19,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.authentication import Authentication
@@ -112,10 +113,16 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     if isinstance(request.state.caller, GatewayError):
         return _rendered(request, request.state.caller)
     if raised.status_code == MethodNotAllowed.status:
-        return _rendered(request, MethodNotAllowed("this path does not take this method"), raised.headers)
+        return _rendered(request, MethodNotAllowed("this path does not take this method"), _allowed(request))
     if raised.status_code == NotFound.status:
         return _rendered(request, NotFound("there is nothing at this path"))
     return _rendered(request, GatewayError("the request could not be handled"))
+
+
+def _allowed(request: Request) -> dict[str, str]:
+    """Of all routes at this path; the router looks at the first one alone."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {"Allow": ", ".join(sorted({method for route in routes for method in route.methods}))}
 
 
 async def _path_error(request: Request, _error: Exception) -> Response:

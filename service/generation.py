@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Annotated, Any, Final, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from bon_algos.chat import ChatTokenizer, TemplateRefused
 from bon_algos.contracts import Message, Record, Route, Sampling, Tool
@@ -27,6 +27,8 @@ CHARACTERS_PER_TOKEN: Final = 8
 MAX_LOGIT_BIAS: Final = 300
 """Tokens."""
 MAX_TOOLS: Final = 128
+TEXT_FIELDS: Final = ("prompt", "messages", "prompt_token_ids")
+"""One of them says what is to be continued."""
 SCORING_SHARE: Final = 0.2
 LONGEST_SCORING_SECONDS: Final = 5.0
 
@@ -39,7 +41,8 @@ def _as_tuple(stop: object) -> object:
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-StopTexts = Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple), Field(max_length=16)]
+_Stops = Annotated[tuple[StopText, ...], Field(max_length=16)]
+StopTexts = Annotated[_Stops, BeforeValidator(_as_tuple, json_schema_input_type=StopText | _Stops)]
 Unit = Annotated[str, Field(min_length=1, max_length=256)]
 Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]]
 
@@ -70,6 +73,8 @@ class CompletionOptions(Record):
 class GenerateRequest(CompletionOptions):
     """Body of `POST /generate`. None: the caller did not say; null is refused."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": [name]} for name in TEXT_FIELDS]})
+
     prompt: str | None = None
     messages: tuple[Message, ...] | None = Field(None, min_length=1, max_length=1000)
     prompt_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
@@ -87,8 +92,7 @@ class GenerateRequest(CompletionOptions):
     @property
     def text_param(self) -> str:
         """The one field that says what is to be continued."""
-        given = ("prompt", "messages", "prompt_token_ids")
-        return next((name for name in given if getattr(self, name) is not None), "prompt")
+        return next((name for name in TEXT_FIELDS if getattr(self, name) is not None), "prompt")
 
     def sampling(self, max_tokens: int) -> Sampling:
         return Sampling(
@@ -118,7 +122,7 @@ def require_sense(request: GenerateRequest) -> None:
     for name in sorted(request.model_fields_set):
         if getattr(request, name) is None:
             raise InvalidField(f"{name} must not be null: leave it out", param=name)
-    given = sum(one is not None for one in (request.prompt, request.messages, request.prompt_token_ids))
+    given = sum(getattr(request, name) is not None for name in TEXT_FIELDS)
     if given != 1:
         raise InvalidField(
             f"exactly one of prompt, messages and prompt_token_ids is required; got {given}", param="prompt"

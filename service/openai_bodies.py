@@ -98,7 +98,10 @@ def _one_prompt(prompt: object) -> object:
 class CompletionBody(Body):
     """Of `POST /v1/completions`."""
 
-    prompt: Annotated[str | TokenIds, BeforeValidator(_one_prompt)]
+    prompt: Annotated[
+        str | TokenIds,
+        BeforeValidator(_one_prompt, json_schema_input_type=str | TokenIds | tuple[str] | tuple[TokenIds]),
+    ]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     def presentation(self, call_format: CallFormat | None) -> Presentation:

@@ -5,7 +5,6 @@ OpenAI's own client is in test_openai_clients.py.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -15,29 +14,16 @@ from pathlib import Path
 import pytest
 
 from bonsai.demo.prompts import held_out_prompts
+from tests.fixtures.clients import client_python
 from tests.fixtures.real_stack import RealStack
 
 pytestmark = pytest.mark.stack
 
-ROOT = Path(__file__).parents[2]
 CLIENTS = Path(__file__).parent / "clients"
-PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps", "--require-hashes")
 LOAD_GENERATOR = (
     "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
     "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
-
-
-def environment_of(client: str) -> Path:
-    """Python of the client's environment, made once for each version of its lock file."""
-    lock = ROOT / "requirements" / "clients" / f"{client}.txt"
-    directory = ROOT / ".venv" / "clients" / f"{client}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
-    python = directory / "bin" / "python"
-    if not (directory / "complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
-        subprocess.run([str(python), *PIP, "-r", str(lock)], check=True)
-        (directory / "complete").touch()
-    return python
 
 
 def output_of(stack: RealStack, python: Path | str, *arguments: str) -> str:
@@ -48,7 +34,7 @@ def output_of(stack: RealStack, python: Path | str, *arguments: str) -> str:
 
 
 def test_langchain_chats_calls_tools_and_reads_prescribed_answers(foreign):
-    seen = json.loads(output_of(foreign, environment_of("langchain"), str(CLIENTS / "chat_of_langchain.py")))
+    seen = json.loads(output_of(foreign, client_python("langchain"), str(CLIENTS / "chat_of_langchain.py")))
     assert seen["policy"] == foreign.base_policy
     assert 1 <= seen["tokens"] <= 100
     assert seen["call"][0] == "weather"
@@ -80,7 +66,7 @@ def test_lm_eval_runs_a_generating_task(stack, tmp_path, tokenizer):
     (tmp_path / "reviews.yaml").write_text(json.dumps(task))  # JSON is YAML
     model = f"model=default,base_url={stack.stack.url}/v1/completions,max_length=128,"
     output_of(
-        stack, environment_of("lm_eval"), "-m", "lm_eval", "--model", "local-completions",
+        stack, client_python("lm_eval"), "-m", "lm_eval", "--model", "local-completions",
         "--model_args", model + tokenizer.format(model=stack.stack.plan.policy.path), "--include_path", str(tmp_path),
         "--tasks", "reviews", "--log_samples", "--output_path", str(tmp_path / "out"),
     )  # fmt: skip

@@ -557,7 +557,7 @@ PATHS = (
     asked("O55 a path that is none", 404, on=("/v1/foo", "/v1/embeddings", "/v1/responses"), method="POST"),
     *(
         asked(f"O56 {method}", 404, method=method, on=(
-            "/invocations", "/tokenize", "/detokenize", "/pause", "/sleep", "/metrics", "/docs", "/openapi.json",
+            "/invocations", "/tokenize", "/detokenize", "/pause", "/sleep", "/metrics", "/docs",
             "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/classify", "/collective_rpc",
         ))
         for method in ("GET", "POST")

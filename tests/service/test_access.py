@@ -43,6 +43,7 @@ MATRIX = {
     ("POST", "/v1/chat/completions"): "admin operator inference",
     ("GET", "/v1/models"): ALL,
     ("GET", "/v1/models/{model}"): ALL,
+    ("GET", "/openapi.json"): ALL,
     ("POST", "/v1/feedback"): "admin operator inference",
     ("GET", "/v1/feedback"): "admin operator trainer",
     ("GET", "/routes"): READERS,

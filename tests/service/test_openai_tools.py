@@ -40,7 +40,6 @@ def world(tmp_path, engine, reward, redis_url) -> Iterator[World]:
     with running(engine.app()) as engine_url, running(reward.app()) as reward_url:
         settings = gateway_settings(
             tmp_path, engine_url, reward_url, redis_url, policy_directory=models, max_model_len=4096,
-            reward_max_model_len=4096,
         )  # fmt: skip
         with running_gateway(settings) as client:
             yield World(client, engine, reward, redis_url)

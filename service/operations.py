@@ -1,0 +1,295 @@
+"""What each operation accepts and answers: the facts of the OpenAPI document that no signature holds.
+
+Owns: one row for each route. Does not own: what a row says of every operation alike, and the document's form
+(openapi.py), the parsing that the rows speak of (the routes), the members of a reply (replies.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from bon_algos.contracts import POLICY_ID_PATTERN, JobSpec
+from service import replies
+from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
+from service.errors import (
+    Conflict,
+    DeadlineExceeded,
+    EngineBroken,
+    EngineNotFound,
+    EngineRefused,
+    EngineUnavailable,
+    ExperimentNotFound,
+    Forbidden,
+    GatewayError,
+    InvalidField,
+    JobNotFound,
+    KeyNotFound,
+    NotFound,
+    OverBudget,
+    Overloaded,
+    PolicyNotFound,
+    PolicyNotServed,
+    PolicyRetired,
+    RateLimited,
+    RewardModelUnavailable,
+    RouteNotFound,
+    StoreFull,
+)
+from service.experiment_store import ExperimentRequest
+from service.feedback import FeedbackRequest
+from service.generation import GenerateRequest
+from service.idempotency import HEADER, MAX_LENGTH
+from service.keys import KeyRequest
+from service.openai_bodies import ChatBody, CompletionBody
+from service.replies import Schema
+from service.routes.admin import DEFAULT_LIMIT, MAX_LIMIT
+from service.routes.generate import MAX_UNIT_LENGTH
+from service.routes.policies import PromoteRequest
+from service.routing import RouteRequest
+
+Nulls = Literal["as declared", "refused", "left out"]
+"""What a null does to a member that may be left out: what its type says, an error, or the same as leaving it out."""
+
+
+class Body(NamedTuple):
+    model: type[BaseModel]
+    example: Mapping[str, Any]
+    nulls: Nulls = "as declared"
+
+
+class Parameter(NamedTuple):
+    name: str
+    place: Literal["query", "header"]
+    schema: Mapping[str, Any]
+    description: str
+
+
+class Operation(NamedTuple):
+    summary: str
+    replies: Mapping[int, Schema]
+    """Of success, and what answers in no error's form."""
+    body: Body | None = None
+    parameters: tuple[Parameter, ...] = ()
+    errors: tuple[type[GatewayError], ...] = ()
+    """Beside those of every operation."""
+    headers: tuple[str, ...] = ()
+    """That every success has, beside those of every reply."""
+    streams: bool = False
+    """A success may be a stream of events instead."""
+
+
+def _query(name: str, description: str, **schema: Any) -> Parameter:
+    return Parameter(name, "query", MappingProxyType(schema), description)
+
+
+def _header(name: str, description: str, **schema: Any) -> Parameter:
+    return Parameter(name, "header", MappingProxyType({"type": "string", **schema}), description)
+
+
+LIMIT: Final = _query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)
+AFTER: Final = _query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
+PAGE: Final = (LIMIT, AFTER)
+ONCE: Final = _header(
+    HEADER, "The same request is carried out once in 24 h.", minLength=1, maxLength=MAX_LENGTH, pattern="^[!-~]+$"
+)
+ARM: Final = _header(
+    "x-bonsai-arm",
+    "POLICY:N, forces an arm; for admins and operators.",
+    pattern=f"^(base|live|{POLICY_ID_PATTERN.strip('^$')}):[0-9]{{1,6}}$",
+)
+UNIT: Final = _header(
+    "x-bonsai-unit",
+    "Whom an experiment's arm sticks to.",
+    minLength=1,
+    maxLength=MAX_UNIT_LENGTH,
+    pattern="^[ -~]+$",
+)
+COMPLETING: Final = (
+    RouteNotFound,
+    Conflict,
+    RateLimited,
+    OverBudget,
+    EngineBroken,
+    EngineRefused,
+    EngineUnavailable,
+    RewardModelUnavailable,
+    PolicyNotServed,
+    PolicyRetired,
+    Overloaded,
+    DeadlineExceeded,
+    StoreFull,
+)
+
+OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
+    ("POST", "/generate"): Operation(
+        "The best of n completions",
+        {200: replies.GENERATION},
+        Body(GenerateRequest, {"prompt": "A good review begins:", "n": 4, "max_tokens": 16}, nulls="refused"),
+        (_query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, ONCE),
+        COMPLETING,
+    ),
+    ("POST", "/v1/completions"): Operation(
+        "OpenAI's completions, best-of-n",
+        {200: replies.COMPLETION},
+        Body(
+            CompletionBody, {"model": "default", "prompt": "A good review begins:", "max_tokens": 16}, nulls="left out"
+        ),
+        (ARM, UNIT, ONCE),
+        COMPLETING,
+        streams=True,
+    ),
+    ("POST", "/v1/chat/completions"): Operation(
+        "OpenAI's chat completions, best-of-n",
+        {200: replies.CHAT_COMPLETION},
+        Body(
+            ChatBody,
+            {"model": "default", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16},
+            nulls="left out",
+        ),
+        (ARM, UNIT, ONCE),
+        COMPLETING,
+        streams=True,
+    ),
+    ("GET", "/v1/models"): Operation(
+        "What `model` may name", {200: replies.listed(replies.MODEL, is_paged=False)}, errors=(InvalidField,)
+    ),
+    ("GET", "/v1/models/{model}"): Operation(
+        "A route or a policy as a model", {200: replies.MODEL}, errors=(NotFound, InvalidField)
+    ),
+    ("POST", "/v1/feedback"): Operation(
+        "What somebody thinks of an answer",
+        {201: replies.FEEDBACK},
+        Body(
+            FeedbackRequest,
+            {"response": "resp_" + "0" * 32, "value": True, "comment": "To the point."},
+            nulls="left out",
+        ),
+        (ONCE,),
+        (NotFound, Conflict, StoreFull),
+    ),
+    ("GET", "/v1/feedback"): Operation(
+        "The feedback that counts",
+        {200: replies.listed(replies.FEEDBACK)},
+        parameters=(
+            _query("response", "The id of a reply; this or session.", type="string"),
+            _query("session", "`metadata.session` of some requests; this or response.", type="string"),
+        ),
+        errors=(NotFound, InvalidField),
+    ),
+    ("GET", "/health"): Operation("Whether the process answers", {200: replies.HEALTH}),
+    ("GET", "/ready"): Operation("Whether requests would be answered", {200: replies.READY, 503: replies.READY}),
+    ("GET", "/version"): Operation("Which version this is", {200: replies.VERSION}),
+    ("GET", "/routes"): Operation(
+        "All routes", {200: replies.listed(replies.ROUTE)}, parameters=PAGE, errors=(InvalidField,)
+    ),
+    ("GET", "/routes/{route}"): Operation("A route", {200: replies.ROUTE}, errors=(RouteNotFound,)),
+    ("GET", "/routes/{route}/curve"): Operation(
+        "What best-of-k would have earned, k from 1 to n",
+        {200: replies.CURVE},
+        parameters=(
+            _query("groups", "The newest.", type="integer", minimum=1, maximum=MOST_GROUPS, default=DEFAULT_GROUPS),
+            _query("n", "Left out: the most frequent n.", type="integer", minimum=2),
+            _query("loss", "Share of the gain.", type="number", minimum=0, maximum=1, default=DEFAULT_LOSS),
+        ),
+        errors=(RouteNotFound, Conflict, InvalidField),
+    ),
+    ("GET", "/routes/{route}/strategy"): Operation(
+        "What the route's strategy has learned", {200: replies.STRATEGY}, errors=(RouteNotFound,)
+    ),
+    ("PUT", "/routes/{route}"): Operation(
+        "Make or change a route",
+        {200: replies.ROUTE, 201: replies.ROUTE},
+        Body(RouteRequest, {"default_n": 8, "strategy": "adaptive"}),
+        errors=(Conflict, StoreFull),
+    ),
+    ("DELETE", "/routes/{route}"): Operation(
+        "Delete a route", {204: None}, errors=(RouteNotFound, Conflict, StoreFull)
+    ),
+    ("POST", "/routes/{route}/rollback"): Operation(
+        "Back to what was live before",
+        {200: replies.ROUTE},
+        parameters=(ONCE,),
+        errors=(RouteNotFound, Conflict, StoreFull, InvalidField),
+    ),
+    ("GET", "/policies"): Operation(
+        "All policies", {200: replies.listed(replies.POLICY)}, parameters=PAGE, errors=(InvalidField,)
+    ),
+    ("GET", "/policies/{policy_id}"): Operation("A policy", {200: replies.POLICY}, errors=(PolicyNotFound,)),
+    ("POST", "/policies/{policy_id}/promote"): Operation(
+        "Put a policy live on a route",
+        {200: replies.ROUTE},
+        Body(
+            PromoteRequest,
+            {"route": "default", "override_reason": "The report was read."},
+        ),
+        (ONCE,),
+        (PolicyNotFound, RouteNotFound, Conflict, StoreFull),
+    ),
+    ("POST", "/distill"): Operation(
+        "Submit a distillation",
+        {202: replies.JOB},
+        Body(
+            JobSpec,
+            {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
+        ),
+        (ONCE,),
+        (RouteNotFound, PolicyNotFound, StoreFull),
+        headers=("Location",),
+    ),
+    ("GET", "/distill"): Operation(
+        "All jobs", {200: replies.listed(replies.JOB)}, parameters=PAGE, errors=(InvalidField,)
+    ),
+    ("GET", "/distill/{job_id}"): Operation("A job", {200: replies.JOB}, errors=(JobNotFound,)),
+    ("GET", "/distill/{job_id}/events"): Operation(
+        "What a job went through",
+        {200: replies.listed(replies.EVENT)},
+        parameters=PAGE,
+        errors=(JobNotFound, InvalidField),
+    ),
+    ("POST", "/distill/{job_id}/cancel"): Operation(
+        "Cancel a job", {200: replies.JOB}, errors=(JobNotFound, Conflict, StoreFull)
+    ),
+    ("PUT", "/experiments/{route}"): Operation(
+        "Start an experiment or raise a weight",
+        {200: replies.EXPERIMENT},
+        Body(
+            ExperimentRequest,
+            {"arms": [{"policy": "base", "n": 16, "weight": 9000}, {"policy": "base", "n": 4, "weight": 1000}]},
+        ),
+        errors=(RouteNotFound, StoreFull),
+    ),
+    ("GET", "/experiments/{route}"): Operation(
+        "A route's experiment and what it showed", {200: replies.EXPERIMENT}, errors=(ExperimentNotFound,)
+    ),
+    ("DELETE", "/experiments/{route}"): Operation(
+        "Stop an experiment", {200: replies.EXPERIMENT}, errors=(ExperimentNotFound, Conflict, StoreFull)
+    ),
+    ("GET", "/engines"): Operation(
+        "The policy engines", {200: replies.listed(replies.ENGINE)}, parameters=PAGE, errors=(InvalidField, Forbidden)
+    ),
+    ("POST", "/engines/{name}/drain"): Operation(
+        "Take an engine out of rotation", {200: replies.ENGINE}, errors=(EngineNotFound,)
+    ),
+    ("POST", "/engines/{name}/undrain"): Operation(
+        "Put it back into rotation", {200: replies.ENGINE}, errors=(EngineNotFound,)
+    ),
+    ("POST", "/keys"): Operation(
+        "Make a key, which is shown this once",
+        {201: replies.NEW_KEY},
+        Body(KeyRequest, {"name": "the web shop", "role": "inference"}),
+        errors=(Conflict, StoreFull),
+        headers=("Location",),
+    ),
+    ("GET", "/keys"): Operation(
+        "All keys, without the keys", {200: replies.listed(replies.KEY)}, parameters=PAGE, errors=(InvalidField,)
+    ),
+    ("GET", "/keys/{key_id}"): Operation("A key, without the key", {200: replies.KEY}, errors=(KeyNotFound,)),
+    ("DELETE", "/keys/{key_id}"): Operation(
+        "Revoke a key", {200: replies.KEY}, errors=(KeyNotFound, Conflict, StoreFull)
+    ),
+    ("GET", "/openapi.json"): Operation("This document", {200: replies.DOCUMENT}),
+}

@@ -117,6 +117,11 @@ class ChatTokenizer:
         """Token ids of plain text, with the special tokens (BOS) that the model expects in front."""
         return self._tokenizer.encode(prompt, add_special_tokens=True).ids
 
+    def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """As `encode_chat` or `encode_prompt` would each, in less time."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [one.ids for one in encoded]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -163,19 +168,29 @@ def _token_text(value: object) -> str | None:
 def reward_token_ids(
     tokenizer: ChatTokenizer, prompt: str, messages: Sequence[Message] | None, completion: str
 ) -> list[int]:
+    """What the reward model reads, as `reward_text` has it. Raises TemplateRefused."""
+    return encode_reward_texts(tokenizer, [reward_text(tokenizer, prompt, messages, completion)])[0]
+
+
+def reward_text(tokenizer: ChatTokenizer, prompt: str, messages: Sequence[Message] | None, completion: str) -> str:
     """What the reward model reads: prompt and completion as a conversation in its own template, the completion
     as the assistant's turn; a plain prompt is the user's turn. Without a template: the two texts joined. Calls that the
-    template has no place for stand as JSON in the turn that made them.
+    template has no place for stand as JSON in the turn that made them. Raises TemplateRefused.
     """
     if not tokenizer.has_template:
         said = [_spelled_out(message).content for message in messages or ()]
         before = prompt if messages is None else "\n".join(said) + "\n"
-        return tokenizer.encode_prompt(before + completion)
+        return before + completion
     turns = [Message(role="user", content=prompt)] if messages is None else list(messages)
     if not tokenizer.shows_calls:
         turns = [_spelled_out(message) for message in turns]
     turns.append(Message(role="assistant", content=completion))
-    return tokenizer.encode_chat(tokenizer.render(turns, add_generation_prompt=False))
+    return tokenizer.render(turns, add_generation_prompt=False)
+
+
+def encode_reward_texts(tokenizer: ChatTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each. Where there is a template it has written the special tokens."""
+    return tokenizer.encode_all(texts, add_special_tokens=not tokenizer.has_template)
 
 
 def _spelled_out(message: Message) -> Message:

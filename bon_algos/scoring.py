@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final, NamedTuple, Protocol
 
-from bon_algos.chat import ChatTokenizer, TemplateRefused, reward_token_ids
+from bon_algos.chat import ChatTokenizer, TemplateRefused, encode_reward_texts, reward_text, reward_token_ids
 from bon_algos.contracts import CandidateFailure, HttpMember, Message, RewardConfig, VllmMember
 from bon_algos.reward_protocol import parse_score, score_request
 from bon_algos.vllm_protocol import classify_request, parse_classify
@@ -93,16 +93,16 @@ class VllmReader:
 
     def ask(self, completions: Sequence[Completion]) -> Asked:
         """Too long is a failure, never cut; so is a conversation that the model's template refuses."""
-        scores, fitting = [], []
+        scores, texts = [], {}
         for place, completion in enumerate(completions):
             try:
-                ids = reward_token_ids(self._tokenizer, *completion)
+                texts[place] = reward_text(self._tokenizer, *completion)
             except TemplateRefused as error:
                 scores.append(Score(None, "reward_error", reason=str(error)))
                 continue
             scores.append(Score(None, "too_long"))
-            if len(ids) <= self._member.window:
-                fitting.append((place, ids))
+        encoded = zip(texts, encode_reward_texts(self._tokenizer, list(texts.values())), strict=True)
+        fitting = [(place, ids) for place, ids in encoded if len(ids) <= self._member.window]
         parts = [fitting[i : i + SEQUENCES_PER_CALL] for i in range(0, len(fitting), SEQUENCES_PER_CALL)]
         return Asked(scores, [self._call(part) for part in parts])
 

@@ -7,6 +7,7 @@ one core to itself, with keys and ledger on; the stub, Redis and the generator s
     python -m benchmarks.gateway                        # 5 minutes
     python -m benchmarks.gateway --no-peers --requests 5000
     python -m benchmarks.gateway --profile              # where its time goes, and nothing else
+    python -m benchmarks.gateway --real                 # real engines instead of the stub, and nothing else
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from zlib import decompress
 from rich.console import Console
 
 from benchmarks.claims import Claim, arguments, at_least, at_most, finish, markdown, table
+from benchmarks.gateway import real
 from benchmarks.gateway.load import Latencies, Saturation, memory, open_loop, saturated, slope
 from benchmarks.gateway.stub import TOKENS, N
 from benchmarks.gateway.systems import CannotRun, System, World, chat, direct, generate, litellm, ours, world
@@ -74,11 +76,16 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=50_000, help="over which memory is watched (50000)")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="without LiteLLM")
     parser.add_argument("--profile", action="store_true", help="only where the gateway's time goes")
+    parser.add_argument("--real", type=int, nargs="?", const=60, metavar="PAIRS", help="only real engines (60 pairs)")
     options = parser.parse_args()
     console = Console()
     if options.profile:
         asyncio.run(profiled(options.seconds, options.rate, console))
         return 0
+    if options.real is not None:
+        pairs = real.pairs(options.real)
+        console.print(table("By turns", real.COLUMNS, real.rows_of(pairs)))
+        return finish(real.claims_of(pairs), options.json, {"pairs": [pair._asdict() for pair in pairs]}, console)
     if len(os.sched_getaffinity(0)) == 1:
         console.print("This machine has one core: the gateway shares it with everything else.", style="yellow")
     found = asyncio.run(measured(options, console))

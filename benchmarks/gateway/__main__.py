@@ -37,6 +37,8 @@ RATE: Final = 300.0
 WARM_SECONDS: Final = 3.0
 QUANTILES: Final = (0.5, 0.99, 0.999)
 CONNECTIONS: Final = 32
+MOST_GROWTH: Final = 100
+"""Bytes of a request that the gateway may keep: a group is a hundred times as large."""
 KEPT_GROUPS: Final = 1000
 """Of the ledger's stream, so that Redis does not grow without end."""
 COLUMNS: Final = (
@@ -45,11 +47,14 @@ COLUMNS: Final = (
 )  # fmt: skip
 
 
+STAYS: Final = ("of a request", "bytes")
+
+
 class Measured(NamedTuple):
     name: str
     latencies: Latencies
     saturation: Saturation | None
-    """None for calls without anything between."""
+    """None where only latency was measured."""
 
 
 class Ledger(NamedTuple):
@@ -62,7 +67,7 @@ class Ledger(NamedTuple):
 
 class Found(NamedTuple):
     systems: list[Measured]
-    """The direct calls first, then ours."""
+    """The direct calls first, then three of ours, then peers."""
     absent: dict[str, str]
     """Peers that did not run, and why."""
     samples: list[tuple[int, float]]
@@ -91,6 +96,7 @@ def main() -> int:
     found = asyncio.run(measured(options, console))
     rows = rows_of(found)
     console.print(table(f"{options.rate:g} requests/s, then as many as go", COLUMNS, rows))
+    console.print(table("What stays", STAYS, stays_of(found)))
     for name, reason in found.absent.items():
         console.print(f"{name} was not measured: {reason}", style="yellow")
     if options.markdown is not None:
@@ -107,11 +113,13 @@ async def measured(options: Namespace, console: Console) -> Found:
             for system in (generate(one), chat(one)):
                 console.print(f"measuring {system.name}", style="dim")
                 systems.append(await measure(system, options))
+            slowly = await open_loop(generate(one).ask, options.rate / 3, options.seconds)
+            systems.append(Measured(f"/generate, at {options.rate / 3:g}/s", slowly, None))
             ledger = await ledger_of(around)
             console.print(f"measuring memory over {options.requests} requests", style="dim")
             samples = await watched(around, generate(one), options.requests)
         second = await open_loop(direct(around).ask, options.rate, options.seconds / 2)
-        systems.insert(0, Measured("the two calls, directly", _both(first, second), None))
+        systems.insert(0, Measured("the two calls, directly: their own latency", _both(first, second), None))
         absent: dict[str, str] = {}
         if options.peers:
             await beside("LiteLLM", litellm(around), options, systems, absent, console)
@@ -138,7 +146,7 @@ async def beside(
     absent: dict[str, str],
     console: Console,
 ) -> None:
-    """Measure a peer, at a rate that it can keep up with: a fifth of ours."""
+    """Measure a peer, at a rate that it can keep up with: a tenth of ours."""
     console.print(f"measuring {name}", style="dim")
     try:
         async with peer as system:
@@ -203,20 +211,29 @@ def top(file: Path, key: int, count: int = 50) -> list[tuple[str, ...]]:
 
 def rows_of(found: Found) -> list[tuple[str, ...]]:
     base = found.systems[0].latencies
-    rows: list[tuple[str, ...]] = []
-    for name, latencies, saturation in found.systems:
-        added = [latencies.at(q) - base.at(q) for q in QUANTILES]
-        if saturation is None:
-            added = [latencies.at(q) for q in QUANTILES]
-        more = ("", "", "") if saturation is None else (
-            f"{saturation.per_second:.0f}",
-            f"{saturation.cpu_milliseconds:.2f}",
-            f"{saturation.per_core_second:.0f}",
-        )  # fmt: skip
-        shown = [f"{one:.2f}" for one in added]
-        name = f"{name} (its own latency)" if saturation is None else name
-        rows.append((name, *shown, str(latencies.failed), f"{latencies.late_at(0.99):.1f}", *more))
+    rows = [_row(found.systems[0], [base.at(q) for q in QUANTILES])]
+    rows += [_row(one, [one.latencies.at(q) - base.at(q) for q in QUANTILES]) for one in found.systems[1:]]
     return rows
+
+
+def _row(one: Measured, milliseconds: list[float]) -> tuple[str, ...]:
+    spent = one.saturation
+    more = ["", "", ""]
+    if spent is not None:
+        more = [f"{spent.per_second:.0f}", f"{spent.cpu_milliseconds:.2f}", f"{spent.per_core_second:.0f}"]
+    shown = [f"{quantile:.2f}" for quantile in milliseconds]
+    return one.name, *shown, str(one.latencies.failed), f"{one.latencies.late_at(0.99):.1f}", *more
+
+
+def stays_of(found: Found) -> list[tuple[str, ...]]:
+    ledger, first, last = found.ledger, found.samples[0], found.samples[-1]
+    return [
+        ("the group as JSON", f"{ledger.as_json:.0f}"),
+        ("the group in the ledger, compressed", f"{ledger.compressed:.0f}"),
+        ("the group in Redis, with its share of the stream", f"{ledger.in_redis:.0f}"),
+        (f"the gateway's memory, slope over the second half of {last[0]} requests", f"{slope(found.samples):.0f}"),
+        (f"its resident MiB after {first[0]} and after {last[0]} requests", f"{first[1]:.0f} · {last[1]:.0f}"),
+    ]
 
 
 def claims_of(found: Found, rate: float) -> list[Claim]:
@@ -224,10 +241,11 @@ def claims_of(found: Found, rate: float) -> list[Claim]:
     claims = [
         at_most(f"added by /generate at {rate:g}/s, p50, ms", best_of.latencies.at(0.5) - base.at(0.5), 2),
         at_most("the same, p99, ms", best_of.latencies.at(0.99) - base.at(0.99), 6),
-        at_most("requests that were not answered", sum(one.latencies.failed for one in found.systems[:3]), 0),
+        at_most("memory, bytes more for each request", slope(found.samples), MOST_GROWTH),
+        at_most("requests that were not answered", sum(one.latencies.failed for one in found.systems[:4]), 0),
     ]
     own = best_of.saturation
-    peers = [one for one in found.systems[3:] if one.saturation is not None]
+    peers = [one for one in found.systems[4:] if one.saturation is not None]
     for peer in peers:
         if own is not None and peer.saturation is not None:
             ratio = own.per_core_second / peer.saturation.per_core_second

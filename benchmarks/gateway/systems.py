@@ -42,6 +42,7 @@ from bonsai.stack_plan import SHIPPED_MODELS
 ROOT: Final = Path(__file__).resolve().parents[2]
 PIP: Final = ("-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps", "--require-hashes")
 WINDOW: Final = 1024
+IDLE_SECONDS: Final = 2.0
 PROMPT_TOKENS: Final = 24
 """About as many as the prompts have."""
 
@@ -90,7 +91,9 @@ async def world() -> AsyncGenerator[World]:
         port = free_port()
         code = "from benchmarks.gateway.stub import main; main()"
         await stack.enter_async_context(running_process(sys.executable, "-c", code, str(port)))
-        session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+        # No connection is used again that the other side may be closing.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         stub_url = f"http://127.0.0.1:{port}"
         await answering(session, f"{stub_url}/v1/models", {})
         yield World(directory, stub_url, redis, redis_url, session, measured)

@@ -57,6 +57,7 @@ lock: setup ## write the lock files anew; make lock ARGS=--upgrade takes newer v
 	$(COMPILE) requirements/clients/langchain.in -o requirements/clients/langchain.txt
 	$(COMPILE) requirements/clients/lm_eval.in -o requirements/clients/lm_eval.txt
 	$(COMPILE) requirements/clients/schemathesis.in -o requirements/clients/schemathesis.txt
+	$(COMPILE) requirements/peers/litellm.in -o requirements/peers/litellm.txt
 
 clean: ## remove .venv, caches and build leftovers; .bonsai, where the data lives, stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from time import monotonic
@@ -22,7 +22,9 @@ from aiohttp import web
 from redis.asyncio import Redis
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from bon_algos.contracts import RewardConfig, VllmMember
 from bonsai.redis_server import server_argv, system_server
+from service.api_key import new_key, new_pepper
 
 SECONDS_EACH: Final = 1.0
 """That the engine takes for a request."""
@@ -65,6 +67,8 @@ class Engines:
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if not body["stream"]:  # the canary
+            return web.json_response({"choices": [_choice(0)]})
         self.num_requests += 1
         self.num_active += 1
         self.most_active = max(self.most_active, self.num_active)
@@ -145,13 +149,18 @@ async def setting() -> AsyncGenerator[Setting]:
 class Gateway(NamedTuple):
     process: asyncio.subprocess.Process
     url: str
+    key: str
     session: aiohttp.ClientSession
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
 
     async def ask(self) -> Reply:
         asked_at = monotonic()
         body = {"prompt": PROMPT, "n": N, "max_tokens": MAX_TOKENS}
         try:
-            async with self.session.post(f"{self.url}/generate", json=body) as response:
+            async with self.session.post(f"{self.url}/generate", json=body, headers=self.headers) as response:
                 told = await response.json(content_type=None)
                 code = "" if response.status == 200 else told["type"].rpartition(":")[2]
                 return Reply(response.status, code, asked_at, monotonic() - asked_at)
@@ -161,7 +170,7 @@ class Gateway(NamedTuple):
     async def ready(self) -> dict[str, Any] | None:
         """None while it is not."""
         try:
-            async with self.session.get(f"{self.url}/ready") as response:
+            async with self.session.get(f"{self.url}/ready", headers=self.headers) as response:
                 told: dict[str, Any] = await response.json(content_type=None)
                 return told if response.status == 200 else None
         except (aiohttp.ClientError, OSError):
@@ -177,28 +186,51 @@ class Gateway(NamedTuple):
 @asynccontextmanager
 async def gateway(around: Setting, places: int) -> AsyncGenerator[Gateway]:
     """A gateway whose budget has room for so many requests, ready to answer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    model = str(around.directory / "model")
+    model = around.directory / "model"
+    reward_model = VllmMember(url=around.engines_url, model=REWARD_MODEL, directory=model, window=WINDOW)
     settings = {
-        "REDIS_URL": around.redis_url,
-        "POLICY_ENGINE_URL": around.engines_url,
-        "REWARD_ENGINE_URL": around.engines_url,
-        "POLICY_DIRECTORY": model,
-        "REWARD_DIRECTORY": model,
-        "BASE_POLICY_ID": POLICY,
-        "REWARD_MODEL_ID": REWARD_MODEL,
+        "POLICY_ENGINE_URLS": json.dumps([around.engines_url]),
+        "REWARD_MODEL": RewardConfig(members=(reward_model,)).model_dump_json(),
+        "POLICY_DIRECTORY": str(model),
         "MAX_MODEL_LEN": str(WINDOW),
-        "REWARD_MAX_MODEL_LEN": str(WINDOW),
-        "ARTEFACTS": str(around.directory / "artefacts"),
-        "SPOOL": str(around.directory / "spool"),
-        "PORT": str(port),
         "MAX_TOKENS_IN_FLIGHT": str(places * COST),
         "MAX_TOKENS_WAITING": str(4 * places * COST),
     }
-    environment = {f"BONSAI_{name}": value for name, value in settings.items()}
-    async with running_process(sys.executable, "-m", "service", **environment) as process:
-        opened = Gateway(process, f"http://127.0.0.1:{port}", around.session)
+    async with started_gateway(around.directory, around.redis_url, around.session, settings) as one:
+        yield one
+
+
+@asynccontextmanager
+async def started_gateway(
+    directory: Path,
+    redis_url: str,
+    session: aiohttp.ClientSession,
+    settings: Mapping[str, str],
+    command: Sequence[str] = ("-m", "service"),
+) -> AsyncGenerator[Gateway]:
+    """A gateway with auth and ledger, ready to answer. command: what Python is told to run."""
+    port, key = free_port(), new_key()
+    for name, secret in (("admin.key", key), ("pepper", new_pepper())):
+        (directory / name).touch(mode=0o600)
+        (directory / name).write_text(secret)
+    ours = {
+        "REDIS_URL": redis_url,
+        "BASE_POLICY_ID": POLICY,
+        "ADMIN_KEY_FILE": str(directory / "admin.key"),
+        "KEY_PEPPER_FILE": str(directory / "pepper"),
+        "ARTEFACTS": str(directory / "artefacts"),
+        "SPOOL": str(directory / "spool"),
+        "PORT": str(port),
+        **settings,
+    }
+    environment = {f"BONSAI_{name}": value for name, value in ours.items()}
+    async with running_process(sys.executable, *command, **environment) as process:
+        opened = Gateway(process, f"http://127.0.0.1:{port}", key, session)
         await opened.until(lambda told: told["status"] == "ready")
         yield opened
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final, NamedTuple, Protocol
 
-from bon_algos.chat import ChatTokenizer, TemplateRefused, reward_token_ids
+from bon_algos.chat import ChatTokenizer, TemplateRefused, encode_reward_texts, reward_token_ids, reward_writer
 from bon_algos.contracts import CandidateFailure, HttpMember, Message, RewardConfig, VllmMember
 from bon_algos.reward_protocol import parse_score, score_request
 from bon_algos.vllm_protocol import classify_request, parse_classify
@@ -93,16 +93,17 @@ class VllmReader:
 
     def ask(self, completions: Sequence[Completion]) -> Asked:
         """Too long is a failure, never cut; so is a conversation that the model's template refuses."""
-        scores, fitting = [], []
-        for place, completion in enumerate(completions):
-            try:
-                ids = reward_token_ids(self._tokenizer, *completion)
-            except TemplateRefused as error:
-                scores.append(Score(None, "reward_error", reason=str(error)))
-                continue
-            scores.append(Score(None, "too_long"))
-            if len(ids) <= self._member.window:
-                fitting.append((place, ids))
+        scores, texts = [], {}
+        for (prompt, messages), same_prompt in groupby(enumerate(completions), key=lambda one: one[1][:2]):
+            write = reward_writer(self._tokenizer, prompt, messages)
+            for place, completion in same_prompt:
+                try:
+                    texts[place] = write(completion.text)
+                    scores.append(Score(None, "too_long"))
+                except TemplateRefused as error:
+                    scores.append(Score(None, "reward_error", reason=str(error)))
+        encoded = zip(texts, encode_reward_texts(self._tokenizer, list(texts.values())), strict=True)
+        fitting = [(place, ids) for place, ids in encoded if len(ids) <= self._member.window]
         parts = [fitting[i : i + SEQUENCES_PER_CALL] for i in range(0, len(fitting), SEQUENCES_PER_CALL)]
         return Asked(scores, [self._call(part) for part in parts])
 

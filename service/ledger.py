@@ -39,6 +39,8 @@ from service.experiments import statistics_increments
 from service.spool import Frame, Spool
 
 SEEN_SECONDS: Final = 86_400
+GATHER_SECONDS: Final = 0.02
+"""Records that come within it travel together: a batch costs what a record does."""
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 2.0
 log = logging.getLogger("bonsai.ledger")
@@ -127,7 +129,8 @@ class Ledger:
             self._written.clear()
             frames, end = self._spool.read(position)
             try:
-                await self._deliver(frames)
+                if frames or self._redis_state != "ok":  # else there is nothing to ask Redis
+                    await self._deliver(frames)
             except RedisError as error:
                 self._note_redis("away", f"{type(error).__name__}, {self._spool.pending_bytes} bytes wait")
                 await asyncio.sleep(pause)
@@ -143,6 +146,7 @@ class Ledger:
                 if not self._written.is_set():
                     self._delivered.set()
                 await self._written.wait()
+                await asyncio.sleep(GATHER_SECONDS)
 
     async def drain(self, seconds: float) -> None:
         """Wait until Redis has everything, if it is there."""

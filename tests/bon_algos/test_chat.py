@@ -128,3 +128,10 @@ def test_the_reward_model_reads_the_completion_as_the_assistants_turn(tokenizer_
     assert reward_token_ids(ours, "Hi", None, "Hello") == expected
     plain = ChatTokenizer(tokenizer_json, {})
     assert reward_token_ids(plain, "Hi ", None, "there") == plain.encode_prompt("Hi there")
+
+
+def test_many_texts_at_once_are_encoded_as_each_alone(tokenizer_json):
+    ours = ChatTokenizer(tokenizer_json, {"chat_template": CHATML})
+    texts = ["", "café 🎬", "<|im_start|>user\nHi<|im_end|>\n", " a" * 300]
+    assert ours.encode_all(texts, add_special_tokens=False) == [ours.encode_chat(text) for text in texts]
+    assert ours.encode_all(texts, add_special_tokens=True) == [ours.encode_prompt(text) for text in texts]

@@ -79,6 +79,12 @@ def test_a_candidate_that_never_finished_says_deadline():
         {"choices": [choice(0, "x", [1], "abort")]},
         {"choices": [{**choice(0, "x", [1], "stop"), "token_ids": [1, 2]}]},
         {"choices": [{**choice(0, "x", [1], "stop"), "logprobs": {"token_logprobs": [math.nan]}}]},
+        {"choices": [{**choice(0, "x", [1], "stop"), "logprobs": {"token_logprobs": [10**400]}}]},
+        {"choices": [{**choice(0, "x", [1], "stop"), "logprobs": {"token_logprobs": [True]}}]},
+        {"choices": [{**choice(0, "x", [1], "stop"), "logprobs": {"token_logprobs": ["-1.0"]}}]},
+        {"choices": [{**choice(0, "x", [1], "stop"), "token_ids": [-1]}]},
+        {"choices": [{**choice(0, "x", [1], "stop"), "token_ids": [True]}]},
+        {"choices": [{**choice(0, "x", [1], "stop"), "token_ids": [1.0]}]},
         {"choices": [choice(0, "x", [1], "stop"), choice(0, "y", [1], "stop")]},
     ],
 )

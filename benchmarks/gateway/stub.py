@@ -1,0 +1,152 @@
+"""A policy engine and a reward model that answer at once with what vLLM would say, in a process of their own.
+
+Owns: their wire format, byte for byte as long as vLLM's, and the fixed time they take. Does not own: who asks.
+
+Answers are made beforehand: what is measured waits for nothing that is computed here. Completions are what the demo's
+tokenizer makes of the demo's prompts, cut at random; log-probs are random.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import sys
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+from aiohttp import web
+from tokenizers import Tokenizer
+
+from benchmarks.stub_stack import POLICY, REWARD_MODEL
+from bonsai.demo.prompts import training_prompts
+from bonsai.stack_plan import SHIPPED_MODELS
+
+N: Final = 16
+TOKENS: Final = 32
+"""Of each candidate."""
+DRAWING_SECONDS: Final = 0.02
+SCORING_SECONDS: Final = 0.005
+VARIANTS: Final = 32
+"""Different answers, by turns."""
+
+
+class Stub:
+    def __init__(self) -> None:
+        self._streams = itertools.cycle(_stream(seed) for seed in range(VARIANTS))
+        self._chats = itertools.cycle(completions(seed) for seed in range(VARIANTS))
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=2**30)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/classify", self._classify)
+        return app
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": POLICY}, {"id": REWARD_MODEL}]})
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        if b'"stream": true' not in body and b'"stream":true' not in body:  # the canary
+            return web.json_response({"choices": [_choice(0, " a", ["a"], [5], [-0.5], "length")]})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        first, rest = next(self._streams)
+        await asyncio.sleep(DRAWING_SECONDS / 2)
+        await response.write(first)
+        await asyncio.sleep(DRAWING_SECONDS / 2)
+        for chunk in rest:
+            await response.write(chunk)
+        return response
+
+    async def _chat(self, request: web.Request) -> web.Response:
+        """A whole reply to OpenAI's clients: n texts, no tokens."""
+        asked = await request.json()
+        await asyncio.sleep(DRAWING_SECONDS)
+        said = [text for text, _, _ in next(self._chats)][: asked.get("n") or 1]
+        choices = [
+            {"index": i, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": "length"}
+            for i, text in enumerate(said)
+        ]
+        usage = {"prompt_tokens": 30, "completion_tokens": TOKENS * len(said), "total_tokens": 30 + TOKENS * len(said)}
+        head = {"id": "chatcmpl-0", "object": "chat.completion", "created": 1_800_000_000, "model": POLICY}
+        return web.json_response({**head, "choices": choices, "usage": usage})
+
+    async def _classify(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        await asyncio.sleep(SCORING_SECONDS)
+        return web.Response(body=_scores(body.count(b"[") - 1), content_type="application/json")
+
+
+def completions(seed: int) -> list[tuple[str, list[int], list[float]]]:
+    """Text, token ids and log-probs of each candidate."""
+    tokenizer = Tokenizer.from_file(str(SHIPPED_MODELS / "policy" / "tokenizer.json"))
+    ids = _corpus(tokenizer)
+    generator = np.random.default_rng(seed)
+    found = []
+    for start in generator.integers(0, len(ids) - TOKENS, N):
+        cut = ids[start : start + TOKENS]
+        logprobs = (-generator.exponential(1.5, TOKENS)).astype(np.float32).astype(float).tolist()
+        found.append((tokenizer.decode(cut), cut, logprobs))
+    return found
+
+
+@cache
+def _text() -> str:
+    return " ".join(training_prompts())
+
+
+def _corpus(tokenizer: Tokenizer) -> list[int]:
+    ids: list[int] = tokenizer.encode(_text(), add_special_tokens=False).ids
+    return ids
+
+
+def _stream(seed: int) -> tuple[bytes, list[bytes]]:
+    """What goes out with the first token, and then a piece for each candidate: an interval of `max_tokens` tokens."""
+    firsts, rests = [], []
+    for i, (text, ids, logprobs) in enumerate(completions(seed)):
+        words = [f" {word}" for word in text.split()] + [" ."] * TOKENS
+        firsts.append(_event(_choice(i, words[0], words[:1], ids[:1], logprobs[:1], None)))
+        rests.append(_event(_choice(i, text[len(words[0]) :], words[1:TOKENS], ids[1:], logprobs[1:], "length")))
+    return b"".join(firsts), [*rests[:-1], rests[-1] + b"data: [DONE]\n\n"]
+
+
+def _event(choice: dict[str, Any]) -> bytes:
+    head = {"id": f"cmpl-{'0' * 32}", "object": "text_completion", "created": 1_800_000_000, "model": POLICY}
+    told = json.dumps({**head, "choices": [choice]}, separators=(",", ":"))
+    return b"data: " + told.encode() + b"\n\n"
+
+
+def _choice(
+    index: int, text: str, words: list[str], ids: list[int], logprobs: list[float], reason: str | None
+) -> dict[str, Any]:
+    told = {
+        "text_offset": list(range(0, 6 * len(ids), 6)),
+        "token_logprobs": logprobs,
+        "tokens": words,
+        "top_logprobs": [{word: logprob} for word, logprob in zip(words, logprobs, strict=False)],
+    }
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": told,
+        "finish_reason": reason,
+        "stop_reason": None,
+        "token_ids": ids,
+        "prompt_token_ids": None,
+    }
+
+
+@cache
+def _scores(count: int) -> bytes:
+    rewards = np.random.default_rng(0).normal(size=count).tolist()
+    data = [{"index": i, "label": "LABEL_0", "probs": [one], "num_classes": 1} for i, one in enumerate(rewards)]
+    return json.dumps({"id": "classify-0", "object": "list", "model": REWARD_MODEL, "data": data}).encode()
+
+
+def main() -> None:
+    """argv: a port of loopback."""
+    web.run_app(Stub().app(), host="127.0.0.1", port=int(sys.argv[1]), access_log=None, print=lambda _: None)

@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 
 from bon_algos.contracts import Candidate, Sampling
 from bon_algos.vllm_protocol import Piece
+from service.best_of_n import Policy
 from service.breaker import Breaker
 from service.canary import Canary
 from service.errors import EngineBroken, EngineRefused, EngineUnavailable, GatewayError, PolicyNotServed
@@ -27,18 +28,8 @@ ReplicaState = Literal["ok", "open", "hung", "draining"]
 log = logging.getLogger("bonsai.engines")
 
 
-class Engine(Protocol):
+class Engine(Policy, Protocol):
     """What a replica asks of its engine; `service.vllm.PolicyEngine` is one."""
-
-    async def sample(
-        self,
-        policy: str,
-        prompt_token_ids: Sequence[int],
-        n: int,
-        sampling: Sampling,
-        window: DrawingWindow,
-        hear: Listener | None,
-    ) -> list[Candidate]: ...
 
     async def give_a_token(self, policy: str) -> None: ...
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.fixtures.gateway import engine, reward, unused_port, world
+from tests.fixtures.gateway import engine, reward, still_world, unused_port, world
 
-__all__ = ["engine", "reward", "unused_port", "world"]
+__all__ = ["engine", "reward", "still_world", "unused_port", "world"]
 
 
 @pytest.fixture(scope="session")

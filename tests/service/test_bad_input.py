@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -19,8 +18,7 @@ import pytest
 import redis as blocking_redis
 
 from bon_algos.contracts import POLICIES_INDEX, policy_key
-from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until
-from tests.fixtures.redis import RedisServer
+from tests.fixtures.gateway import Client, Reply, World, wait_until
 from tests.service.bad_input import (
     CANARY,
     CHAT,
@@ -36,10 +34,7 @@ from tests.service.bad_input import (
     Served,
     user,
 )
-from tests.service.records import BASE, REWARD_MODEL, STUDENT, policy
-from tests.stubs.engine import StubEngine
-from tests.stubs.reward import StubReward
-from tests.stubs.server import running
+from tests.service.records import STUDENT, policy
 from tests.stubs.tokenizer import text_of
 
 SECONDS = 10.0
@@ -69,25 +64,6 @@ def log() -> Iterator[Log]:
     yield found
     root.setLevel(level)
     root.removeHandler(found)
-
-
-@pytest.fixture(scope="module")
-def still_world() -> Iterator[World]:
-    """One gateway for the whole module, with a Redis that no other test empties."""
-    engine, reward = StubEngine(BASE), StubReward(REWARD_MODEL)
-    with (
-        tempfile.TemporaryDirectory(prefix="bonsai-") as name,
-        running(engine.app()) as engine_url,
-        running(reward.app()) as reward_url,
-    ):
-        directory = Path(name)
-        server = RedisServer(directory)
-        server.start()
-        try:
-            with running_gateway(gateway_settings(directory, engine_url, reward_url, server.url)) as client:
-                yield World(client, engine, reward, server.url)
-        finally:
-            server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,13 +11,9 @@ import redis as blocking_redis
 from bon_algos.contracts import POLICIES_INDEX, Exposure, Feedback, Outcome, policy_key
 from service.access import rights
 from service.app import create_app
-from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until
-from tests.fixtures.redis import RedisServer
-from tests.service.records import BASE, REWARD_MODEL, STUDENT, policy
+from tests.fixtures.gateway import Client, Reply, World, wait_until
+from tests.service.records import BASE, STUDENT, policy
 from tests.service.test_access import MATRIX, no_gateway
-from tests.stubs.engine import StubEngine
-from tests.stubs.reward import StubReward
-from tests.stubs.server import running
 
 TYPED = {"Content-Type": "application/json"}
 ARMS = [{"policy": "base", "n": 2, "weight": 5000}, {"policy": "base", "n": 1, "weight": 5000}]
@@ -35,24 +28,6 @@ class Owned(NamedTuple):
     job: str
     key: str
     policy: str = STUDENT
-
-
-@pytest.fixture(scope="module")
-def still_world() -> Iterator[World]:
-    engine, reward = StubEngine(BASE), StubReward(REWARD_MODEL)
-    with (
-        tempfile.TemporaryDirectory(prefix="bonsai-") as name,
-        running(engine.app()) as engine_url,
-        running(reward.app()) as reward_url,
-    ):
-        directory = Path(name)
-        server = RedisServer(directory)
-        server.start()
-        try:
-            with running_gateway(gateway_settings(directory, engine_url, reward_url, server.url)) as client:
-                yield World(client, engine, reward, server.url)
-        finally:
-            server.kill()
 
 
 def admin_of(world: World, tenant: str) -> Client:

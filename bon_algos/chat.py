@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import jinja2
 import jinja2.ext
@@ -39,6 +39,10 @@ def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
+_MOST_GROWTH: Final[Mapping[str | None, int]] = {None: 1, "NFC": 3}
+"""Of a text's bytes by a normaliser (Unicode Standard Annex 15, table of expansion factors for UTF-8)."""
+
+
 def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
@@ -46,7 +50,10 @@ def _compile(template: str) -> jinja2.Template:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
+    compiled = environment.from_string(template)
+    # Looked up at every rendering: in the chain of mappings that Jinja makes this takes as long as the rendering.
+    compiled.globals = dict(compiled.globals)
+    return compiled
 
 
 class ChatTokenizer:
@@ -71,6 +78,11 @@ class ChatTokenizer:
             for name, value in tokenizer_config.items()
             if name.endswith("_token") and (text := _token_text(value)) is not None
         }
+        normalizer = json.loads(tokenizer_json).get("normalizer")
+        self._growth = _MOST_GROWTH.get(None if normalizer is None else normalizer["type"])
+        self.vocabulary_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        """Tokens, special ones included."""
+        self._num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         digest = hashlib.sha256(tokenizer_json.encode())
         digest.update((self._source or "").encode())
         self.template_digest = digest.hexdigest()[:16]
@@ -79,11 +91,6 @@ class ChatTokenizer:
     @property
     def has_template(self) -> bool:
         return self._template is not None
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Tokens, special ones included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
     def call_format(self) -> CallFormat | None:
@@ -130,6 +137,13 @@ class ChatTokenizer:
         """As `encode_chat` or `encode_prompt` would each, in less time."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [one.ids for one in encoded]
+
+    def surely_fits(self, text: str, window: int) -> bool:
+        """Whether the text takes no more tokens than the window has, as far as can be told without tokenising: a token
+        stands for a byte or more, but for one blank that some tokenizers write in front, and the special ones."""
+        if self._growth is None:
+            return False
+        return self._growth * len(text.encode()) + 1 + self._num_special <= window
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""

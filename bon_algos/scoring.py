@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final, NamedTuple, Protocol
 
-from bon_algos.chat import ChatTokenizer, TemplateRefused, encode_reward_texts, reward_token_ids, reward_writer
+from bon_algos.chat import ChatTokenizer, TemplateRefused, encode_reward_texts, reward_writer
 from bon_algos.contracts import CandidateFailure, HttpMember, Message, RewardConfig, VllmMember
 from bon_algos.reward_protocol import parse_score, score_request
-from bon_algos.vllm_protocol import classify_request, parse_classify
+from bon_algos.vllm_protocol import classify_request, json_object, parse_classify
 
 SEQUENCES_PER_CALL: Final = 256
 """Of one `/classify`; a prompt with more candidates takes several."""
@@ -50,7 +50,7 @@ class Call(NamedTuple):
     body: dict[str, Any]
     places: Sequence[int]
     """Which completions it is about."""
-    read: Callable[[Mapping[str, Any]], list[Score]]
+    read: Callable[[bytes], list[Score]]
     """One score for each place. Raises MalformedReply."""
 
 
@@ -86,13 +86,20 @@ class VllmReader:
     def refusal(self, prompt: str, messages: Sequence[Message] | None) -> str | None:
         param, window = "prompt" if messages is None else "messages", self._member.window
         try:
-            taken = len(reward_token_ids(self._tokenizer, prompt, messages, ""))
+            text = reward_writer(self._tokenizer, prompt, messages)("")
         except TemplateRefused as error:
             return f"the reward model's chat template refuses {param}: {error}"
+        if self._tokenizer.surely_fits(text, window - 1):
+            return None
+        taken = len(encode_reward_texts(self._tokenizer, [text])[0])
         return f"{param} takes {taken} tokens of the reward model's window of {window}" if taken >= window else None
 
     def ask(self, completions: Sequence[Completion]) -> Asked:
-        """Too long is a failure, never cut; so is a conversation that the model's template refuses."""
+        """Too long is a failure, never cut; so is a conversation that the model's template refuses.
+
+        What surely fits goes out as text, and the engine makes the same tokens of it: to count them here as well would
+        cost as much as all the rest of a request (docs/decisions/0013).
+        """
         scores, texts = [], {}
         for (prompt, messages), same_prompt in groupby(enumerate(completions), key=lambda one: one[1][:2]):
             write = reward_writer(self._tokenizer, prompt, messages)
@@ -102,13 +109,21 @@ class VllmReader:
                     scores.append(Score(None, "too_long"))
                 except TemplateRefused as error:
                     scores.append(Score(None, "reward_error", reason=str(error)))
-        encoded = zip(texts, encode_reward_texts(self._tokenizer, list(texts.values())), strict=True)
-        fitting = [(place, ids) for place, ids in encoded if len(ids) <= self._member.window]
+        fitting = self._fitting(texts)
         parts = [fitting[i : i + SEQUENCES_PER_CALL] for i in range(0, len(fitting), SEQUENCES_PER_CALL)]
         return Asked(scores, [self._call(part) for part in parts])
 
-    def _call(self, part: Sequence[tuple[int, list[int]]]) -> Call:
-        body = classify_request(self._member.model, [ids for _, ids in part])
+    def _fitting(self, texts: Mapping[int, str]) -> list[tuple[int, str]]:
+        """Those that are no longer than the window; by place."""
+        window = self._member.window
+        unsure = [place for place, text in texts.items() if not self._tokenizer.surely_fits(text, window)]
+        encoded = encode_reward_texts(self._tokenizer, [texts[place] for place in unsure]) if unsure else []
+        too_long = {place for place, ids in zip(unsure, encoded, strict=True) if len(ids) > window}
+        return [(place, text) for place, text in texts.items() if place not in too_long]
+
+    def _call(self, part: Sequence[tuple[int, str]]) -> Call:
+        texts = [text for _, text in part]
+        body = classify_request(self._member.model, texts, add_special_tokens=not self._tokenizer.has_template)
         return Call("/classify", body, [place for place, _ in part], lambda answer: _classified(answer, len(part)))
 
 
@@ -177,15 +192,15 @@ def _finite(score: Score) -> Score:
     return score if all(n is None or math.isfinite(n) for n in numbers) else Score(None, "reward_not_finite")
 
 
-def _classified(answer: Mapping[str, Any], count: int) -> list[Score]:
-    return [_finite(Score(reward)) for reward in parse_classify(answer, count)]
+def _classified(answer: bytes, count: int) -> list[Score]:
+    return [_finite(Score(reward)) for reward in parse_classify(json_object(answer), count)]
 
 
-def _scored(count: int) -> Callable[[Mapping[str, Any]], list[Score]]:
-    def read(answer: Mapping[str, Any]) -> list[Score]:
+def _scored(count: int) -> Callable[[bytes], list[Score]]:
+    def read(answer: bytes) -> list[Score]:
         return [
             Score(None, "reward_error", reason=said.reason) if said.reward is None else _finite(Score(said.reward))
-            for said in parse_score(answer, count)
+            for said in parse_score(json_object(answer), count)
         ]
 
     return read

@@ -1,4 +1,4 @@
-"""What is said to vLLM and how its answers are read: pure functions over JSON, no I/O.
+"""What is said to vLLM and how its answers are read: pure functions over JSON's bytes, no I/O.
 
 Owns: building engine requests field by field (nothing a caller sent travels on by itself) and folding answers
 into candidates, checked and finite. Does not own: sockets, deadlines, retries. Checked against vLLM 0.32.
@@ -11,6 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
+
+import msgspec
+from pydantic_core import from_json
 
 from bon_algos.contracts import Alternatives, Candidate, FinishReason, Sampling
 
@@ -72,9 +75,15 @@ def completion_request(
     return body
 
 
-def classify_request(model: str, token_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Body of `POST /classify`: raw scores of all sequences in one call."""
-    return {"model": model, "input": [list(ids) for ids in token_ids], "use_activation": False}
+def classify_request(model: str, texts: Sequence[str], *, add_special_tokens: bool) -> dict[str, Any]:
+    """Body of `POST /classify`: raw scores of all texts in one call. add_special_tokens: those that the tokenizer
+    writes around a text; not where a chat template has written them already."""
+    return {
+        "model": model,
+        "input": list(texts),
+        "add_special_tokens": add_special_tokens,
+        "use_activation": False,
+    }
 
 
 def forced_token_request(model: str, prefix_token_ids: Sequence[int], token: int) -> dict[str, Any]:
@@ -137,17 +146,40 @@ class _Partial:
         )
 
 
+class _Told(msgspec.Struct, gc=False):
+    token_logprobs: list[float] = []
+    top_logprobs: msgspec.Raw = msgspec.Raw(b"null")
+    """Comes where nobody asked for it too, and is then not looked at."""
+
+
+class _Choice(msgspec.Struct, gc=False):
+    index: int
+    text: str
+    token_ids: list[int] | None = None
+    logprobs: _Told | None = None
+    finish_reason: FinishReason | None = None
+
+
+class _Chunk(msgspec.Struct, gc=False):
+    choices: list[_Choice] | None = None
+    error: Any = None
+
+
+_CHUNK = msgspec.json.Decoder(_Chunk)
+_ALTERNATIVES = msgspec.json.Decoder(list[dict[str, float]])
+
+
 class CompletionStream:
     """Folds the chunks of one streamed completion call into n candidates, whatever their order of arrival."""
 
     def __init__(self, n: int) -> None:
         self._partial = [_Partial() for _ in range(n)]
 
-    def feed(self, chunk: Json) -> list[Piece]:
-        """Take one decoded chunk; returns what it adds to which candidates. Raises MalformedReply."""
+    def feed(self, chunk: bytes) -> list[Piece]:
+        """Take one chunk's JSON; returns what it adds to which candidates. Raises MalformedReply."""
         pieces: list[Piece] = []
         for choice in _choices(chunk):
-            index = _index(choice, len(self._partial))
+            index = _index(choice.index, len(self._partial))
             if self._partial[index].finish_reason is not None:
                 raise MalformedReply(f"candidate {index} goes on after its end")
             pieces.append(_piece(index, choice))
@@ -167,7 +199,7 @@ class CompletionStream:
         return [partial.candidate() for partial in self._partial]
 
 
-def parse_completion(body: Json, n: int) -> list[Candidate]:
+def parse_completion(body: bytes, n: int) -> list[Candidate]:
     """The n candidates of an answer that was not streamed. Raises MalformedReply."""
     stream = CompletionStream(n)
     stream.feed(body)
@@ -187,13 +219,15 @@ def parse_classify(body: Json, count: int) -> list[float]:
         probs = entry.get("probs") if isinstance(entry, dict) else None
         if not isinstance(probs, list) or len(probs) != 1 or isinstance(probs[0], bool):
             raise MalformedReply("a score of the reward model is not one number: is it a one-label classifier?")
-        scores[_index(entry, count)] = as_float(probs[0]) if isinstance(probs[0], int | float) else math.nan
+        scores[_index(entry.get("index"), count)] = (
+            as_float(probs[0]) if isinstance(probs[0], int | float) else math.nan
+        )
     if len(scores) != count:
         raise MalformedReply("the reward model scored one sequence twice")
     return [scores[i] for i in range(count)]
 
 
-def parse_forced_token(body: Json, token: int) -> float:
+def parse_forced_token(body: bytes, token: int) -> float:
     """Log-prob of the token that had to come, nats. Raises MalformedReply when another one came."""
     candidate = parse_completion(body, 1)[0]
     if candidate.token_ids != (token,):
@@ -209,77 +243,71 @@ def as_float(number: int | float) -> float:
         return math.inf
 
 
-def _choices(body: Json) -> list[dict[str, Any]]:
-    if "error" in body:
-        error = body["error"]
-        if isinstance(error, dict) and error.get("code") == 400:
+def json_object(data: bytes) -> dict[str, Any]:
+    """Half a surrogate pair, which could not be written anywhere, is refused with all else that is no JSON. Raises
+    MalformedReply."""
+    try:
+        body = from_json(data)
+    except ValueError:
+        raise MalformedReply("it is not JSON") from None
+    if not isinstance(body, dict):
+        raise MalformedReply("it is not a JSON object")
+    return cast(dict[str, Any], body)
+
+
+def _choices(chunk: bytes) -> list[_Choice]:
+    try:
+        body = _CHUNK.decode(chunk)
+    except msgspec.ValidationError as error:
+        raise MalformedReply(f"in it: {error}") from None
+    except ValueError:
+        raise MalformedReply("it is not JSON") from None
+    if body.error is not None:
+        if isinstance(body.error, dict) and body.error.get("code") == 400:
             raise RefusedReply("it is a refusal")
         raise MalformedReply("the engine reports an error inside its answer")
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+    if body.choices is None:
         raise MalformedReply("the engine's answer has no list of choices")
-    return choices
+    return body.choices
 
 
-def _index(entry: Json, count: int) -> int:
-    index = entry.get("index")
+def _index(index: object, count: int) -> int:
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
         raise MalformedReply(f"an index is not in 0..{count - 1}")
     return index
 
 
-def _piece(index: int, choice: Json) -> Piece:
-    text, token_ids = choice.get("text"), choice.get("token_ids")
-    told = choice.get("logprobs") or {}
-    logprobs = told.get("token_logprobs", [])
-    if not isinstance(text, str) or not isinstance(token_ids, list | None) or not isinstance(logprobs, list):
-        raise MalformedReply("a choice lacks text, token ids or log-probs")
-    ids = token_ids or []
-    # By their kinds all at once: a reply of 16 candidates has thousands of numbers, and the gateway one core.
-    if set(map(type, ids)) - {int} or min(ids, default=0) < 0 or len(ids) != len(logprobs):
+def _piece(index: int, choice: _Choice) -> Piece:
+    told = choice.logprobs or _Told()
+    ids, logprobs = choice.token_ids or [], told.token_logprobs
+    if min(ids, default=0) < 0 or len(ids) != len(logprobs):
         raise MalformedReply("token ids and log-probs of a choice do not match")
-    reason = choice.get("finish_reason")
-    if reason not in (None, "stop", "length"):
-        raise MalformedReply("a candidate ended for a reason that is neither stop nor length")
-    return Piece(
-        index,
-        text,
-        tuple(ids),
-        _all_finite(logprobs),
-        cast("FinishReason | None", reason),
-        _alternatives(told.get("top_logprobs") or [], len(ids)),
-    )
+    if not all(map(math.isfinite, logprobs)):
+        raise MalformedReply("a log-prob is not a finite number")
+    alternatives = _alternatives(bytes(told.top_logprobs), len(ids))
+    return Piece(index, choice.text, tuple(ids), tuple(logprobs), choice.finish_reason, alternatives)
 
 
 _TOKEN_ID = "token_id:"
 
 
-def _alternatives(rows: object, count: int) -> tuple[Alternatives, ...]:
+def _alternatives(told: bytes, count: int) -> tuple[Alternatives, ...]:
     """Of each token, from objects with `token_id:N`: log-prob. By their texts they come where nobody asked for them."""
-    if not isinstance(rows, list) or set(map(type, rows)) - {dict}:
-        raise MalformedReply("the alternatives to its tokens are no list of JSON objects")
-    if not rows or not next(iter(rows[0]), "").startswith(_TOKEN_ID):
+    if _TOKEN_ID.encode() not in told:
+        return ()
+    try:
+        rows = _ALTERNATIVES.decode(told)
+    except ValueError:
+        raise MalformedReply("the alternatives to its tokens are no list of JSON objects with numbers") from None
+    if not next(iter(rows[0]), "").startswith(_TOKEN_ID):
         return ()
     if len(rows) != count:
         raise MalformedReply("tokens and their alternatives do not match")
     return tuple(tuple(sorted(map(_alternative, row.items()), key=lambda one: -one[1])) for row in rows)
 
 
-def _alternative(entry: tuple[str, object]) -> tuple[int, float]:
+def _alternative(entry: tuple[str, float]) -> tuple[int, float]:
     token = entry[0].removeprefix(_TOKEN_ID)
-    if not (token.isascii() and token.isdigit()):
-        raise MalformedReply("an alternative to a token is no token")
-    return int(token), _finite(entry[1])
-
-
-def _all_finite(values: Sequence[Any]) -> tuple[float, ...]:
-    try:
-        if not set(map(type, values)) - {int, float} and all(map(math.isfinite, values)):
-            return tuple(map(float, values))
-    except OverflowError:  # an integer that no float holds
-        pass
-    raise MalformedReply("a log-prob is not a finite number")
-
-
-def _finite(value: object) -> float:
-    return _all_finite([value])[0]
+    if not (token.isascii() and token.isdigit()) or not math.isfinite(entry[1]):
+        raise MalformedReply("an alternative to a token is no token with a finite log-prob")
+    return int(token), entry[1]

@@ -15,17 +15,18 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from service.app import create_app, open_gateway
+from service.edge import MAX_HEADER_BYTES
 from service.server import ImpatientProtocol, Server
 from service.settings import GatewaySettings
-
-MAX_HEADER_BYTES = 32_768
 
 
 def server_config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
     """How the gateway is served."""
-    # h11 bounds the size of the headers and is strict about their form.
     protocol = partial(
-        ImpatientProtocol, header_seconds=settings.header_seconds, unread_seconds=settings.unread_seconds
+        ImpatientProtocol,
+        header_seconds=settings.header_seconds,
+        max_header_bytes=MAX_HEADER_BYTES,
+        unread_seconds=settings.unread_seconds,
     )
     return uvicorn.Config(
         app,
@@ -33,7 +34,7 @@ def server_config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
         port=settings.port,
         # uvicorn only ever calls it.
         http=cast("type[asyncio.Protocol]", protocol),
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        loop="uvloop",
         ws="none",
         lifespan="on",
         access_log=False,

@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 from typing import Final, cast
-from uuid import uuid4
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -21,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uuid_utils import uuid4
 
 from service.authentication import Authentication
 from service.errors import (
@@ -36,6 +36,7 @@ from service.errors import (
 )
 
 MAX_HEADERS: Final = 100
+MAX_HEADER_BYTES: Final = 32_768
 ALWAYS: Final = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -79,9 +80,14 @@ def _wrong_headers(scope: Scope) -> GatewayError | None:
     """What is wrong with the headers of a request whoever sent it."""
     if len(scope["headers"]) > MAX_HEADERS:
         return HeadersTooLarge(f"a request may have at most {MAX_HEADERS} headers")
-    if {name for name, _ in scope["headers"]} >= {b"content-length", b"transfer-encoding"}:
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        return HeadersTooLarge(f"a request's headers may take at most {MAX_HEADER_BYTES} bytes")
+    names = [name for name, _ in scope["headers"]]
+    if b"content-length" in names and b"transfer-encoding" in names:
         # A proxy in front may have believed the other one of them (RFC 9112, 6.3).
         return Unparseable("a request may have a Content-Length or a Transfer-Encoding, not both")
+    if names.count(b"host") != 1 and scope["http_version"] == "1.1":
+        return Unparseable("a request must have one Host (RFC 9112, 3.2)")
     return None
 
 

@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha1, sha256
 from typing import Any, Final
-from zlib import compress, decompress
 
+from isal.isal_zlib import compress, decompress
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError

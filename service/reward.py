@@ -103,7 +103,10 @@ async def _read(reader: Reader, completions: Sequence[Completion]) -> Asked:
 
 async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results in order, or the first failure; then the others are left."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
+    coroutines = list(calls)
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
     finally:

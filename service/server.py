@@ -16,12 +16,11 @@ from types import FrameType
 from typing import Any, Final
 from uuid import uuid4
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.draining import Draining
-from service.errors import HeadersTimeout, render
+from service.errors import GatewayError, HeadersTimeout, HeadersTooLarge, render
 
 YOUNG_OBJECTS: Final = 20_000
 """Between two searches for garbage among the youngest; a request makes about a thousand, and nearly all of them go by
@@ -66,12 +65,18 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-class ImpatientProtocol(H11Protocol):
-    """One connection. uvicorn waits for ever for a first request, for the end of headers and for a reader."""
+class ImpatientProtocol(HttpToolsProtocol):
+    """One connection. uvicorn waits for ever for a first request, for the end of headers and for a reader, and takes
+    headers of any length."""
 
-    def __init__(self, *args: Any, header_seconds: float, unread_seconds: float, **more: Any) -> None:
+    def __init__(
+        self, *args: Any, header_seconds: float, max_header_bytes: int, unread_seconds: float, **more: Any
+    ) -> None:
         super().__init__(*args, **more)
         self._header_seconds = header_seconds
+        self._max_header_bytes = max_header_bytes
+        self._header_bytes: int | None = None
+        """Of a request whose headers have begun and not ended."""
         self._unread_seconds = unread_seconds
         self._headers_due: asyncio.TimerHandle | None = None
         self._reading_due: asyncio.TimerHandle | None = None
@@ -83,11 +88,23 @@ class ImpatientProtocol(H11Protocol):
         self._expect_headers()
 
     def data_received(self, data: bytes) -> None:
+        if self._header_bytes is not None:
+            self._header_bytes += len(data)
         super().data_received(data)
+        if self._header_bytes is not None and self._header_bytes > self._max_header_bytes:
+            self._refuse(HeadersTooLarge(f"a request's headers may take at most {self._max_header_bytes} bytes"))
         if self.cycle is None or self.cycle.response_complete:
             self._expect_headers()
         else:
             self._expect_no_headers()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._header_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        self._header_bytes = None
+        super().on_headers_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -113,20 +130,16 @@ class ImpatientProtocol(H11Protocol):
             self._headers_due = None
 
     def _without_headers(self) -> None:
-        begun, _ = self.conn.trailing_data
-        if begun and self.conn.our_state is h11.IDLE:
-            self._refuse_late_headers()
+        if self._header_bytes is not None and (self.cycle is None or self.cycle.response_complete):
+            self._refuse(HeadersTimeout(f"the headers did not arrive within {self._header_seconds:g} s"))
         self.transport.close()
 
-    def _refuse_late_headers(self) -> None:
-        message = f"the headers did not arrive within {self._header_seconds:g} s"
-        refusal = render(HeadersTimeout(message), f"req_{uuid4().hex}", {"Connection": "close"})
-        for event in (
-            h11.Response(status_code=refusal.status_code, headers=refusal.raw_headers),
-            h11.Data(data=bytes(refusal.body)),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
+    def _refuse(self, error: GatewayError) -> None:
+        """Before there is a request that the app could answer."""
+        refusal = render(error, f"req_{uuid4().hex}", {"Connection": "close"})
+        lines = [STATUS_LINE[refusal.status_code], *(b"%s: %s\r\n" % header for header in refusal.raw_headers)]
+        self.transport.write(b"".join([*lines, b"\r\n", bytes(refusal.body)]))
+        self.transport.close()
 
     def _expect_reading(self, unread: int) -> None:
         self._reading_due = self.loop.call_later(self._unread_seconds, self._without_reading, unread)

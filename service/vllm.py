@@ -88,6 +88,8 @@ class PolicyEngine:
                 soft = loop.call_at(window.soft, end_if_enough)
                 try:
                     async with self._http.stream("/v1/completions", body, _max_bytes(n, sampling)) as chunks:
+                        if hear is None:
+                            await chunks.whole(window.soft)
                         async for chunk in chunks:
                             for piece in stream.feed(chunk):
                                 if hear is not None:

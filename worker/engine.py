@@ -154,10 +154,10 @@ class Engines:
             for call in calls:
                 call.close()
 
-    async def _post(self, engine: str, path: str, body: Json, parse: Callable[[Json], Result]) -> Result:
+    async def _post(self, engine: str, path: str, body: Json, parse: Callable[[bytes], Result]) -> Result:
         answer = await self._request(engine, "POST", path, body)
         try:
-            return parse(json.loads(answer))
+            return parse(answer)
         except ValueError as error:  # MalformedReply, or no JSON at all
             raise EngineUnavailable(f"the {engine} engine answered nonsense to {path}: {error}") from error
 

@@ -124,8 +124,9 @@ def direct(around: World) -> System:
     """Draw and score, as the gateway does it; answers are read to their end and not looked at."""
     sampling = Sampling(max_tokens=TOKENS)
     ids = list(range(5, 5 + PROMPT_TOKENS))
+    said = " word" * (PROMPT_TOKENS + TOKENS)
     draw = json.dumps(completion_request(POLICY, ids, N, sampling, stream=True)).encode()
-    score = json.dumps(classify_request(REWARD_MODEL, [list(range(5, 5 + PROMPT_TOKENS + TOKENS))] * N)).encode()
+    score = json.dumps(classify_request(REWARD_MODEL, [said] * N, add_special_tokens=False)).encode()
     headers = {"Content-Type": "application/json"}
 
     async def ask() -> bool:

@@ -13,8 +13,9 @@ from time import monotonic
 from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter
+from pydantic_core import to_json
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive
 
 from bon_algos.contracts import CandidateGroup
@@ -69,7 +70,7 @@ async def replied(
     if asked is not None and not prepared.group.store:
         raise InvalidField(f"{HEADER} keeps the reply for a day, which store: false forbids", param=HEADER)
     reply = await serving.replays.once(asked, prepared.budget.deadline - prepared.budget.started, make)
-    return JSONResponse(reply.body, headers=reply.headers)
+    return Response(to_json(reply.body), headers=reply.headers, media_type="application/json")
 
 
 async def prepared_aside(request: Request, make: Callable[[], Prepared]) -> Prepared:
@@ -80,17 +81,27 @@ async def prepared_aside(request: Request, make: Callable[[], Prepared]) -> Prep
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`; it is cancelled as soon as the client goes away, and then ClientGone is raised."""
-    task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnected(receive))
+    # A timeout that passes when the client goes: `work` needs no task of its own.
+    loop = asyncio.get_running_loop()
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone("the client went away")
-    finally:
-        for running in (task, watcher):
-            running.cancel()
-        await asyncio.wait({task, watcher})
+        async with asyncio.timeout(None) as presence:
+
+            def leave(done: asyncio.Task[None]) -> None:
+                if not done.cancelled() and not is_over:
+                    presence.reschedule(loop.time())
+
+            is_over = False
+            watcher = loop.create_task(_disconnected(receive))
+            watcher.add_done_callback(leave)
+            try:
+                return await work
+            finally:
+                is_over = True
+                watcher.cancel()
+    except TimeoutError:
+        if presence.expired():
+            raise ClientGone("the client went away") from None
+        raise
 
 
 async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:

@@ -3,10 +3,13 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bon_algos.chat import ChatTokenizer, TemplateRefused, reward_token_ids
 from bon_algos.contracts import Message, ToolCall
+from tests.stubs.tokenizer import byte_tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n"
@@ -135,3 +138,26 @@ def test_many_texts_at_once_are_encoded_as_each_alone(tokenizer_json):
     texts = ["", "café 🎬", "<|im_start|>user\nHi<|im_end|>\n", " a" * 300]
     assert ours.encode_all(texts, add_special_tokens=False) == [ours.encode_chat(text) for text in texts]
     assert ours.encode_all(texts, add_special_tokens=True) == [ours.encode_prompt(text) for text in texts]
+
+
+NORMALIZERS = [None, normalizers.NFC(), normalizers.NFKC()]
+LONGER = "\u0344\u0958\ufb2c\ufdfa\U0001d160 <|>"
+"""Characters of which NFC and NFKC make more bytes, among others."""
+WILD = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(LONGER), max_size=30)
+
+
+@given(WILD, st.sampled_from(NORMALIZERS), st.booleans(), st.integers(1, 200))
+def test_what_surely_fits_fits(text, normalizer, blank_in_front, window):
+    plain = byte_tokenizer()
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank_in_front)
+    if normalizer is not None:
+        plain.normalizer = normalizer
+    tokenizer = ChatTokenizer(plain.to_str(), {})
+    if tokenizer.surely_fits(text, window):
+        assert len(tokenizer.encode_prompt(text)) <= window
+
+
+def test_of_most_texts_it_is_known_without_counting():
+    tokenizer = ChatTokenizer(byte_tokenizer().to_str(), {})
+    assert tokenizer.surely_fits("x" * 15, 16)
+    assert not tokenizer.surely_fits("x" * 16, 16)

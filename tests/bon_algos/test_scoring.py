@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from pydantic import ValidationError
 
@@ -19,7 +17,7 @@ from bon_algos.scoring import (
     open_readers,
     template_digest_of,
 )
-from tests.stubs.tokenizer import TEMPLATE, byte_tokenizer, text_of
+from tests.stubs.tokenizer import TEMPLATE, byte_tokenizer
 
 ID = "rm-" + "a" * 16
 
@@ -103,12 +101,18 @@ def test_a_classifier_reads_its_own_template_and_what_is_too_long_is_not_sent():
     reader = VllmReader(vllm(window=16), tokenizer())
     asked = reader.ask([Completion("hi", None, "x" * 8), Completion("hi", None, "x" * 9), Completion("hi", None, "")])
     [call] = asked.calls
-    assert [text_of(ids) for ids in call.body["input"]] == ["u:hi\na:" + "x" * 8 + "\n", "u:hi\na:\n"]
+    assert call.body["input"] == ["u:hi\na:" + "x" * 8 + "\n", "u:hi\na:\n"]
     assert call.path == "/classify"
     assert list(call.places) == [0, 2]
     assert asked.scores[1] == Score(None, "too_long")
-    answer = {"data": [{"index": 1, "probs": [2.0]}, {"index": 0, "probs": [math.nan]}]}
+    answer = b'{"data": [{"index": 1, "probs": [2.0]}, {"index": 0, "probs": [NaN]}]}'
     assert call.read(answer) == [Score(None, "reward_not_finite"), Score(2.0)]
+
+
+def test_the_engine_adds_special_tokens_only_where_no_template_has_written_them():
+    plain = VllmReader(vllm(), tokenizer(None)).ask([Completion("p", None, "x")]).calls[0].body
+    chat = VllmReader(vllm(), tokenizer()).ask([Completion("p", None, "x")]).calls[0].body
+    assert (plain["add_special_tokens"], chat["add_special_tokens"]) == (True, False)
 
 
 def test_a_conversation_that_the_template_refuses_has_no_reward():
@@ -141,7 +145,7 @@ def test_a_program_is_asked_once_for_each_prompt():
     bodies = [(call.body["prompt"], call.body["messages"] is None, call.body["completions"]) for call in asked.calls]
     assert bodies == [("a", True, ["0", "1"]), ("a", False, ["2"]), ("b", False, ["3"])]
     assert [list(call.places) for call in asked.calls] == [[0, 1], [2], [3]]
-    answer = {"rewards": [None, math.inf], "reasons": ["too vague", None]}
+    answer = b'{"rewards": [null, Infinity], "reasons": ["too vague", null]}'
     assert asked.calls[0].read(answer) == [
         Score(None, "reward_error", reason="too vague"),
         Score(None, "reward_not_finite"),

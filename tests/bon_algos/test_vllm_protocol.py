@@ -1,7 +1,9 @@
 """How engine answers become candidates: order by index, checked, finite, nothing silently short."""
 
+import json
 import math
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,6 +24,10 @@ from bon_algos.vllm_protocol import (
     parse_completion,
     parse_forced_token,
 )
+
+
+def sent(body: dict[str, Any]) -> bytes:
+    return json.dumps(body).encode()
 
 
 def choice(index: int, text: str, ids: list[int], finish: str | None) -> dict[str, object]:
@@ -54,7 +60,7 @@ def test_chunks_in_any_interleaving_give_candidates_in_drawing_order(n, rng: ran
     queues = [[choice(i, f"a{i}", [i], None), choice(i, f"b{i}", [10 + i, 2], "stop")] for i in range(n)]
     stream = CompletionStream(n)
     while any(queues):
-        stream.feed({"choices": [rng.choice([queue for queue in queues if queue]).pop(0)]})
+        stream.feed(sent({"choices": [rng.choice([queue for queue in queues if queue]).pop(0)]}))
     assert stream.is_complete
     assert [c.text for c in stream.candidates()] == [f"a{i}b{i}" for i in range(n)]
     assert [c.token_ids for c in stream.candidates()] == [(i, 10 + i, 2) for i in range(n)]
@@ -62,7 +68,7 @@ def test_chunks_in_any_interleaving_give_candidates_in_drawing_order(n, rng: ran
 
 def test_a_candidate_that_never_finished_says_deadline():
     stream = CompletionStream(2)
-    [piece] = stream.feed({"choices": [choice(1, "done", [4, 2], "stop")]})
+    [piece] = stream.feed(sent({"choices": [choice(1, "done", [4, 2], "stop")]}))
     assert piece[:3] == (1, "done", (4, 2))
     assert piece.finish_reason == "stop"
     unfinished, finished = stream.candidates()
@@ -75,6 +81,10 @@ def test_a_candidate_that_never_finished_says_deadline():
     [
         {"error": {"message": "out of memory"}},
         {"choices": "none"},
+        {},
+        [],
+        {"choices": [{**choice(0, "x", [1], "stop"), "index": True}]},
+        {"choices": [{**choice(0, "x", [1], "stop"), "text": None}]},
         {"choices": [choice(2, "x", [1], "stop")]},
         {"choices": [choice(0, "x", [1], "abort")]},
         {"choices": [{**choice(0, "x", [1], "stop"), "token_ids": [1, 2]}]},
@@ -90,18 +100,18 @@ def test_a_candidate_that_never_finished_says_deadline():
 )
 def test_a_malformed_answer_is_refused(body):
     with pytest.raises(MalformedReply):
-        CompletionStream(2).feed(body)
+        CompletionStream(2).feed(sent(body))
 
 
 def test_a_missing_candidate_is_an_error_and_not_a_smaller_n():
     with pytest.raises(MalformedReply, match="1 of 2"):
-        parse_completion({"choices": [choice(0, "x", [1], "stop")]}, 2)
+        parse_completion(sent({"choices": [choice(0, "x", [1], "stop")]}), 2)
 
 
 def test_scores_are_matched_by_index_not_by_position():
     body = {"data": [{"index": 1, "probs": [0.25]}, {"index": 0, "probs": [-3]}]}
     assert parse_classify(body, 2) == [-3.0, 0.25]
-    assert classify_request("rm-1", [[1], [2]])["use_activation"] is False
+    assert classify_request("rm-1", ["a", "b"], add_special_tokens=True)["use_activation"] is False
 
 
 @pytest.mark.parametrize(
@@ -128,7 +138,7 @@ def test_a_score_that_is_no_number_comes_back_as_nan_for_its_candidate_alone():
 def test_a_forced_token_is_asked_for_alone_and_must_be_the_one_that_comes():
     request = forced_token_request("pol-1", [7, 8], 9)
     assert (request["prompt"], request["max_tokens"], request["allowed_token_ids"]) == ([7, 8], 1, [9])
-    answer = {"choices": [choice(0, "x", [9], "length")]}
+    answer = sent({"choices": [choice(0, "x", [9], "length")]})
     assert parse_forced_token(answer, 9) == -0.5
     with pytest.raises(MalformedReply):
         parse_forced_token(answer, 8)

@@ -13,18 +13,20 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import pytest
 import torch
 
-from bon_algos.chat import ChatTokenizer
+from bon_algos.chat import ChatTokenizer, encode_reward_texts, reward_writer
 from bon_algos.contracts import Candidate, RewardConfig, Sampling
 from bon_algos.scoring import Score, open_readers
+from bon_algos.vllm_protocol import classify_request, json_object, parse_classify
 from bonsai.engines import JOB_LORAS
 from service.app import read_tokenizer
-from service.errors import PolicyNotServed
+from service.engine_http import EngineHttp
+from service.errors import PolicyNotServed, RewardModelUnavailable
 from service.reward import RewardModel
 from service.vllm import AdapterRefused, DrawingWindow, PolicyEngine
 from tests.fixtures.gateway import vllm_member, wait_until
@@ -229,6 +231,32 @@ def test_every_completion_gets_its_finite_reward(engines):
     assert all(reward is not None and math.isfinite(reward) for reward in rewards)
     # The order is the request's: equal completions have equal rewards, up to the rounding of a batch.
     assert rewards[0] == pytest.approx(rewards[2], abs=1e-4)
+
+
+def test_a_text_has_the_reward_of_its_tokens(engines):
+    """The gateway sends texts: the engine must make the same tokens of them."""
+    [member] = engines.reward_model.members
+    tokenizer = read_tokenizer(member.directory)
+    write = reward_writer(tokenizer, PROMPT, None)
+    texts = [write(said) for said in ("one", " two  words\n", "Ünïcode, 漢字 and 🙂", "<|end|>", "")]
+    ids = encode_reward_texts(tokenizer, texts)
+
+    async def rewards_of(given: list[Any]) -> list[float]:
+        http = EngineHttp(
+            member.url,
+            title="reward model",
+            unavailable=RewardModelUnavailable,
+            not_served=RewardModelUnavailable,
+            broken_code="reward_model_broken",
+        )
+        body = classify_request(member.model, texts, add_special_tokens=not tokenizer.has_template)
+        try:
+            return parse_classify(json_object(await http.post("/classify", {**body, "input": given})), len(given))
+        finally:
+            await http.close()
+
+    # Up to the rounding of a batch.
+    assert asyncio.run(rewards_of(texts)) == pytest.approx(asyncio.run(rewards_of(ids)), abs=1e-4)
 
 
 def test_a_directory_without_an_adapter_is_refused(engines, tmp_path):

@@ -41,7 +41,7 @@ class StubReward:
     @property
     def texts(self) -> list[str]:
         """Everything that was scored, in the order in which it came."""
-        return [text_of(ids) for request in self.requests for ids in request["input"]]
+        return [_text(one) for request in self.requests for one in request["input"]]
 
     async def _models(self, _request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": self.model}]})
@@ -55,7 +55,7 @@ class StubReward:
         if script.fault == "silent":
             await asyncio.Event().wait()
         await asyncio.sleep(script.delay)
-        data = [{"index": i, "probs": [script.score(text_of(ids))]} for i, ids in enumerate(body["input"])]
+        data = [{"index": i, "probs": [script.score(_text(one))]} for i, one in enumerate(body["input"])]
         if script.is_reversed:
             data.reverse()
         if script.fault == "one_missing":
@@ -67,6 +67,11 @@ class StubReward:
         if script.fault == "garbage":
             return web.Response(text="<html>", content_type="text/html")
         return web.json_response({"object": "list", "data": data})
+
+
+def _text(one: str | list[int]) -> str:
+    """vLLM takes both."""
+    return one if isinstance(one, str) else text_of(one)
 
 
 ScoreFault = Literal[

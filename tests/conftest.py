@@ -7,11 +7,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.fixtures.real_stack import RealStack, real_stack
 
 pytest_plugins = ["tests.fixtures.redis"]
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 QUICK = {
     "BONSAI_LEASE_SECONDS": "6",

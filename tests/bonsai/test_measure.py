@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bonsai.client import Choice
@@ -39,7 +39,6 @@ def test_the_value_follows_the_order_and_not_itself():
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=7), st.integers(1, 7))
-@settings(deadline=None)
 def test_best_of_k_is_the_mean_over_all_subsets(levels, k):
     k = min(k, len(levels))
     reward_BM = np.array([levels], dtype=float)

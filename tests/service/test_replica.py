@@ -16,7 +16,7 @@ from service.errors import EngineUnavailable, PolicyNotServed
 from service.loops import running_loops
 from service.pool import EnginePool
 from service.replica import Replica
-from service.vllm import DrawingWindow, Listener
+from service.vllm import DrawingWindow, EngineState, Listener
 from tests.service.records import BASE, STUDENT
 
 pytestmark = pytest.mark.anyio
@@ -64,6 +64,9 @@ class OneEngine:
         if self.is_away:
             raise EngineUnavailable("away")
         return [BASE]
+
+    async def observe(self) -> EngineState:
+        return EngineState(dict.fromkeys(await self.models()), None)
 
     async def load_adapter(self, policy: str, directory: str) -> None: ...
 
@@ -113,9 +116,9 @@ async def test_an_engine_that_can_be_reached_again_is_probed_at_once():
         await state_is(replica, "open")
         opened = time.monotonic()
         with pytest.raises(EngineUnavailable):
-            await replica.models()
+            await replica.observe()
         engine.is_away = False
-        await replica.models()
+        await replica.observe()
         await state_is(replica, "ok")
         assert time.monotonic() - opened < 0.5
 

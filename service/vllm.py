@@ -22,7 +22,7 @@ from bon_algos.vllm_protocol import (
     parse_forced_token,
 )
 from service.engine_http import EngineHttp
-from service.errors import EngineBroken, EngineRefused, EngineUnavailable, InvalidField, PolicyNotServed
+from service.errors import EngineBroken, EngineRefused, EngineUnavailable, GatewayError, InvalidField, PolicyNotServed
 
 CHANGE_SECONDS: Final = 120.0
 PROBE_SECONDS: Final = 120.0
@@ -146,11 +146,12 @@ class PolicyEngine:
         """What it serves from where, and since when it lives. Raises as `models` does."""
         body = await self._http.get("/v1/models", LIST_SECONDS)
         roots = ((str(card["id"]), card.get("root")) for card in _cards(body))
-        status, text = await self._http.get_text(STARTED_AT, LIST_SECONDS)
-        return EngineState(
-            {name: root if isinstance(root, str) else None for name, root in roots},
-            started_at(text) if status == 200 else None,
-        )
+        models = {name: root if isinstance(root, str) else None for name, root in roots}
+        try:
+            status, text = await self._http.get_text(STARTED_AT, LIST_SECONDS)
+        except GatewayError:
+            return EngineState(models, None)
+        return EngineState(models, started_at(text) if status == 200 else None)
 
     async def load_adapter(self, policy: str, directory: str) -> None:
         """Make an adapter ready under the policy's name. Raises AdapterRefused. Loading twice is no error."""

@@ -69,6 +69,7 @@ class StubEngine:
         self.requests: list[dict[str, Any]] = []
         """Without canaries, which are no traffic."""
         self.num_canaries = 0
+        self.num_lists = 0
         self.aborted_at: list[float] = []
         """time.monotonic() of each stream that its client closed."""
         self.active = 0
@@ -145,6 +146,7 @@ class StubEngine:
         return response
 
     async def _models(self, _request: web.Request) -> web.Response:
+        self.num_lists += 1
         cards = [{"id": name, "root": self.script.roots.get(name)} for name in self.script.models]
         return web.json_response({"object": "list", "data": cards})
 

@@ -1,0 +1,119 @@
+"""Two real engines behind one gateway, which is not the only gateway of the first: F9 with kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.settings import GatewaySettings
+from tests.fixtures.gateway import Client, Reply, running_gateway
+from tests.fixtures.real_stack import RealStack, wait_until
+
+pytestmark = pytest.mark.stack
+PROMPTS = [f"{i} reviews of a film" for i in range(12)]
+"""Some prefer each engine."""
+
+
+class SecondEngine:
+    """Started as the stack's own policy engine is, on another socket, and without a supervisor."""
+
+    def __init__(self, stack: RealStack, directory: Path) -> None:
+        spec = stack.stack.process("policy").spec
+        self.socket, self._log = directory / "second.sock", directory / "second.log"
+        self._argv = [str(self.socket) if part == str(spec.socket) else part for part in spec.argv]
+        # Each engine binds itself to the first core it may use, unless it is told another.
+        self._environment = {**spec.environment, "VLLM_CPU_OMP_THREADS_BIND": str(max(os.sched_getaffinity(0)))}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.socket.unlink(missing_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._argv, env=self._environment, cwd=self._log.parent, stdout=log, stderr=log
+            )
+
+    def kill(self) -> None:
+        """As kill -9 does; it has no children."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextmanager
+def second_engine(stack: RealStack, directory: Path) -> Iterator[SecondEngine]:
+    engine = SecondEngine(stack, directory)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.kill()
+
+
+def settings(stack: RealStack, directory: Path, engines: Mapping[str, str]) -> GatewaySettings:
+    """Those of the stack's own gateway, with one engine more."""
+    (directory / "engines.json").write_text(json.dumps(engines))
+    told: dict[str, Any] = {name.removeprefix("BONSAI_").lower(): it for name, it in stack.stack.environment.items()}
+    own = {
+        "policy_engine_urls": json.loads(told["policy_engine_urls"]),
+        "policy_engines_file": directory / "engines.json",
+        "admin_key_file": stack.stack.state.admin_key,
+        "key_pepper_file": stack.stack.state.key_pepper,
+        "spool": directory / "spool",
+        "port": 0,
+    }
+    return GatewaySettings(**{**told, **own})
+
+
+def rows(gateway: Client, policy: str) -> dict[str, dict[str, Any]]:
+    """Of each engine what it says of the policy."""
+    listed = gateway.get("/engines").json["data"]
+    return {row["id"]: one for row in listed for one in row["adapters"] if one["policy"] == policy}
+
+
+def ask(gateway: Client, policy: str, prompt: str) -> Reply:
+    body = {"prompt": prompt, "max_tokens": 4}
+    return gateway.post("/generate", body, {"x-bonsai-arm": f"{policy}:1"})
+
+
+def test_an_engine_that_was_killed_is_loaded_and_proved_again_before_it_gets_requests(
+    stack: RealStack, undisturbed: dict[str, Any], tmp_path: Path
+):
+    policy = stack.served(undisturbed["policy"])["id"]
+    with (
+        second_engine(stack, tmp_path) as second,
+        running_gateway(settings(stack, tmp_path, {"second": f"unix://{second.socket}"})) as gateway,
+    ):
+        both = {"policy-0", "second"}
+
+        def serving() -> set[str]:
+            return {name for name, row in rows(gateway, policy).items() if row["served"]}
+
+        def all_answered() -> bool:
+            replies = [ask(gateway, policy, prompt) for prompt in PROMPTS]
+            return all(reply.status == 200 and reply.json["policy"] == policy for reply in replies)
+
+        wait_until(lambda: serving() == both, "both have proved the policy", seconds=120)
+        assert all_answered()
+        wait_until(lambda: rows(gateway, policy)["second"]["used_at"], "the second engine has had requests", seconds=5)
+
+        second.kill()
+        assert all_answered()
+        killed_at = time.time()
+        second.start()
+        while not (row := rows(gateway, policy)["second"])["served"] or row["proven_at"] < killed_at:
+            assert all_answered()
+            assert time.time() < killed_at + 120
+            assert rows(gateway, policy)["second"]["in_flight"] == 0
+        assert serving() == both
+        # No request was sent to it between its death and its proof.
+        assert row["used_at"] < killed_at < row["proven_at"]
+        assert all_answered()
+        assert rows(gateway, policy)["second"]["used_at"] > row["proven_at"]

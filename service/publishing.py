@@ -168,18 +168,23 @@ class Publisher:
         except GatewayError:
             self.observed.lost_sight()
             raise
-        for policy_id in self._told - self.engine.served:
-            # It was told 404 for what the engine listed.
+        for policy_id in (self._told - self.engine.served) & self.observed.adapters.keys():
+            # Requests were told 404 for what the engine listed.
             self.observed[policy_id].proven_at = None
         snapshot = self._catalogue.snapshot
-        self.observed.see(state, self._directories(snapshot), wanted_policies(snapshot))
+        self.observed.see(state, self._directories(state.models), wanted_policies(snapshot))
         self._fingerprints = {name: one for name, one in self._fingerprints.items() if name in self.observed.models}
         self._serve()
 
-    def _directories(self, snapshot: Snapshot) -> dict[str, str]:
-        root = self._artefacts.resolve()
-        policies = snapshot.policies.items()
-        return {name: str(directory_of(root, one.manifest)) for name, one in policies if one.manifest is not None}
+    def _directories(self, names: Iterable[str]) -> dict[str, str]:
+        """Where the files of those that are policies are."""
+        root, policies = self._artefacts.resolve(), self._catalogue.snapshot.policies
+        found = ((name, policies.get(name)) for name in names)
+        return {
+            name: str(directory_of(root, one.manifest))
+            for name, one in found
+            if one is not None and one.manifest is not None
+        }
 
     def _holdings(self) -> dict[str, Holding]:
         names = self.observed.adapters
@@ -206,7 +211,9 @@ class Publisher:
             case "unload":
                 await self._unload(action.policy)
             case "load" | "prove":
-                await self._bring_up(self._catalogue.snapshot.policies[action.policy], action.deed)
+                policy = self._catalogue.snapshot.policies.get(action.policy)
+                if policy is not None:  # The registry may have changed since the plan was made.
+                    await self._bring_up(policy, action.deed)
             case _:
                 assert_never(action.deed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 
 import pytest
@@ -11,10 +12,31 @@ import redis
 
 from bon_algos.contracts import job_key
 from bonsai.demo.prompts import training_prompts
-from tests.faults.imitation import N, start
 from tests.fixtures.real_stack import RealStack, wait_until
 
 pytestmark = pytest.mark.stack
+N = 8
+IMITATION = {
+    "type": "bon_forward_kl",
+    "bon_forward_kl": {"n": N, "steps": 40, "prompts_per_step": 6, "lora_rank": 8, "lora_alpha": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def window(stack: RealStack) -> dict[str, float]:
+    """A fixed part of the ledger, so that two jobs learn from the very same candidates."""
+    since = time.time()
+    stack.fill_ledger(list(training_prompts()[100:130]), N)
+    return {"since": since, "until": time.time()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stack: RealStack, window):
+    return stack.finished(start(stack, window))
+
+
+def start(stack: RealStack, window) -> str:
+    return stack.start_job(IMITATION, n=N, window=window, held_out_fraction=0.2, seed=3)
 
 
 def training_process(stack: RealStack) -> int:

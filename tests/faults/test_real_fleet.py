@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bon_algos.contracts import POLICIES_INDEX, Fingerprint, Manifest, policy_key
+from bon_algos.logprobs import TokenGroup
+from service.app import read_tokenizer
 from service.settings import GatewaySettings
 from tests.fixtures.gateway import Client, Reply, running_gateway
 from tests.fixtures.real_stack import RealStack, wait_until
+from tests.service.records import manifest
+from worker.models import open_policy
+from worker.publish import publish
 
 pytestmark = pytest.mark.stack
 PROMPTS = [f"{i} reviews of a film" for i in range(12)]
@@ -72,6 +79,35 @@ def settings(stack: RealStack, directory: Path, engines: Mapping[str, str]) -> G
     return GatewaySettings(**{**told, **own})
 
 
+def publish_random_policy(stack: RealStack, directory: Path) -> str:
+    """Registered as a worker does it, but nothing was trained: random factors, and what the trainer sees of them."""
+    told = stack.stack.environment
+    base, rank = told["BONSAI_BASE_POLICY_ID"], 8
+    model = Path(told["BONSAI_POLICY_DIRECTORY"])
+    policy = open_policy(model, base, rank=rank, alpha=16.0, train_factor_a=True, seed=0, device=torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    policy.load_factors({name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in policy.factors.items()})
+    policy.save_adapter(directory / "adapter")
+    ids = torch.randint(0, read_tokenizer(model).vocabulary_size, (16, 24), generator=draw).tolist()
+    groups = [TokenGroup(row[:8], [row[8:]]) for row in ids]
+    own, reference = (policy.token_logprobs(groups, reference=it) for it in (False, True))
+    fingerprint = Fingerprint(
+        prompt_token_ids=tuple(tuple(row[:8]) for row in ids),
+        completion_token_ids=tuple(tuple(row[8:]) for row in ids),
+        policy_logprobs=tuple(tuple(rows[0]) for rows in own),
+        base_logprobs=tuple(tuple(rows[0]) for rows in reference),
+    )
+
+    def described(digest: str, files: dict[str, str]) -> Manifest:
+        plain = manifest(f"pol-{digest[:16]}", files, digest)
+        return plain.model_copy(update={"base_policy_id": base, "parent_policy_id": base, "lora_rank": rank})
+
+    record = publish(Path(told["BONSAI_ARTEFACTS"]), directory / "adapter", fingerprint, described)
+    stack.redis.hset(policy_key(record.id), mapping={"record": record.model_dump_json(), "version": 1})
+    stack.redis.zadd(POLICIES_INDEX, {record.id: time.time()})
+    return record.id
+
+
 def rows(gateway: Client, policy: str) -> dict[str, dict[str, Any]]:
     """Of each engine what it says of the policy."""
     listed = gateway.get("/engines").json["data"]
@@ -83,15 +119,12 @@ def ask(gateway: Client, policy: str, prompt: str) -> Reply:
     return gateway.post("/generate", body, {"x-bonsai-arm": f"{policy}:1"})
 
 
-def test_an_engine_that_was_killed_is_loaded_and_proved_again_before_it_gets_requests(
-    stack: RealStack, undisturbed: dict[str, Any], tmp_path: Path
-):
-    policy = stack.served(undisturbed["policy"])["id"]
+def test_an_engine_that_was_killed_is_loaded_and_proved_again_before_it_gets_requests(stack: RealStack, tmp_path: Path):
     with (
         second_engine(stack, tmp_path) as second,
         running_gateway(settings(stack, tmp_path, {"second": f"unix://{second.socket}"})) as gateway,
     ):
-        both = {"policy-0", "second"}
+        policy, both = publish_random_policy(stack, tmp_path), {"policy-0", "second"}
 
         def serving() -> set[str]:
             return {name for name, row in rows(gateway, policy).items() if row["served"]}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 from redis.asyncio import Redis
 
+from bon_algos.contracts import POLICIES_INDEX
 from service.artefacts import directory_of
 from service.catalogue import Catalogue
 from service.errors import EngineUnavailable
@@ -306,6 +307,17 @@ async def test_an_adapter_with_requests_under_way_leaves_when_they_have_ended_or
     fleet.clock.now += DRAIN_SECONDS
     await publisher.reconcile()
     assert busy not in engine.adapters
+
+
+async def test_a_policy_that_is_in_the_registry_no_more_leaves(fleet: Fleet):
+    engine, publisher = fleet.first
+    student = await fleet.register(1)
+    await publisher.reconcile()
+    await fleet.redis.zrem(POLICIES_INDEX, student)
+    await fleet.catalogue.refresh()
+    await publisher.reconcile()
+    assert engine.served == {BASE}
+    assert engine.adapters == {}
 
 
 async def test_what_is_wanted_again_while_it_is_drained_is_served_again(fleet: Fleet):

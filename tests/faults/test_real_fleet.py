@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ import torch
 
 from bon_algos.contracts import POLICIES_INDEX, Fingerprint, Manifest, policy_key
 from bon_algos.logprobs import TokenGroup
+from bonsai import guard
 from service.app import read_tokenizer
 from service.settings import GatewaySettings
 from tests.fixtures.gateway import Client, Reply, running_gateway
@@ -30,7 +33,7 @@ PROMPTS = [f"{i} reviews of a film" for i in range(12)]
 
 
 class SecondEngine:
-    """Started as the stack's own policy engine is, on another socket, and without a supervisor."""
+    """Started as the stack's own policy engine is, on another socket, and with nobody who starts it again."""
 
     def __init__(self, stack: RealStack, directory: Path) -> None:
         spec = stack.stack.process("policy").spec
@@ -42,16 +45,27 @@ class SecondEngine:
 
     def start(self) -> None:
         self.socket.unlink(missing_ok=True)
+        # Held open by the tests: should they die, the guard sees it close and kills the engine.
+        lifeline, self._held = os.pipe()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._argv, env=self._environment, cwd=self._log.parent, stdout=log, stderr=log
+                [sys.executable, "-I", "-S", guard.__file__, str(lifeline), "0", *self._argv],
+                env=self._environment,
+                cwd=self._log.parent,
+                stdout=log,
+                stderr=log,
+                pass_fds=(lifeline,),
+                start_new_session=True,
             )
+        os.close(lifeline)
 
     def kill(self) -> None:
-        """As kill -9 does; it has no children."""
+        """kill -9 of the server, of what it started and of its guard."""
         if self._process is not None:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            os.close(self._held)
+            self._process = None
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class Replica:
         return self._in_flight[policy]
 
     def last_used_at(self, policy: str) -> float:
-        """When a call for the policy last began or ended, by the monotonic clock; 0 for never."""
+        """When it last gave a token of the policy, by the monotonic clock; 0 for never."""
         return self._last_used_at.get(policy, 0.0)
 
     @property
@@ -160,6 +160,7 @@ class Replica:
         def listen(piece: Piece) -> None:
             nonlocal heard
             heard = True
+            self._last_used_at[policy] = monotonic()
             self.canary.token_came()
             if hear is not None:
                 hear(piece)
@@ -185,14 +186,12 @@ class Replica:
         self._outstanding += cost
         self._idle.clear()
         self._in_flight[policy] += 1
-        self._last_used_at[policy] = monotonic()
 
     def _end(self, policy: str, cost: int) -> None:
         self._outstanding -= cost
         if not self._outstanding:
             self._idle.set()
         self._in_flight[policy] -= 1
-        self._last_used_at[policy] = monotonic()
 
     def _count(self, epoch: int, error: GatewayError) -> None:
         if self._breaker.state == "closed":

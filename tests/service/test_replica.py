@@ -156,3 +156,24 @@ async def test_why_it_opened_is_known_after_a_drain_too():
             await draw_one(replica, BASE, max_tokens=1)
     replica.undrain()
     assert (replica.state, replica.reason) == ("open", "away")
+
+
+async def test_a_policy_is_in_flight_while_it_is_asked_and_was_used_when_it_gave_a_token():
+    engine = OneEngine()
+    replica = Replica("policy-0", engine, BASE, canary_after=10, hung_after=30)
+    engine.is_away = True
+    with pytest.raises(EngineUnavailable):
+        await draw_one(replica, BASE, max_tokens=1)
+    assert (replica.in_flight(BASE), replica.last_used_at(BASE)) == (0, 0.0)
+    engine.is_away = False
+    before = time.monotonic()
+    drawing = asyncio.create_task(draw_one(replica, BASE, max_tokens=2))
+    while not replica.last_used_at(BASE):
+        await asyncio.sleep(0)
+    assert replica.in_flight(BASE) == 1
+    await drawing
+    await replica.idle(seconds=0)
+    assert replica.in_flight(BASE) == 0
+    assert before < replica.last_used_at(BASE) <= time.monotonic()
+    replica.forget(BASE)
+    assert replica.last_used_at(BASE) == 0.0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bonsai.engines import LORA_RANKS
+from bonsai.engines_command import engines_command
 from bonsai.replay.command import replay_command
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
 
 
 main.add_command(replay_command)
+main.add_command(engines_command)
 
 
 @main.group()

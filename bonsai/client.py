@@ -162,6 +162,33 @@ class ExperimentSummary(Reply):
     arms: tuple[ArmSummary, ...]
 
 
+class EngineAdapter(Reply):
+    """One policy on one engine."""
+
+    policy: str
+    wanted: bool
+    resident: bool
+    served: bool
+    draining: bool
+    proven_at: float | None = None
+    used_at: float | None = None
+    reason: str | None = None
+
+
+class Engine(Reply):
+    """A replica of the policy engine."""
+
+    id: str
+    state: str
+    reason: str | None = None
+    slots: int
+    adapters: tuple[EngineAdapter, ...]
+
+
+class _Engines(Reply):
+    data: list[Engine]
+
+
 class BonsaiClient:
     """Calls of the public API; one connection pool. Made by `open_client`."""
 
@@ -200,6 +227,9 @@ class BonsaiClient:
     async def promote(self, policy_id: str, *, route: str, override_reason: str) -> None:
         body = {"route": route, "override_reason": override_reason}
         await self._call(Reply, "POST", f"/policies/{policy_id}/promote", body)
+
+    async def engines(self) -> list[Engine]:
+        return (await self._call(_Engines, "GET", "/engines?limit=100")).data
 
     async def start_experiment(self, route: str, weights: Mapping[tuple[str, int], int]) -> None:
         """Weights of the arms (policy, n), together 10,000."""

@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,7 @@ from service.draining import Door, Draining
 from service.edge import install_edge
 from service.fair_queue import FairQueue
 from service.feedback import FeedbackBook
+from service.fleet import running_fleet
 from service.keys import admin_record
 from service.ledger import Ledger
 from service.limits import Limits
@@ -32,8 +34,10 @@ from service.loops import running_loops
 from service.measurements import Measurements
 from service.openapi import require_described
 from service.pool import EnginePool
+from service.publishers import Publishers
 from service.replays import Replays
 from service.replica import Replica
+from service.residency import DRAIN_SECONDS
 from service.reward import RewardModel
 from service.reward_test import RewardTest, read_pairs
 from service.routes import (
@@ -77,11 +81,11 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
     readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     async with AsyncExitStack() as stack:
         spool = stack.enter_context(closing(Spool(settings.spool, settings.spool_max_bytes)))
-        engine = await stack.enter_async_context(_open_pool(settings))
+        engine = EnginePool()
         reward_model = RewardModel(settings.reward_model, readers)
         stack.push_async_callback(reward_model.close)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
-        control = await stack.enter_async_context(_control(engine, settings))
+        control = await stack.enter_async_context(_control(settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
         serving = Serving(
@@ -102,6 +106,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             settings_digest=settings.digest,
             holdout_share=settings.holdout_share,
         )
+        admit = partial(_admitted, engine, control.publishers, settings)
+        await stack.enter_async_context(running_fleet(settings.engines, settings.policy_engines_file, admit))
         yield Gateway(serving, control)
 
 
@@ -114,10 +120,9 @@ def _limits(settings: GatewaySettings) -> Limits:
     return Limits(FairQueue(settings.max_tokens_in_flight, settings.max_tokens_waiting), Allowances(of_a_key))
 
 
-def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
+def _control(settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
     pepper = read_pepper(settings.key_pepper_file)
     return open_control(
-        engine.replicas,
         redis_url=settings.redis_url,
         base_policy_id=settings.base_policy_id,
         reward_model_id=settings.reward_model.id,
@@ -128,6 +133,7 @@ def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncCont
         max_loras=settings.max_loras,
         max_lora_rank=settings.max_lora_rank,
         fingerprint_tolerance=settings.fingerprint_tolerance,
+        prove_seconds=settings.prove_seconds,
         learning_seconds=settings.learning_seconds,
         max_body_bytes=settings.max_body_bytes,
         pepper=pepper,
@@ -144,24 +150,28 @@ async def _testing(reward_model: RewardModel, settings: GatewaySettings) -> Asyn
 
 
 @asynccontextmanager
-async def _open_pool(settings: GatewaySettings) -> AsyncGenerator[EnginePool]:
-    """The policy engines, watched until the block is left."""
-    async with AsyncExitStack() as stack:
-        replicas = []
-        for place, url in enumerate(settings.policy_engine_urls):
-            engine = PolicyEngine(url)
-            stack.push_async_callback(engine.close)
-            replicas.append(
-                Replica(
-                    f"policy-{place}",
-                    engine,
-                    settings.base_policy_id,
-                    canary_after=settings.canary_after_seconds,
-                    hung_after=settings.hung_after_seconds,
-                )
-            )
-        async with running_loops(*(replica.canary.run() for replica in replicas)):
-            yield EnginePool(replicas)
+async def _admitted(
+    pool: EnginePool, publishers: Publishers, settings: GatewaySettings, name: str, url: str
+) -> AsyncGenerator[None]:
+    """One policy engine, watched and published to. Leaving the block finishes its requests."""
+    engine = PolicyEngine(url)
+    replica = Replica(
+        name,
+        engine,
+        settings.base_policy_id,
+        canary_after=settings.canary_after_seconds,
+        hung_after=settings.hung_after_seconds,
+    )
+    publisher = publishers.join(replica)
+    pool.join(replica)
+    try:
+        async with running_loops(replica.canary.run(), publisher.run()):
+            yield
+    finally:
+        pool.leave(replica)
+        publishers.leave(publisher)
+        await replica.idle(DRAIN_SECONDS)
+        await engine.close()
 
 
 @asynccontextmanager

@@ -33,10 +33,19 @@ class ArtefactRefused(Exception):
     """The directory is not what its manifest says, or not what may be loaded; the text says why."""
 
 
+class ArtefactUnreadable(ArtefactRefused):
+    """It could not be looked at. That may pass: a volume that is away, a copy that is still on its way."""
+
+
+def directory_of(root: Path, manifest: Manifest) -> Path:
+    """Where a policy's files are, and nowhere else. root: resolved."""
+    return root / "policies" / manifest.digest
+
+
 def checked_adapter(root: Path, manifest: Manifest, *, max_rank: int) -> tuple[Path, Fingerprint]:
     """The absolute directory of a policy below `root` and its fingerprint, every byte checked against the
     manifest. Blocks while it reads the files. Raises ArtefactRefused."""
-    directory = root.resolve() / "policies" / manifest.digest
+    directory = directory_of(root.resolve(), manifest)
     _require_plain_tree(directory)
     if _record(Manifest, directory / MANIFEST_FILE) != manifest:
         raise ArtefactRefused("manifest.json is not the manifest that was registered")
@@ -60,7 +69,7 @@ def _require_plain_tree(directory: Path) -> None:
             if not stat.S_ISREG(os.lstat(directory / name).st_mode):
                 raise ArtefactRefused(f"{name} is not a plain file")
     except OSError as error:
-        raise ArtefactRefused(f"the policy's directory cannot be read: {error.strerror}") from error
+        raise ArtefactUnreadable(f"the policy's directory cannot be read: {error.strerror}") from error
 
 
 def _require_digests(directory: Path, manifest: Manifest) -> None:

@@ -1,13 +1,14 @@
 """The control plane as one object: what the admin routes may touch, built once, at start-up.
 
 Owns: the wiring of catalogue, keys, registry, jobs, experiments, publishing, curves, what is learned of rewards, and
-their loops. Does not own: HTTP.
+their loops. Does not own: HTTP,
+the engines, which join and leave `publishers` (fleet.py).
 `open_control` is the composition root of everything that changes traffic; the hot path needs `catalogue` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,6 @@ from service.learned import LearnedStrategies
 from service.loops import running_loops
 from service.policies import Policies
 from service.publishers import Publishers
-from service.publishing import AdapterEngine
 from service.routing import Routes
 from service.store import open_redis
 
@@ -52,7 +52,6 @@ class Control:
 
 @asynccontextmanager
 async def open_control(
-    engines: Sequence[AdapterEngine],
     *,
     redis_url: str,
     base_policy_id: str,
@@ -64,6 +63,7 @@ async def open_control(
     max_loras: int,
     max_lora_rank: int,
     fingerprint_tolerance: float,
+    prove_seconds: float,
     learning_seconds: float,
     max_body_bytes: int,
     pepper: bytes,
@@ -85,13 +85,13 @@ async def open_control(
             jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
             dispatcher=Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=reconcile_seconds),
             publishers=Publishers(
-                engines,
                 catalogue,
                 policies,
                 artefacts=artefacts,
                 slots=max_loras,
                 max_lora_rank=max_lora_rank,
                 tolerance=fingerprint_tolerance,
+                prove_every=prove_seconds,
             ),
             curves=Curves(redis_of_bytes),
             learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
@@ -102,8 +102,7 @@ async def open_control(
         with suppress(StoreUnavailable, StoreFull):
             # The first request is held against the keys there are, where Redis says which.
             await key_ring.refresh()
-        loops = [publisher.run() for publisher in control.publishers.each]
-        loops += [catalogue.run(), key_ring.run(), control.dispatcher.run(), control.learned.run()]
+        loops = [catalogue.run(), key_ring.run(), control.dispatcher.run(), control.learned.run()]
         async with running_loops(*loops):
             yield control
 

@@ -73,6 +73,12 @@ class EngineHttp:
                 self._require_ok(response)
                 return json_object(await _read_bounded(response))
 
+    async def get_text(self, path: str, seconds: float) -> tuple[int, str]:
+        """Status and text; whatever the status, it is an answer."""
+        with self.translated():
+            async with asyncio.timeout(seconds), self._session.get(path) as response:
+                return response.status, (await _read_bounded(response)).decode("utf-8", "replace")
+
     async def post(self, path: str, body: dict[str, Any]) -> bytes:
         """The answer to a JSON object. How long to wait is the caller's affair."""
         with self.translated():

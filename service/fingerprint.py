@@ -53,5 +53,11 @@ def compare_fingerprint(
     )
 
 
+def is_the_base(fingerprint: Fingerprint, engine_logprobs: Sequence[Sequence[float]], tolerance: float) -> bool:
+    """Whether the engine's log-probs of the fixed completions are those of the base the policy was trained on."""
+    engine, base = _flat(engine_logprobs), _flat(fingerprint.base_logprobs)
+    return len(engine) == len(base) and bool(np.abs(engine - base).mean() <= tolerance)
+
+
 def _flat(rows: Sequence[Sequence[float]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     return np.array([value for row in rows for value in row], dtype=np.float64)

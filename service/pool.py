@@ -39,10 +39,17 @@ def choose(names: Sequence[str], loads: Sequence[int], prompt_token_ids: Sequenc
 
 
 class EnginePool:
-    """The replicas of the policy engine."""
+    """The replicas of the policy engine; they may come and go."""
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
+    def __init__(self, replicas: Sequence[Replica] = ()) -> None:
         self.replicas = tuple(replicas)
+
+    def join(self, replica: Replica) -> None:
+        self.replicas = (*self.replicas, replica)
+
+    def leave(self, replica: Replica) -> None:
+        """Requests under way finish, no other comes."""
+        self.replicas = tuple(one for one in self.replicas if one is not replica)
 
     def replica(self, name: str) -> Replica | None:
         return next((replica for replica in self.replicas if replica.name == name), None)

@@ -11,10 +11,13 @@ millisecond. An engine that never says a word is found out by the canary, whose 
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from time import monotonic, time
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from bon_algos.contracts import Candidate, Sampling
 from bon_algos.vllm_protocol import Piece
@@ -22,9 +25,10 @@ from service.best_of_n import Policy
 from service.breaker import Breaker
 from service.canary import Canary
 from service.errors import EngineBroken, EngineRefused, EngineUnavailable, GatewayError, PolicyNotServed
-from service.vllm import DrawingWindow, Listener
+from service.vllm import DrawingWindow, EngineState, Listener
 
-ReplicaState = Literal["ok", "open", "hung", "draining"]
+ReplicaState = Literal["ok", "open", "hung", "other_base", "draining"]
+OTHER_BASE: Final = "it serves other weights under the base policy's name"
 log = logging.getLogger("bonsai.engines")
 
 
@@ -34,6 +38,8 @@ class Engine(Policy, Protocol):
     async def give_a_token(self, policy: str) -> None: ...
 
     async def models(self) -> list[str]: ...
+
+    async def observe(self) -> EngineState: ...
 
     async def load_adapter(self, policy: str, directory: str) -> None: ...
 
@@ -71,8 +77,13 @@ class Replica:
         )
         self._served: frozenset[str] = frozenset()
         self._outstanding = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._in_flight: Counter[str] = Counter()
+        self._last_used_at: dict[str, float] = {}
         self._is_draining = False
         self._is_hung = False
+        self._has_other_base = False
         self._is_reachable = True
         self._reason = ""
         self._state: ReplicaState = "ok"
@@ -96,12 +107,22 @@ class Replica:
     @property
     def reason(self) -> str:
         """Why it is out of rotation, in words; "" while it is not."""
-        return "" if self._state == "ok" else "it is drained" if self._is_draining else self._reason
+        if self._state in ("ok", "draining"):
+            return "it is drained" if self._is_draining else ""
+        return OTHER_BASE if self._state == "other_base" else self._reason
 
     @property
     def outstanding_tokens(self) -> int:
         """n · max_tokens and the prompt of every call under way."""
         return self._outstanding
+
+    def in_flight(self, policy: str) -> int:
+        """Calls under way that draw from the policy."""
+        return self._in_flight[policy]
+
+    def last_used_at(self, policy: str) -> float:
+        """When it last gave a token of the policy, by the monotonic clock; 0 for never."""
+        return self._last_used_at.get(policy, 0.0)
 
     @property
     def served(self) -> frozenset[str]:
@@ -139,11 +160,12 @@ class Replica:
         def listen(piece: Piece) -> None:
             nonlocal heard
             heard = True
+            self._last_used_at[policy] = monotonic()
             self.canary.token_came()
             if hear is not None:
                 hear(piece)
 
-        self._outstanding += cost
+        self._begin(policy, cost)
         try:
             drawn = await self._engine.sample(policy, prompt_token_ids, n, sampling, window, listen)
         except PolicyNotServed:
@@ -155,10 +177,21 @@ class Replica:
             self._count(epoch, error)
             raise
         finally:
-            self._outstanding -= cost
+            self._end(policy, cost)
         if heard:
             self._breaker.count(epoch, failed=False)
         return drawn
+
+    def _begin(self, policy: str, cost: int) -> None:
+        self._outstanding += cost
+        self._idle.clear()
+        self._in_flight[policy] += 1
+
+    def _end(self, policy: str, cost: int) -> None:
+        self._outstanding -= cost
+        if not self._outstanding:
+            self._idle.set()
+        self._in_flight[policy] -= 1
 
     def _count(self, epoch: int, error: GatewayError) -> None:
         if self._breaker.state == "closed":
@@ -172,6 +205,12 @@ class Replica:
         if failure or self._breaker.state == "closed":
             self._reason = failure
         self._settle()
+
+    async def idle(self, seconds: float) -> None:
+        """Returns when no call is under way, or after so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
 
     # --- draining and serving ------------------------------------------------------------------------------
 
@@ -188,15 +227,27 @@ class Replica:
         """What it has proved to serve; nothing else is asked of it."""
         self._served = frozenset(policies)
 
-    async def models(self) -> list[str]:
-        """As PolicyEngine.models. An engine that can be reached again is probed at once."""
+    def distrust(self, *, has_other_base: bool) -> None:
+        """Whether it was found to serve other weights than the others under the base's name: then it serves nothing."""
+        if has_other_base != self._has_other_base:
+            self._has_other_base = has_other_base
+            self._settle()
+
+    def forget(self, policy: str) -> None:
+        """The engine has it no longer: when it was used is of no interest."""
+        self._last_used_at.pop(policy, None)
+        if not self._in_flight[policy]:
+            del self._in_flight[policy]
+
+    async def observe(self) -> EngineState:
+        """As PolicyEngine.observe. An engine that can be reached again is probed at once."""
         was_reachable, self._is_reachable = self._is_reachable, False
-        names = await self._engine.models()
+        seen = await self._engine.observe()
         self._is_reachable = True
         if not was_reachable:
             self._breaker.hasten()
             self.canary.look_again()
-        return names
+        return seen
 
     async def load_adapter(self, policy: str, directory: str) -> None:
         await self._engine.load_adapter(policy, directory)
@@ -212,6 +263,8 @@ class Replica:
     def _settle(self) -> None:
         """Find the state from what it is made of, and say so when it changed."""
         state: ReplicaState = "ok" if self._breaker.state == "closed" else "hung" if self._is_hung else "open"
+        if state == "ok" and self._has_other_base:
+            state = "other_base"
         if self._is_draining:
             state = "draining"
         if state != self._state:

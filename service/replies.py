@@ -342,6 +342,23 @@ ENGINE: Final = Named(
         reason=maybe(TEXT),
         outstanding_tokens=WHOLE,
         policies=rows(TEXT),
+        slots=WHOLE,
+        started_at=maybe(NUMBER),
+        adapters=rows(
+            members(
+                policy=TEXT,
+                wanted=FLAG,
+                resident=FLAG,
+                served=FLAG,
+                draining=FLAG,
+                in_flight=WHOLE,
+                proven_at=maybe(NUMBER),
+                probed_at=maybe(NUMBER),
+                used_at=maybe(NUMBER),
+                failures=WHOLE,
+                reason=maybe(TEXT),
+            )
+        ),
     ),
 )
 _KEY: Final[Mapping[str, Schema]] = {

@@ -15,14 +15,13 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfigSetting, VllmMember
 from service.api_key import read_admin_key, read_pepper
+from service.fleet import MOST_ENGINES, read_engines
 from service.reward_test import read_pairs
-
-MAX_REPLICAS = 64
 
 
 def _replicas(urls: tuple[str, ...]) -> tuple[str, ...]:
-    if not 1 <= len(urls) <= MAX_REPLICAS:
-        raise ValueError(f"must name 1 to {MAX_REPLICAS} engines")
+    if not 1 <= len(urls) <= MOST_ENGINES:
+        raise ValueError(f"must name 1 to {MOST_ENGINES} engines")
     if len(set(urls)) < len(urls):
         raise ValueError("names an engine twice")
     return urls
@@ -43,6 +42,11 @@ def _readable_pairs(file: Path) -> Path:
     return file
 
 
+def _engines_file(file: Path) -> Path:
+    read_engines(file)
+    return file
+
+
 def _admin_key_file(file: Path) -> Path:
     read_admin_key(file)
     return file
@@ -54,6 +58,7 @@ def _pepper_file(file: Path) -> Path:
 
 
 PairsFile = Annotated[Path, AfterValidator(_readable_pairs)]
+EnginesFile = Annotated[Path, AfterValidator(_engines_file)]
 AdminKeyFile = Annotated[Path, AfterValidator(_admin_key_file)]
 PepperFile = Annotated[Path, AfterValidator(_pepper_file)]
 
@@ -67,6 +72,9 @@ class GatewaySettings(BaseSettings):
     policy_engine_urls: PrivateUrls
     """A JSON list: the replicas of the policy engine, alike in all that concerns an answer. They are called policy-0,
     policy-1, … in this order; the worker samples from the first."""
+    policy_engines_file: EnginesFile | None = None
+    """A JSON object name -> URL: engines beside these that come and go. Read again every second; a name that is new
+    joins, one that is gone finishes what it has."""
     reward_model: Annotated[RewardConfigSetting, NoDecode]
     """As JSON: where its members answer and how their rewards become one; the worker is told the same."""
     policy_directory: Path
@@ -96,6 +104,8 @@ class GatewaySettings(BaseSettings):
     """The largest rank the policy engine was started for."""
     max_loras: int = Field(4, ge=1)
     """Adapters that the policy engine may hold for the gateway."""
+    prove_seconds: float = Field(300, gt=0)
+    """After so long an engine proves again what it proved; a proof counts for three times as long."""
     fingerprint_tolerance: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Nats between engine and trainer: 1e-3 for float32, 2e-2 for bfloat16."""
     default_max_tokens: int = Field(64, ge=1)
@@ -132,6 +142,11 @@ class GatewaySettings(BaseSettings):
         if seconds <= others.data.get("canary_after_seconds", 0):
             raise ValueError("must be above canary_after_seconds: the time between is what a token may take")
         return seconds
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """The engines of `policy_engine_urls`, by name."""
+        return {f"policy-{place}": url for place, url in enumerate(self.policy_engine_urls)}
 
     @property
     def digest(self) -> str:

@@ -7,6 +7,7 @@ Owns: the calls to one vLLM server and when a drawing may stop. Does not own: th
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -21,11 +22,12 @@ from bon_algos.vllm_protocol import (
     parse_forced_token,
 )
 from service.engine_http import EngineHttp
-from service.errors import EngineBroken, EngineRefused, EngineUnavailable, InvalidField, PolicyNotServed
+from service.errors import EngineBroken, EngineRefused, EngineUnavailable, GatewayError, InvalidField, PolicyNotServed
 
 CHANGE_SECONDS: Final = 120.0
 PROBE_SECONDS: Final = 120.0
 LIST_SECONDS: Final = 2.0
+STARTED_AT: Final = "/metrics?name[]=process_start_time_seconds"
 
 
 Listener = Callable[[Piece], None]
@@ -33,6 +35,15 @@ Listener = Callable[[Piece], None]
 
 class AdapterRefused(Exception):
     """The engine does not take this adapter; the text is its own reason, cut short."""
+
+
+class EngineState(NamedTuple):
+    """What an engine says of itself."""
+
+    models: Mapping[str, str | None]
+    """Names it serves -> the directory each was loaded from, where it tells; its base first."""
+    started_at: float | None
+    """Of its process, Unix seconds: another one is another life. None: it does not tell."""
 
 
 class DrawingWindow(NamedTuple):
@@ -133,6 +144,17 @@ class PolicyEngine:
         """Names the engine serves: its base first, then the adapters it has loaded."""
         return model_names(await self._http.get("/v1/models", LIST_SECONDS))
 
+    async def observe(self) -> EngineState:
+        """What it serves from where, and since when it lives. Raises as `models` does."""
+        body = await self._http.get("/v1/models", LIST_SECONDS)
+        roots = ((str(card["id"]), card.get("root")) for card in _cards(body))
+        models = {name: root if isinstance(root, str) else None for name, root in roots}
+        try:
+            status, text = await self._http.get_text(STARTED_AT, LIST_SECONDS)
+        except GatewayError:
+            return EngineState(models, None)
+        return EngineState(models, started_at(text) if status == 200 else None)
+
     async def load_adapter(self, policy: str, directory: str) -> None:
         """Make an adapter ready under the policy's name. Raises AdapterRefused. Loading twice is no error."""
         await self._change(
@@ -151,12 +173,25 @@ class PolicyEngine:
             raise AdapterRefused(text[:500])
 
 
+def started_at(metrics: str) -> float | None:
+    """The start of a process, by Prometheus' own words for it."""
+    found = re.search(r"^process_start_time_seconds ([0-9.e+]{1,32})$", metrics, re.MULTILINE)
+    try:
+        return None if found is None else float(found[1])
+    except ValueError:
+        return None
+
+
 def model_names(body: Mapping[str, Any]) -> list[str]:
     """The ids of a `/v1/models` list."""
+    return [str(card["id"]) for card in _cards(body)]
+
+
+def _cards(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     cards = body.get("data")
     if not isinstance(cards, list):
         raise EngineBroken("an engine did not list its models")
-    return [str(card["id"]) for card in cards if isinstance(card, dict) and "id" in card]
+    return [card for card in cards if isinstance(card, dict) and "id" in card]
 
 
 def _max_bytes(n: int, sampling: Sampling) -> int:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import math
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,13 @@ def test_the_base_is_listed_first(engines):
     assert engines.ask(lambda engine: engine.models())[0] == engines.base
 
 
+def test_it_tells_since_when_it_lives_and_from_where_it_serves(engines):
+    first, again = (engines.ask(lambda engine: engine.observe()) for _ in range(2))
+    assert next(iter(first.models)) == engines.base
+    assert first == again
+    assert 0 < time.time() - first.started_at < 24 * 3600
+
+
 @pytest.mark.parametrize("n", [1, 4])
 def test_n_candidates_come_whole_each_token_with_its_logprob(engines, n):
     candidates = draw(engines, n, max_tokens=16)
@@ -187,6 +195,8 @@ def test_the_base_beside_policies_that_fill_every_slot_stays_the_base(stack, tmp
         try:
             for name in names:
                 await engine.load_adapter(name, str(tmp_path / "adapter"))
+            told_of = (await engine.observe()).models
+            assert {told_of[name] for name in names} == {str(tmp_path / "adapter")}
             now = asyncio.get_running_loop().time()
             window = DrawingWindow(soft=now + 30, hard=now + 60, quorum=8)
             sampling = Sampling(max_tokens=32, temperature=1.0)

@@ -28,9 +28,10 @@ def send(world: World, method: str, path: str, body: object = None, **headers: s
     return world.client.request(method, path, content, {"Content-Type": "application/json", **headers})
 
 
-def proven_candidate(world: World, root: Path) -> str:
-    """A policy as a worker registers it, whose trainer saw what the stub will answer: −0.5 nats everywhere."""
-    rows = ((1,) * 64,) * 5
+def proven_candidate(world: World, root: Path, number: int = 1) -> str:
+    """A policy as a worker registers it, whose trainer saw what the stub will answer: −0.5 nats everywhere. number:
+    of another one, the higher the newer."""
+    rows = ((number,) * 64,) * 5
     fingerprint = Fingerprint(
         prompt_token_ids=((1, 2),) * 5,
         completion_token_ids=rows,
@@ -38,7 +39,7 @@ def proven_candidate(world: World, root: Path) -> str:
         base_logprobs=((-1.5,) * 64,) * 5,
     )
     written = write_policy(root / "artefacts", {"fingerprint.json": fingerprint.model_dump_json().encode()})
-    record = policy(written.policy_id, fingerprint=None, created_at=1.0, written=written, n_equivalent=16)
+    record = policy(written.policy_id, fingerprint=None, created_at=float(number), written=written, n_equivalent=16)
     with blocking_redis.Redis.from_url(world.redis_url) as client:
         client.hset(policy_key(record.id), mapping={"record": record.model_dump_json(), "version": 1})
         client.zadd(POLICIES_INDEX, {record.id: 1.0})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,15 @@ from bon_algos.contracts import (
     ExperimentArm,
     experiment_key,
 )
+from service.artefacts import directory_of
 from service.catalogue import Catalogue, Snapshot
-from service.errors import EngineBroken, EngineUnavailable, StoreUnavailable
+from service.errors import EngineBroken, EngineUnavailable, PolicyNotServed, StoreUnavailable
 from service.fingerprint import FLOAT32_TOLERANCE
 from service.policies import Policies
 from service.publishers import Publishers
 from service.publishing import Publisher, wanted_policies
 from service.store import open_redis
-from service.vllm import AdapterRefused
+from service.vllm import AdapterRefused, EngineState
 from tests.fixtures.redis import RedisServer
 from tests.service.published import COMPLETIONS, base_logprob, write_policy
 from tests.service.records import BASE, STUDENT, numbered, policy, route
@@ -29,6 +32,7 @@ from tests.service.test_experiments import STUDENT_ARM, TEACHER_ARM
 from tests.service.test_policies import register
 
 pytestmark = pytest.mark.anyio
+PROVE_EVERY = 300.0
 
 
 class OneEngine:
@@ -39,19 +43,38 @@ class OneEngine:
         self.is_in_rotation = True
         self.served: frozenset[str] = frozenset()
         self.adapters: dict[str, str] = {}
+        self.started_at: float | None = None
         self.distance = 0.5
+        self.base_distance = 0.0
+        self.calls: Counter[str] = Counter()
+        self.used_at: dict[str, float] = {}
+        self.has_other_base = False
         self.is_away = False
         self.is_broken = False
         self.refusal: str | None = None
+        self.unservable: set[str] = set()
+        """Listed, and not known when it is asked for."""
         self.num_probes = 0
 
     def serve(self, policies: Iterable[str]) -> None:
         self.served = frozenset(policies)
 
-    async def models(self) -> list[str]:
+    def in_flight(self, policy: str) -> int:
+        return self.calls[policy]
+
+    def last_used_at(self, policy: str) -> float:
+        return self.used_at.get(policy, 0.0)
+
+    def forget(self, policy: str) -> None:
+        self.used_at.pop(policy, None)
+
+    def distrust(self, *, has_other_base: bool) -> None:
+        self.has_other_base = has_other_base
+
+    async def observe(self) -> EngineState:
         if self.is_away:
             raise EngineUnavailable("away")
-        return [BASE, *self.adapters]
+        return EngineState({BASE: "/models/base", **self.adapters}, self.started_at)
 
     async def load_adapter(self, policy: str, directory: str) -> None:
         if self.refusal is not None:
@@ -66,7 +89,11 @@ class OneEngine:
     ) -> list[float]:
         if self.is_broken:
             raise EngineBroken("no answer")
+        if policy == BASE:
+            return [base_logprob(token) - self.base_distance for token in completion_token_ids]
         self.num_probes += 1
+        if policy in self.unservable:
+            raise PolicyNotServed("no such model")
         assert policy in self.adapters
         return [base_logprob(token) - self.distance for token in completion_token_ids]
 
@@ -99,10 +126,26 @@ def make_publisher(engine: OneEngine, catalogue: Catalogue, redis: Redis, root: 
     return make_publishers([engine], catalogue, redis, root).each[0]
 
 
-def make_publishers(engines: Sequence[OneEngine], catalogue: Catalogue, redis: Redis, root: Path) -> Publishers:
-    return Publishers(
-        engines, catalogue, Policies(redis), artefacts=root, slots=2, max_lora_rank=32, tolerance=FLOAT32_TOLERANCE
+def make_publishers(
+    engines: Sequence[OneEngine],
+    catalogue: Catalogue,
+    redis: Redis,
+    root: Path,
+    clock: Callable[[], float] = time.monotonic,
+) -> Publishers:
+    publishers = Publishers(
+        catalogue,
+        Policies(redis),
+        artefacts=root,
+        slots=2,
+        max_lora_rank=32,
+        tolerance=FLOAT32_TOLERANCE,
+        prove_every=PROVE_EVERY,
+        clock=clock,
     )
+    for engine in engines:
+        publishers.join(engine)
+    return publishers
 
 
 async def candidate(redis: Redis, catalogue: Catalogue, root: Path) -> str:
@@ -208,7 +251,9 @@ async def test_an_adapter_found_loaded_is_probed_before_it_is_served(
 ):
     """A gateway that restarts beside a running engine."""
     policy_id = await candidate(redis, catalogue, tmp_path)
-    engine.adapters[policy_id] = "loaded by an earlier gateway"
+    record = catalogue.snapshot.policy(policy_id)
+    assert record.manifest is not None
+    engine.adapters[policy_id] = str(directory_of(tmp_path.resolve(), record.manifest))
     await publisher.reconcile()
     assert catalogue.snapshot.served == {BASE, policy_id}
     assert engine.num_probes == len(COMPLETIONS)
@@ -385,15 +430,16 @@ async def test_adapters_that_are_not_policies_are_nobodys_business(
     assert catalogue.snapshot.served == {BASE, policy_id}
 
 
-async def test_a_policy_nobody_needs_any_more_is_unloaded(
+async def test_a_policy_nobody_points_at_stays_while_there_is_room_and_one_that_is_tainted_does_not(
     publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
 ):
     policy_id = await candidate(redis, catalogue, tmp_path)
     await publisher.reconcile()
-    await register(redis, catalogue.snapshot.policy(policy_id).model_copy(update={"state": "retired"}))
-    await catalogue.refresh()
-    await publisher.reconcile()
-    assert catalogue.snapshot.served == {BASE}
+    for changes, served in (({"state": "retired"}, {BASE, policy_id}), ({"tainted": True}, {BASE})):
+        await register(redis, catalogue.snapshot.policy(policy_id).model_copy(update=changes))
+        await catalogue.refresh()
+        await publisher.reconcile()
+        assert catalogue.snapshot.served == served
     assert engine.adapters == {}
 
 
@@ -409,8 +455,7 @@ def test_slots_go_to_live_then_experiments_then_roll_back_then_the_newest_candid
         policies={record.id: record for record in records},
         experiments={"default": Experiment(id="e", route="default", salt="s", arms=arms, created_at=0)},
     )
-    assert wanted_policies(snapshot, 10) == [live, STUDENT, former, new, old]
-    assert wanted_policies(snapshot, 4) == [live, STUDENT, former, new]
+    assert wanted_policies(snapshot) == [live, STUDENT, former, new, old]
 
 
 async def test_a_stopped_experiments_arm_loses_its_slot(redis: Redis, catalogue: Catalogue):
@@ -419,6 +464,6 @@ async def test_a_stopped_experiments_arm_loses_its_slot(redis: Redis, catalogue:
     await catalogue.refresh()
     await register(redis, policy(STUDENT, state="retired"))
     await redis.set(experiment_key("default"), running.model_dump_json())
-    assert wanted_policies(await catalogue.refresh(), 2) == [STUDENT]
+    assert wanted_policies(await catalogue.refresh()) == [STUDENT]
     await redis.set(experiment_key("default"), running.model_copy(update={"stopped_at": 1.0}).model_dump_json())
-    assert wanted_policies(await catalogue.refresh(), 2) == []
+    assert wanted_policies(await catalogue.refresh()) == []

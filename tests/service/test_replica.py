@@ -16,7 +16,7 @@ from service.errors import EngineUnavailable, PolicyNotServed
 from service.loops import running_loops
 from service.pool import EnginePool
 from service.replica import Replica
-from service.vllm import DrawingWindow, Listener
+from service.vllm import DrawingWindow, EngineState, Listener
 from tests.service.records import BASE, STUDENT
 
 pytestmark = pytest.mark.anyio
@@ -64,6 +64,9 @@ class OneEngine:
         if self.is_away:
             raise EngineUnavailable("away")
         return [BASE]
+
+    async def observe(self) -> EngineState:
+        return EngineState(dict.fromkeys(await self.models()), None)
 
     async def load_adapter(self, policy: str, directory: str) -> None: ...
 
@@ -113,9 +116,9 @@ async def test_an_engine_that_can_be_reached_again_is_probed_at_once():
         await state_is(replica, "open")
         opened = time.monotonic()
         with pytest.raises(EngineUnavailable):
-            await replica.models()
+            await replica.observe()
         engine.is_away = False
-        await replica.models()
+        await replica.observe()
         await state_is(replica, "ok")
         assert time.monotonic() - opened < 0.5
 
@@ -153,3 +156,24 @@ async def test_why_it_opened_is_known_after_a_drain_too():
             await draw_one(replica, BASE, max_tokens=1)
     replica.undrain()
     assert (replica.state, replica.reason) == ("open", "away")
+
+
+async def test_a_policy_is_in_flight_while_it_is_asked_and_was_used_when_it_gave_a_token():
+    engine = OneEngine()
+    replica = Replica("policy-0", engine, BASE, canary_after=10, hung_after=30)
+    engine.is_away = True
+    with pytest.raises(EngineUnavailable):
+        await draw_one(replica, BASE, max_tokens=1)
+    assert (replica.in_flight(BASE), replica.last_used_at(BASE)) == (0, 0.0)
+    engine.is_away = False
+    before = time.monotonic()
+    drawing = asyncio.create_task(draw_one(replica, BASE, max_tokens=2))
+    while not replica.last_used_at(BASE):
+        await asyncio.sleep(0)
+    assert replica.in_flight(BASE) == 1
+    await drawing
+    await replica.idle(seconds=0)
+    assert replica.in_flight(BASE) == 0
+    assert before < replica.last_used_at(BASE) <= time.monotonic()
+    replica.forget(BASE)
+    assert replica.last_used_at(BASE) == 0.0

@@ -46,3 +46,10 @@ def test_a_canary_must_have_time_to_answer(tmp_path):
             canary_after_seconds=30,
             hung_after_seconds=30,
         )
+
+
+def test_a_file_of_engines_that_cannot_be_read_stops_the_start_in_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("BONSAI_POLICY_ENGINES_FILE", str(tmp_path / "absent.json"))
+    assert main() == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "policy_engines_file" in line.lower()]
+    assert "cannot be read" in line

@@ -51,6 +51,14 @@ class EngineScript:
     """Token id to log-prob, said of every token where alternatives are asked for by their ids."""
     models: list[str] = field(default_factory=list)
     """The base first."""
+    roots: dict[str, str] = field(default_factory=dict)
+    """Where adapters were loaded from."""
+    own_logprobs: dict[str, float] = field(default_factory=dict)
+    """Of models that do not answer with `logprob`."""
+    unknown: set[str] = field(default_factory=set)
+    """Models that are listed and 404 when they are asked for."""
+    load_fault: str = ""
+    """Why no adapter can be loaded: 500."""
 
 
 class StubEngine:
@@ -61,15 +69,26 @@ class StubEngine:
         self.requests: list[dict[str, Any]] = []
         """Without canaries, which are no traffic."""
         self.num_canaries = 0
+        self.num_lists = 0
         self.aborted_at: list[float] = []
         """time.monotonic() of each stream that its client closed."""
         self.active = 0
         self.most_active = 0
+        self.started_at: float | None = time.time()
+        self.changes: list[tuple[str, str]] = []
+        """(load or unload, policy), as they were asked for."""
+
+    def restart(self) -> None:
+        """Another life of the process: of its adapters it knows nothing."""
+        self.started_at = time.time()
+        del self.script.models[1:]
+        self.script.roots.clear()
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**30)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/v1/load_lora_adapter", self._load)
         app.router.add_post("/v1/unload_lora_adapter", self._unload)
         return app
@@ -81,7 +100,7 @@ class StubEngine:
             self.num_canaries += 1
         else:
             self.requests.append(body)
-        if body["model"] not in script.models:
+        if body["model"] not in script.models or body["model"] in script.unknown:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         if (status := {"busy": 503, "error": 500, "refused": 400}.get(script.fault)) is not None:
             return web.json_response({"error": {}}, status=status)
@@ -127,20 +146,34 @@ class StubEngine:
         return response
 
     async def _models(self, _request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": name} for name in self.script.models]})
+        self.num_lists += 1
+        cards = [{"id": name, "root": self.script.roots.get(name)} for name in self.script.models]
+        return web.json_response({"object": "list", "data": cards})
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        if self.started_at is None:
+            return web.Response(status=404)
+        return web.Response(
+            text=f"# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds {self.started_at}\n"
+        )
 
     async def _load(self, request: web.Request) -> web.Response:
         body = await request.json()
         name, directory = body["lora_name"], Path(body["lora_path"])
+        self.changes.append(("load", name))
+        if self.script.load_fault:
+            return web.json_response({"error": {"message": self.script.load_fault}}, status=500)
         if name in self.script.models:
             return web.json_response({"error": {"message": f"'{name}' has already been loaded."}}, status=400)
         if not (directory / "adapter_config.json").exists():
             return web.json_response({"error": {"message": "no adapter found"}}, status=404)
         self.script.models.append(name)
+        self.script.roots[name] = str(directory)
         return web.Response(text="Success")
 
     async def _unload(self, request: web.Request) -> web.Response:
         name = (await request.json())["lora_name"]
+        self.changes.append(("unload", name))
         if name not in self.script.models:
             return web.json_response({"error": {"message": f"'{name}' cannot be found."}}, status=404)
         self.script.models.remove(name)
@@ -189,6 +222,7 @@ def _whole(body: dict[str, Any], script: EngineScript) -> dict[str, Any]:
         choice = _choice(i, _cycled(script.completions, i), script)
         choice["finish_reason"] = _cycled(script.finish_reasons, i)
         if (only := body.get("allowed_token_ids")) is not None:
-            choice |= {"token_ids": only[:1], "logprobs": {"token_logprobs": [script.logprob]}}
+            logprob = script.own_logprobs.get(body["model"], script.logprob)
+            choice |= {"token_ids": only[:1], "logprobs": {"token_logprobs": [logprob]}}
         choices.append(choice)
     return {"object": "text_completion", "choices": choices}

@@ -47,6 +47,8 @@ def create_celery(redis_url: str) -> Celery:
             "socket_timeout": 10,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
+            # A consumer on a half-open link is silent for twice this: 51 s with the default of 25.
+            "health_check_interval": 5,
             "visibility_timeout": VISIBILITY_SECONDS,
         },
         broker_connection_retry_on_startup=True,

@@ -28,6 +28,7 @@ from bon_algos.contracts import (
     job_key,
     policy_key,
 )
+from bon_algos.crash_points import crash_point
 from worker.errors import JobCancelled, LeaseLost
 
 log = logging.getLogger(__name__)
@@ -119,13 +120,18 @@ _REFUSALS: Final[dict[int, ClaimRefusal]] = {-1: "final", -2: "held", -3: "cance
 def claim(client: redis.Redis, job_id: str, *, lease_seconds: float, worker: str) -> int | ClaimRefusal:
     """Take the job for one lease; the new epoch, or why not."""
     keys = (job_key(job_id), job_events_key(job_id))
+    crash_point("claim.asked")
     answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker, EVENTS_KEPT))
+    crash_point("claim.granted")
     return _REFUSALS.get(answer, answer)
 
 
 def release(client: redis.Redis, job_id: str, epoch: int, reason: str) -> bool:
     """Give a job back unfinished, with the reason for a person to read; False when another epoch holds it."""
-    return _run(client, RELEASE, (job_key(job_id),), (epoch, reason[-REASON_KEPT:])) == 1
+    crash_point("release.asked")
+    given_back = _run(client, RELEASE, (job_key(job_id),), (epoch, reason[-REASON_KEPT:])) == 1
+    crash_point("release.recorded")
+    return given_back
 
 
 class Lease:
@@ -174,7 +180,9 @@ class Lease:
     def beat(self) -> None:
         """Extend the lease now and learn of fencing and cancellation; raises like `check`, or RedisError."""
         asked_at = time.monotonic()
+        crash_point("beat.asked")
         answer = _run(self._client, BEAT, (job_key(self.job_id),), (self.epoch, _ms(self._lease_seconds)))
+        crash_point("beat.kept")
         self._note(answer, asked_at)
         self.check()
 
@@ -190,11 +198,13 @@ class Lease:
         """Report where the job is; raises like `check`. Redis being away is no reason to stop: the lease is."""
         left = "" if seconds_left is None else f"{seconds_left:.1f}"
         values = (self.epoch, EVENTS_KEPT, phase, step, steps, json.dumps(dict(metrics)), left)
+        crash_point("progress.asked")
         try:
             answer = _run(self._client, PROGRESS, (job_key(self.job_id), job_events_key(self.job_id)), values)
         except redis.RedisError as error:
             log.warning("progress of %s was not recorded: %s", self.job_id, type(error).__name__)
         else:
+            crash_point("progress.recorded")
             self._note(answer, None)
         self.check()
 
@@ -213,7 +223,9 @@ class Lease:
         self._finish((job_key(self.job_id), job_events_key(self.job_id)), ("cancelled", EVENTS_KEPT))
 
     def _finish(self, keys: tuple[str, ...], values: tuple[str | int | float, ...]) -> int:
+        crash_point("finish.asked")
         answer = self._until_redis_answers(lambda: _run(self._client, FINISH, keys, (self.epoch, *values)))
+        crash_point("finish.recorded")
         if answer == 0:
             self._fenced = True
             raise LeaseLost(f"{self.job_id}: epoch {self.epoch} came too late to finish")

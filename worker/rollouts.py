@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bon_algos.contracts import Candidate
+from bon_algos.crash_points import crash_point
 from bon_algos.logprobs import TokenGroup
 from bon_algos.scoring import Completion
 from bon_algos.steps import FreshGroup, RankedGroup
@@ -80,6 +81,7 @@ class Rollouts:
         policy.save_adapter(directory, replaced)
         try:
             self.engines.load_adapter(name, directory)
+            crash_point("adapter.lent")
             yield name
         finally:
             try:

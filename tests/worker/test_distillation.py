@@ -381,6 +381,7 @@ def test_the_next_attempt_adopts_what_was_renamed_but_not_registered(job, client
         adapter,
         fingerprint(training.policy, window.held_out),
         partial(old.manifest, window.data, report, training.policy.rank),
+        old.lease.confirm,
     )
     (orphan,) = published(tmp_path)
     client.hset(job_key(JOB), "lease_until", 1)

@@ -1,8 +1,9 @@
 """Named places at which a process can be made to die, so that a test can see what a death there costs.
 
-With `BONSAI_CRASH_AT=NAME` or `BONSAI_CRASH_AT=NAME:K` a process kills itself with SIGKILL when it passes the place for
-the first, or the K-th, time: no handler runs, nothing is flushed, as after the OOM killer or a power cut. Without the
-variable a place is one look into the environment.
+With `BONSAI_CRASH_AT=NAME` or `BONSAI_CRASH_AT=NAME:K` a process kills itself with SIGKILL when it passes the place
+for the first, or the K-th, time: no handler runs, nothing is flushed, as after the OOM killer. With `BONSAI_FREEZE_AT`
+it stops there instead (SIGSTOP), as on a machine that is suspended, until somebody sends SIGCONT. Without the variables
+a place is two looks into the environment.
 
 Owns the list of places: one on either side of every write that outlives a process. Which write, its module says; that
 each place is reached and survived, tests/faults says. Here because gateway and worker share nothing else.
@@ -15,7 +16,8 @@ import signal
 from collections import Counter
 from typing import Final, Literal, get_args
 
-VARIABLE: Final = "BONSAI_CRASH_AT"
+CRASH_AT: Final = "BONSAI_CRASH_AT"
+FREEZE_AT: Final = "BONSAI_FREEZE_AT"
 
 WorkerPoint = Literal[
     "claim.asked",
@@ -60,11 +62,14 @@ _passes: Final[Counter[str]] = Counter()
 
 
 def crash_point(name: CrashPoint) -> None:
-    """Pass the place called `name`; die there when that is asked for."""
-    asked = os.environ.get(VARIABLE)
-    if asked is None:
-        return
-    wanted, _, which = asked.partition(":")
-    _passes[name] += 1
-    if name == wanted and _passes[name] == int(which or 1):
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Pass the place called `name`; die or freeze there when that is asked for."""
+    for variable, number in ((CRASH_AT, signal.SIGKILL), (FREEZE_AT, signal.SIGSTOP)):
+        if (asked := os.environ.get(variable)) is not None:
+            place, _, which = asked.partition(":")
+            if place == name and _pass(variable) == int(which or 1):
+                os.kill(os.getpid(), number)
+
+
+def _pass(variable: str) -> int:
+    _passes[variable] += 1
+    return _passes[variable]

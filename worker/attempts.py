@@ -58,7 +58,7 @@ def sweep(client: redis.Redis, artefacts: Path) -> None:
     """Remove what ended jobs left because their last process was killed, or because others ended them: attempts, and
     policies that were written and never registered. What belongs to a job Redis does not know stays."""
     for job_directory in (artefacts / "jobs").glob("*"):
-        if next(_attempts(job_directory), None) is not None and _has_ended(client, job_directory.name):
+        if next(_attempts(job_directory), None) is not None and has_ended(client, job_directory.name):
             forget(job_directory)
     for home in (artefacts / "policies").glob("*"):
         if _is_orphan(client, home):
@@ -74,7 +74,8 @@ def _epoch(attempt: Path) -> int:
     return int(attempt.name.partition("-")[0])
 
 
-def _has_ended(client: redis.Redis, job_id: str) -> bool:
+def has_ended(client: redis.Redis, job_id: str) -> bool:
+    """False also for a job that Redis does not know."""
     state = client.hget(job_key(job_id), "state")
     return state is not None and (state if isinstance(state, str) else state.decode()) in FINAL_JOB_STATES
 
@@ -88,4 +89,4 @@ def _is_orphan(client: redis.Redis, home: Path) -> bool:
         manifest = Manifest.model_validate_json((home / "manifest.json").read_text())
     except (OSError, ValidationError):
         return False
-    return _has_ended(client, manifest.job_id)
+    return has_ended(client, manifest.job_id)

@@ -216,8 +216,8 @@ class Distillation:
 
     def train(self, training: Training, window: FrozenWindow) -> None:
         self.progress.enter("training")
-        self.rollouts.unload_leftovers()
         method, place = self.spec.method.algorithm, self.workplace
+        self.rollouts.unload_leftovers(partial(attempts.has_ended, place.client))
         loop = Loop(
             training,
             window,

@@ -29,7 +29,7 @@ from bon_algos.contracts import (
     policy_key,
 )
 from bon_algos.crash_points import crash_point
-from worker.errors import JobCancelled, LeaseLost
+from worker.errors import JobCancelled, JobHandedBack, LeaseLost
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,17 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'phase', ARGV[3], 'step
 RELEASE: Final = _FENCE + "redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])\nreturn 1\n"
 """KEYS job. ARGV epoch, reason. -> 0 fenced, 1 given back: the reconciler takes it up or counts it out."""
 
+HAND_BACK: Final = (
+    _FENCE
+    + """
+redis.call('HSET', KEYS[1], 'lease_until', '0')
+redis.call('HDEL', KEYS[1], 'dispatched_at')
+redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+return 1
+"""
+)
+"""KEYS job. ARGV epoch. -> 0 fenced, 1 handed back: to be woken for at once, and no attempt that has failed."""
+
 FINISH: Final = (
     _NOW
     + _FENCE
@@ -134,6 +145,11 @@ def release(client: redis.Redis, job_id: str, epoch: int, reason: str) -> bool:
     return given_back
 
 
+def hand_back(client: redis.Redis, job_id: str, epoch: int) -> bool:
+    """Give a job back that nothing is wrong with; False when another epoch holds it."""
+    return _run(client, HAND_BACK, (job_key(job_id),), (epoch,)) == 1
+
+
 class Lease:
     """A claimed job, kept by a thread that beats until the block is left.
 
@@ -151,6 +167,7 @@ class Lease:
         self._valid_until = time.monotonic() + lease_seconds
         self._fenced = False
         self._cancelled = False
+        self._leaving = False
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"heartbeat-{job_id}", daemon=True)
@@ -165,8 +182,18 @@ class Lease:
         self._stopping.set()
         self._thread.join()
 
+    def leave(self) -> None:
+        """Have the next `check` raise JobHandedBack. May be called by a signal's handler."""
+        self._leaving = True
+        self._wake.set()
+
     def check(self) -> None:
-        """Raises LeaseLost or JobCancelled when the job must stop here."""
+        """Raises LeaseLost, JobCancelled or JobHandedBack when the job must stop here."""
+        self._check_ours()
+        if self._leaving:
+            raise JobHandedBack(self.job_id)
+
+    def _check_ours(self) -> None:
         if self._fenced or time.monotonic() > self._valid_until:
             raise LeaseLost(f"{self.job_id}: epoch {self.epoch} no longer holds the lease")
         if self._cancelled:
@@ -178,16 +205,17 @@ class Lease:
         self.check()
 
     def beat(self) -> None:
-        """Extend the lease now and learn of fencing and cancellation; raises like `check`, or RedisError."""
+        """Extend the lease now and learn of fencing and cancellation. Raises LeaseLost, JobCancelled or RedisError, and
+        not JobHandedBack: who leaves keeps its state first, and for that it must hold the lease."""
         asked_at = time.monotonic()
         crash_point("beat.asked")
         answer = _run(self._client, BEAT, (job_key(self.job_id),), (self.epoch, _ms(self._lease_seconds)))
         crash_point("beat.kept")
         self._note(answer, asked_at)
-        self.check()
+        self._check_ours()
 
     def confirm(self) -> None:
-        """Have Redis say that this epoch still holds the job; raises like `check`, at the latest when the lease
+        """Have Redis say that this epoch still holds the job; raises like `beat`, at the latest when the lease
         runs out while Redis is away. Asked before an effect that outlives the process: a rename of a checkpoint
         or a policy, which then has a whole lease left to happen in."""
         self._until_redis_answers(self.beat)

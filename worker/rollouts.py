@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -64,11 +64,13 @@ class Rollouts:
         self._attempt = attempt
         self._numbers = count()
 
-    def unload_leftovers(self) -> None:
-        """Have the engine forget what a dead attempt of this job lent to it. An engine that is away has."""
+    def unload_leftovers(self, has_ended: Callable[[str], bool]) -> None:
+        """Have the engine forget what dead attempts of this job, and those of jobs that have ended, lent to it. An
+        engine that is away has."""
         try:
             for name in self.engines.served_models():
-                if name.startswith(self._job_prefix):
+                owner, lent, _ = name.partition("-")
+                if name.startswith(self._job_prefix) or (owner.startswith("job_") and lent and has_ended(owner)):
                     self.engines.unload_adapter(name)
         except EngineUnavailable as error:
             log.warning("leftovers of an earlier attempt may still be loaded: %s", error)

@@ -61,9 +61,12 @@ def run_job_process(job_id: str, epoch: int, log_file: Path) -> int:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+        # A worker that is to stop says so to its child (`shutdown`), and the child to who trains.
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             return process.wait()
         finally:
+            signal.signal(signal.SIGTERM, before)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bon_algos.crash_points import GATEWAY_POINTS, VARIABLE, WORKER_POINTS
+from bon_algos.crash_points import CRASH_AT, GATEWAY_POINTS, WORKER_POINTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def test_a_process_dies_at_the_pass_it_was_told_and_no_other(asked, passed):
         "from bon_algos.crash_points import crash_point\n"
         "for number in range(9):\n    crash_point('beat.asked')\n    print(number, flush=True)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={VARIABLE: asked}, cwd=ROOT, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], env={CRASH_AT: asked}, cwd=ROOT, capture_output=True)
     assert len(done.stdout.split()) == passed
     assert done.returncode == (0 if passed == 9 else -9)
 

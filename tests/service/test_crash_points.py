@@ -26,7 +26,7 @@ from bon_algos.contracts import (
     policy_key,
     route_key,
 )
-from bon_algos.crash_points import GATEWAY_POINTS, VARIABLE
+from bon_algos.crash_points import CRASH_AT, GATEWAY_POINTS
 from service.store import open_redis
 from tests.fixtures.gateway import read_ledger, wait_until
 from tests.service import mortal
@@ -52,7 +52,7 @@ def client(redis_url):
 
 def dies(scenario: str, point: str, redis_url: str, directory: Path) -> None:
     command = [sys.executable, "-m", "tests.service.mortal", scenario, redis_url, str(directory)]
-    done = subprocess.run(command, env=os.environ | {VARIABLE: point}, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | {CRASH_AT: point}, capture_output=True, text=True)
     assert done.returncode == -9, f"{point} was never passed: {done.stderr}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import sys
 import time
 import traceback
@@ -25,9 +26,12 @@ SERVER.set_forkserver_preload(
 )
 
 
-def deliver(job_id: str, environment: Mapping[str, str], log: Path) -> BaseProcess:
-    """What a Celery child does with a message for the job; started."""
-    process = SERVER.Process(target=_deliver, args=(job_id, dict(environment), log))
+def deliver(
+    job_id: str, environment: Mapping[str, str], log: Path, largest_file: int = resource.RLIM_INFINITY
+) -> BaseProcess:
+    """What a Celery child does with a message for the job; started. largest_file: bytes; what is longer cannot be
+    written, as on a disk that is full."""
+    process = SERVER.Process(target=_deliver, args=(job_id, dict(environment), log, largest_file))
     process.start()
     return process
 
@@ -49,6 +53,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def is_frozen(pid: int | None) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
 def until(condition, what, seconds=60.0):
     """Wait for a truth and return it."""
     deadline = time.monotonic() + seconds
@@ -58,7 +69,8 @@ def until(condition, what, seconds=60.0):
     return found
 
 
-def _deliver(job_id: str, environment: dict[str, str], log: Path) -> None:
+def _deliver(job_id: str, environment: dict[str, str], log: Path, largest_file: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     os.environ.update(environment)
     _write_into(log)
     settings = BrokerSettings()

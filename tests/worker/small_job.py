@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,8 +30,9 @@ from bon_algos.contracts import (
     job_key,
     policy_key,
 )
+from bon_algos.crash_points import FREEZE_AT
 from tests.worker import world
-from tests.worker.forks import deliver, until
+from tests.worker.forks import deliver, is_frozen, training_of, until
 from worker.attempts import sweep
 from worker.durable import sha256_file
 from worker.job_process import read_tokenizer
@@ -107,13 +109,22 @@ class SmallJob:
         }
         return {f"BONSAI_{name}": str(value) for name, value in settings.items()} | {"OMP_NUM_THREADS": "1"}
 
-    def deliver(self, **environment: str):
+    def deliver(self, largest_file: int = resource.RLIM_INFINITY, **environment: str):
         """A message for the job reaches a worker; the process that handles it."""
-        return deliver(self.job_id, self.environment | environment, self.artefacts / "deliveries.log")
+        log = self.artefacts / "deliveries.log"
+        return deliver(self.job_id, self.environment | environment, log, largest_file)
 
-    def run(self, **environment: str) -> int:
+    def frozen_at(self, point: str):
+        """A delivery whose training has stopped at this place, and the training's process."""
+        delivery = self.deliver(**{FREEZE_AT: point})
+        training = until(lambda: training_of(delivery), "a training process")
+        until(lambda: is_frozen(training) or not delivery.is_alive(), f"frozen at {point}")
+        assert is_frozen(training), f"{point} was never passed\n{self.told()}"
+        return delivery, training
+
+    def run(self, largest_file: int = resource.RLIM_INFINITY, **environment: str) -> int:
         """Deliver and wait; the exit code of whoever handled the message."""
-        delivery = self.deliver(**environment)
+        delivery = self.deliver(largest_file, **environment)
         delivery.join(60)
         code: int | None = delivery.exitcode
         assert code is not None, "the delivery hangs"

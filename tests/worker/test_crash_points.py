@@ -3,7 +3,7 @@ Redis, an engine over HTTP; one job for every place."""
 
 import pytest
 
-from bon_algos.crash_points import VARIABLE, WORKER_POINTS
+from bon_algos.crash_points import CRASH_AT, WORKER_POINTS
 from tests.worker.forks import until
 
 pytestmark = pytest.mark.slow
@@ -14,7 +14,7 @@ LATER_PASSES = ("checkpoint.renamed:3", "progress.recorded:3", "adapter.lent:5")
 
 def dies(job, point):
     """Deliver the job to a worker, or a training process below it, that is killed at this place."""
-    code = job.run(**{VARIABLE: point})
+    code = job.run(**{CRASH_AT: point})
     killed = code == -9 or "ended with -9" in (job.artefacts / "deliveries.log").read_text()
     assert killed, f"{point} was never passed\n{job.told()}"
 

@@ -38,6 +38,7 @@ REASON_KEPT: Final = 2000
 """Characters, from the end: of a log the tail says what happened."""
 
 REDIS_RETRY_SECONDS: Final = 0.5
+LEAVING_SECONDS: Final = 0.5
 
 _NOW: Final = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
 _FENCE: Final = (
@@ -183,9 +184,9 @@ class Lease:
         self._thread.join()
 
     def leave(self) -> None:
-        """Have the next `check` raise JobHandedBack. May be called by a signal's handler."""
+        """Have the next `check` raise JobHandedBack. For a signal's handler: it may have interrupted `wait`, whose
+        event it must therefore not touch."""
         self._leaving = True
-        self._wake.set()
 
     def check(self) -> None:
         """Raises LeaseLost, JobCancelled or JobHandedBack when the job must stop here."""
@@ -200,9 +201,11 @@ class Lease:
             raise JobCancelled(self.job_id)
 
     def wait(self, seconds: float) -> None:
-        """Let time pass; raises like `check`, as soon as there is a reason to."""
-        self._wake.wait(seconds)
-        self.check()
+        """Let time pass; raises like `check`, as soon as there is a reason to, or half a second after a `leave`."""
+        wait_until = time.monotonic() + seconds
+        while (left := wait_until - time.monotonic()) > 0:
+            self._wake.wait(min(left, LEAVING_SECONDS))
+            self.check()
 
     def beat(self) -> None:
         """Extend the lease now and learn of fencing and cancellation. Raises LeaseLost, JobCancelled or RedisError, and

@@ -23,16 +23,15 @@ from benchmarks.chaos_world import ChaosWorld, chaos_world
 from benchmarks.claims import arguments, at_least, at_most, finish, table
 
 SECONDS_PER_JOB = 90.0
-PAUSE_SECONDS = 1.0
 
 
-def endure(world: ChaosWorld, jobs: int) -> None:
+def endure(world: ChaosWorld, jobs: int, pause_seconds: float = 1.0) -> None:
     """Submit the jobs and let things happen until all have ended, or the time for it is over."""
     world.submit(jobs)
     give_up_at = time.monotonic() + 60 + SECONDS_PER_JOB * jobs
     while world.open_jobs() and time.monotonic() < give_up_at:
         world.let_something_happen()
-        world.watch(PAUSE_SECONDS)
+        world.watch(pause_seconds)
     world.thaw()
 
 

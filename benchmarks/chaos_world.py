@@ -11,17 +11,26 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 import redis
 
-from bon_algos.contracts import FINAL_JOB_STATES, OPEN_JOBS, POLICIES_INDEX, Method, job_events_key, job_key
+from bon_algos.contracts import (
+    FINAL_JOB_STATES,
+    OPEN_JOBS,
+    POLICIES_INDEX,
+    CandidateGroup,
+    Method,
+    job_events_key,
+    job_key,
+)
 from service.dispatch import open_producer, send_job
 from tests.fixtures.fault_proxy import FaultProxy
 from tests.fixtures.redis import RedisServer
-from tests.worker import small_job, world
+from tests.worker import small_job
 from tests.worker.celery_worker import CeleryWorker, reconciling
 from tests.worker.forks import until
 from tests.worker.small_job import SPEC, SmallJob
@@ -36,7 +45,13 @@ METHOD = {"steps": STEPS, "prompts_per_step": 2, "n": 16, "lora_rank": 8, "learn
 
 class ChaosWorld:
     def __init__(
-        self, seed: int, first: SmallJob, groups: object, server: RedisServer, proxy: FaultProxy, num_workers: int
+        self,
+        seed: int,
+        first: SmallJob,
+        groups: Sequence[CandidateGroup],
+        server: RedisServer,
+        proxy: FaultProxy,
+        num_workers: int,
     ) -> None:
         """first: the job that is left in peace."""
         self.faults: list[str] = []
@@ -82,7 +97,7 @@ class ChaosWorld:
 
     def strangers(self) -> int:
         """Policies in the registry, or directories of policies, that are not the right one's."""
-        registered = {str(name, "ascii") for name in self._first.client.zrange(POLICIES_INDEX, 0, -1)}
+        registered = {name.decode() for name in cast("list[bytes]", self._first.client.zrange(POLICIES_INDEX, 0, -1))}
         return len(registered ^ {self._right}) + abs(len(self._first.published()) - 1)
 
     # --- time ------------------------------------------------------------------------------------------
@@ -140,8 +155,11 @@ class ChaosWorld:
         self.faults.append(name)
 
     def _may_lose(self, worker: CeleryWorker) -> bool:
-        """Whether the job that this worker has, if any, may die once more; it is timed until it is back."""
+        """Whether the worker has come up since it was last killed, and the job that it has, if any, may die once more;
+        that is timed until it is back."""
         job = self._job_of(worker)
+        if not worker.is_ready:
+            return False
         if job is None:
             return True
         if job.attempts > DEATHS_BORNE or job.job_id in self._killed:
@@ -215,7 +233,7 @@ def chaos_world(seed: int, num_workers: int) -> Iterator[ChaosWorld]:
         stack.callback(server.kill)
         policy, reward, artefacts = (directory / part for part in ("policy", "reward", "artefacts"))
         artefacts.mkdir()
-        groups = world.sampled_groups(world.save_tiny_policy(policy), num_prompts=8, n=16)
+        groups = small_job.small_groups(policy)
         save_tokenizer(reward)
         engine = stack.enter_context(StubEngine(policy, directory / "engine.sock"))
         proxy = stack.enter_context(FaultProxy(server.socket))

@@ -43,8 +43,13 @@ class CeleryWorker:
 
     def wait_until_ready(self) -> None:
         """Its consumer is set up."""
-        until(lambda: b" ready." in self.log.read_bytes() or not self.is_alive, f"a ready worker ({self.log})")
+        until(lambda: self.is_ready or not self.is_alive, f"a ready worker ({self.log})")
         assert self.is_alive, self.log.read_text()
+
+    @property
+    def is_ready(self) -> bool:
+        """It was, at least once."""
+        return b" ready." in self.log.read_bytes()
 
     @property
     def is_alive(self) -> bool:

@@ -13,12 +13,15 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TypeVar
 
 from worker import tasks
 from worker.settings import BrokerSettings
+
+Seen = TypeVar("Seen")
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -45,7 +48,7 @@ def training_of(delivery: BaseProcess) -> int | None:
     return int(children[0]) if children else None
 
 
-def is_alive(pid: int) -> bool:
+def is_alive(pid: int | None) -> bool:
     """Running or waiting; a zombie that nobody has buried yet is dead."""
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -60,7 +63,7 @@ def is_frozen(pid: int | None) -> bool:
         return False
 
 
-def until(condition, what, seconds=60.0):
+def until(condition: Callable[[], Seen], what: str, seconds: float = 60.0) -> Seen:
     """Wait for a truth and return it."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from bon_algos.contracts import (
     FINAL_JOB_STATES,
     OPEN_JOBS,
     POLICIES_INDEX,
+    CandidateGroup,
     JobSpec,
     Manifest,
     Method,
@@ -51,9 +52,10 @@ SPEC = JobSpec(
 )
 
 
-def small_groups(policy_directory: Path):
+def small_groups(policy_directory: Path) -> list[CandidateGroup]:
     """Eight prompts with sixteen candidates each: as few as a fingerprint of half of them needs."""
-    return world.sampled_groups(world.save_tiny_policy(policy_directory), num_prompts=8, n=16)
+    groups: list[CandidateGroup] = world.sampled_groups(world.save_tiny_policy(policy_directory), num_prompts=8, n=16)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class SmallJob:
     settings: Mapping[str, object] = field(default_factory=dict)
     """Besides, or instead of, the usual ones."""
 
-    def submit(self, groups) -> None:
+    def submit(self, groups: Sequence[CandidateGroup]) -> None:
         """The ledger and the job's record, as the gateway leaves them."""
         digest = read_tokenizer(self.reward_directory).template_digest
         world.deliver(self.client, *(one.model_copy(update={"reward_template_digest": digest}) for one in groups))
@@ -116,7 +118,7 @@ class SmallJob:
 
     def frozen_at(self, point: str):
         """A delivery whose training has stopped at this place, and the training's process."""
-        delivery = self.deliver(**{FREEZE_AT: point})
+        delivery = self.deliver(resource.RLIM_INFINITY, **{FREEZE_AT: point})
         training = until(lambda: training_of(delivery), "a training process")
         until(lambda: is_frozen(training) or not delivery.is_alive(), f"frozen at {point}")
         assert is_frozen(training), f"{point} was never passed\n{self.told()}"

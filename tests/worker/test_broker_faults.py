@@ -37,7 +37,7 @@ def proxy(shared_redis):
 @pytest.fixture
 def start(proxy, tmp_path):
     """start(environment) -> a ready worker behind the proxy; none outlives its test."""
-    workers = []
+    workers: list[CeleryWorker] = []
 
     def one(environment=None):
         number = len(workers)

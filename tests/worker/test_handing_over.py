@@ -60,8 +60,12 @@ def test_F42_a_second_job_waits_for_the_device_until_the_first_is_dead(tmp_path)
     assert first.stdout is not None
     assert first.stdout.readline() == b"held\n"
 
+    def wait(seconds):
+        waited.set()
+        threading.Event().wait(0.01)
+
     def second():
-        with sole_use(lock, lambda seconds: waited.set() or threading.Event().wait(0.01)):
+        with sole_use(lock, wait):
             has_it.set()
 
     other = threading.Thread(target=second)

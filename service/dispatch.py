@@ -27,6 +27,7 @@ from bon_algos.contracts import (
     job_events_key,
     job_key,
 )
+from bon_algos.crash_points import crash_point
 from service.errors import StoreFull, StoreUnavailable
 from service.store import translated
 
@@ -182,8 +183,10 @@ class Dispatcher:
         return action
 
     async def _deliver(self, job_id: str) -> None:
+        crash_point("dispatch.marked")
         try:
             await asyncio.to_thread(self._send, job_id)
+            crash_point("dispatch.sent")
         except (OperationalError, RedisError, OSError) as error:
             log.warning("job %s was not dispatched: %s", job_id, type(error).__name__)
             # Not sent: the next pass need not wait for a message that does not exist.

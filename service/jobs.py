@@ -33,6 +33,7 @@ from bon_algos.contracts import (
     of_tenant,
     policy_key,
 )
+from bon_algos.crash_points import crash_point
 from service.errors import Conflict, InvalidField, JobNotFound, PolicyNotFound
 from service.idempotency import KEPT_SECONDS, Idempotency
 from service.store import translated
@@ -107,10 +108,12 @@ class Jobs:
             if idempotency is None or not await self._redis.exists(key):
                 await self._require_groups(spec, tenant)
                 await self._require_policies(spec, tenant)
+            crash_point("submit.asked")
             kept = await self._submit(
                 keys=[job_key(job_id), jobs_index(tenant), OPEN_JOBS, key],
                 args=[job_id, spec.model_dump_json(), tenant, digest, KEPT_SECONDS],
             )
+            crash_point("submit.recorded")
         if idempotency is None or not kept:
             return Submitted(job_id, is_replayed=False)
         return Submitted(idempotency.answer(cast(str, kept)), is_replayed=True)

@@ -35,6 +35,7 @@ from bon_algos.contracts import (
     of_tenant,
     seen_key,
 )
+from bon_algos.crash_points import crash_point
 from service.experiments import statistics_increments
 from service.spool import Frame, Spool
 
@@ -172,6 +173,7 @@ class Ledger:
                 arguments = [SEEN_SECONDS, head["kind"], head["id"], data, head["usable"], *increments]
                 pipe.evalsha(_DELIVER_SHA, len(keys), *keys, *arguments)
             await pipe.execute()
+        crash_point("drain.delivered")
         self._note_redis("ok", "delivering")
         for frame, (head, data) in zip(frames, heads, strict=True):
             if frame.end.segment < self._first_own_segment:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 from zlib import crc32
 
+from bon_algos.crash_points import crash_point
+
 _HEADER: Final = struct.Struct(">4sII")
 _CURSOR: Final = struct.Struct(">QQI")
 _MAGIC: Final = b"bonS"
@@ -105,6 +107,7 @@ class Spool:
             os.ftruncate(self._file, before)
             return False
         self._sizes[self.active] = before + len(frame)
+        crash_point("spool.written")
         return True
 
     def read(self, start: Position) -> Reading:
@@ -123,6 +126,7 @@ class Spool:
         # In place: a rename over the old file would make the file system flush, and hold up the event loop.
         os.pwrite(self._cursor_file, _CURSOR.pack(*position, _cursor_checksum(position)), 0)
         self._cursor = position
+        crash_point("drain.acknowledged")
         for segment in [number for number in self._sizes if number < position.segment]:
             self._path(segment).unlink(missing_ok=True)
             del self._sizes[segment]

@@ -16,6 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import OutOfMemoryError, RedisError
 
+from bon_algos.crash_points import crash_point
 from service.errors import StoreFull, StoreUnavailable
 
 T = TypeVar("T")
@@ -48,4 +49,7 @@ async def transact(redis: Redis, keys: Sequence[str], change: Callable[[Pipeline
     """Run `change` as one transaction over `keys`: it reads, calls `multi()`, queues its writes. It runs again
     when somebody else wrote one of the keys in between."""
     with translated():
-        return cast(T, await redis.transaction(change, *keys, value_from_callable=True))
+        crash_point("transaction.asked")
+        answer = cast(T, await redis.transaction(change, *keys, value_from_callable=True))
+        crash_point("transaction.committed")
+        return answer

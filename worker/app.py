@@ -8,8 +8,8 @@ Start one worker per device with
     REMAP_SIGTERM=SIGQUIT python -m celery -A worker.app worker -c 1 -Q bonsai-distill \
         --without-gossip --without-mingle --loglevel INFO
 
-REMAP_SIGTERM makes a deployment's SIGTERM a soft shutdown: the job keeps its last checkpoint, its lease runs
-out or is released, and the reconciler hands it to the next worker.
+REMAP_SIGTERM makes a deployment's SIGTERM a soft shutdown: the job keeps its state and is handed back (`shutdown`),
+and the reconciler gives it to the next worker.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from worker.settings import BrokerSettings
 
 VISIBILITY_SECONDS = 3600
 """After this a message that was not acknowledged is handed out again; a claim then refuses the copy."""
+
+SOFT_SHUTDOWN_SECONDS = 20.0
+"""For the step under way and its state; Celery waits all of it when a job runs. Systemd and Kubernetes kill after 30 s
+and more."""
 
 
 def broker_url(redis_url: str) -> str:
@@ -40,13 +44,17 @@ def create_celery(redis_url: str) -> Celery:
     Each setting is there for a loss or a doubling that its default showed: half-open links that silence the
     worker, a broker outage that destroys a running job, a forked CUDA context.
     """
-    celery = Celery("bonsai", broker=broker_url(redis_url), include=["worker.wake_up"], set_as_current=False)
+    celery = Celery(
+        "bonsai", broker=broker_url(redis_url), include=["worker.wake_up", "worker.shutdown"], set_as_current=False
+    )
     celery.conf.update(
         broker_transport_options={
             "global_keyprefix": BROKER_PREFIX,
             "socket_timeout": 10,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
+            # A consumer on a half-open link is silent for twice this: 51 s with the default of 25.
+            "health_check_interval": 5,
             "visibility_timeout": VISIBILITY_SECONDS,
         },
         broker_connection_retry_on_startup=True,
@@ -57,7 +65,7 @@ def create_celery(redis_url: str) -> Celery:
         worker_prefetch_multiplier=1,
         worker_max_tasks_per_child=1,
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        worker_soft_shutdown_timeout=3.0,
+        worker_soft_shutdown_timeout=SOFT_SHUTDOWN_SECONDS,
         worker_enable_remote_control=False,
         worker_send_task_events=False,
         worker_hijack_root_logger=False,

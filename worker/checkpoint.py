@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bon_algos.crash_points import crash_point
+from worker import attempts
 from worker.durable import sha256_file, staged
 
 log = logging.getLogger(__name__)
@@ -37,12 +39,14 @@ class TrainingState(NamedTuple):
 
 
 def save(attempt: Path, state: TrainingState, confirm: Callable[[], None]) -> None:
-    """Write the state of `step` into the attempt's directory and forget all but the newest two.
+    """Write the state of `step` into the attempt's directory and forget all but the newest two, with everything
+    that earlier attempts left once there are two.
 
     `confirm` raises when the attempt no longer owns the job. It is asked when all is written and only the rename
     is left, so a process that was frozen while it wrote leaves nothing.
     """
-    with staged(attempt / f"step-{state.step:08d}") as aside:
+    final = attempt / f"step-{state.step:08d}"
+    with staged(final, confirm=confirm, points=("checkpoint.written", "checkpoint.renamed")) as aside:
         save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, aside / "state.safetensors")
         body = {
             "step": state.step,
@@ -50,9 +54,12 @@ def save(attempt: Path, state: TrainingState, confirm: Callable[[], None]) -> No
             "tensors_sha256": sha256_file(aside / "state.safetensors"),
         }
         (aside / "state.json").write_text(json.dumps({"body": body, "sha256": _digest(body)}))
-        confirm()
-    for old in sorted(attempt.glob("step-*"))[:-KEPT]:
+    states = sorted(attempt.glob("step-*"))
+    for old in states[:-KEPT]:
         shutil.rmtree(old)
+    if len(states) >= KEPT:
+        attempts.forget_before(attempt)
+    crash_point("checkpoint.forgotten")
 
 
 def newest(job_directory: Path) -> TrainingState | None:
@@ -65,12 +72,6 @@ def newest(job_directory: Path) -> TrainingState | None:
             return state
         log.warning("state %s is damaged; the one before it is used", directory.name)
     return None
-
-
-def forget(job_directory: Path) -> None:
-    """Remove all states of a job that has ended."""
-    for directory in job_directory.glob("*/step-*"):
-        shutil.rmtree(directory)
 
 
 def _read(directory: Path) -> TrainingState | None:

@@ -252,13 +252,17 @@ def freeze(
     *,
     max_groups: int,
     held_out_fraction: float,
+    within: Path | None = None,
 ) -> FrozenWindow:
-    """The job's window: made once, read again by every later attempt. Raises JobFailed when it is too little."""
+    """The job's window: made once, read again by every later attempt. Raises JobFailed when it is too little.
+
+    within: the attempt's directory, where it is written before it has its name.
+    """
     if not directory.exists():
         chosen, rejected = choose(groups, wanted, max_groups)
         pools, num_small = _usable_pools(chosen, wanted, rejected, held_out_fraction)
         rejected.update({"too_few_candidates": num_small} if num_small else {})
-        _write(directory, pools, chosen, rejected)
+        _write(directory, within, pools, chosen, rejected)
     return read(directory)
 
 
@@ -285,7 +289,11 @@ def _usable_pools(
 
 
 def _write(
-    directory: Path, pools: Sequence[PromptPool], chosen: Sequence[CandidateGroup], rejected: Counter[str]
+    directory: Path,
+    within: Path | None,
+    pools: Sequence[PromptPool],
+    chosen: Sequence[CandidateGroup],
+    rejected: Counter[str],
 ) -> None:
     content = "".join(f"{entry.model_dump_json()}\n" for entry in pools).encode()
     newest, oldest = chosen[0], chosen[-1]
@@ -298,7 +306,7 @@ def _write(
         last_id=newest.id,
         digest=hashlib.sha256(content).hexdigest(),
     )
-    with staged(directory) as aside:
+    with staged(directory, within=within, points=("window.written", "window.renamed")) as aside:
         (aside / "pools.jsonl.z").write_bytes(zlib.compress(content))
         (aside / "window.json").write_text(data.model_dump_json())
 

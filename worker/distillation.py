@@ -7,7 +7,6 @@ An attempt that takes a job up again finds the frozen window and the newest stat
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from bon_algos.contracts import (
 )
 from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import OnPolicyStep, SequenceLogprobs
-from worker import checkpoint, dataset, mixture
+from worker import attempts, checkpoint, dataset, mixture
 from worker.dataset import FrozenWindow, PromptPool
 from worker.engine import Engines
 from worker.errors import JobFailed
@@ -89,16 +88,14 @@ class Distillation:
         self.lease = lease
         self.workplace = workplace
         self.directory = workplace.artefacts / "jobs" / lease.job_id
-        attempt = f"{lease.epoch}-{secrets.token_hex(4)}"
-        self.attempt = self.directory / attempt
-        self.attempt.mkdir(parents=True)
+        self.attempt = attempts.begin(self.directory, lease.epoch)
         self.steps = 0 if spec.method.interpolation is not None else spec.method.algorithm.steps
         self.progress = Progress(lease, self.steps)
         self.rollouts = Rollouts(
             workplace.engines,
             directory=self.attempt,
             job_id=lease.job_id,
-            attempt=attempt,
+            attempt=self.attempt.name,
         )
 
     def run(self) -> None:
@@ -114,7 +111,7 @@ class Distillation:
             require_same_reference(policy, window.train)
         report = self.evaluate(policy, window)
         self.publish(policy, window, report)
-        checkpoint.forget(self.directory)
+        attempts.forget(self.directory)
 
     def freeze(self) -> FrozenWindow:
         self.progress.enter("freezing")
@@ -135,6 +132,7 @@ class Distillation:
             wanted,
             max_groups=spec.window.max_groups,
             held_out_fraction=spec.held_out_fraction,
+            within=self.attempt,
         )
 
     def open_training(self, window: FrozenWindow) -> Training:
@@ -218,8 +216,8 @@ class Distillation:
 
     def train(self, training: Training, window: FrozenWindow) -> None:
         self.progress.enter("training")
-        self.rollouts.unload_leftovers()
         method, place = self.spec.method.algorithm, self.workplace
+        self.rollouts.unload_leftovers(partial(attempts.has_ended, place.client))
         loop = Loop(
             training,
             window,
@@ -261,9 +259,8 @@ class Distillation:
         adapter = self.attempt / "adapter"
         policy.save_adapter(adapter)
         proof = fingerprint(policy, window.held_out)
-        self.lease.confirm()
         manifest = partial(self.manifest, window.data, report, policy.rank)
-        record = publish(self.workplace.artefacts, adapter, proof, manifest)
+        record = publish(self.workplace.artefacts, adapter, proof, manifest, self.lease.confirm)
         self.lease.finish_succeeded(record, report.model_dump_json())
 
     def manifest(

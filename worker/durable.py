@@ -9,30 +9,65 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bon_algos.crash_points import WorkerPoint, crash_point
+
+Points = tuple[WorkerPoint, WorkerPoint]
+"""Passed when all is written and synced, and when it has its name."""
+
 
 @contextmanager
-def staged(final: Path) -> Iterator[Path]:
-    """A directory beside `final` to fill; on leaving the block it becomes `final`, unless that exists by then.
+def staged(
+    final: Path,
+    *,
+    within: Path | None = None,
+    confirm: Callable[[], None] | None = None,
+    points: Points | None = None,
+) -> Iterator[Path]:
+    """A directory to fill; on leaving the block it becomes `final`, unless that exists by then.
 
     Names of things are chosen so that who comes second wanted to write the same: the first one stays. When the
-    block raises, or the process dies in it, `final` does not exist.
+    block or `confirm` raises, or the process dies in it, `final` does not exist.
+
+    within: where it is filled, of the same file system; beside `final` unless told. confirm: called when all is on
+    the disk and only the rename is left.
     """
-    aside = final.parent / f".{final.name}.{secrets.token_hex(4)}"
+    aside = (within or final.parent) / f".{final.name}.{secrets.token_hex(4)}"
     aside.mkdir(parents=True)
     try:
         yield aside
         for path in sorted(aside.iterdir()):
             sync(path)
         sync(aside)
-        if not final.exists():
-            aside.rename(final)
+        _pass(points, 0)
+        if confirm is not None:
+            confirm()
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if rename_unless_there(aside, final):
+            _pass(points, 1)
             sync(final.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def rename_unless_there(aside: Path, final: Path) -> bool:
+    """Give a filled directory its name; False when another has it."""
+    try:
+        if not final.exists():
+            aside.rename(final)
+            return True
+    except OSError:
+        if not final.exists():  # no loss against another who came between the look and the rename
+            raise
+    return False
+
+
+def _pass(points: Points | None, which: int) -> None:
+    if points is not None:
+        crash_point(points[which])
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,8 @@ REQUESTS_IN_FLIGHT = 48
 """Enough to fill an engine's batch; what waits here is not waiting inside the engine in front of users."""
 MAX_REPLY_BYTES = 64 * 2**20
 CHECK_SECONDS = 0.5
+UNLOAD_SECONDS = 10.0
+"""How long a job that must stop takes to have its adapter forgotten."""
 
 Result = TypeVar("Result")
 
@@ -99,13 +102,24 @@ class Engines:
         self._run_all([self._request("policy", "POST", "/v1/load_lora_adapter", body)])
 
     def unload_adapter(self, name: str) -> None:
-        """Have the policy engine forget an adapter; one it does not know is forgotten already."""
-        if name in self.served_models():
-            self._run_all([self._request("policy", "POST", "/v1/unload_lora_adapter", {"lora_name": name})])
+        """Have the policy engine forget an adapter; one it does not know is forgotten already. Asked even when the job
+        must stop: what it has lent would hold a place in the engine for good."""
+        give_up_at = time.monotonic() + UNLOAD_SECONDS
+
+        def check() -> None:
+            if time.monotonic() > give_up_at:
+                raise EngineUnavailable(f"the policy engine did not forget {name} within {UNLOAD_SECONDS:g} s")
+
+        if name in self._served_models(check):
+            forget = self._request("policy", "POST", "/v1/unload_lora_adapter", {"lora_name": name})
+            self._run_all([forget], check)
 
     def served_models(self) -> list[str]:
         """Names the policy engine answers to: its base model and its adapters."""
-        body = self._run_all([self._request("policy", "GET", "/v1/models", None)])[0]
+        return self._served_models(self._check)
+
+    def _served_models(self, check: Callable[[], None]) -> list[str]:
+        body = self._run_all([self._request("policy", "GET", "/v1/models", None)], check)[0]
         return [str(model["id"]) for model in json.loads(body)["data"]]
 
     # --- the wire ------------------------------------------------------------------------------------
@@ -128,10 +142,12 @@ class Engines:
         for session in self._sessions.values():
             await session.close()
 
-    def _run_all(self, calls: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-        return self._runner.run(self._all(calls))
+    def _run_all(
+        self, calls: Sequence[Coroutine[Any, Any, Result]], check: Callable[[], None] | None = None
+    ) -> list[Result]:
+        return self._runner.run(self._all(calls, check or self._check))
 
-    async def _all(self, calls: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    async def _all(self, calls: Sequence[Coroutine[Any, Any, Result]], check: Callable[[], None]) -> list[Result]:
         free = asyncio.Semaphore(REQUESTS_IN_FLIGHT)
 
         async def bounded(call: Coroutine[Any, Any, Result]) -> Result:
@@ -145,7 +161,7 @@ class Engines:
                 done, waiting = await asyncio.wait(waiting, timeout=CHECK_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
                 for task in done:
                     task.result()
-                self._check()
+                check()
             return [task.result() for task in tasks]
         finally:
             for task in tasks:

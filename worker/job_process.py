@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import redis
+from pydantic import ValidationError
 
 from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import DEFAULT_TENANT, JobSpec, job_key
 from bon_algos.scoring import open_readers
 from worker import lease as leases
-from worker.errors import EngineUnavailable, JobCancelled, JobFailed, LeaseLost
+from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobHandedBack, LeaseLost
 from worker.lease import Lease
 from worker.settings import WorkerSettings
 
@@ -54,6 +55,7 @@ def main(job_id: str, epoch: int, parent: int) -> int:
         lease_seconds=settings.lease_seconds,
         heartbeat_seconds=settings.heartbeat_seconds,
     )
+    signal.signal(signal.SIGTERM, lambda *_: lease.leave())
     with client, lease:
         settle(client, lease, settings)
     return 0
@@ -77,6 +79,9 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     except JobCancelled:
         with suppress(LeaseLost):  # the very script that meant to finish it may have cancelled it
             lease.finish_cancelled()
+    except JobHandedBack:
+        log.info("handed back: the worker is to stop")
+        leases.hand_back(client, lease.job_id, lease.epoch)
     except LeaseLost as loss:
         log.warning("stopped, nothing more is written: %s", loss)
     except EngineUnavailable as away:
@@ -84,15 +89,29 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
 
 
 def run(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
+    from worker.device import lock_of, sole_use
     from worker.distillation import Distillation
     from worker.engine import Engines
 
     asked, tenant = cast("list[bytes | None]", client.hmget(job_key(lease.job_id), ["spec", "tenant"]))
-    spec = JobSpec.model_validate_json(asked or b"")
+    spec = read_spec(asked or b"")
     owner = DEFAULT_TENANT if tenant is None else tenant.decode()
     readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     with Engines(settings.policy_engine_urls[0], settings.reward_model, readers, lease.check) as engines:
-        Distillation(spec, lease, workplace(client, engines, settings), owner).run()
+        place = workplace(client, engines, settings)
+        with sole_use(lock_of(place.artefacts, place.device), lease.wait):
+            Distillation(spec, lease, place, owner).run()
+
+
+def read_spec(asked: bytes) -> JobSpec:
+    """Raises JobFailed for a spec of another version: a field that this worker does not know may change what is wanted,
+    so it is not passed over."""
+    try:
+        return JobSpec.model_validate_json(asked)
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, one["loc"])) or "the whole" for one in error.errors())
+        message = f"this worker does not understand {where} of the job's spec: run the version the gateway has"
+        raise JobFailed("spec_not_understood", message) from error
 
 
 def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -> Workplace:

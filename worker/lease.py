@@ -28,7 +28,8 @@ from bon_algos.contracts import (
     job_key,
     policy_key,
 )
-from worker.errors import JobCancelled, LeaseLost
+from bon_algos.crash_points import crash_point
+from worker.errors import JobCancelled, JobHandedBack, LeaseLost
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ REASON_KEPT: Final = 2000
 """Characters, from the end: of a log the tail says what happened."""
 
 REDIS_RETRY_SECONDS: Final = 0.5
+LEAVING_SECONDS: Final = 0.5
 
 _NOW: Final = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
 _FENCE: Final = (
@@ -86,6 +88,17 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'phase', ARGV[3], 'step
 RELEASE: Final = _FENCE + "redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])\nreturn 1\n"
 """KEYS job. ARGV epoch, reason. -> 0 fenced, 1 given back: the reconciler takes it up or counts it out."""
 
+HAND_BACK: Final = (
+    _FENCE
+    + """
+redis.call('HSET', KEYS[1], 'lease_until', '0')
+redis.call('HDEL', KEYS[1], 'dispatched_at')
+redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+return 1
+"""
+)
+"""KEYS job. ARGV epoch. -> 0 fenced, 1 handed back: to be woken for at once, and no attempt that has failed."""
+
 FINISH: Final = (
     _NOW
     + _FENCE
@@ -119,13 +132,23 @@ _REFUSALS: Final[dict[int, ClaimRefusal]] = {-1: "final", -2: "held", -3: "cance
 def claim(client: redis.Redis, job_id: str, *, lease_seconds: float, worker: str) -> int | ClaimRefusal:
     """Take the job for one lease; the new epoch, or why not."""
     keys = (job_key(job_id), job_events_key(job_id))
+    crash_point("claim.asked")
     answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker, EVENTS_KEPT))
+    crash_point("claim.granted")
     return _REFUSALS.get(answer, answer)
 
 
 def release(client: redis.Redis, job_id: str, epoch: int, reason: str) -> bool:
     """Give a job back unfinished, with the reason for a person to read; False when another epoch holds it."""
-    return _run(client, RELEASE, (job_key(job_id),), (epoch, reason[-REASON_KEPT:])) == 1
+    crash_point("release.asked")
+    given_back = _run(client, RELEASE, (job_key(job_id),), (epoch, reason[-REASON_KEPT:])) == 1
+    crash_point("release.recorded")
+    return given_back
+
+
+def hand_back(client: redis.Redis, job_id: str, epoch: int) -> bool:
+    """Give a job back that nothing is wrong with; False when another epoch holds it."""
+    return _run(client, HAND_BACK, (job_key(job_id),), (epoch,)) == 1
 
 
 class Lease:
@@ -145,6 +168,7 @@ class Lease:
         self._valid_until = time.monotonic() + lease_seconds
         self._fenced = False
         self._cancelled = False
+        self._leaving = False
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"heartbeat-{job_id}", daemon=True)
@@ -159,27 +183,42 @@ class Lease:
         self._stopping.set()
         self._thread.join()
 
+    def leave(self) -> None:
+        """Have the next `check` raise JobHandedBack. For a signal's handler: it may have interrupted `wait`, whose
+        event it must therefore not touch."""
+        self._leaving = True
+
     def check(self) -> None:
-        """Raises LeaseLost or JobCancelled when the job must stop here."""
+        """Raises LeaseLost, JobCancelled or JobHandedBack when the job must stop here."""
+        self._check_ours()
+        if self._leaving:
+            raise JobHandedBack(self.job_id)
+
+    def _check_ours(self) -> None:
         if self._fenced or time.monotonic() > self._valid_until:
             raise LeaseLost(f"{self.job_id}: epoch {self.epoch} no longer holds the lease")
         if self._cancelled:
             raise JobCancelled(self.job_id)
 
     def wait(self, seconds: float) -> None:
-        """Let time pass; raises like `check`, as soon as there is a reason to."""
-        self._wake.wait(seconds)
-        self.check()
+        """Let time pass; raises like `check`, as soon as there is a reason to, or half a second after a `leave`."""
+        wait_until = time.monotonic() + seconds
+        while (left := wait_until - time.monotonic()) > 0:
+            self._wake.wait(min(left, LEAVING_SECONDS))
+            self.check()
 
     def beat(self) -> None:
-        """Extend the lease now and learn of fencing and cancellation; raises like `check`, or RedisError."""
+        """Extend the lease now and learn of fencing and cancellation. Raises LeaseLost, JobCancelled or RedisError, and
+        not JobHandedBack: who leaves keeps its state first, and for that it must hold the lease."""
         asked_at = time.monotonic()
+        crash_point("beat.asked")
         answer = _run(self._client, BEAT, (job_key(self.job_id),), (self.epoch, _ms(self._lease_seconds)))
+        crash_point("beat.kept")
         self._note(answer, asked_at)
-        self.check()
+        self._check_ours()
 
     def confirm(self) -> None:
-        """Have Redis say that this epoch still holds the job; raises like `check`, at the latest when the lease
+        """Have Redis say that this epoch still holds the job; raises like `beat`, at the latest when the lease
         runs out while Redis is away. Asked before an effect that outlives the process: a rename of a checkpoint
         or a policy, which then has a whole lease left to happen in."""
         self._until_redis_answers(self.beat)
@@ -190,11 +229,13 @@ class Lease:
         """Report where the job is; raises like `check`. Redis being away is no reason to stop: the lease is."""
         left = "" if seconds_left is None else f"{seconds_left:.1f}"
         values = (self.epoch, EVENTS_KEPT, phase, step, steps, json.dumps(dict(metrics)), left)
+        crash_point("progress.asked")
         try:
             answer = _run(self._client, PROGRESS, (job_key(self.job_id), job_events_key(self.job_id)), values)
         except redis.RedisError as error:
             log.warning("progress of %s was not recorded: %s", self.job_id, type(error).__name__)
         else:
+            crash_point("progress.recorded")
             self._note(answer, None)
         self.check()
 
@@ -213,7 +254,9 @@ class Lease:
         self._finish((job_key(self.job_id), job_events_key(self.job_id)), ("cancelled", EVENTS_KEPT))
 
     def _finish(self, keys: tuple[str, ...], values: tuple[str | int | float, ...]) -> int:
+        crash_point("finish.asked")
         answer = self._until_redis_answers(lambda: _run(self._client, FINISH, keys, (self.epoch, *values)))
+        crash_point("finish.recorded")
         if answer == 0:
             self._fenced = True
             raise LeaseLost(f"{self.job_id}: epoch {self.epoch} came too late to finish")

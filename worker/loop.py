@@ -17,7 +17,7 @@ from pathlib import Path
 from bon_algos.steps import BondStep, FreshGroup, OnPolicyStep, RankedGroup, SampledStep
 from worker import checkpoint
 from worker.dataset import FrozenWindow, PromptPool
-from worker.errors import EngineUnavailable
+from worker.errors import EngineUnavailable, JobHandedBack
 from worker.lease import Lease
 from worker.patience import patiently
 from worker.progress import Progress
@@ -65,15 +65,21 @@ class Loop:
 
     def run(self, steps: int) -> None:
         training, saved_step, saved_at = self._training, self._training.done, time.monotonic()
-        with self._drawer:  # a job that stops waits for the call under way, which notices within half a second
-            while training.done < steps:
-                self._lease.check()
-                metrics = self._step(steps)
-                self._progress.step(training.done, metrics)
-                is_due = training.done - saved_step >= self._checkpoint_steps
-                if is_due or training.done == steps or time.monotonic() - saved_at >= self._checkpoint_seconds:
-                    self._save()
-                    saved_step, saved_at = training.done, time.monotonic()
+        try:
+            with self._drawer:  # a job that stops waits for the call under way, which notices within half a second
+                while training.done < steps:
+                    self._lease.check()
+                    metrics = self._step(steps)
+                    self._progress.step(training.done, metrics)
+                    is_due = training.done - saved_step >= self._checkpoint_steps
+                    if is_due or training.done == steps or time.monotonic() - saved_at >= self._checkpoint_seconds:
+                        self._measure_live()
+                        self._save()
+                        saved_step, saved_at = training.done, time.monotonic()
+        except JobHandedBack:
+            if training.done > saved_step:
+                self._save()
+            raise
 
     def _step(self, steps: int) -> dict[str, float]:
         """One step, with what it needs drawn before; its metrics and times."""
@@ -146,18 +152,20 @@ class Loop:
     # --- states ----------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self._training.logged_step is not None:
-            self._progress.step(self._training.done, self._measure_live())
         state = self._training.state({"metrics": self._progress.metrics})
         checkpoint.save(self._attempt, state, self._lease.confirm)
 
-    def _measure_live(self) -> dict[str, float]:
-        """One sample each of some held-out prompts; nothing when the engine is away: this training needs none."""
+    def _measure_live(self) -> None:
+        """How a policy that learns from the ledger does, by one sample each of some held-out prompts; nothing when the
+        engine is away: this training needs none."""
+        if self._training.logged_step is None:
+            return
         pools = spread(self._window.held_out, LIVE_PROMPTS)
         try:
             with self._rollouts.served(self._training.policy) as name:
                 drawn = self._rollouts.draw([(name, pool, 1) for pool in pools])
         except EngineUnavailable as error:
             log.warning("no live metrics at step %d: %s", self._training.done, error)
-            return {}
-        return live_metrics(self._training.policy, pools, [group[0] for group in drawn])
+            return
+        metrics = live_metrics(self._training.policy, pools, [group[0] for group in drawn])
+        self._progress.step(self._training.done, metrics)

@@ -1,13 +1,13 @@
 """From a finished policy to a name in the registry and back: write aside, sync, rename, propose; read what was proven.
 
 Owns the policy's directory and manifest. Does not own the registry's write, which is the lease's last script:
-until that has run, the directory is an orphan that the next attempt finds and adopts.
+until that has run, the directory is an orphan that the next attempt finds and adopts, or that is swept (`attempts`).
 """
 
 from __future__ import annotations
 
 import json
-import secrets
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,25 +29,29 @@ from worker.errors import JobFailed
 
 
 def publish(
-    artefacts: Path, adapter: Path, fingerprint: Fingerprint, manifest_of: Callable[[str, dict[str, str]], Manifest]
+    artefacts: Path,
+    adapter: Path,
+    fingerprint: Fingerprint,
+    manifest_of: Callable[[str, dict[str, str]], Manifest],
+    confirm: Callable[[], None],
 ) -> PolicyRecord:
-    """Put the adapter under its digest and describe it as a candidate.
+    """Put the adapter, from the attempt's own directory, under its digest and describe it as a candidate.
 
     `manifest_of` makes the manifest from the digest and the files' own digests. A directory that exists already
     holds the same weights, from an attempt that died before it was registered or from another job: it stays, and
-    its manifest is the policy's.
+    its manifest is the policy's. `confirm` raises when the attempt no longer owns the job; nothing has the policy's
+    name then.
     """
-    scratch = adapter.parent / f"publish-{secrets.token_hex(4)}"
-    shutil.copytree(adapter, scratch)
-    (scratch / "fingerprint.json").write_text(fingerprint.model_dump_json())
-    files = {name: sha256_file(scratch / name) for name in ADAPTER_FILES}
+    (adapter / "fingerprint.json").write_text(fingerprint.model_dump_json())
+    files = {name: sha256_file(adapter / name) for name in ADAPTER_FILES}
     digest = adapter_digest(files)
     home = artefacts / "policies" / digest
-    with staged(home) as aside:
+    # Filled where the attempt's leftovers are: beside the policies nobody would know whose it was.
+    with staged(home, within=adapter.parent, confirm=confirm, points=("policy.written", "policy.renamed")) as aside:
         for name in ADAPTER_FILES:
-            shutil.copyfile(scratch / name, aside / name)
+            shutil.copyfile(adapter / name, aside / name)
         (aside / "manifest.json").write_text(manifest_of(digest, files).model_dump_json(indent=2))
-    shutil.rmtree(scratch)
+    os.utime(home)  # one that lay there as an orphan is no longer
     manifest = Manifest.model_validate_json((home / "manifest.json").read_text())
     return PolicyRecord(
         id=manifest.policy_id,

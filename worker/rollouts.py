@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bon_algos.contracts import Candidate
+from bon_algos.crash_points import crash_point
 from bon_algos.logprobs import TokenGroup
 from bon_algos.scoring import Completion
 from bon_algos.steps import FreshGroup, RankedGroup
@@ -63,11 +64,13 @@ class Rollouts:
         self._attempt = attempt
         self._numbers = count()
 
-    def unload_leftovers(self) -> None:
-        """Have the engine forget what a dead attempt of this job lent to it. An engine that is away has."""
+    def unload_leftovers(self, has_ended: Callable[[str], bool]) -> None:
+        """Have the engine forget what dead attempts of this job, and those of jobs that have ended, lent to it. An
+        engine that is away has."""
         try:
             for name in self.engines.served_models():
-                if name.startswith(self._job_prefix):
+                owner, lent, _ = name.partition("-")
+                if name.startswith(self._job_prefix) or (owner.startswith("job_") and lent and has_ended(owner)):
                     self.engines.unload_adapter(name)
         except EngineUnavailable as error:
             log.warning("leftovers of an earlier attempt may still be loaded: %s", error)
@@ -80,6 +83,7 @@ class Rollouts:
         policy.save_adapter(directory, replaced)
         try:
             self.engines.load_adapter(name, directory)
+            crash_point("adapter.lent")
             yield name
         finally:
             try:

@@ -12,11 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import redis
 
-from worker import lease
+from worker import attempts, lease
 
 log = logging.getLogger(__name__)
 
@@ -25,20 +26,31 @@ LOG_TAIL_BYTES = 1800
 """Fits, with the exit code, into what a released lease keeps."""
 
 
-def distill(job_id: str, *, redis_url: str, artefacts: Path, lease_seconds: float) -> None:
-    """Drive one job to its end, or do nothing when it is not this worker's to drive. Safe to run twice."""
+def distill(
+    job_id: str,
+    *,
+    redis_url: str,
+    artefacts: Path,
+    lease_seconds: float,
+    run: Callable[[str, int, Path], int] | None = None,
+) -> None:
+    """Drive one job to its end, or do nothing when it is not this worker's to drive. Safe to run twice.
+
+    run: trains (job, epoch, log) in a process and returns its exit code; `run_job_process` unless told.
+    """
     with redis.Redis.from_url(redis_url, socket_timeout=REDIS_TIMEOUT_SECONDS) as client:
         worker = f"{socket.gethostname()}:{os.getpid()}"
         epoch = lease.claim(client, job_id, lease_seconds=lease_seconds, worker=worker)
         if isinstance(epoch, str):
             log.info("job %s is not to be run: %s", job_id, epoch)
-            return
-        log_file = artefacts / "jobs" / job_id / f"{epoch}.log"
-        exit_code = run_job_process(job_id, epoch, log_file)
-        if exit_code != 0:
-            reason = f"training process ended with {exit_code}\n{tail(log_file)}"
-            log.error("job %s, epoch %d: %s", job_id, epoch, reason)
-            lease.release(client, job_id, epoch, reason)
+        else:
+            log_file = artefacts / "jobs" / job_id / f"{epoch}.log"
+            exit_code = (run or run_job_process)(job_id, epoch, log_file)
+            if exit_code != 0:
+                reason = f"training process ended with {exit_code}\n{tail(log_file)}"
+                log.error("job %s, epoch %d: %s", job_id, epoch, reason)
+                lease.release(client, job_id, epoch, reason)
+        attempts.sweep(client, artefacts)
 
 
 def run_job_process(job_id: str, epoch: int, log_file: Path) -> int:
@@ -49,9 +61,12 @@ def run_job_process(job_id: str, epoch: int, log_file: Path) -> int:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+        # A worker that is to stop says so to its child (`shutdown`), and the child to who trains.
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             return process.wait()
         finally:
+            signal.signal(signal.SIGTERM, before)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
 

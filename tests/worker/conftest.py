@@ -4,9 +4,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import redis
 import torch
 
-from tests.worker import world
+from tests.worker import small_job, world
+from tests.worker.small_job import SmallJob
 from tests.worker.stub_engine import StubEngine, save_tokenizer
 from worker.dataset import Requirements, freeze
 
@@ -46,3 +48,45 @@ def reward_directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("reward")
     save_tokenizer(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def small_groups(tiny_policy):
+    return small_job.small_groups(tiny_policy)
+
+
+@pytest.fixture
+def small(redis_url, engine, tiny_policy, reward_directory, small_groups, tmp_path):
+    """small(…) -> a submitted SmallJob; what is given replaces the usual."""
+    clients = []
+
+    def submitted(groups=None, **fields):
+        given = {"redis_url": redis_url, "artefacts": tmp_path} | fields
+        given["artefacts"].mkdir(exist_ok=True)
+        clients.append(redis.Redis.from_url(given["redis_url"]))
+        paths = {"engine_url": engine.url, "policy_directory": tiny_policy, "reward_directory": reward_directory}
+        job = SmallJob(clients[-1], **(paths | given))
+        job.submit(small_groups if groups is None else groups)
+        return job
+
+    yield submitted
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shared_redis, tiny_policy, reward_directory, small_groups, tmp_path_factory):
+    """The digest of the policy that a small job makes when nothing happens to it."""
+    artefacts = tmp_path_factory.mktemp("undisturbed")
+    with (
+        tempfile.TemporaryDirectory(prefix="bonsai-stub-") as directory,
+        StubEngine(tiny_policy, Path(directory) / "engine.sock") as stub,
+        redis.Redis.from_url(shared_redis.url) as client,
+    ):
+        client.flushall()
+        job = SmallJob(client, shared_redis.url, artefacts, stub.url, tiny_policy, reward_directory)
+        job.submit(small_groups)
+        assert job.run() == 0, job.told()
+        policy = job.the_policy()
+        client.flushall()
+    return Path(policy.directory).name

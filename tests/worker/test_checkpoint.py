@@ -272,7 +272,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_policy, tiny_windo
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_fails_the_job_at_its_step(tiny_policy, tiny_window):
+def test_F41_a_loss_that_is_no_number_fails_the_job_at_its_step(tiny_policy, tiny_window):
     training = opened(tiny_policy, SPECS["bon_forward_kl"])
     with torch.no_grad():
         next(iter(training.policy.trained.values())).fill_(float("nan"))

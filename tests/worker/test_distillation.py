@@ -254,8 +254,10 @@ def test_the_fingerprint_holds_the_policys_and_the_bases_logprobs(job, tmp_path)
     assert distance / tokens > 1e-2
 
 
-def test_nothing_of_a_job_stays_in_the_engine_and_no_name_is_used_twice(job, engine):
+def test_nothing_of_a_job_stays_in_the_engine_and_no_name_is_used_twice(job, client, engine):
     engine.adapters[f"{JOB}-0-dead-3"] = engine._base  # what an attempt that was killed left behind
+    engine.adapters["job_11-0-over-3"] = engine._base  # and what is left of a job that others ended
+    client.hset(job_key("job_11"), "state", "cancelled")
     engine.adapters["job_12-0-alive-3"] = engine._base
     job("jbond").run()
     assert set(engine.adapters) == {"job_12-0-alive-3"}
@@ -381,6 +383,7 @@ def test_the_next_attempt_adopts_what_was_renamed_but_not_registered(job, client
         adapter,
         fingerprint(training.policy, window.held_out),
         partial(old.manifest, window.data, report, training.policy.rank),
+        old.lease.confirm,
     )
     (orphan,) = published(tmp_path)
     client.hset(job_key(JOB), "lease_until", 1)

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from bon_algos.contracts import POLICIES_INDEX, PolicyRecord, job_events_key, job_key, policy_key
 from worker import lease as leases
-from worker.errors import JobCancelled, LeaseLost
+from worker.errors import JobCancelled, JobHandedBack, LeaseLost
 from worker.lease import Lease, claim
 
 JOB = "job_0"
@@ -184,6 +184,25 @@ def test_a_job_given_back_may_be_claimed_at_once_and_says_why(client):
     assert leases.release(client, JOB, take(client), "the engine is away")
     assert field(client, "last_error") == "the engine is away"
     assert take(client) == 2
+
+
+def test_who_is_to_leave_may_keep_its_state_first(client):
+    submit(client)
+    lease = held(client, take(client))
+    lease.leave()
+    lease.confirm()
+    for stop in (lease.check, lambda: lease.wait(60), lambda: lease.progress("training", 1, 2, {}, None)):
+        with pytest.raises(JobHandedBack):
+            stop()
+
+
+def test_a_job_handed_back_is_woken_for_at_once_and_has_failed_no_attempt(client):
+    submit(client, dispatched_at=7)
+    assert leases.hand_back(client, JOB, take(client))
+    assert (field(client, "attempts"), field(client, "dispatched_at"), field(client, "last_error")) == ("0", None, None)
+    assert take(client) == 2
+    assert not leases.hand_back(client, JOB, 1)
+    assert take(client) == "held"
 
 
 @pytest.mark.slow

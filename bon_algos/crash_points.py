@@ -1,0 +1,75 @@
+"""Named places at which a process can be made to die, so that a test can see what a death there costs.
+
+With `BONSAI_CRASH_AT=NAME` or `BONSAI_CRASH_AT=NAME:K` a process kills itself with SIGKILL when it passes the place
+for the first, or the K-th, time: no handler runs, nothing is flushed, as after the OOM killer. With `BONSAI_FREEZE_AT`
+it stops there instead (SIGSTOP), as on a machine that is suspended, until somebody sends SIGCONT. Without the variables
+a place is two looks into the environment.
+
+Owns the list of places: one on either side of every write that outlives a process. Which write, its module says; that
+each place is reached and survived, tests/faults says. Here because gateway and worker share nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from typing import Final, Literal, get_args
+
+CRASH_AT: Final = "BONSAI_CRASH_AT"
+FREEZE_AT: Final = "BONSAI_FREEZE_AT"
+
+WorkerPoint = Literal[
+    "claim.asked",
+    "claim.granted",
+    "beat.asked",
+    "beat.kept",
+    "progress.asked",
+    "progress.recorded",
+    "window.written",
+    "window.renamed",
+    "adapter.lent",
+    "checkpoint.written",
+    "checkpoint.renamed",
+    "checkpoint.forgotten",
+    "policy.written",
+    "policy.renamed",
+    "finish.asked",
+    "finish.recorded",
+    "attempts.forgotten",
+    "release.asked",
+    "release.recorded",
+]
+"""In the order in which a job passes them; the last two only when it is given back."""
+
+GatewayPoint = Literal[
+    "submit.asked",
+    "submit.recorded",
+    "dispatch.marked",
+    "dispatch.sent",
+    "transaction.asked",
+    "transaction.committed",
+    "spool.written",
+    "drain.delivered",
+    "drain.acknowledged",
+]
+
+CrashPoint = WorkerPoint | GatewayPoint
+WORKER_POINTS: Final[tuple[WorkerPoint, ...]] = get_args(WorkerPoint)
+GATEWAY_POINTS: Final[tuple[GatewayPoint, ...]] = get_args(GatewayPoint)
+
+_passes: Final[Counter[str]] = Counter()
+
+
+def crash_point(name: CrashPoint) -> None:
+    """Pass the place called `name`; die or freeze there when that is asked for."""
+    for variable, number in ((CRASH_AT, signal.SIGKILL), (FREEZE_AT, signal.SIGSTOP)):
+        if (asked := os.environ.get(variable)) is not None:
+            place, _, which = asked.partition(":")
+            if place == name and _pass(variable) == int(which or 1):
+                os.kill(os.getpid(), number)
+
+
+def _pass(variable: str) -> int:
+    _passes[variable] += 1
+    return _passes[variable]

@@ -1,0 +1,69 @@
+"""What a gateway does to what outlives it, each in a process that may be killed on the way:
+`python -m tests.service.mortal SCENARIO REDIS_URL DIRECTORY`.
+
+Owns: the steps, made of the gateway's own parts. Does not own: at which place it dies, and what must be true then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from service.dispatch import Dispatcher, open_producer, send_job
+from service.idempotency import Idempotency
+from service.jobs import Jobs
+from service.ledger import Ledger
+from service.policies import Policies
+from service.spool import Spool
+from service.store import open_redis
+from tests.service.records import BASE, STUDENT, group, job_spec
+
+IDEMPOTENCY = Idempotency.of("the-callers-key", "an operation", "and its body")
+RECONCILE_SECONDS = 0.05
+
+
+def dispatcher(redis: Redis, redis_url: str) -> Dispatcher:
+    producer = open_producer(redis_url)
+    return Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=RECONCILE_SECONDS)
+
+
+async def submit(redis_url: str) -> str:
+    """A job's record, and the message that wakes a worker; the job's id."""
+    async with open_redis(redis_url) as redis:
+        submitted = await Jobs(redis, n_cap=64, max_lora_rank=32).submit(job_spec(), IDEMPOTENCY)
+        await dispatcher(redis, redis_url).wake(submitted.job_id)
+        return submitted.job_id
+
+
+async def promote(redis_url: str) -> None:
+    """A policy to the front of its route."""
+    async with open_redis(redis_url) as redis:
+        await Policies(redis).promote(STUDENT, "default", "measured", frozenset({BASE, STUDENT}), IDEMPOTENCY)
+
+
+async def log(redis_url: str, directory: Path, *, appends: bool = True) -> None:
+    """A group into the spool and from there into Redis."""
+    spool = Spool(directory, 2**30)
+    async with open_redis(redis_url, in_bytes=True) as redis:
+        ledger = Ledger(spool, redis)
+        if appends:
+            assert ledger.append(group([(1.0, 3), (2.0, 4)]))
+        drainer = asyncio.create_task(ledger.run(lambda unmeasured: None))
+        while ledger.status.pending_bytes or ledger.status.redis != "ok":
+            await asyncio.sleep(0.005)
+        drainer.cancel()
+    spool.close()
+
+
+if __name__ == "__main__":
+    scenario, url, where = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    match scenario:
+        case "submit":
+            asyncio.run(submit(url))
+        case "promote":
+            asyncio.run(promote(url))
+        case "log":
+            asyncio.run(log(url, where))

@@ -1,0 +1,58 @@
+"""What attempts leave is removed when nobody can want it any more, and not before."""
+
+import pytest
+import redis
+
+from bon_algos.contracts import job_key
+from worker import attempts
+
+
+@pytest.fixture
+def client(redis_url):
+    with redis.Redis.from_url(redis_url) as connection:
+        yield connection
+
+
+def left(job_directory):
+    return sorted(path.name for path in job_directory.iterdir())
+
+
+def test_F22_an_epoch_that_redis_gives_twice_gets_two_directories(tmp_path):
+    """After a power cut Redis may not remember the last claim."""
+    assert attempts.begin(tmp_path, 3) != attempts.begin(tmp_path, 3)
+
+
+def test_an_attempt_that_needs_the_earlier_ones_no_longer_leaves_the_later_ones_alone(tmp_path):
+    """It may have been frozen between its last confirmation and this, and have a successor."""
+    first, twin, own, later = (attempts.begin(tmp_path, epoch) for epoch in (1, 2, 2, 3))
+    (tmp_path / "window").mkdir()
+    (tmp_path / "1.log").touch()
+    attempts.forget_before(own)
+    assert left(tmp_path) == sorted(["window", "1.log", twin.name, own.name, later.name])
+    assert not first.exists()
+
+
+@pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled"])
+def test_of_a_job_that_has_ended_the_window_and_the_logs_stay(client, tmp_path, state):
+    directory = tmp_path / "jobs" / "job_1"
+    attempt = attempts.begin(directory, 1)
+    (attempt / "step-00000004").mkdir()
+    (directory / "window").mkdir()
+    (directory / "1.log").touch()
+    client.hset(job_key("job_1"), "state", state)
+    attempts.sweep(client, tmp_path)
+    assert left(directory) == ["1.log", "window"]
+
+
+@pytest.mark.parametrize("state", ["queued", "running", "paused", None])
+def test_of_a_job_that_may_go_on_and_of_one_that_redis_has_forgotten_everything_stays(client, tmp_path, state):
+    attempt = attempts.begin(tmp_path / "jobs" / "job_1", 1)
+    if state is not None:
+        client.hset(job_key("job_1"), "state", state)
+    attempts.sweep(client, tmp_path)
+    assert attempt.exists()
+
+
+def test_a_place_without_jobs_and_policies_is_swept_without_complaint(client, tmp_path):
+    attempts.sweep(client, tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,199 @@
+"""Rows F34 to F40 of the fault matrix: whatever happens to a worker, the job ends once, and its owner alone writes.
+Real processes, a real Redis, an engine over HTTP. That each write may be the last is test_crash_points."""
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+import redis
+
+from bon_algos.contracts import OPEN_JOBS, POLICIES_INDEX, job_events_key, policy_key
+from bon_algos.crash_points import CRASH_AT
+from service.dispatch import Dispatcher
+from service.jobs import Jobs
+from service.store import open_redis
+from tests.worker.forks import is_alive, training_of, until
+from worker import attempts, checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+def cancel(job):
+    async def asked():
+        async with open_redis(job.redis_url) as client:
+            await client.hset(f"bonsai:job:{JOB}", "spec", job.spec.model_dump_json())
+            return await Jobs(client, n_cap=64, max_lora_rank=32).cancel(JOB)
+
+    return asyncio.run(asked())
+
+
+def reconcile(job, sent=None):
+    """What a gateway's reconciler does in one pass."""
+
+    async def one_pass():
+        async with open_redis(job.redis_url) as client:
+            return await Dispatcher(client, [].append if sent is None else sent.append, seconds=0.001).reconcile()
+
+    return asyncio.run(one_pass())
+
+
+JOB = "job_" + "0" * 32
+
+
+def ends_once_with(job, digest):
+    assert job.the_policy().manifest.digest == digest
+    assert (job.ends(), job.leftovers()) == (["succeeded"], [])
+
+
+def test_F34_a_message_delivered_twice_late_and_after_the_end_has_no_second_effect(small, undisturbed):
+    job = small()
+    first = job.deliver()
+    until(lambda: job.is_held, "the first delivery owns the job")
+    second = job.deliver()
+    second.join(30)
+    assert (second.exitcode, job.state, first.is_alive()) == (0, "running", True)
+    first.join(60)
+    ends_once_with(job, undisturbed)
+    told = job.client.xlen(job_events_key(job.job_id))
+    assert job.run() == 0
+    assert (job.attempts, job.client.xlen(job_events_key(job.job_id))) == (1, told)
+    ends_once_with(job, undisturbed)
+
+
+def test_F35_training_dies_with_its_worker_and_another_goes_on_from_its_state(small, undisturbed):
+    job = small()
+    worker = job.deliver()
+    training = until(lambda: training_of(worker), "training")
+    until(lambda: checkpoint.newest(job.directory) is not None, "a state")
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: not is_alive(training), "training dies with its worker", seconds=2)
+    kept = max(int(state.name.removeprefix("step-")) for state in job.directory.glob("*/step-*"))
+    until(lambda: not job.is_held, "the lease runs out")
+    job.run_to_its_end()
+    assert f"resumed at step {kept}" in (job.directory / "2.log").read_text()
+    ends_once_with(job, undisturbed)
+
+
+def test_F36_a_job_that_kills_its_process_three_times_is_given_up_with_the_end_of_its_log(small):
+    job = small()
+    for attempt in (1, 2, 3):
+        assert reconcile(job) != {job.job_id: "failed"}
+        job.run(**{CRASH_AT: "progress.recorded:2"})
+        assert (job.attempts, job.state) == (attempt, "running")
+    assert reconcile(job) == {job.job_id: "failed"}
+    assert (job.state, job.value("error_code")) == ("failed", "dead_letter")
+    assert "training process ended with -9" in job.value("error_message")
+    assert (job.leftovers(), job.published()) == ([], [])
+    assert job.client.smembers(OPEN_JOBS) == set()
+
+
+WRITES = ("progress.asked:3", "checkpoint.written", "policy.written", "policy.renamed", "finish.asked")
+
+
+@pytest.mark.parametrize("point", WRITES)
+def test_F37_who_wakes_after_its_lease_changes_nothing(point, small, undisturbed):
+    """Frozen right before or after a write, awake when another has finished the job."""
+    job = small()
+    sleeper, training = job.frozen_at(point)
+    until(lambda: not job.is_held, "the lease runs out")
+    job.run_to_its_end()
+    ends_once_with(job, undisturbed)
+    before = world_of(job)
+    os.kill(training, signal.SIGCONT)
+    sleeper.join(30)
+    assert sleeper.exitcode == 0
+    assert world_of(job) == before
+    ends_once_with(job, undisturbed)
+    assert job.attempts == 2
+
+
+def world_of(job):
+    """All that others see of a job and its policy."""
+    (policy,) = job.client.zrange(POLICIES_INDEX, 0, -1)
+    fields = job.client.hgetall(f"bonsai:job:{job.job_id}")
+    home = job.artefacts / "policies" / job.published()[0]
+    files = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in home.iterdir()}
+    return fields, job.client.xlen(job_events_key(job.job_id)), job.client.hgetall(policy_key(policy.decode())), files
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+def test_F38_a_torn_state_costs_the_steps_since_the_one_before(file, small, undisturbed):
+    job = small()
+    job.run(**{CRASH_AT: "checkpoint.forgotten:3"})
+    newest = max(job.directory.glob("*/step-*"))
+    torn = (newest / file).read_bytes()
+    (newest / file).write_bytes(torn[: len(torn) // 2])
+    job.run_to_its_end()
+    assert "resumed at step 2" in (job.directory / "2.log").read_text()
+    ends_once_with(job, undisturbed)
+
+
+def test_F38_a_disk_that_is_full_when_a_state_is_written_costs_an_attempt(small, undisturbed):
+    job = small()
+    assert job.run(largest_file=40_000) == 0
+    assert "training process ended with 1" in job.value("last_error")
+    assert not list(job.directory.glob("*/step-*"))
+    job.run_to_its_end()
+    ends_once_with(job, undisturbed)
+
+
+def test_F39_a_policy_of_a_cancelled_job_is_registered_by_nobody_and_swept_in_the_end(small):
+    job = small(job_id=JOB)
+    job.run(**{CRASH_AT: "policy.renamed"})
+    cancel(job)
+    assert reconcile(job) == {JOB: "cancelled"}
+    job.run()
+    (orphan,) = job.published()
+    assert job.client.zcard(POLICIES_INDEX) == 0
+    a_day_ago = time.time() - attempts.ORPHAN_SECONDS - 1
+    os.utime(job.artefacts / "policies" / orphan, (a_day_ago, a_day_ago))
+    assert (job.leftovers(), job.published()) == ([], [])
+
+
+def test_F39_a_registered_policy_is_swept_however_old_it_is_never(small, undisturbed):
+    job = small()
+    job.run()
+    os.utime(job.artefacts / "policies" / undisturbed, (0, 0))
+    ends_once_with(job, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("phase", "point"),
+    [
+        ("freezing", "window.written"),
+        ("training", "checkpoint.renamed"),
+        ("evaluating", "adapter.lent:5"),
+        ("publishing", "policy.written"),
+        ("publishing", "finish.asked"),
+    ],
+)
+def test_F40_a_job_cancelled_in_any_phase_stops_within_a_step_and_publishes_nothing(phase, point, small, engine):
+    job = small(job_id=JOB)
+    worker, training = job.frozen_at(point)
+    assert job.value("phase") == phase
+    state = checkpoint.newest(job.directory)
+    done = 0 if state is None else state.step
+    cancel(job)
+    os.kill(training, signal.SIGCONT)
+    worker.join(30)
+    assert (worker.exitcode, job.state, job.ends()) == (0, "cancelled", ["cancelled"])
+    assert job.step <= done + 1
+    assert (job.client.zcard(POLICIES_INDEX), job.leftovers(), engine.adapters) == (0, [], {})
+
+
+@pytest.mark.parametrize("point", ["checkpoint.written:2", "adapter.lent:5", "finish.asked"])
+def test_F21_a_redis_that_is_killed_and_comes_back_costs_a_running_job_nothing(point, small, undisturbed, own_redis):
+    """While it trains, while its policy is judged, and at the very script that ends it."""
+    job = small(redis_url=own_redis.url)
+    worker, training = job.frozen_at(point)
+    own_redis.kill()
+    os.kill(training, signal.SIGCONT)
+    until(lambda: "Redis is away" in (job.directory / "1.log").read_text() or not is_alive(training), "it is missed")
+    own_redis.start()
+    worker.join(60)
+    with redis.Redis.from_url(own_redis.url) as client:
+        assert client.ping()
+    ends_once_with(job, undisturbed)
+    assert job.attempts == 1

@@ -1,0 +1,92 @@
+"""The directories of a job's attempts: each writes into one of its own, and none outlives its job.
+
+Owns their names, and what is removed when. Does not own what an attempt writes (`checkpoint`, `publish`, `rollouts`).
+
+    <artefacts>/jobs/<job>/window/             frozen once, kept
+    <artefacts>/jobs/<job>/<epoch>.log         kept
+    <artefacts>/jobs/<job>/<epoch>-<8 hex>/    an attempt; the hex, because a Redis that lost its last second in a
+                                               power cut gives an epoch twice
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import redis
+from pydantic import ValidationError
+
+from bon_algos.contracts import FINAL_JOB_STATES, Manifest, job_key, policy_key
+from bon_algos.crash_points import crash_point
+
+log = logging.getLogger(__name__)
+
+ORPHAN_SECONDS: Final = 86_400.0
+"""How long a policy's directory may wait for its registration; another job that makes the same weights adopts it."""
+
+_NAME: Final = re.compile(r"([0-9]+)-[0-9a-f]{8}")
+
+
+def begin(job_directory: Path, epoch: int) -> Path:
+    """A new attempt's directory."""
+    attempt = job_directory / f"{epoch}-{secrets.token_hex(4)}"
+    attempt.mkdir(parents=True)
+    return attempt
+
+
+def forget_before(attempt: Path) -> None:
+    """Remove what attempts of lower epochs left. Never a later one's: who asks may have been fenced meanwhile."""
+    for other in _attempts(attempt.parent):
+        if _epoch(other) < _epoch(attempt):
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def forget(job_directory: Path) -> None:
+    """Remove all attempts of a job that has ended."""
+    for attempt in _attempts(job_directory):
+        shutil.rmtree(attempt, ignore_errors=True)
+    crash_point("attempts.forgotten")
+
+
+def sweep(client: redis.Redis, artefacts: Path) -> None:
+    """Remove what ended jobs left because their last process was killed, or because others ended them: attempts, and
+    policies that were written and never registered. What belongs to a job Redis does not know stays."""
+    for job_directory in (artefacts / "jobs").glob("*"):
+        if next(_attempts(job_directory), None) is not None and has_ended(client, job_directory.name):
+            forget(job_directory)
+    for home in (artefacts / "policies").glob("*"):
+        if _is_orphan(client, home):
+            log.warning("policy %s was never registered and its job has ended: removed", home.name[:16])
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def _attempts(job_directory: Path) -> Iterator[Path]:
+    return (path for path in job_directory.glob("*") if _NAME.fullmatch(path.name))
+
+
+def _epoch(attempt: Path) -> int:
+    return int(attempt.name.partition("-")[0])
+
+
+def has_ended(client: redis.Redis, job_id: str) -> bool:
+    """False also for a job that Redis does not know."""
+    state = client.hget(job_key(job_id), "state")
+    return state is not None and (state if isinstance(state, str) else state.decode()) in FINAL_JOB_STATES
+
+
+def _is_orphan(client: redis.Redis, home: Path) -> bool:
+    if client.exists(policy_key(f"pol-{home.name[:16]}")):
+        return False
+    try:
+        if time.time() - home.stat().st_mtime < ORPHAN_SECONDS:
+            return False
+        manifest = Manifest.model_validate_json((home / "manifest.json").read_text())
+    except (OSError, ValidationError):
+        return False
+    return has_ended(client, manifest.job_id)

@@ -20,12 +20,12 @@ from pydantic import Field
 from redis.asyncio import Redis
 from uuid_utils import uuid7
 
-from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, Feedback, Record, feedback_key
+from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, Feedback, Record, feedback_key, target_of
 from bon_algos.ledger_entries import UnreadableRecord, group_of
 from service.access import Caller
 from service.errors import InvalidField, NotFound, StoreUnavailable
 from service.generation import Unit
-from service.ledger import Ledger, target_of
+from service.ledger import Ledger
 from service.store import translated
 
 PAGE_ENTRIES: Final = 200

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha1, sha256
+from hashlib import sha1
 from typing import Any, Final
 from zlib import compress, decompress
 
@@ -22,7 +22,6 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
 from bon_algos.contracts import (
-    DEFAULT_TENANT,
     LEDGER_COUNTS,
     LEDGER_STREAM,
     Candidate,
@@ -34,6 +33,7 @@ from bon_algos.contracts import (
     feedback_key,
     of_tenant,
     seen_key,
+    target_of,
 )
 from service.experiments import statistics_increments
 from service.spool import Frame, Spool
@@ -203,13 +203,6 @@ def _deliver_feedback(pipe: Pipeline, head: dict[str, Any], data: bytes) -> None
     ]
     arguments = [SEEN_SECONDS, head["kind"], head["id"], data, feedback.question, text]
     pipe.evalsha(_DELIVER_FEEDBACK_SHA, len(keys), *keys, *arguments)
-
-
-def target_of(group_id: str | None, session: str | None, tenant: str = DEFAULT_TENANT) -> str:
-    """What feedback is kept under: a group's id, or a hash of a session, whose name may be anything, and its tenant."""
-    # No session's name can hold a NUL.
-    named = session or "" if tenant == DEFAULT_TENANT else f"{tenant}\0{session}"
-    return group_id or f"session-{sha256(named.encode()).hexdigest()[:32]}"
 
 
 def without_content(group: CandidateGroup) -> CandidateGroup:

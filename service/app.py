@@ -49,9 +49,11 @@ from service.routes import (
     policies,
     routing,
 )
+from service.routes import ledger as ledger_routes
 from service.serving import Serving
 from service.settings import GatewaySettings
 from service.spool import Spool
+from service.spool_report import SpoolReport, spool_name
 from service.store import open_redis
 from service.vllm import PolicyEngine
 
@@ -59,6 +61,11 @@ MEASUREMENTS_SECONDS: Final = 10.0
 """How long a gateway that stops waits for rewards that are being measured."""
 LEDGER_SECONDS: Final = 5.0
 """And then for Redis to take what is on the disk; what it does not take waits there for the next start."""
+
+
+ROUTES: Final = (
+    generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys, ledger_routes, openapi,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
         control = await stack.enter_async_context(_control(engine, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
+        await stack.enter_async_context(_reporting(ledger, settings))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
         serving = Serving(
             engine=engine,
@@ -122,6 +130,7 @@ def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncCont
         base_policy_id=settings.base_policy_id,
         reward_model_id=settings.reward_model.id,
         artefacts=settings.artefacts,
+        archive=settings.archive,
         n_cap=settings.n_cap,
         default_max_tokens=settings.default_max_tokens,
         reconcile_seconds=settings.reconcile_seconds,
@@ -133,6 +142,16 @@ def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncCont
         pepper=pepper,
         admin=admin_record(settings.admin_key_file, pepper),
     )
+
+
+@asynccontextmanager
+async def _reporting(ledger: Ledger, settings: GatewaySettings) -> AsyncGenerator[None]:
+    """The spool tells how far it is clean, until the block is left."""
+    async with open_redis(settings.redis_url) as redis:
+        report = SpoolReport(redis, ledger, spool_name(settings.spool))
+        async with running_loops(report.run()):
+            yield
+        await report.close()
 
 
 @asynccontextmanager
@@ -191,7 +210,7 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
     app.state.draining = Draining()
     app.add_middleware(Door, draining=app.state.draining)
     install_edge(app)
-    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys, openapi):
+    for routes in ROUTES:
         app.include_router(routes.router)
     app.state.rights = require_described(rights(app))
     return app

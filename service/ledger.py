@@ -121,6 +121,16 @@ class Ledger:
             redis=self._redis_state,
         )
 
+    def begin_segment(self) -> int:
+        """What is appended from now on is in this segment of the disk or a later one."""
+        segment = self._spool.begin_segment()
+        self._written.set()
+        return segment
+
+    def holds_none_before(self, segment: int) -> bool:
+        """Whether all that was appended before this segment is in Redis, and gone from the disk."""
+        return self._spool.cursor.segment >= segment
+
     async def run(self, measure_again: Callable[[CandidateGroup], None]) -> None:
         """Deliver until cancelled. measure_again: called for each single-sample group of an earlier process whose
         reward was never measured because that process ended first."""

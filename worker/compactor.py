@@ -27,7 +27,9 @@ from worker.retaining import Retaining
 from worker.settings import CompactorSettings
 
 READY: Final = "the compactor works"
-STANDBY_SECONDS: Final = 1.0
+STANDBY: Final = "the compactor waits: another process writes into the archive"
+"""What `bonsai up` looks for in the log, one or the other."""
+STANDBY_SECONDS: Final = 5.0
 ERASURE_SECONDS: Final = 2.0
 FIRST_PAUSE_SECONDS: Final = 0.5
 LONGEST_PAUSE_SECONDS: Final = 30.0
@@ -66,6 +68,7 @@ class Compactor:
             try:
                 self._hold(stopping)
             except ArchiveLeaseLost:
+                log.info(STANDBY)
                 stopping.wait(STANDBY_SECONDS)
             except (redis.RedisError, OSError) as error:
                 pause = FIRST_PAUSE_SECONDS if monotonic() - began > LONGEST_PAUSE_SECONDS else pause

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from typing import cast
 
 import pytest
 import redis
 
 from archive.reading import Archive, Question
+from archive.tables import SegmentSet
 from archive.writing import sweep
 from bon_algos.contracts import LEDGER_CONSUMERS, LEDGER_STREAM
 from tests.archive.records import Died, Fate, MortalRedis, MortalStorage, archive_at, feedback, group, packed
@@ -15,7 +17,7 @@ from tests.worker import world
 from worker.compaction import Compaction, Limits
 from worker.ledger import groups_newest_first
 
-EVERYTHING = ("groups", "outcomes", "feedback", "exposures")
+EVERYTHING: tuple[SegmentSet, ...] = ("groups", "outcomes", "feedback", "exposures")
 AT_ONCE = Limits(entries=1000, bytes=2**20, seconds=0.0, hot_groups=0, hot_seconds=0.0)
 
 
@@ -110,7 +112,7 @@ def die_and_go_on(redis_url, directory, call, *, after):
         records = [group(1), group(2, route="other"), feedback(group(1)), world.outcome(group(2), [1.0, 2.0, 3.0])]
         world.deliver(client, *records)
     fate, died = Fate(), False
-    mortal = MortalRedis.from_url(redis_url)
+    mortal = cast(MortalRedis, MortalRedis.from_url(redis_url))
     mortal.fate = fate
     with fate.dying_at(call, after=after):
         try:

@@ -143,7 +143,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(content: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    return parquet.read_table(pa.BufferReader(content), columns=columns)
+    return parquet.ParquetFile(pa.BufferReader(content)).read(columns=None if columns is None else list(columns))
 
 
 def table_of(kind: SegmentSet, rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -14,6 +14,8 @@ from typing import Final
 
 from fastapi import FastAPI
 
+from archive.reading import Archive
+from archive.storage import archive_url
 from bon_algos.chat import ChatTokenizer
 from bon_algos.scoring import open_readers
 from service.access import rights
@@ -88,7 +90,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         reward_model = RewardModel(settings.reward_model, readers)
         stack.push_async_callback(reward_model.close)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
-        control = await stack.enter_async_context(_control(engine, settings))
+        archive = Archive.at(archive_url(settings.archive, settings.artefacts))
+        control = await stack.enter_async_context(_control(engine, archive, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
         await stack.enter_async_context(_reporting(ledger, settings))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
@@ -101,7 +104,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             measurements=measurements,
             catalogue=control.catalogue,
             replays=Replays(await stack.enter_async_context(open_redis(settings.redis_url))),
-            feedback=FeedbackBook(of_bytes, ledger),
+            feedback=FeedbackBook(of_bytes, ledger, archive),
             learned=control.learned,
             limits=_limits(settings),
             window=settings.max_model_len,
@@ -122,7 +125,7 @@ def _limits(settings: GatewaySettings) -> Limits:
     return Limits(FairQueue(settings.max_tokens_in_flight, settings.max_tokens_waiting), Allowances(of_a_key))
 
 
-def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
+def _control(engine: EnginePool, archive: Archive, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
     pepper = read_pepper(settings.key_pepper_file)
     return open_control(
         engine.replicas,
@@ -130,7 +133,7 @@ def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncCont
         base_policy_id=settings.base_policy_id,
         reward_model_id=settings.reward_model.id,
         artefacts=settings.artefacts,
-        archive=settings.archive,
+        archive=archive,
         n_cap=settings.n_cap,
         default_max_tokens=settings.default_max_tokens,
         reconcile_seconds=settings.reconcile_seconds,

@@ -15,7 +15,6 @@ from time import time
 from typing import Final
 
 from archive.reading import Archive
-from archive.storage import archive_url
 from bon_algos.contracts import PolicyRecord, Route
 from service.catalogue import Catalogue
 from service.curve import Curves
@@ -64,7 +63,7 @@ async def open_control(
     base_policy_id: str,
     reward_model_id: str,
     artefacts: Path,
-    archive: str,
+    archive: Archive,
     n_cap: int,
     default_max_tokens: int,
     reconcile_seconds: float,
@@ -104,7 +103,7 @@ async def open_control(
             learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
             keys=Keys(redis, key_ring, pepper, admin, default),
             key_ring=key_ring,
-            ledger_pages=LedgerPages(redis_of_bytes, Archive.at(archive_url(archive, artefacts)), pepper),
+            ledger_pages=LedgerPages(redis_of_bytes, archive, pepper),
             erasures=ErasureBook(redis),
             max_body_bytes=max_body_bytes,
         )

@@ -19,13 +19,14 @@ import redis
 
 from archive.manifest import Segment
 from archive.reading import Archive, DamagedSegment
-from archive.tables import read_table, stored, table_of
+from archive.tables import SET_OF, read_table, stored, table_of
 from archive.writing import rewrite, sweep
 from bon_algos.contracts import (
     ERASURES,
     LEDGER_STREAM,
     SPOOLS,
     CandidateGroup,
+    Erased,
     Erasure,
     Exposure,
     Feedback,
@@ -109,6 +110,19 @@ class _Traces:
         return self.sessions - self.others_sessions
 
 
+@dataclass
+class _Removed:
+    """Ids of records: most are in the stream and in the archive."""
+
+    groups: set[str] = field(default_factory=set)
+    feedback: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
+
+    def note(self, kind: str, ids: Iterable[str]) -> None:
+        """kind: the set they belong to."""
+        {"groups": self.groups, "feedback": self.feedback}.get(kind, self.others).update(ids)
+
+
 class Eraser:
     """Carries out erasures."""
 
@@ -162,18 +176,24 @@ class Eraser:
             self._client.sadd(key, *traces.groups)
             self._client.expire(key, GROUPS_KEPT_SECONDS)
         traces.groups |= {one.decode() for one in cast("set[bytes]", self._client.smembers(key))}
-        counts: dict[str, int] = {}
-        self._erase_archive(erasure, traces, counts)
-        self._erase_stream(erasure, traces, counts)
+        removed = _Removed()
+        self._erase_archive(erasure, traces, removed)
+        self._erase_stream(erasure, traces, removed)
         self._client.delete(*(feedback_key(target) for target in self._targets(erasure, traces)), b"")
-        counts["kept_replies"] = self._erase_replies(traces.groups)
+        kept_replies = self._erase_replies(traces.groups)
         jobs = self._erase_windows(erasure, traces.groups)
         policies = taint(self._client, frozenset(jobs))
-        told = {name: getattr(erasure.erased, name) + number for name, number in counts.items()}
-        told["datasets"] = erasure.erased.datasets + len(jobs)
+        before = erasure.erased
+        erased = Erased(
+            groups=before.groups + len(removed.groups),
+            feedback=before.feedback + len(removed.feedback),
+            other_records=before.other_records + len(removed.others),
+            kept_replies=before.kept_replies + kept_replies,
+            datasets=before.datasets + len(jobs),
+        )
         return erasure.model_copy(
             update={
-                "erased": erasure.erased.model_copy(update=told),
+                "erased": erased,
                 "jobs": tuple(sorted({*erasure.jobs, *jobs})),
                 "policies": tuple(sorted({*erasure.policies, *policies})),
             }
@@ -234,14 +254,14 @@ class Eraser:
 
     # --- removing ----------------------------------------------------------------------------------------
 
-    def _erase_archive(self, erasure: Erasure, traces: _Traces, counts: dict[str, int]) -> None:
+    def _erase_archive(self, erasure: Erasure, traces: _Traces, removed: _Removed) -> None:
         def change(segment: Segment, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]] | None:
             kept = [row for row in rows if not self._is_row_concerned(erasure, traces, segment, row)]
             if len(kept) == len(rows):
                 return None
             gone = [row for row in rows if self._is_row_concerned(erasure, traces, segment, row)]
             self._forget_answers(segment, gone)
-            _count(counts, segment.kind, len(gone))
+            removed.note(segment.kind, (str(row.get("id", row["entry_ms"])) for row in gone))
             return kept, segment.lacks
 
         for batch in list(self._archive.manifest.batches_newest_first()):
@@ -270,18 +290,18 @@ class Eraser:
     def _forget_answer(self, said: Feedback) -> None:
         self._client.hdel(feedback_key(target_of(said.group_id, said.session, said.tenant)), said.question)
 
-    def _erase_stream(self, erasure: Erasure, traces: _Traces, counts: dict[str, int]) -> None:
+    def _erase_stream(self, erasure: Erasure, traces: _Traces, removed: _Removed) -> None:
         made_before = erasure.requested_at * 1000
         for name, record in self._stream():
             if record is None:
                 if int(name.partition(b"-")[0]) <= made_before:
                     self._client.xdel(LEDGER_STREAM, name)
-                    _count(counts, "unreadable", 1)
+                    removed.note("unreadable", [name.decode()])
             elif self._is_concerned(erasure, traces, record):
                 if isinstance(record, Feedback):
                     self._forget_answer(record)
-                if self._client.xdel(LEDGER_STREAM, name):
-                    _count(counts, record.kind, 1)
+                self._client.xdel(LEDGER_STREAM, name)
+                removed.note(SET_OF[record.kind], [record.id])
 
     def _erase_replies(self, groups: set[str]) -> int:
         gone = 0
@@ -356,9 +376,3 @@ def _is_of(erasure: Erasure, user: str | None, created_at: float) -> bool:
     if user is None or created_at > erasure.requested_at:
         return False
     return subject_digest(erasure.tenant, user) == erasure.subject_digest
-
-
-def _count(counts: dict[str, int], kind: str, number: int) -> None:
-    """kind: of a record or of a set of them."""
-    name = {"group": "groups", "groups": "groups", "feedback": "feedback"}.get(kind, "other_records")
-    counts[name] = counts.get(name, 0) + number

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bonsai.engines import LORA_RANKS
+from bonsai.ledger.command import ledger_command
 from bonsai.replay.command import replay_command
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def main() -> None:
 @main.command()
 @stack_options
 def up(**options: Any) -> None:
-    """Start the stack and keep it: Redis, two engines, the gateway, a worker. Ctrl-C takes it all down."""
+    """Start the stack and keep it: Redis, two engines, the gateway, a worker, the compactor. Ctrl-C takes it all
+    down."""
     console = _console()
     plan = _prepare(console, options)
     with _exit_status(console):
@@ -156,6 +158,7 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
 
 
 main.add_command(replay_command)
+main.add_command(ledger_command)
 
 
 @main.group()

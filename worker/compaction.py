@@ -23,7 +23,7 @@ from archive.reading import Archive
 from archive.writing import Entry, write_batch
 from bon_algos.contracts import LEDGER_CONSUMERS, LEDGER_STREAM
 from bon_algos.ledger_entries import EntryId
-from worker.erasing import Erasures
+from worker.erasures import Erasures
 
 CONSUMER: Final = "one"
 """There is one at a time: whoever holds the lease goes on where the last one was."""

@@ -33,7 +33,7 @@ from bon_algos.steps import OnPolicyStep, SequenceLogprobs
 from worker import checkpoint, dataset, lineage, mixture
 from worker.dataset import FrozenWindow, PromptPool
 from worker.engine import Engines
-from worker.erasing import Erasures
+from worker.erasures import Erasures
 from worker.errors import JobFailed
 from worker.evaluate import (
     MAX_LOGPROB_DIFFERENCE,

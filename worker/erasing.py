@@ -28,16 +28,14 @@ from bon_algos.contracts import (
     CandidateGroup,
     Erased,
     Erasure,
-    Exposure,
     Feedback,
-    Outcome,
     erasure_groups_key,
     feedback_key,
     idempotency_key,
-    subject_digest,
     target_of,
 )
 from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
+from worker.erasures import Erasures, LedgerRecord, is_of, user_of
 from worker.lineage import fail_jobs, taint
 from worker.sources import delete_content, read_sources, windows
 
@@ -46,54 +44,7 @@ SPOOL_SILENT_SECONDS: Final = 7 * 86_400.0
 """A spool that was silent for longer is no longer waited for: what it still brings is erased as it arrives."""
 GROUPS_KEPT_SECONDS: Final = 30 * 86_400
 _GROUP_ID: Final = re.compile(rb"resp_[0-9a-f]{32}")
-LedgerRecord = CandidateGroup | Exposure | Feedback | Outcome
 Entry = tuple[bytes, Fields]
-
-
-@dataclass(frozen=True)
-class Erasures:
-    """All that was asked for so far, by subject."""
-
-    by_subject: dict[str, Erasure]
-
-    @classmethod
-    def read(cls, client: redis.Redis) -> Erasures:
-        rows = cast("list[bytes]", client.hvals(ERASURES))
-        found = [Erasure.model_validate_json(row) for row in rows]
-        return cls({one.subject_digest: one for one in found})
-
-    def __bool__(self) -> bool:
-        return bool(self.by_subject)
-
-    def cover(self, record: LedgerRecord) -> bool:
-        """Whether the record is of a subject and was made before that was to be forgotten."""
-        user = user_of(record)
-        erasure = None if not user or not self else self.by_subject.get(subject_digest(record.tenant, user))
-        return erasure is not None and record.created_at <= erasure.requested_at
-
-    def cover_entry(self, fields: Fields) -> bool:
-        try:
-            return self.cover(record_of(fields)) if fields else False
-        except UnreadableRecord:
-            return False
-
-    def concern(self, window: Path) -> bool:
-        """Whether a frozen window holds rows of a subject."""
-        for one in read_sources(window):
-            erasure = self.by_subject.get(one.subject or "")
-            if erasure is not None and one.created_at <= erasure.requested_at:
-                return True
-        return False
-
-
-def user_of(record: LedgerRecord) -> str | None:
-    match record:
-        case CandidateGroup():
-            return record.user
-        case Feedback():
-            return record.author
-        case _:
-            return None
 
 
 @dataclass
@@ -206,7 +157,7 @@ class Eraser:
         for tenant, row in self._all_groups():
             if tenant != erasure.tenant:
                 continue
-            is_subject = _is_of(erasure, row["user"], row["created_at"])
+            is_subject = is_of(erasure, row["user"], row["created_at"])
             if is_subject:
                 traces.groups.add(row["id"])
             if row["session"] is not None:
@@ -241,7 +192,7 @@ class Eraser:
         if record.tenant != erasure.tenant:
             return False
         user = user_of(record)
-        if user is not None and _is_of(erasure, user, record.created_at):
+        if user is not None and is_of(erasure, user, record.created_at):
             return True
         if isinstance(record, CandidateGroup):
             return record.id in traces.groups
@@ -275,7 +226,7 @@ class Eraser:
         if segment.tenant != erasure.tenant:
             return False
         user = row.get("user") or row.get("author")
-        if user is not None and _is_of(erasure, user, row["created_at"]):
+        if user is not None and is_of(erasure, user, row["created_at"]):
             return True
         is_of_session = segment.kind == "feedback" and row["session"] in traces.own_sessions
         return is_of_session or row.get("group_id", row["id"]) in traces.groups
@@ -367,12 +318,6 @@ class Eraser:
             return True
         return any(
             row.get("group_id", row["id"]) in groups
-            or _is_of(erasure, row.get("user") or row.get("author"), row["created_at"])
+            or is_of(erasure, row.get("user") or row.get("author"), row["created_at"])
             for row in rows
         )
-
-
-def _is_of(erasure: Erasure, user: str | None, created_at: float) -> bool:
-    if user is None or created_at > erasure.requested_at:
-        return False
-    return subject_digest(erasure.tenant, user) == erasure.subject_digest

@@ -33,7 +33,8 @@ from tests.worker import world
 from worker import lineage
 from worker.compaction import Compaction, Limits
 from worker.dataset import Requirements, freeze
-from worker.erasing import Eraser, Erasures
+from worker.erasing import Eraser
+from worker.erasures import Erasures
 from worker.lease import claim
 from worker.sources import windows
 

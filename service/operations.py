@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel
 
 from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, JobSpec
-from service import replies
+from service import ledger_replies, replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.erasures import ErasureRequest
 from service.errors import (
@@ -299,7 +299,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("GET", "/ledger"): Operation(
         "What was logged, newest first",
-        {200: replies.LEDGER_PAGE},
+        {200: ledger_replies.LEDGER_PAGE},
         parameters=(
             _query("route", "Of this route.", type="string", pattern=ROUTE_PATTERN),
             _query("policy", "Drawn or answered by this policy.", type="string", pattern=POLICY_ID_PATTERN),
@@ -319,13 +319,13 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("POST", "/ledger/erasures"): Operation(
         "Have what one user left erased",
-        {202: replies.ERASURE},
+        {202: ledger_replies.ERASURE},
         Body(ErasureRequest, {"user": "customer-4711"}),
         errors=(StoreFull,),
         headers=("Location",),
     ),
     ("GET", "/ledger/erasures/{erasure_id}"): Operation(
-        "How far an erasure is", {200: replies.ERASURE}, errors=(NotFound,)
+        "How far an erasure is", {200: ledger_replies.ERASURE}, errors=(NotFound,)
     ),
     ("GET", "/openapi.json"): Operation("This document", {200: replies.DOCUMENT}),
 }

@@ -12,7 +12,6 @@ from typing import Any, Final, NamedTuple, TypeAlias, get_args
 from pydantic import BaseModel
 
 from bon_algos.contracts import (
-    Erasure,
     EvaluationReport,
     Feedback,
     FingerprintResult,
@@ -353,35 +352,6 @@ _KEY: Final[Mapping[str, Schema]] = {
 }
 KEY: Final = Named("Key", Shown(KeyRecord, ("digest",), _KEY))
 NEW_KEY: Final = Named("NewKey", Shown(KeyRecord, ("digest",), {**_KEY, "key": TEXT}))
-
-_LEDGER_CANDIDATE: Final = members(
-    text=maybe(TEXT),
-    tokens=WHOLE,
-    logprob=maybe(NUMBER),
-    finish_reason=maybe(TEXT),
-    reward=maybe(NUMBER),
-    disagreement=maybe(NUMBER),
-    failure=maybe(TEXT),
-    policy=maybe(TEXT),
-)
-_LEDGER_FIELDS: Final[Mapping[str, Schema]] = {
-    **dict.fromkeys(("created_at",), NUMBER),
-    **dict.fromkeys(("route", "policy", "reward_model", "arm", "arm_reason", "status", "stop_reason"), TEXT),
-    **dict.fromkeys(("experiment", "session", "user", "prompt"), maybe(TEXT)),
-    "requested": WHOLE,
-    "selected": maybe(WHOLE),
-    "reward": maybe(NUMBER),
-    "store": FLAG,
-    "sampling": {"type": "object"},
-    "messages": maybe(rows({"type": "object"})),
-    "candidates": rows(_LEDGER_CANDIDATE),
-    "feedback": rows(FEEDBACK),
-}
-LEDGER_GROUP: Final = Named("LedgerGroup", members(_LEDGER_FIELDS, id=TEXT, object=kind("bonsai.ledger_group")))
-LEDGER_PAGE: Final = members(
-    object=kind("list"), data=rows(LEDGER_GROUP), content={"enum": ["shown", "withheld"]}, next_cursor=maybe(TEXT)
-)
-ERASURE: Final = Named("Erasure", Shown(Erasure, ("tenant", "subject_digest"), {"object": kind("bonsai.erasure")}))
 
 # --- the gateway itself ----------------------------------------------------------------------------------
 

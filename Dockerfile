@@ -15,6 +15,7 @@ FROM base AS gateway
 COPY requirements/gateway.txt requirements/
 RUN pip install --no-deps --require-hashes -r requirements/gateway.txt
 COPY bon_algos bon_algos
+COPY archive archive
 COPY service service
 USER 10001:10001
 CMD ["python", "-m", "service"]
@@ -27,6 +28,7 @@ RUN apt-get update \
 COPY requirements/cuda.txt requirements/
 RUN pip install --no-deps torch==2.13.0 && pip install --no-deps --require-hashes -r requirements/cuda.txt
 COPY bon_algos bon_algos
+COPY archive archive
 COPY worker worker
 USER 10001:10001
 # A stop is then a soft one: the job keeps its last checkpoint and moves on to the next worker.

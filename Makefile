@@ -56,6 +56,7 @@ lock: setup ## write the lock files anew; make lock ARGS=--upgrade takes newer v
 	$(COMPILE) requirements/uv.in -o requirements/uv.txt
 	$(COMPILE) requirements/clients/langchain.in -o requirements/clients/langchain.txt
 	$(COMPILE) requirements/clients/lm_eval.in -o requirements/clients/lm_eval.txt
+	$(COMPILE) requirements/clients/moto.in -o requirements/clients/moto.txt
 	$(COMPILE) requirements/clients/schemathesis.in -o requirements/clients/schemathesis.txt
 	$(COMPILE) requirements/peers/litellm.in -o requirements/peers/litellm.txt
 

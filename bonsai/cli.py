@@ -17,6 +17,7 @@ import click
 
 from bonsai.engines import LORA_RANKS
 from bonsai.engines_command import engines_command
+from bonsai.ledger.command import ledger_command
 from bonsai.replay.command import replay_command
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def main() -> None:
 @main.command()
 @stack_options
 def up(**options: Any) -> None:
-    """Start the stack and keep it: Redis, two engines, the gateway, a worker. Ctrl-C takes it all down."""
+    """Start the stack and keep it: Redis, two engines, the gateway, a worker, the compactor. Ctrl-C takes it all
+    down."""
     console = _console()
     plan = _prepare(console, options)
     with _exit_status(console):
@@ -158,6 +160,7 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
 
 main.add_command(replay_command)
 main.add_command(engines_command)
+main.add_command(ledger_command)
 
 
 @main.group()

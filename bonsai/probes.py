@@ -15,6 +15,7 @@ from bonsai import redis_server
 from bonsai.engines import engine_phase
 from bonsai.processes import LogTail, Probe
 
+_COMPACTOR_READY = re.compile(r"the compactor (works|waits)")
 _CELERY_READY = re.compile(r"celery@\S+ ready\.")
 
 
@@ -62,6 +63,11 @@ def gateway(url: str, admin_key: Path) -> Probe:
 async def worker(log: LogTail) -> str | None:
     """Celery says so once its consumer is set up; a question through the broker would wait behind a running job."""
     return None if _CELERY_READY.search(log()) else "connecting to the broker"
+
+
+async def compactor(log: LogTail) -> str | None:
+    """It says so once it holds the archive's lease, or has found that another one does."""
+    return None if _COMPACTOR_READY.search(log()) else "waiting for Redis and the archive"
 
 
 def what_is_missing(body: bytes) -> str:

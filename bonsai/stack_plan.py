@@ -298,6 +298,19 @@ def worker_spec(plan: Plan, state: StateDirectory, port: int) -> ProcessSpec:
     )
 
 
+def compactor_spec(plan: Plan, state: StateDirectory, port: int) -> ProcessSpec:
+    return ProcessSpec(
+        name="compactor",
+        argv=(sys.executable, "-m", "worker.compactor"),
+        environment={"OMP_NUM_THREADS": "1"} | _own_environment(plan) | bonsai_variables(plan, state, port),
+        directory=state.root,
+        log=state.log("compactor"),
+        probe=probes.compactor,
+        niceness=WORKER_NICENESS,
+        grace_seconds=3.5,
+    )
+
+
 def _own_environment(plan: Plan) -> dict[str, str]:
     """Our own packages come from where this one does, and never from the directory a process runs in: a file of
     the user's called `worker.py` must not become our worker."""

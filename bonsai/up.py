@@ -1,4 +1,4 @@
-"""The stack: Redis, two engines, the gateway and a worker, running as long as a block is.
+"""The stack: Redis, two engines, the gateway, a worker and the ledger's compactor, running as long as a block is.
 
     async with running_stack(prepare(Options(directory=path, port=0))) as stack:
         ...  # stack.url answers
@@ -53,7 +53,8 @@ class Stack:
         return self.supervisor.statuses
 
     def process(self, name: str) -> SupervisedProcess:
-        """`redis`, `policy`, `reward`, `gateway` or `worker`. KeyError for a Redis that somebody else runs."""
+        """`redis`, `policy`, `reward`, `gateway`, `worker` or `compactor`. KeyError for a Redis that somebody else
+        runs."""
         return self.supervisor.processes[name]
 
     async def failure(self) -> ProcessFailed:
@@ -106,7 +107,11 @@ def tiers(plan: Plan, state: StateDirectory, port: int) -> tuple[tuple[ProcessSp
     return (
         (redis,) if redis is not None else (),
         stack_plan.engine_specs(plan, state),
-        (stack_plan.gateway_spec(plan, state, port), stack_plan.worker_spec(plan, state, port)),
+        (
+            stack_plan.gateway_spec(plan, state, port),
+            stack_plan.worker_spec(plan, state, port),
+            stack_plan.compactor_spec(plan, state, port),
+        ),
     )
 
 

@@ -15,6 +15,8 @@ from typing import Final
 
 from fastapi import FastAPI
 
+from archive.reading import Archive
+from archive.storage import archive_url
 from bon_algos.chat import ChatTokenizer
 from bon_algos.scoring import open_readers
 from service.access import rights
@@ -53,9 +55,11 @@ from service.routes import (
     policies,
     routing,
 )
+from service.routes import ledger as ledger_routes
 from service.serving import Serving
 from service.settings import GatewaySettings
 from service.spool import Spool
+from service.spool_report import SpoolReport, spool_name
 from service.store import open_redis
 from service.vllm import PolicyEngine
 
@@ -63,6 +67,11 @@ MEASUREMENTS_SECONDS: Final = 10.0
 """How long a gateway that stops waits for rewards that are being measured."""
 LEDGER_SECONDS: Final = 5.0
 """And then for Redis to take what is on the disk; what it does not take waits there for the next start."""
+
+
+ROUTES: Final = (
+    generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys, ledger_routes, openapi,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,10 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         reward_model = RewardModel(settings.reward_model, readers)
         stack.push_async_callback(reward_model.close)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
-        control = await stack.enter_async_context(_control(settings))
+        archive = Archive.at(archive_url(settings.archive, settings.artefacts))
+        control = await stack.enter_async_context(_control(archive, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
+        await stack.enter_async_context(_reporting(ledger, settings))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
         serving = Serving(
             engine=engine,
@@ -97,7 +108,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             measurements=measurements,
             catalogue=control.catalogue,
             replays=Replays(await stack.enter_async_context(open_redis(settings.redis_url))),
-            feedback=FeedbackBook(of_bytes, ledger),
+            feedback=FeedbackBook(of_bytes, ledger, archive),
             learned=control.learned,
             limits=_limits(settings),
             window=settings.max_model_len,
@@ -120,13 +131,14 @@ def _limits(settings: GatewaySettings) -> Limits:
     return Limits(FairQueue(settings.max_tokens_in_flight, settings.max_tokens_waiting), Allowances(of_a_key))
 
 
-def _control(settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
+def _control(archive: Archive, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
     pepper = read_pepper(settings.key_pepper_file)
     return open_control(
         redis_url=settings.redis_url,
         base_policy_id=settings.base_policy_id,
         reward_model_id=settings.reward_model.id,
         artefacts=settings.artefacts,
+        archive=archive,
         n_cap=settings.n_cap,
         default_max_tokens=settings.default_max_tokens,
         reconcile_seconds=settings.reconcile_seconds,
@@ -139,6 +151,16 @@ def _control(settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
         pepper=pepper,
         admin=admin_record(settings.admin_key_file, pepper),
     )
+
+
+@asynccontextmanager
+async def _reporting(ledger: Ledger, settings: GatewaySettings) -> AsyncGenerator[None]:
+    """The spool tells how far it is clean, until the block is left."""
+    async with open_redis(settings.redis_url) as redis:
+        report = SpoolReport(redis, ledger, spool_name(settings.spool))
+        async with running_loops(report.run()):
+            yield
+        await report.close()
 
 
 @asynccontextmanager
@@ -201,7 +223,7 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
     app.state.draining = Draining()
     app.add_middleware(Door, draining=app.state.draining)
     install_edge(app)
-    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys, openapi):
+    for routes in ROUTES:
         app.include_router(routes.router)
     app.state.rights = require_described(rights(app))
     return app

@@ -15,15 +15,18 @@ from pathlib import Path
 from time import time
 from typing import Final
 
+from archive.reading import Archive
 from bon_algos.contracts import PolicyRecord, Route
 from service.catalogue import Catalogue
 from service.curve import Curves
 from service.dispatch import Dispatcher, open_producer, send_job
+from service.erasures import ErasureBook
 from service.errors import StoreFull, StoreUnavailable
 from service.experiment_store import Experiments
 from service.jobs import Jobs
 from service.keys import KeyRecord, KeyRing, Keys
 from service.learned import LearnedStrategies
+from service.ledger_pages import LedgerPages
 from service.loops import running_loops
 from service.policies import Policies
 from service.publishers import Publishers
@@ -47,6 +50,8 @@ class Control:
     learned: LearnedStrategies
     keys: Keys
     key_ring: KeyRing
+    ledger_pages: LedgerPages
+    erasures: ErasureBook
     max_body_bytes: int
 
 
@@ -57,6 +62,7 @@ async def open_control(
     base_policy_id: str,
     reward_model_id: str,
     artefacts: Path,
+    archive: Archive,
     n_cap: int,
     default_max_tokens: int,
     reconcile_seconds: float,
@@ -97,6 +103,8 @@ async def open_control(
             learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
             keys=Keys(redis, key_ring, pepper, admin, default),
             key_ring=key_ring,
+            ledger_pages=LedgerPages(redis_of_bytes, archive, pepper),
+            erasures=ErasureBook(redis),
             max_body_bytes=max_body_bytes,
         )
         with suppress(StoreUnavailable, StoreFull):

@@ -20,12 +20,13 @@ from pydantic import Field
 from redis.asyncio import Redis
 from uuid_utils import uuid7
 
-from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, Feedback, Record, feedback_key
+from archive.reading import Archive, Question
+from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, Feedback, Record, feedback_key, target_of
 from bon_algos.ledger_entries import UnreadableRecord, group_of
 from service.access import Caller
 from service.errors import InvalidField, NotFound, StoreUnavailable
 from service.generation import Unit
-from service.ledger import Ledger, target_of
+from service.ledger import Ledger
 from service.store import translated
 
 PAGE_ENTRIES: Final = 200
@@ -63,9 +64,10 @@ class FeedbackRequest(Record):
 class FeedbackBook:
     """The feedback of one Redis."""
 
-    def __init__(self, redis: Redis, ledger: Ledger) -> None:
-        """redis: one that answers in bytes."""
+    def __init__(self, redis: Redis, ledger: Ledger, archive: Archive) -> None:
+        """redis: one that answers in bytes. archive: where the ledger goes on that Redis has no more."""
         self._redis = redis
+        self._archive = archive
         self._ledger = ledger
 
     async def record(self, asked: FeedbackRequest, by: Caller) -> Feedback:
@@ -97,12 +99,14 @@ class FeedbackBook:
             if found is not None:
                 return found
             await asyncio.sleep(pause if self._ledger.status.pending_bytes else 0.0)
-        raise _no_such_reply()
+        found = await asyncio.to_thread(self._find_archived, group_id)
+        if found is None:
+            raise _no_such_reply()
+        return found
 
     async def _find(self, group_id: str) -> CandidateGroup | None:
         """From the time in its id on: the ledger has it soon after."""
-        made = int(group_id.removeprefix("resp_")[:12], 16)
-        oldest = str(max(0, made - SKEW_MILLISECONDS))
+        oldest = str(max(0, _made_ms(group_id) - SKEW_MILLISECONDS))
         for _ in range(MOST_PAGES):
             with translated():
                 page = cast(
@@ -118,6 +122,21 @@ class FeedbackBook:
                 break
             oldest = f"({page[-1][0].decode()}"
         return None
+
+    def _find_archived(self, group_id: str) -> CandidateGroup | None:
+        made = _made_ms(group_id) / 1000
+        slack = SKEW_MILLISECONDS / 1000
+        question = Question(("groups",), since=made - slack, until=made + slack)
+        try:
+            records = (one.record for one in self._archive.records(question))
+            return next((one for one in records if isinstance(one, CandidateGroup) and one.id == group_id), None)
+        except OSError as error:
+            raise StoreUnavailable("the ledger's archive did not answer", code="archive_unavailable") from error
+
+
+def _made_ms(group_id: str) -> int:
+    """The time in a reply's id."""
+    return int(group_id.removeprefix("resp_")[:12], 16)
 
 
 def _require_sense(asked: FeedbackRequest) -> None:

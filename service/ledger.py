@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha1, sha256
+from hashlib import sha1
 from typing import Any, Final
 
 from isal.isal_zlib import compress, decompress
@@ -22,7 +22,6 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
 from bon_algos.contracts import (
-    DEFAULT_TENANT,
     LEDGER_COUNTS,
     LEDGER_STREAM,
     Candidate,
@@ -34,6 +33,7 @@ from bon_algos.contracts import (
     feedback_key,
     of_tenant,
     seen_key,
+    target_of,
 )
 from bon_algos.crash_points import crash_point
 from service.experiments import statistics_increments
@@ -122,6 +122,16 @@ class Ledger:
             redis=self._redis_state,
         )
 
+    def begin_segment(self) -> int:
+        """What is appended from now on is in this segment of the disk or a later one."""
+        segment = self._spool.begin_segment()
+        self._written.set()
+        return segment
+
+    def holds_none_before(self, segment: int) -> bool:
+        """Whether all that was appended before this segment is in Redis, and gone from the disk."""
+        return self._spool.cursor.segment >= segment
+
     async def run(self, measure_again: Callable[[CandidateGroup], None]) -> None:
         """Deliver until cancelled. measure_again: called for each single-sample group of an earlier process whose
         reward was never measured because that process ended first."""
@@ -205,13 +215,6 @@ def _deliver_feedback(pipe: Pipeline, head: dict[str, Any], data: bytes) -> None
     ]
     arguments = [SEEN_SECONDS, head["kind"], head["id"], data, feedback.question, text]
     pipe.evalsha(_DELIVER_FEEDBACK_SHA, len(keys), *keys, *arguments)
-
-
-def target_of(group_id: str | None, session: str | None, tenant: str = DEFAULT_TENANT) -> str:
-    """What feedback is kept under: a group's id, or a hash of a session, whose name may be anything, and its tenant."""
-    # No session's name can hold a NUL.
-    named = session or "" if tenant == DEFAULT_TENANT else f"{tenant}\0{session}"
-    return group_id or f"session-{sha256(named.encode()).hexdigest()[:32]}"
 
 
 def without_content(group: CandidateGroup) -> CandidateGroup:

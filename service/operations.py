@@ -12,9 +12,10 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from bon_algos.contracts import POLICY_ID_PATTERN, JobSpec
-from service import replies
+from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, JobSpec
+from service import ledger_replies, replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
+from service.erasures import ErasureRequest
 from service.errors import (
     Conflict,
     DeadlineExceeded,
@@ -44,10 +45,14 @@ from service.feedback import FeedbackRequest
 from service.generation import GenerateRequest
 from service.idempotency import HEADER, MAX_LENGTH
 from service.keys import KeyRequest
+from service.ledger_query import DEFAULT_LIMIT as PAGE_ROWS
+from service.ledger_query import FIELDS
+from service.ledger_query import MAX_LIMIT as PAGE_LIMIT
 from service.openai_bodies import ChatBody, CompletionBody
 from service.replies import Schema
 from service.routes.admin import DEFAULT_LIMIT, MAX_LIMIT
 from service.routes.generate import MAX_UNIT_LENGTH
+from service.routes.ledger import MAX_NAME
 from service.routes.policies import PromoteRequest
 from service.routing import RouteRequest
 
@@ -90,6 +95,7 @@ def _header(name: str, description: str, **schema: Any) -> Parameter:
     return Parameter(name, "header", MappingProxyType({"type": "string", **schema}), description)
 
 
+MAX_SECONDS: Final = 1e12
 LIMIT: Final = _query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)
 AFTER: Final = _query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
 PAGE: Final = (LIMIT, AFTER)
@@ -290,6 +296,36 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("GET", "/keys/{key_id}"): Operation("A key, without the key", {200: replies.KEY}, errors=(KeyNotFound,)),
     ("DELETE", "/keys/{key_id}"): Operation(
         "Revoke a key", {200: replies.KEY}, errors=(KeyNotFound, Conflict, StoreFull)
+    ),
+    ("GET", "/ledger"): Operation(
+        "What was logged, newest first",
+        {200: ledger_replies.LEDGER_PAGE},
+        parameters=(
+            _query("route", "Of this route.", type="string", pattern=ROUTE_PATTERN),
+            _query("policy", "Drawn or answered by this policy.", type="string", pattern=POLICY_ID_PATTERN),
+            _query(
+                "since", "Made at or after, seconds since the epoch.", type="number", minimum=0, maximum=MAX_SECONDS
+            ),
+            _query("until", "Made at or before.", type="number", minimum=0, maximum=MAX_SECONDS),
+            _query("user", "Asked for by this user.", type="string", minLength=1, maxLength=MAX_NAME),
+            _query("session", "Of this session.", type="string", minLength=1, maxLength=MAX_NAME),
+            _query("has_feedback", "Whether somebody said something about it.", type="boolean"),
+            _query("min_reward", "Of what was served.", type="number", minimum=-MAX_SECONDS, maximum=MAX_SECONDS),
+            _query("limit", "Rows.", type="integer", minimum=1, maximum=PAGE_LIMIT, default=PAGE_ROWS),
+            _query("cursor", "`next_cursor` of the page before, with the same filters.", type="string", minLength=1),
+            _query("fields", f"Some of {', '.join(FIELDS)}, with commas between.", type="string", minLength=1),
+        ),
+        errors=(InvalidField,),
+    ),
+    ("POST", "/ledger/erasures"): Operation(
+        "Have what one user left erased",
+        {202: ledger_replies.ERASURE},
+        Body(ErasureRequest, {"user": "customer-4711"}),
+        errors=(StoreFull,),
+        headers=("Location",),
+    ),
+    ("GET", "/ledger/erasures/{erasure_id}"): Operation(
+        "How far an erasure is", {200: ledger_replies.ERASURE}, errors=(NotFound,)
     ),
     ("GET", "/openapi.json"): Operation("This document", {200: replies.DOCUMENT}),
 }

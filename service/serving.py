@@ -164,6 +164,7 @@ def _empty_group(
         arm=assignment.arm,
         arm_reason=assignment.reason,
         session=session_of(request),
+        user=request.user,
         policy_id=assignment.arm.policy,
         reward_model_id=serving.reward_model.model,
         reward_template_digest=serving.reward_model.template_digest,

@@ -86,6 +86,8 @@ class GatewaySettings(BaseSettings):
     max_model_len: int = Field(ge=2)
     """Window of the policy engine, tokens."""
     artefacts: Path
+    archive: str = ""
+    """As the compactor has it: where the ledger is that Redis has no more."""
     spool: Path
     """One gateway process per directory."""
     spool_max_bytes: int = Field(2 * 2**30, ge=2**20)

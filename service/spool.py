@@ -131,6 +131,13 @@ class Spool:
             self._path(segment).unlink(missing_ok=True)
             del self._sizes[segment]
 
+    def begin_segment(self) -> int:
+        """What is appended from now on stands in a segment of its own, so that what is acknowledged can be deleted. Its
+        number."""
+        if self._sizes[self.active]:
+            self._rotate()
+        return self.active
+
     def _read_segment(self, at: Position) -> Reading:
         frames: list[Frame] = []
         size, taken = self._sizes[at.segment], 0

@@ -23,6 +23,7 @@ from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import LoggedGroup
 from worker.durable import staged
 from worker.errors import JobFailed
+from worker.sources import write_sources
 
 INCOMPLETE_PENALTY: Final = 1e9
 """Taken off the reward of a truncated or empty completion for ranking: such a one is served only when there is
@@ -309,6 +310,7 @@ def _write(
     with staged(directory, within=within, points=("window.written", "window.renamed")) as aside:
         (aside / "pools.jsonl.z").write_bytes(zlib.compress(content))
         (aside / "window.json").write_text(data.model_dump_json())
+        write_sources(aside, chosen)
 
 
 def read(directory: Path) -> FrozenWindow:

@@ -16,6 +16,7 @@ from pathlib import Path
 import redis
 import torch
 
+from archive.reading import Archive
 from bon_algos.algorithms import make_step
 from bon_algos.contracts import (
     DEFAULT_TENANT,
@@ -28,9 +29,10 @@ from bon_algos.contracts import (
 )
 from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import OnPolicyStep, SequenceLogprobs
-from worker import attempts, checkpoint, dataset, mixture
+from worker import attempts, checkpoint, dataset, lineage, mixture
 from worker.dataset import FrozenWindow, PromptPool
 from worker.engine import Engines
+from worker.erasures import Erasures
 from worker.errors import JobFailed
 from worker.evaluate import (
     MAX_LOGPROB_DIFFERENCE,
@@ -76,6 +78,8 @@ class Workplace:
     checkpoint_steps: int
     checkpoint_seconds: float
     engine_patience_seconds: float
+    archive: Archive
+    """Where groups are that the stream has no more."""
 
 
 class Distillation:
@@ -125,15 +129,22 @@ class Distillation:
             until=spec.window.until,
             other_policies=spec.window.policies,
         )
-        groups = groups_newest_first(place.client, spec.route, tenant=self.tenant, since=spec.window.since)
-        return dataset.freeze(
+        groups = groups_newest_first(
+            place.client, spec.route, tenant=self.tenant, since=spec.window.since, archive=place.archive
+        )
+        erasures = Erasures.read(place.client)
+        window = dataset.freeze(
             self.directory / "window",
-            groups,
+            (group for group in groups if not erasures.cover(group)),
             wanted,
             max_groups=spec.window.max_groups,
             held_out_fraction=spec.held_out_fraction,
             within=self.attempt,
         )
+        # Asked for since then: the eraser may have looked for windows before this one was there.
+        if Erasures.read(place.client).concern(self.directory / "window"):
+            raise JobFailed(lineage.CODE, lineage.MESSAGE)
+        return window
 
     def open_training(self, window: FrozenWindow) -> Training:
         """The policy with its optimiser, where the newest state left it."""

@@ -117,6 +117,8 @@ def read_spec(asked: bytes) -> JobSpec:
 def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -> Workplace:
     import torch
 
+    from archive.reading import Archive
+    from archive.storage import archive_url
     from worker.distillation import Workplace
 
     return Workplace(
@@ -130,6 +132,7 @@ def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -
         checkpoint_steps=settings.checkpoint_steps,
         checkpoint_seconds=settings.checkpoint_seconds,
         engine_patience_seconds=settings.engine_patience_seconds,
+        archive=Archive.at(archive_url(settings.archive, settings.artefacts)),
     )
 
 

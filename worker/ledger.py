@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import cast
+from typing import NamedTuple, cast
 
 import redis
 
+from archive.reading import DELIVERY_SLACK_SECONDS, Archive, Question
 from bon_algos.contracts import DEFAULT_TENANT, LEDGER_STREAM, CandidateGroup, Outcome, RouteName
-from bon_algos.ledger_entries import UnreadableRecord, record_of
+from bon_algos.ledger_entries import EntryId, UnreadableRecord, record_of, with_outcome
 
 PAGE_ENTRIES = 200
-DELIVERY_SLACK_SECONDS = 86_400.0
-"""A spool that waited for Redis delivers late: an entry's own id may be this much younger than its group."""
 
 log = logging.getLogger("bonsai.ledger")
 Entry = tuple[bytes, dict[bytes, bytes]]
+Joined = CandidateGroup | Outcome
+
+
+class Window(NamedTuple):
+    """Which groups are wanted."""
+
+    route: RouteName
+    tenant: str = DEFAULT_TENANT
+    since: float | None = None
 
 
 def groups_newest_first(
@@ -28,15 +36,17 @@ def groups_newest_first(
     *,
     tenant: str = DEFAULT_TENANT,
     since: float | None = None,
+    archive: Archive | None = None,
     page_entries: int = PAGE_ENTRIES,
 ) -> Iterator[CandidateGroup]:
-    """The groups of a tenant's route, newest delivery first, each once.
+    """The groups of a tenant's route, newest delivery first, each once: those of the stream, then those of the archive
+    that the stream has no more.
 
     An outcome is delivered after its group, so on the way back it is met first: one pass joins them.
     """
     outcomes: dict[str, Outcome] = {}
     seen: set[str] = set()
-    for record in _records(client, since, page_entries):
+    for record in _records(client, archive, Window(route, tenant, since), page_entries):
         if isinstance(record, Outcome):
             outcomes[record.group_id] = record
         elif (record.tenant, record.route) == (tenant, route) and record.id not in seen:
@@ -44,30 +54,22 @@ def groups_newest_first(
             yield with_outcome(record, outcomes.pop(record.id, None))
 
 
-def with_outcome(group: CandidateGroup, outcome: Outcome | None) -> CandidateGroup:
-    """The group with an outcome's rewards where it had none. An outcome of another reward model, or of another
-    number of candidates, is not this group's."""
-    if outcome is None or outcome.reward_model_id != group.reward_model_id:
-        return group
-    if len(outcome.rewards) != len(group.candidates):
-        return group
-    candidates = tuple(
-        candidate if reward is None or candidate.reward is not None else candidate.model_copy(update={"reward": reward})
-        for candidate, reward in zip(group.candidates, outcome.rewards, strict=True)
-    )
-    return group.model_copy(update={"candidates": candidates})
-
-
-def _records(client: redis.Redis, since: float | None, page_entries: int) -> Iterator[CandidateGroup | Outcome]:
-    oldest = "-" if since is None else str(max(0, round((since - DELIVERY_SLACK_SECONDS) * 1000)))
+def _records(client: redis.Redis, archive: Archive | None, window: Window, page_entries: int) -> Iterator[Joined]:
+    oldest = "-" if window.since is None else str(max(0, round((window.since - DELIVERY_SLACK_SECONDS) * 1000)))
     newest: str = "+"
+    before: EntryId | None = None
     while page := cast(list[Entry], client.xrevrange(LEDGER_STREAM, newest, oldest, count=page_entries)):
         for _, fields in page:
             if fields[b"kind"] not in (b"group", b"outcome"):
                 continue
             try:
-                yield cast(CandidateGroup | Outcome, record_of(fields))
+                yield cast(Joined, record_of(fields))
             except UnreadableRecord as error:
                 # Of another version: it must not take the others from a job.
                 log.warning("%s", error)
-        newest = f"({page[-1][0].decode()}"
+        before = EntryId.parse(page[-1][0])
+        newest = f"({before}"
+    if archive is not None:
+        # Asked after the stream: what was trimmed off it in the meantime is here by now.
+        question = Question(("groups", "outcomes"), window.tenant, window.route, since=window.since, before=before)
+        yield from (cast(Joined, one.record) for one in archive.records(question))

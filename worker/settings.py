@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from archive.retention import Retention
 from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfigSetting
 
 
@@ -27,6 +28,8 @@ class BrokerSettings(BaseSettings):
 class WorkerSettings(BrokerSettings):
     """What a job needs besides."""
 
+    archive: str = ""
+    """As the compactor has it: where older groups are read from."""
     policy_engine_urls: tuple[PrivateUrl, ...] = Field(min_length=1)
     """As the gateway has them. A job samples from the first, and lends its adapters to no other."""
     reward_model: Annotated[RewardConfigSetting, NoDecode]
@@ -44,3 +47,22 @@ class WorkerSettings(BrokerSettings):
     """None: CUDA when there is one."""
     engine_patience_seconds: float = Field(600.0, gt=0)
     """How long a job waits, inside its lease, for an engine that does not answer."""
+
+
+class CompactorSettings(BrokerSettings):
+    """What the compactor needs."""
+
+    archive: str = ""
+    """As the gateway has it: a directory, or `s3://bucket/prefix`; empty: `ledger` in the artefact directory."""
+    compaction_entries: int = Field(20_000, ge=1)
+    compaction_bytes: int = Field(64 * 2**20, ge=1)
+    compaction_seconds: float = Field(300.0, gt=0)
+    """A batch is written when it has so many entries, so many bytes, or when its first entry has waited so long."""
+    hot_groups: int = Field(20_000, ge=0)
+    hot_seconds: float = Field(3600.0, ge=0)
+    """What stays in Redis: at least the newest groups, and all that are younger. Curves, strategies and `bonsai replay`
+    look at no other."""
+    retention: Retention = Retention()
+    """As JSON, days by class of content: `{"text": 30, "tokens": 30, "scores": 365}`."""
+    retention_seconds: float = Field(3600.0, gt=0)
+    """Between two looks at what is to go."""

@@ -5,6 +5,7 @@ proposes and the service decides (`registry`), and the names both sides use (`na
 stored, sent or trained. Everything is imported from here.
 """
 
+from bon_algos.contracts.erasures import Erased, Erasure, ErasureState, erasure_id, subject_digest
 from bon_algos.contracts.jobs import (
     FINAL_JOB_STATES,
     WEIGHING_METHODS,
@@ -43,16 +44,21 @@ from bon_algos.contracts.methods import (
 from bon_algos.contracts.names import (
     AUDIT_STREAM,
     BROKER_PREFIX,
+    COMPACTOR_LEASE,
     DISTILL_QUEUE,
     DISTILL_TASK,
+    ERASURES,
     KEYS,
     KEYS_USED,
+    LEDGER_CONSUMERS,
     LEDGER_COUNTS,
     LEDGER_STREAM,
     OPEN_JOBS,
     POLICIES_INDEX,
     RECONCILER_LEASE,
     ROUTES_INDEX,
+    SPOOLS,
+    erasure_groups_key,
     experiment_key,
     experiment_stats_key,
     feedback_key,
@@ -64,6 +70,7 @@ from bon_algos.contracts.names import (
     policy_key,
     route_key,
     seen_key,
+    target_of,
 )
 from bon_algos.contracts.record import (
     DEFAULT_TENANT,
@@ -123,12 +130,15 @@ __all__ = [
     "ADAPTER_FILES",
     "AUDIT_STREAM",
     "BROKER_PREFIX",
+    "COMPACTOR_LEASE",
     "DEFAULT_TENANT",
     "DISTILL_QUEUE",
     "DISTILL_TASK",
+    "ERASURES",
     "FINAL_JOB_STATES",
     "KEYS",
     "KEYS_USED",
+    "LEDGER_CONSUMERS",
     "LEDGER_COUNTS",
     "LEDGER_RECORD",
     "LEDGER_STREAM",
@@ -141,6 +151,7 @@ __all__ = [
     "ROUTES_INDEX",
     "ROUTE_PATTERN",
     "SCHEMA_VERSION",
+    "SPOOLS",
     "WEIGHING_METHODS",
     "AlgorithmSpec",
     "Alternatives",
@@ -157,6 +168,9 @@ __all__ = [
     "CandidateGroup",
     "DataWindow",
     "DpoSpec",
+    "Erased",
+    "Erasure",
+    "ErasureState",
     "EvaluationReport",
     "Experiment",
     "ExperimentArm",
@@ -205,6 +219,8 @@ __all__ = [
     "VllmMember",
     "Window",
     "adapter_digest",
+    "erasure_groups_key",
+    "erasure_id",
     "experiment_key",
     "experiment_stats_key",
     "feedback_key",
@@ -219,4 +235,6 @@ __all__ = [
     "reward_model_id",
     "route_key",
     "seen_key",
+    "subject_digest",
+    "target_of",
 ]

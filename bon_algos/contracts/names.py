@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Final
 
 from bon_algos.contracts.record import DEFAULT_TENANT
@@ -12,6 +13,14 @@ DISTILL_QUEUE: Final = "bonsai-distill"
 LEDGER_STREAM: Final = "bonsai:ledger"
 LEDGER_COUNTS: Final = "bonsai:ledger:counts"
 """Hash `of_tenant` route -> groups with `is_unbiased`, counted by the script that delivers them."""
+LEDGER_CONSUMERS: Final = "compactor"
+"""The stream's consumer group: who moves it into the archive."""
+COMPACTOR_LEASE: Final = "bonsai:compactor"
+"""Which process writes into the archive."""
+ERASURES: Final = "bonsai:erasures"
+"""Hash erasure id -> Erasure as JSON, of all tenants."""
+SPOOLS: Final = "bonsai:spools"
+"""Hash spool -> when it last held nothing older (seconds): what was logged before is in the stream, or was."""
 AUDIT_STREAM: Final = "bonsai:audit"
 OPEN_JOBS: Final = "bonsai:jobs:open"
 """Set of the jobs the reconciler still looks at; it takes out the finished ones itself."""
@@ -34,6 +43,18 @@ def seen_key(record_id: str) -> str:
 def feedback_key(target: str) -> str:
     """Hash question -> the Feedback that counts, of one group (its id) or one session (`session-` and its hash)."""
     return f"bonsai:feedback:{target}"
+
+
+def target_of(group_id: str | None, session: str | None, tenant: str = DEFAULT_TENANT) -> str:
+    """What feedback is kept under: a group's id, or a hash of a session, whose name may be anything, and its tenant."""
+    # No session's name can hold a NUL.
+    named = session or "" if tenant == DEFAULT_TENANT else f"{tenant}\0{session}"
+    return group_id or f"session-{sha256(named.encode()).hexdigest()[:32]}"
+
+
+def erasure_groups_key(erasure_id: str) -> str:
+    """Set of the ids of the groups that an erasure took: what arrives later about one of them goes too."""
+    return f"bonsai:erasure:{erasure_id}:groups"
 
 
 def of_tenant(tenant: str, route: str) -> str:

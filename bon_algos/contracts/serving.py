@@ -172,6 +172,8 @@ class CandidateGroup(Record):
     arm_reason: ArmReason
     session: str | None = None
     """Groups of one session never fall on both sides of a train/held-out split."""
+    user: str | None = None
+    """Whose request it was, where the caller said so: what an erasure goes by."""
     policy_id: PolicyId
     """Who sampled it. Quantiles are only meaningful against this policy."""
     reward_model_id: str

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
-import time
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-_AGO: Final = re.compile(r"(\d{1,6})([smhd])")
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+from bonsai.ago import ago
+
 MOST_GROUPS: Final = 100_000
-
-
-def _ago(_context: click.Context, _param: click.Parameter, value: str | None) -> float | None:
-    """Seconds since the epoch."""
-    if value is None:
-        return None
-    found = _AGO.fullmatch(value)
-    if found is None:
-        raise click.BadParameter("a number with s, m, h or d, such as 90m or 7d")
-    return time.time() - int(found[1]) * _SECONDS[found[2]]
 
 
 @click.command("replay")
@@ -38,7 +26,7 @@ def _ago(_context: click.Context, _param: click.Parameter, value: str | None) ->
 @click.option("--redis-url", envvar="BONSAI_REDIS_URL", metavar="URL", help="Its Redis, where it is one of yours.")
 @click.option("--route", default="default", show_default=True)
 @click.option("--tenant", default="default", show_default=True, help="Whose route it is.")
-@click.option("--since", callback=_ago, metavar="AGO", help="Not older than this: 90m, 12h, 7d.")
+@click.option("--since", callback=ago, metavar="AGO", help="Not older than this: 90m, 12h, 7d.")
 @click.option("--groups", type=click.IntRange(2, MOST_GROUPS), default=1000, show_default=True, help="The newest ones.")
 @click.option("--reward-url", metavar="URL", help="The other reward model: unix:///path or http://127.0.0.1:PORT.")
 @click.option("--reward-kind", type=click.Choice(["http", "vllm"]), default="http", show_default=True)

@@ -266,6 +266,7 @@ def test_the_gateway_image_holds_the_gateway_alone():
     assert set(re.findall(r"^COPY (\S+)", gateway, flags=re.M)) == {
         "requirements/gateway.txt",
         "bon_algos",
+        "archive",
         "service",
     }
     assert re.findall(r"pip install .*", gateway) == [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("bon_algos", "service", "worker", "bonsai", "benchmarks")
+PACKAGES = ("bon_algos", "archive", "service", "worker", "bonsai", "benchmarks")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 CODE = [path for path in SOURCES if path.read_text().strip()]
 

@@ -20,7 +20,7 @@ from bonsai.secrets import make_secrets
 from bonsai.stack_plan import Options, Plan, prepare, url_host
 from service.settings import GatewaySettings
 from tests.bonsai.test_model_directory import LLAMA, REWARD, write_model
-from worker.settings import WorkerSettings
+from worker.settings import CompactorSettings, WorkerSettings
 
 MakePlan = Callable[..., Plan]
 SECRET = "hunter2"
@@ -50,8 +50,8 @@ def specs_of(plan: Plan, tmp_path: Path) -> dict[str, ProcessSpec]:
     return {spec.name: spec for tier in up.tiers(plan, state, 8123) for spec in tier}
 
 
-def test_a_stack_is_these_five(make_plan: MakePlan, tmp_path: Path) -> None:
-    assert list(specs_of(make_plan(), tmp_path)) == ["redis", "policy", "reward", "gateway", "worker"]
+def test_a_stack_is_these_six(make_plan: MakePlan, tmp_path: Path) -> None:
+    assert list(specs_of(make_plan(), tmp_path)) == ["redis", "policy", "reward", "gateway", "worker", "compactor"]
 
 
 def test_gateway_and_worker_accept_their_settings(
@@ -66,12 +66,14 @@ def test_gateway_and_worker_accept_their_settings(
     gateway = GatewaySettings()
     for name, value in specs["worker"].environment.items():
         monkeypatch.setenv(name, value)
-    worker = WorkerSettings()
+    worker, compactor = WorkerSettings(), CompactorSettings()
     assert gateway.port == 8123
     assert gateway.base_policy_id == worker.base_policy_id == plan.policy_id
     assert gateway.reward_model == worker.reward_model
     assert gateway.redis_url == worker.redis_url == f"unix://{tmp_path}/run/redis.sock"
     assert worker.lease_seconds == 2
+    assert gateway.archive == worker.archive == compactor.archive
+    assert gateway.artefacts == worker.artefacts == compactor.artefacts
 
 
 def test_engine_and_settings_agree_on_names_and_windows(make_plan: MakePlan, tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_a_password_is_in_no_command_line_and_reaches_no_engine(make_plan: MakeP
     assert "redis" not in specs
     assert not any(SECRET in part for spec in specs.values() for part in spec.argv)
     sees = {name for name, spec in specs.items() if f":{SECRET}@" in spec.environment.get("BONSAI_REDIS_URL", "")}
-    assert sees == {"gateway", "worker"}
+    assert sees == {"gateway", "worker", "compactor"}
     assert SECRET not in " ".join([*specs["policy"].environment.values(), *specs["reward"].environment.values()])
 
 
@@ -116,7 +118,7 @@ def test_what_listens_everywhere_is_reached_on_loopback(host: str, asked: str) -
 
 
 def test_a_module_in_the_working_directory_is_not_ours(make_plan: MakePlan, tmp_path: Path) -> None:
-    for name in ("gateway", "worker"):
+    for name in ("gateway", "worker", "compactor"):
         spec = specs_of(make_plan(), tmp_path)[name]
         assert spec.environment["PYTHONSAFEPATH"] == "1"
         assert spec.directory == tmp_path / "state"
@@ -175,7 +177,7 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_function_stands_in_the_reward_engines_place(make_plan: MakePlan, tmp_path: Path, rewards: Path) -> None:
     specs = specs_of(make_plan(reward="", reward_function="rewards:reward", reward_seconds=2.5), tmp_path)
-    assert list(specs) == ["redis", "policy", "reward", "gateway", "worker"]
+    assert list(specs) == ["redis", "policy", "reward", "gateway", "worker", "compactor"]
     [told] = RewardConfig.model_validate_json(specs["gateway"].environment["BONSAI_REWARD_MODEL"]).members
     assert isinstance(told, HttpMember)
     assert told.id == told.model
@@ -197,7 +199,7 @@ def test_reward_models_of_somebody_else_are_told_and_not_started(
         '{"kind": "vllm", "url": "unix:///b", "model": "b", "directory": "models/b", "window": 64}]}'
     )
     specs = specs_of(make_plan(reward="", reward_config=file), tmp_path)
-    assert list(specs) == ["redis", "policy", "gateway", "worker"]
+    assert list(specs) == ["redis", "policy", "gateway", "worker", "compactor"]
     told = RewardConfig.model_validate_json(specs["worker"].environment["BONSAI_REWARD_MODEL"])
     assert told.caution == 0.5
     assert isinstance(told.members[1], VllmMember)

@@ -58,6 +58,9 @@ MATRIX = {
     ("GET", "/distill/{job_id}"): READERS,
     ("GET", "/distill/{job_id}/events"): READERS,
     ("POST", "/distill/{job_id}/cancel"): "admin operator trainer",
+    ("GET", "/ledger"): READERS,
+    ("POST", "/ledger/erasures"): "admin",
+    ("GET", "/ledger/erasures/{erasure_id}"): "admin",
     ("POST", "/keys"): "admin",
     ("GET", "/keys"): "admin",
     ("GET", "/keys/{key_id}"): "admin",
@@ -87,7 +90,7 @@ def made(client: Client, **fields: object) -> dict[str, Any]:
 
 def asked(client: Client, method: str, path: str, headers: dict[str, str] | None = None) -> Reply:
     """With a body that is never carried out, on an object that is not there."""
-    for name in ("route", "policy_id", "job_id", "key_id", "model"):
+    for name in ("route", "policy_id", "job_id", "key_id", "model", "erasure_id"):
         path = path.replace(f"{{{name}}}", "none")
     body = None if method == "GET" else b"null"
     return client.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})

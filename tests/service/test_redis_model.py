@@ -13,10 +13,12 @@ import pytest
 import redis as blocking_redis
 from redis.asyncio import Redis
 
+from archive.reading import Archive
 from bon_algos.contracts import (
     BROKER_PREFIX,
     LEDGER_COUNTS,
     LEDGER_STREAM,
+    SPOOLS,
     CandidateGroup,
     Experiment,
     Exposure,
@@ -26,6 +28,7 @@ from bon_algos.contracts import (
 from service.access import GATEWAY
 from service.catalogue import Catalogue
 from service.dispatch import Dispatcher, open_producer, send_job
+from service.erasures import ErasureBook, ErasureRequest
 from service.experiment_store import Experiments
 from service.idempotency import Idempotency
 from service.jobs import GROUPS_NEEDED, Jobs
@@ -38,6 +41,8 @@ from service.store import open_redis
 from tests.service.records import BASE, PASSED, REWARD_MODEL, group, job_spec, policy, route
 from tests.service.test_experiment_store import arms
 from tests.service.test_policies import SERVED, A, B, snapshot_of
+from worker.archive_lease import ArchiveLease
+from worker.erasing import Eraser
 from worker.lease import Lease, claim
 
 pytestmark = pytest.mark.anyio
@@ -105,6 +110,21 @@ async def live_through_everything(redis: Redis, url: str, directory: Path) -> No
         await registry.promote(policy_id, "default", "r", SERVED)
     await registry.roll_back("default", Idempotency.of("other", "POST /routes/default/rollback", ""))
     await go_through_keys(redis)
+    await go_through_an_erasure(redis, url, directory)
+
+
+async def go_through_an_erasure(redis: Redis, url: str, directory: Path) -> None:
+    """Of a user whose group is in the stream, while a spool may hold another."""
+    of_ada = group([(1.0, 2)]).model_copy(update={"id": "resp_ada", "user": "ada"})
+    await deliver(redis, directory, [of_ada])
+    await ErasureBook(redis).ask(ErasureRequest(user="ada"), GATEWAY)
+    await redis.hset(SPOOLS, "gateway", "1")
+    with blocking_redis.Redis.from_url(url) as client:
+        lease = ArchiveLease(client, 60)
+        lease.confirm()
+        archive = Archive.at(str(directory / "archive"))
+        [receipt] = Eraser(client, archive, directory, lease.confirm).work()
+        assert receipt.erased.groups == 1
 
 
 async def go_through_keys(redis: Redis) -> None:

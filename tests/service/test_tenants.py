@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import pytest
 import redis as blocking_redis
 
-from bon_algos.contracts import POLICIES_INDEX, Exposure, Feedback, Outcome, policy_key
+from bon_algos.contracts import (
+    POLICIES_INDEX,
+    Exposure,
+    Feedback,
+    Outcome,
+    erasure_id,
+    policy_key,
+    subject_digest,
+)
 from service.access import rights
 from service.app import create_app
 from tests.fixtures.gateway import Client, Reply, World, wait_until
@@ -63,6 +71,7 @@ def acme(still_world: World) -> Owned:
     wait_until(lambda: len(client.get("/v1/feedback?session=lunch").json["data"]) == 1)
     job = client.get("/distill").json["data"][0]["id"]
     key = client.post("/keys", {"name": "b", "role": "viewer"}).json["id"]
+    assert client.post("/ledger/erasures", {"user": "somebody"}).json["id"] == ERASURE
     return Owned(client, response, job, key)
 
 
@@ -97,15 +106,19 @@ def foreign(owned: Owned) -> dict[tuple[str, str], tuple[str, object]]:
         ("GET", "/distill/{job_id}"): (f"/distill/{owned.job}", None),
         ("GET", "/distill/{job_id}/events"): (f"/distill/{owned.job}/events", None),
         ("POST", "/distill/{job_id}/cancel"): (f"/distill/{owned.job}/cancel", None),
+        ("GET", "/ledger/erasures/{erasure_id}"): (f"/ledger/erasures/{ERASURE}", None),
         ("GET", "/keys/{key_id}"): (f"/keys/{owned.key}", None),
         ("DELETE", "/keys/{key_id}"): (f"/keys/{owned.key}", None),
     }
 
 
+ERASURE = erasure_id(subject_digest("acme", "somebody"))
 WITHOUT_OBJECTS = {
     # Lists, of which `test_lists_hold_what_is_ones_own` looks at each.
     ("GET", "/v1/models"), ("GET", "/v1/feedback"), ("GET", "/routes"), ("GET", "/policies"), ("GET", "/distill"),
-    ("GET", "/keys"),
+    ("GET", "/keys"), ("GET", "/ledger"),
+    # Of a user of the caller's own tenant, whoever else has one of that name.
+    ("POST", "/ledger/erasures"),
     # Makes a route of the caller's own, as `test_one_name_is_as_many_routes_as_tenants` sees.
     ("PUT", "/routes/{route}"),
     ("POST", "/keys"), ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/openapi.json"),
@@ -163,6 +176,8 @@ def test_lists_hold_what_is_ones_own(acme, others, who):
     assert ids(others[who], "/policies") == {BASE}
     assert ids(others[who], "/v1/models") == {"default", BASE}
     assert ids(others[who], "/distill") == set()
+    assert acme.response not in ids(others[who], "/ledger?limit=1000")
+    assert acme.response in ids(acme.client, "/ledger?limit=1000")
     assert ids(others[who], f"/v1/feedback?response={acme.response}") == set()
     assert ids(others[who], "/v1/feedback?session=lunch") == set()
     assert (acme.key in ids(others[who], "/keys")) == (who == "default")

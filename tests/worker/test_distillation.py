@@ -9,6 +9,7 @@ import redis
 import torch
 from safetensors.torch import load_file
 
+from archive.reading import Archive
 from bon_algos.contracts import (
     METHOD_NAMES,
     WEIGHING_METHODS,
@@ -100,6 +101,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
             checkpoint_steps=every,
             checkpoint_seconds=60.0,
             engine_patience_seconds=patience,
+            archive=Archive.at(str(tmp_path / "ledger")),
         )
         return Distillation(spec, lease, place, tenant)
 

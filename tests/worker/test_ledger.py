@@ -6,8 +6,9 @@ import pytest
 import redis
 
 from bon_algos.contracts import LEDGER_STREAM
+from bon_algos.ledger_entries import with_outcome
 from tests.worker import world
-from worker.ledger import groups_newest_first, with_outcome
+from worker.ledger import groups_newest_first
 
 
 @pytest.fixture

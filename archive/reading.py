@@ -1,0 +1,118 @@
+"""Reading the archive: segments against their checksums, records newest first.
+
+Owns: which segments a question can leave out, the order of what the others hold. Does not own: joining one kind of
+record to another, who may see what.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Final
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from archive.manifest import Batch, Manifest, Segment
+from archive.storage import Storage, open_storage
+from archive.tables import SegmentSet, Stored, read_table, stored
+from bon_algos.ledger_entries import EntryId
+
+READS: Final = 3
+"""Of a segment whose checksum is not that of the manifest: a connection may have cut it short."""
+DELIVERY_SLACK_SECONDS: Final = 86_400.0
+"""A spool that waited for Redis delivers late: an entry's own id may be this much younger than its record."""
+SKEW_SECONDS: Final = 60.0
+"""And by how much a gateway's clock may be before Redis'."""
+log = logging.getLogger("bonsai.archive")
+
+
+class DamagedSegment(Exception):
+    """A segment is not what was written."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which records are wanted."""
+
+    kinds: Collection[SegmentSet]
+    tenant: str | None = None
+    """None: of any."""
+    route: str | None = None
+    since: float | None = None
+    """Of creation, seconds; both ends belong to it."""
+    until: float | None = None
+    before: EntryId | None = None
+    """Only entries that stand before this one in the stream."""
+
+    def can_be_in(self, segment: Segment) -> bool:
+        is_in_time = (self.since is None or segment.last_created >= self.since) and (
+            self.until is None or segment.first_created <= self.until
+        )
+        is_there = segment.path is not None and segment.kind in self.kinds
+        return is_there and is_in_time and segment.is_of(self.tenant, self.route)
+
+    def is_met(self, one: Stored) -> bool:
+        made = one.record.created_at
+        is_before = self.before is None or one.entry < self.before
+        return is_before and (self.since is None or made >= self.since) and (self.until is None or made <= self.until)
+
+    def is_past(self, batch: Batch) -> bool:
+        """Whether this batch and all older ones were delivered before anything wanted was made."""
+        return self.since is not None and batch.last.ms / 1000 < self.since - SKEW_SECONDS
+
+    def may_be_in(self, batch: Batch) -> bool:
+        is_before = self.before is None or batch.first < self.before
+        is_late = self.until is not None and batch.first.ms / 1000 > self.until + DELIVERY_SLACK_SECONDS
+        return is_before and not is_late
+
+
+class Archive:
+    """The archive at one address."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.manifest = Manifest(storage)
+
+    @classmethod
+    def at(cls, url: str) -> Archive:
+        """Raises ValueError for what is no address."""
+        return cls(open_storage(url))
+
+    def load(self, segment: Segment, columns: Sequence[str] | None = None) -> pa.Table:
+        """Raises DamagedSegment, FileNotFoundError where it was rewritten since the manifest was read, OSError."""
+        for _ in range(READS):
+            content = self.storage.get(segment.path or "")
+            if sha256(content).hexdigest() == segment.sha256:
+                return read_table(content, columns)
+        raise DamagedSegment(f"segment {segment.path} does not match its checksum")
+
+    def records(self, question: Question) -> Iterator[Stored]:
+        """What is wanted, newest entry first. A damaged segment is logged and passed over. Raises OSError."""
+        for batch in self.manifest.batches_newest_first():
+            if question.is_past(batch):
+                return
+            if question.may_be_in(batch):
+                yield from self._of_batch(batch, question)
+
+    def _of_batch(self, batch: Batch, question: Question) -> Iterator[Stored]:
+        wanted = [segment for segment in batch.segments if question.can_be_in(segment)]
+        try:
+            found = [one for segment in wanted for one in self._of_segment(segment)]
+        except FileNotFoundError:
+            # Rewritten in the meantime: the manifest says where it is now.
+            now = next((one for one in self.manifest.read(batch.day).batches if one.first == batch.first), None)
+            if now is None or now == batch:
+                raise
+            yield from self._of_batch(now, question)
+            return
+        yield from sorted(filter(question.is_met, found), key=lambda one: one.entry, reverse=True)
+
+    def _of_segment(self, segment: Segment) -> list[Stored]:
+        try:
+            return stored(segment.kind, self.load(segment), segment.tenant, segment.route)
+        except (DamagedSegment, ValidationError, pa.ArrowInvalid) as error:
+            log.error("%s is passed over: %s", segment.path, type(error).__name__)
+            return []

@@ -1,0 +1,95 @@
+"""The commands `bonsai ledger export` and `bonsai ledger retention`: what a user can say, and what is printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bonsai.ago import ago
+
+Command = Callable[..., Any]
+_WHERE = (
+    click.option(
+        "--dir",
+        "directory",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path(".bonsai"),
+        show_default=True,
+        help="Of the running stack whose ledger it is.",
+    ),
+    click.option("--redis-url", envvar="BONSAI_REDIS_URL", metavar="URL", help="Its Redis, where it is one of yours."),
+    click.option(
+        "--archive",
+        envvar="BONSAI_ARCHIVE",
+        default="",
+        metavar="URL",
+        help="A directory or s3://bucket/prefix; default: the stack's own.",
+    ),
+)
+
+
+def _where(command: Command) -> Command:
+    for option in reversed(_WHERE):
+        command = option(command)
+    return command
+
+
+@click.group("ledger")
+def ledger_command() -> None:
+    """What was logged: take it elsewhere, and see what retention takes."""
+
+
+@ledger_command.command("export")
+@_where
+@click.option("--format", "form", type=click.Choice(["parquet", "jsonl"]), default="parquet", show_default=True)
+@click.option("--tenant", default="default", show_default=True)
+@click.option("--route", default="default", show_default=True)
+@click.option("--since", callback=ago, metavar="AGO", help="Not older than this: 90m, 12h, 7d.")
+@click.argument("target", type=click.Path(path_type=Path, file_okay=False))
+def export_command(
+    directory: Path, redis_url: str | None, archive: str, form: str, target: Path, **window: Any
+) -> None:
+    """Write a route's groups, with the rewards that were measured later, and the feedback that counts into TARGET, a
+    new directory."""
+    from bonsai.ledger.export import export
+    from worker.ledger import Window
+
+    with _place(directory, redis_url, archive) as place:
+        counts = export(place, Window(**window), target, form)
+    click.echo(f"{counts.groups} groups and {counts.feedback} pieces of feedback in {target}")
+
+
+@ledger_command.command("retention")
+@_where
+@click.option(
+    "--retention",
+    envvar="BONSAI_RETENTION",
+    default="{}",
+    metavar="JSON",
+    help="Days by class, as the compactor has it.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
+def retention_command(directory: Path, redis_url: str | None, archive: str, retention: str, *, dry_run: bool) -> None:
+    """Take what is older than its class may be, as the compactor does every hour."""
+    from rich.console import Console
+
+    from bonsai.ledger.retention import retained
+
+    with _place(directory, redis_url, archive) as place:
+        for table in retained(place, retention, dry_run=dry_run):
+            Console().print(table)
+
+
+def _place(directory: Path, redis_url: str | None, archive: str) -> Any:
+    from bonsai.ledger.place import opened
+
+    return opened(directory, redis_url, archive, on_failure=_fail)
+
+
+def _fail(reason: str) -> None:
+    click.echo(f"failed {reason}", err=True)
+    sys.exit(1)

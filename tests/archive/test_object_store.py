@@ -1,0 +1,112 @@
+"""The archive in an S3 store that fails: what is named is there, and what is read is what was written."""
+
+from __future__ import annotations
+
+import pytest
+
+from archive.reading import Archive, Question
+from archive.retention import Retention, apply, due
+from archive.storage import open_storage
+from archive.writing import sweep, write_batch
+from tests.archive.records import DAY, NOON, entries, feedback, group
+from tests.fixtures.object_store import CREDENTIALS, object_store
+
+pytestmark = pytest.mark.slow
+EVERYTHING = Question(("groups", "outcomes", "feedback", "exposures"))
+RECORDS = [group(0), group(1, route="other"), feedback(group(0))]
+
+
+@pytest.fixture(scope="module")
+def store():
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in CREDENTIALS.items():
+            environment.setenv(name, value)
+        with object_store() as proxy:
+            yield proxy
+
+
+@pytest.fixture
+def archive(store):
+    """Empty."""
+    found = Archive(open_storage(store.url, request_seconds=2.0))
+    for name in found.storage.names(""):
+        found.storage.delete(name)
+    return found
+
+
+def records(archive):
+    return [one.record for one in archive.records(EVERYTHING)]
+
+
+def test_a_store_is_read_as_a_directory_is(archive):
+    write_batch(archive, entries(*RECORDS))
+    assert records(archive) == RECORDS[::-1]
+    assert sweep(archive) == []
+    assert len(archive.storage.names("groups")) == 2
+
+
+def test_errors_that_pass_are_tried_again(archive, store):
+    store.fail("500", "500")
+    write_batch(archive, entries(*RECORDS))
+    store.fail("500", "500")
+    assert records(archive) == RECORDS[::-1]
+
+
+def test_a_cut_body_is_not_taken_for_the_whole(archive, store):
+    write_batch(archive, entries(*RECORDS))
+    for place in range(10):  # each request of a reading once: a list, a manifest, segments, their lengths
+        store.fail_at(place, "cut")
+        try:
+            found = records(archive)
+        except OSError:
+            continue  # said so: the caller tries again
+        assert found == RECORDS[::-1], place
+    assert records(archive) == RECORDS[::-1]
+
+
+def test_a_store_that_is_away_is_an_error_and_the_batch_is_repeated(archive, store):
+    with store.always("500"), pytest.raises(OSError, match=r".+"):
+        write_batch(archive, entries(*RECORDS))
+    assert records(archive) == []
+    write_batch(archive, entries(*RECORDS))
+    assert records(archive) == RECORDS[::-1]
+    with store.always("403"), pytest.raises(OSError, match=r".+"):
+        records(archive)
+
+
+def test_a_request_that_hangs_ends(archive, store):
+    """By the client's own time limit, and the next attempt goes through."""
+    write_batch(archive, entries(*RECORDS))
+    store.fail("hang")
+    assert records(archive) == RECORDS[::-1]
+
+
+def test_interrupted_at_any_request_the_next_pass_makes_it_whole(archive, store):
+    """A store that fails from its k-th request on, and is there again later."""
+    for number in range(0, 12, 2):
+        for name in archive.storage.names(""):
+            archive.storage.delete(name)
+        store.fail_after(number)
+        try:
+            write_batch(archive, entries(*RECORDS))
+        except OSError:
+            store.fail_after(None)
+            sweep(archive)
+            write_batch(archive, entries(*RECORDS))
+        store.fail_after(None)
+        assert records(archive) == RECORDS[::-1]
+        assert len(archive.storage.names("groups")) == 2
+
+
+def test_retention_rewrites_in_a_store(archive):
+    write_batch(archive, entries(*RECORDS))
+    retention = Retention(text=1, keep=())
+    apply(archive, due(archive, retention, NOON + 9 * DAY), retention, lambda segment, rows: frozenset())
+    assert {one.prompt for one in records(archive) if one.kind == "group"} == {""}
+    assert all(name.endswith(".r1.parquet") for name in archive.storage.names("groups"))
+
+
+@pytest.mark.parametrize("url", ["ftp://a/b", "s3://", "s3://key:secret@bucket/a", "s3://b/a?anonymous=1", "file:///a"])
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(ValueError, match="directory or s3://bucket/prefix"):
+        open_storage(url)

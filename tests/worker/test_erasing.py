@@ -1,0 +1,247 @@
+"""What one user left goes from stream, archive, Redis and windows, and a search of all of it finds nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from time import time
+
+import pytest
+import redis
+
+from archive.reading import Question
+from bon_algos.contracts import (
+    ERASURES,
+    LEDGER_STREAM,
+    OPEN_JOBS,
+    POLICIES_INDEX,
+    SPOOLS,
+    Erasure,
+    JobSpec,
+    Method,
+    PolicyRecord,
+    erasure_id,
+    feedback_key,
+    idempotency_key,
+    job_key,
+    policy_key,
+    subject_digest,
+)
+from tests.archive.records import archive_at, feedback, group
+from tests.service.records import manifest
+from tests.worker import world
+from worker import lineage
+from worker.compaction import Compaction, Limits
+from worker.dataset import Requirements, freeze
+from worker.erasing import Eraser
+from worker.erasures import Erasures
+from worker.lease import claim
+from worker.sources import windows
+
+AT_ONCE = Limits(entries=3, bytes=2**20, seconds=0.0, hot_groups=3, hot_seconds=0.0)
+STUDENT, GRANDCHILD = "pol-" + "1" * 16, "pol-" + "2" * 16
+ADA = "ada@example.org"
+
+
+@pytest.fixture
+def client(redis_url):
+    with redis.Redis.from_url(redis_url) as connection:
+        yield connection
+
+
+def of(user, number, **fields):
+    """A group whose texts hold the user's name."""
+    made = group(number, user=user, session=f"of {user}", prompt=f"I am {user}", **fields)
+    drawn = tuple(one.model_copy(update={"text": f"hello {user}"}) for one in made.candidates)
+    return made.model_copy(update={"candidates": drawn})
+
+
+@pytest.fixture
+def place(client, tmp_path):
+    """Three users' groups: the older in the archive, the newer in the stream. Directory, and the compaction."""
+    compaction = Compaction(client, archive_at(tmp_path / "ledger"), AT_ONCE, confirm=lambda: None)
+    compaction.open()
+    ada, bob, eve = ((of(user, number), of(user, number + 10)) for number, user in enumerate((ADA, "bob", "eve")))
+    world.deliver(client, ada[0], bob[0], eve[0], feedback(bob[0], 1, author=ADA, comment=f"{ADA} was here"))
+    world.deliver(client, feedback(ada[0], 2, author="eve", comment=f"about {ADA}"), world.outcome(ada[0], [1.0] * 3))
+    while compaction.step(wait_seconds=0.01) is not None:
+        pass
+    world.deliver(client, ada[1], bob[1], eve[1])
+    for about, said in ((bob[0], ADA), (ada[0], "eve")):
+        kept = feedback(about, author=said, comment=f"{ADA} …")
+        client.hset(feedback_key(about.id), kept.question, kept.model_dump_json())
+    client.set(idempotency_key("1"), f'digest {{"id": "{ada[1].id}", "completion": "hello {ADA}"}}')
+    client.set(idempotency_key("2"), f'digest {{"id": "{bob[1].id}"}}')
+    return tmp_path, compaction
+
+
+def asked(client, user=ADA, at=None, tenant="default"):
+    digest = subject_digest(tenant, user)
+    erasure = Erasure(
+        id=erasure_id(digest), tenant=tenant, subject_digest=digest, requested_at=at or time(), requested_by="key_a"
+    )
+    client.hset(ERASURES, erasure.id, erasure.model_dump_json())
+    return erasure
+
+
+def erase(client, directory, compaction):
+    compaction.flush()
+    eraser = Eraser(client, archive_at(directory / "ledger"), directory, confirm=lambda: None)
+    return eraser.work()
+
+
+def everywhere(client, directory: Path) -> bytes:
+    """All that Redis and the disk hold, with what is packed unpacked."""
+    found = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
+    archive = archive_at(directory / "ledger")
+    question = Question(("groups", "outcomes", "feedback", "exposures"))
+    found += [one.record.model_dump_json().encode() for one in archive.records(question)]
+    for key in client.scan_iter("*"):
+        kind = client.type(key)
+        values = {
+            b"string": lambda key: [client.get(key)],
+            b"hash": lambda key: [part for pair in client.hgetall(key).items() for part in pair],
+            b"set": client.smembers,
+            b"zset": lambda key: client.zrange(key, 0, -1),
+            b"stream": lambda key: [],
+        }[kind](key)
+        found += [key, *values]
+    found += [one.model_dump_json().encode() for one in stream(client)]
+    return b"\n".join(found)
+
+
+def stream(client):
+    from bon_algos.ledger_entries import record_of
+
+    return [record_of(fields) for _, fields in client.xrange(LEDGER_STREAM)]
+
+
+def test_nothing_of_a_user_is_left_and_all_of_the_others_is(client, place):
+    directory, compaction = place
+    assert ADA.encode() in everywhere(client, directory)
+    asked(client)
+    (receipt,) = erase(client, directory, compaction)
+    assert receipt.state == "proven"
+    assert (receipt.erased.groups, receipt.erased.feedback, receipt.erased.kept_replies) == (2, 2, 1)
+    left = everywhere(client, directory)
+    assert ADA.encode() not in left
+    for user in (b"bob", b"eve"):
+        assert left.count(b"I am " + user) >= 2
+    assert client.exists(idempotency_key("2"))
+
+
+def test_L21_again_finds_nothing_more(client, place):
+    directory, compaction = place
+    asked(client)
+    (first,) = erase(client, directory, compaction)
+    asked(client, at=first.requested_at)
+    (again,) = erase(client, directory, compaction)
+    assert again.erased.groups == 0
+    assert again.state == "proven"
+
+
+def test_L20_another_tenants_user_of_that_name_is_another(client, place):
+    directory, compaction = place
+    asked(client, tenant="acme")
+    (receipt,) = erase(client, directory, compaction)
+    assert receipt.erased.groups == 0
+    assert ADA.encode() in everywhere(client, directory)
+
+
+def test_what_the_user_does_afterwards_is_kept(client, place):
+    directory, compaction = place
+    asked(client, at=group(5).created_at)
+    (receipt,) = erase(client, directory, compaction)
+    assert receipt.erased.groups == 1
+    assert [one.id for one in stream(client) if one.kind == "group" and one.user == ADA] == [of(ADA, 10).id]
+
+
+def test_a_spool_that_may_hold_something_is_waited_for(client, place):
+    """And what it brings meanwhile reaches no segment."""
+    directory, compaction = place
+    erasure = asked(client)
+    client.hset(SPOOLS, "gateway", str(erasure.requested_at - 1))
+    (receipt,) = erase(client, directory, compaction)
+    assert (receipt.state, receipt.waits_for) == ("erased", ("gateway",))
+    world.deliver(client, of(ADA, 20))
+    compaction.step(wait_seconds=0.01)
+    assert ADA.encode() not in everywhere(client, directory)
+    client.hset(SPOOLS, "gateway", str(erasure.requested_at + 1))
+    (receipt,) = erase(client, directory, compaction)
+    assert receipt.state == "proven"
+
+
+def test_L22_killed_in_the_middle_it_is_done_by_the_next(client, place):
+    """Every call of the store is the last one once."""
+    from archive.reading import Archive
+    from tests.archive.records import Died, Fate, MortalStorage
+
+    directory, compaction = place
+    asked(client)
+    compaction.flush()
+    fate, deaths = Fate(), 0
+    while True:
+        archive = Archive(MortalStorage(directory / "ledger", fate))
+        try:
+            with fate.dying_at(deaths % 3, after=True):
+                Eraser(client, archive, directory, confirm=lambda: None).work()
+            break
+        except Died:
+            deaths += 1
+            assert deaths < 50
+    assert deaths > 0
+    assert ADA.encode() not in everywhere(client, directory)
+
+
+def frozen(client, directory, job_id):
+    """A job's window of all that is there."""
+    groups = [one for one in stream(client) if one.kind == "group"]
+    wanted = Requirements(world.BASE, world.REWARD_MODEL, world.TEMPLATE, num_candidates=1)
+    more = [group(number, user="bob") for number in range(30, 36)]
+    freeze(directory / "jobs" / job_id / "window", [*groups, *more], wanted, max_groups=100, held_out_fraction=0.3)
+
+
+def submitted(client, job_id):
+    client.hset(job_key(job_id), mapping={"state": "queued", "epoch": 0, "attempts": 0})
+    client.sadd(OPEN_JOBS, job_id)
+    epoch = claim(client, job_id, lease_seconds=60, worker="here:1")
+    assert isinstance(epoch, int)
+
+
+def registered(client, policy_id, job_id, parent):
+    spec = JobSpec(method=Method(type="bon_forward_kl"))
+    made = manifest(policy_id).model_copy(update={"job_id": job_id, "parent_policy_id": parent, "spec": spec})
+    record = PolicyRecord(id=policy_id, kind="lora", state="candidate", created_at=0.0, manifest=made)
+    client.hset(policy_key(policy_id), mapping={"record": record.model_dump_json(), "version": 1})
+    client.zadd(POLICIES_INDEX, {policy_id: 0.0})
+
+
+def test_L23_a_job_that_reads_the_window_fails_and_what_was_learned_is_tainted(client, place):
+    directory, compaction = place
+    frozen(client, directory, "job_1")
+    submitted(client, "job_1")
+    registered(client, STUDENT, "job_1", world.BASE)
+    registered(client, GRANDCHILD, "job_2", STUDENT)
+    asked(client)
+    (receipt,) = erase(client, directory, compaction)
+    assert receipt.state == "proven"
+    assert receipt.jobs == ("job_1",)
+    assert receipt.policies == (STUDENT, GRANDCHILD)
+    for policy_id in receipt.policies:
+        assert PolicyRecord.model_validate_json(client.hget(policy_key(policy_id), "record")).tainted
+    told = client.hmget(job_key("job_1"), ["state", "error_code", "epoch"])
+    assert told == [b"failed", lineage.CODE.encode(), b"2"]
+    assert not (directory / "jobs" / "job_1" / "window" / "pools.jsonl.z").exists()
+    assert ADA.encode() not in everywhere(client, directory)
+
+
+def test_a_window_that_was_frozen_in_the_meantime_is_known(client, place):
+    directory, _ = place
+    frozen(client, directory, "job_1")
+    window = windows(directory)["job_1"]
+    assert not Erasures.read(client).concern(window)
+    asked(client)
+    erasures = Erasures.read(client)
+    assert erasures.concern(window)
+    assert [erasures.cover(one) for one in (of(ADA, 1), of("bob", 1))] == [True, False]
+    assert ADA not in json.dumps((window / "groups.json").read_text())

@@ -1,0 +1,323 @@
+"""Erasing what one user's requests left: in the stream, the archive, beside them, and in what was learned from them.
+
+Owns: what belongs to a subject, the order in which it goes, the proof that nothing is left. Does not own: asking for it
+(service/erasures.py), when it is done (`worker.compactor`). Safe to run again; only under the compactor's lease.
+
+A subject is a digest of tenant and user, so that the request to forget a name does not keep it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import time
+from typing import Any, Final, cast
+
+import redis
+
+from archive.manifest import Segment
+from archive.reading import Archive, DamagedSegment
+from archive.tables import SET_OF, read_table, stored, table_of
+from archive.writing import rewrite, sweep
+from bon_algos.contracts import (
+    ERASURES,
+    LEDGER_STREAM,
+    SPOOLS,
+    CandidateGroup,
+    Erased,
+    Erasure,
+    Feedback,
+    erasure_groups_key,
+    feedback_key,
+    idempotency_key,
+    target_of,
+)
+from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
+from worker.erasures import Erasures, LedgerRecord, is_of, user_of
+from worker.lineage import fail_jobs, taint
+from worker.sources import delete_content, read_sources, windows
+
+PAGE_ENTRIES: Final = 500
+SPOOL_SILENT_SECONDS: Final = 7 * 86_400.0
+"""A spool that was silent for longer is no longer waited for: what it still brings is erased as it arrives."""
+GROUPS_KEPT_SECONDS: Final = 30 * 86_400
+_GROUP_ID: Final = re.compile(rb"resp_[0-9a-f]{32}")
+Entry = tuple[bytes, Fields]
+
+
+@dataclass
+class _Traces:
+    """What one erasure is about, as found by looking at every group and every piece of feedback."""
+
+    groups: set[str] = field(default_factory=set)
+    sessions: set[str] = field(default_factory=set)
+    others_sessions: set[str] = field(default_factory=set)
+
+    @property
+    def own_sessions(self) -> set[str]:
+        """Of nobody else: a session without a name is what began with the same words."""
+        return self.sessions - self.others_sessions
+
+
+@dataclass
+class _Removed:
+    """Ids of records: most are in the stream and in the archive."""
+
+    groups: set[str] = field(default_factory=set)
+    feedback: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
+
+    def note(self, kind: str, ids: Iterable[str]) -> None:
+        """kind: the set they belong to."""
+        {"groups": self.groups, "feedback": self.feedback}.get(kind, self.others).update(ids)
+
+
+class Eraser:
+    """Carries out erasures."""
+
+    def __init__(self, client: redis.Redis, archive: Archive, artefacts: Path, confirm: Callable[[], None]) -> None:
+        """client: one that answers in bytes. confirm: raises when somebody else may write by now."""
+        self._client = client
+        self._archive = archive
+        self._artefacts = artefacts
+        self._confirm = confirm
+
+    def has_work(self) -> bool:
+        return any(one.state != "proven" for one in Erasures.read(self._client).by_subject.values())
+
+    def work(self) -> list[Erasure]:
+        """Do what can be done now for every erasure that is not proven. Raises OSError, RedisError."""
+        open_ones = [one for one in Erasures.read(self._client).by_subject.values() if one.state != "proven"]
+        return [self._advance(one) for one in sorted(open_ones, key=lambda one: one.requested_at)]
+
+    def _advance(self, erasure: Erasure) -> Erasure:
+        waits_for = self._silent_spools(erasure)
+        if erasure.state == "erased" and waits_for:
+            return erasure
+        erased = self._pass(erasure).model_copy(update={"state": "erased", "waits_for": waits_for})
+        if not waits_for and self.residue(erased) == 0:
+            erased = erased.model_copy(update={"state": "proven", "proven_at": time()})
+        self._write(erasure, erased)
+        return erased
+
+    def _write(self, before: Erasure, after: Erasure) -> None:
+        """Unless it was asked for again in between, and there is more to do."""
+
+        def change(pipe: Any) -> None:
+            kept = Erasure.model_validate_json(pipe.hget(ERASURES, before.id))
+            pipe.multi()
+            pipe.hset(
+                ERASURES, before.id, (after if kept.requested_at == before.requested_at else kept).model_dump_json()
+            )
+
+        self._client.transaction(change, ERASURES)
+
+    def _silent_spools(self, erasure: Erasure) -> tuple[str, ...]:
+        told = cast("dict[bytes, bytes]", self._client.hgetall(SPOOLS))
+        late, oldest = erasure.requested_at, time() - SPOOL_SILENT_SECONDS
+        return tuple(sorted(name.decode() for name, clean in told.items() if oldest < float(clean) < late))
+
+    def _pass(self, erasure: Erasure) -> Erasure:
+        traces = self._traces(erasure)
+        key = erasure_groups_key(erasure.id)
+        if traces.groups:
+            # Of what arrives late only this tells that it belongs to one of them.
+            self._client.sadd(key, *traces.groups)
+            self._client.expire(key, GROUPS_KEPT_SECONDS)
+        traces.groups |= {one.decode() for one in cast("set[bytes]", self._client.smembers(key))}
+        removed = _Removed()
+        self._erase_archive(erasure, traces, removed)
+        self._erase_stream(erasure, traces, removed)
+        self._client.delete(*(feedback_key(target) for target in self._targets(erasure, traces)), b"")
+        kept_replies = self._erase_replies(traces.groups)
+        jobs = self._erase_windows(erasure, traces.groups)
+        policies = taint(self._client, frozenset(jobs))
+        before = erasure.erased
+        erased = Erased(
+            groups=before.groups + len(removed.groups),
+            feedback=before.feedback + len(removed.feedback),
+            other_records=before.other_records + len(removed.others),
+            kept_replies=before.kept_replies + kept_replies,
+            datasets=before.datasets + len(jobs),
+        )
+        return erasure.model_copy(
+            update={
+                "erased": erased,
+                "jobs": tuple(sorted({*erasure.jobs, *jobs})),
+                "policies": tuple(sorted({*erasure.policies, *policies})),
+            }
+        )
+
+    # --- finding -----------------------------------------------------------------------------------------
+
+    def _traces(self, erasure: Erasure) -> _Traces:
+        traces = _Traces()
+        for tenant, row in self._all_groups():
+            if tenant != erasure.tenant:
+                continue
+            is_subject = is_of(erasure, row["user"], row["created_at"])
+            if is_subject:
+                traces.groups.add(row["id"])
+            if row["session"] is not None:
+                (traces.sessions if is_subject else traces.others_sessions).add(row["session"])
+        return traces
+
+    def _all_groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        columns = ("id", "created_at", "user", "session")
+        for segment in self._segments("groups"):
+            for row in self._archive.load(segment, columns).to_pylist():
+                yield segment.tenant, row
+        for _, record in self._stream():
+            if isinstance(record, CandidateGroup):
+                yield record.tenant, record.model_dump(include=set(columns))
+
+    def _segments(self, *kinds: str) -> Iterator[Segment]:
+        for batch in self._archive.manifest.batches_newest_first():
+            yield from (one for one in batch.segments if one.path is not None and one.kind in kinds)
+
+    def _stream(self) -> Iterator[tuple[bytes, LedgerRecord | None]]:
+        """Every entry; None for what cannot be read."""
+        after = "-"
+        while page := cast("list[Entry]", self._client.xrange(LEDGER_STREAM, after, "+", count=PAGE_ENTRIES)):
+            for name, fields in page:
+                try:
+                    yield name, record_of(fields)
+                except UnreadableRecord:
+                    yield name, None
+            after = f"({page[-1][0].decode()}"
+
+    def _is_concerned(self, erasure: Erasure, traces: _Traces, record: LedgerRecord) -> bool:
+        if record.tenant != erasure.tenant:
+            return False
+        user = user_of(record)
+        if user is not None and is_of(erasure, user, record.created_at):
+            return True
+        if isinstance(record, CandidateGroup):
+            return record.id in traces.groups
+        is_of_session = isinstance(record, Feedback) and record.session in traces.own_sessions
+        return record.group_id in traces.groups or is_of_session
+
+    def _targets(self, erasure: Erasure, traces: _Traces) -> set[str]:
+        """What feedback is kept under."""
+        return traces.groups | {target_of(None, session, erasure.tenant) for session in traces.own_sessions}
+
+    # --- removing ----------------------------------------------------------------------------------------
+
+    def _erase_archive(self, erasure: Erasure, traces: _Traces, removed: _Removed) -> None:
+        def change(segment: Segment, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]] | None:
+            kept = [row for row in rows if not self._is_row_concerned(erasure, traces, segment, row)]
+            if len(kept) == len(rows):
+                return None
+            gone = [row for row in rows if self._is_row_concerned(erasure, traces, segment, row)]
+            self._forget_answers(segment, gone)
+            removed.note(segment.kind, (str(row.get("id", row["entry_ms"])) for row in gone))
+            return kept, segment.lacks
+
+        for batch in list(self._archive.manifest.batches_newest_first()):
+            rewrite(self._archive, batch, change, confirm=self._confirm)
+        sweep(self._archive)
+
+    def _is_row_concerned(self, erasure: Erasure, traces: _Traces, segment: Segment, row: dict[str, Any]) -> bool:
+        if segment.kind == "unreadable":
+            # What cannot be read cannot be searched.
+            return cast(int, row["entry_ms"]) <= erasure.requested_at * 1000
+        if segment.tenant != erasure.tenant:
+            return False
+        user = row.get("user") or row.get("author")
+        if user is not None and is_of(erasure, user, row["created_at"]):
+            return True
+        is_of_session = segment.kind == "feedback" and row["session"] in traces.own_sessions
+        return is_of_session or row.get("group_id", row["id"]) in traces.groups
+
+    def _forget_answers(self, segment: Segment, rows: Iterable[dict[str, Any]]) -> None:
+        """What a subject said of anything counts no longer."""
+        if segment.kind != "feedback":
+            return
+        for one in stored("feedback", table_of("feedback", list(rows)), segment.tenant, segment.route):
+            self._forget_answer(cast(Feedback, one.record))
+
+    def _forget_answer(self, said: Feedback) -> None:
+        self._client.hdel(feedback_key(target_of(said.group_id, said.session, said.tenant)), said.question)
+
+    def _erase_stream(self, erasure: Erasure, traces: _Traces, removed: _Removed) -> None:
+        made_before = erasure.requested_at * 1000
+        for name, record in self._stream():
+            if record is None:
+                if int(name.partition(b"-")[0]) <= made_before:
+                    self._client.xdel(LEDGER_STREAM, name)
+                    removed.note("unreadable", [name.decode()])
+            elif self._is_concerned(erasure, traces, record):
+                if isinstance(record, Feedback):
+                    self._forget_answer(record)
+                self._client.xdel(LEDGER_STREAM, name)
+                removed.note(SET_OF[record.kind], [record.id])
+
+    def _erase_replies(self, groups: set[str]) -> int:
+        gone = 0
+        for key in self._replies_of(groups):
+            gone += self._client.delete(key)
+        return gone
+
+    def _replies_of(self, groups: set[str]) -> Iterator[bytes]:
+        if not groups:
+            return
+        for key in cast("Iterator[bytes]", self._client.scan_iter(idempotency_key("*"), count=1000)):
+            kept = cast("bytes | None", self._client.get(key)) or b""
+            if any(found.decode() in groups for found in _GROUP_ID.findall(kept)):
+                yield key
+
+    def _erase_windows(self, erasure: Erasure, groups: set[str]) -> list[str]:
+        concerned = []
+        for job_id, window in windows(self._artefacts).items():
+            gone = [
+                one.group_id
+                for one in read_sources(window)
+                if one.group_id in groups
+                or (one.subject == erasure.subject_digest and one.created_at <= erasure.requested_at)
+            ]
+            if gone:
+                # First the job, so that nobody reads a window that is half there.
+                fail_jobs(self._client, [job_id])
+                delete_content(window, gone)
+                concerned.append(job_id)
+        return concerned
+
+    # --- proving -----------------------------------------------------------------------------------------
+
+    def residue(self, erasure: Erasure) -> int:
+        """How many places still hold something, after looking at every file and every key there is, whether or not a
+        manifest names it."""
+        groups = {one.decode() for one in cast("set[bytes]", self._client.smembers(erasure_groups_key(erasure.id)))}
+        traces = _Traces(groups=groups)
+        late = erasure.requested_at * 1000
+        found = 0
+        for name, record in self._stream():
+            is_unread = record is None and int(name.partition(b"-")[0]) <= late
+            found += is_unread or (record is not None and self._is_concerned(erasure, traces, record))
+        found += sum(self._holds(erasure, groups, name) for name in self._files())
+        found += sum(1 for _ in self._replies_of(groups))
+        found += sum(self._client.exists(feedback_key(one)) for one in groups)
+        sources = [one for window in windows(self._artefacts).values() for one in read_sources(window)]
+        return found + sum(one.group_id in groups for one in sources)
+
+    def _files(self) -> Sequence[str]:
+        return [
+            name
+            for kind in ("groups", "feedback", "outcomes", "exposures")
+            for name in self._archive.storage.names(kind)
+        ]
+
+    def _holds(self, erasure: Erasure, groups: set[str], name: str) -> bool:
+        if f"/tenant={erasure.tenant}/" not in name:
+            return False
+        try:
+            rows = read_table(self._archive.storage.get(name)).to_pylist()
+        except (OSError, ValueError, DamagedSegment):
+            return True
+        return any(
+            row.get("group_id", row["id"]) in groups
+            or is_of(erasure, row.get("user") or row.get("author"), row["created_at"])
+            for row in rows
+        )

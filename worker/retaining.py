@@ -1,0 +1,63 @@
+"""Retention in a stack: which groups have feedback or are pinned, and what Redis holds of what went.
+
+Owns: asking Redis and the frozen windows. Does not own: times and rows (`archive.retention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+from typing import Any, cast
+
+import redis
+
+from archive.manifest import Segment
+from archive.reading import Archive
+from archive.retention import Due, Retention, apply, due
+from bon_algos.contracts import feedback_key, target_of
+from worker.sources import pinned
+
+
+@dataclass(frozen=True)
+class Retaining:
+    """The retention of one archive."""
+
+    client: redis.Redis
+    archive: Archive
+    artefacts: Path
+    retention: Retention
+
+    def plan(self) -> list[Due]:
+        """What would go now."""
+        return due(self.archive, self.retention, time())
+
+    def kept(self, segment: Segment, rows: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+        """Groups among the rows that are kept whatever their age."""
+        ids = [group for row in rows if (group := row.get("group_id", row.get("id"))) is not None]
+        found: set[str] = set()
+        if "pinned" in self.retention.keep:
+            found |= set(ids) & pinned(self.artefacts)
+        if "feedback" in self.retention.keep:
+            found |= self._with_feedback(ids)
+        return frozenset(found)
+
+    def carry_out(self, confirm: Callable[[], None]) -> list[Due]:
+        """Raises OSError, RedisError; again is the same."""
+        dues = self.plan()
+        apply(self.archive, dues, self.retention, self.kept, forgotten=self._forget_answers, confirm=confirm)
+        return dues
+
+    def _with_feedback(self, ids: Sequence[str]) -> set[str]:
+        with self.client.pipeline(transaction=False) as pipe:
+            for one in ids:
+                pipe.exists(feedback_key(one))
+            answers = cast("list[int]", pipe.execute())
+        return {one for one, exists in zip(ids, answers, strict=True) if exists}
+
+    def _forget_answers(self, segment: Segment, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Feedback goes from Redis with the first of its content."""
+        if segment.kind == "feedback" and rows:
+            targets = {target_of(row["group_id"], row["session"], segment.tenant) for row in rows}
+            self.client.delete(*map(feedback_key, targets))

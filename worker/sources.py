@@ -1,0 +1,52 @@
+"""Which groups a frozen window was made of: what pins them in the ledger, and what an erasure finds it by.
+
+Owns: the file beside the window. Does not own: the window (dataset.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from bon_algos.contracts import CandidateGroup, subject_digest
+
+FILE: Final = "groups.json"
+CONTENT: Final = "pools.jsonl.z"
+
+
+class Source(NamedTuple):
+    group_id: str
+    subject: str | None
+    """Digest of tenant and user, where the request named one."""
+    created_at: float
+
+
+def write_sources(directory: Path, groups: Sequence[CandidateGroup]) -> None:
+    rows = [Source(one.id, one.user and subject_digest(one.tenant, one.user), one.created_at) for one in groups]
+    (directory / FILE).write_text(json.dumps(rows))
+
+
+def read_sources(window: Path) -> list[Source]:
+    """None where there is no window."""
+    file = window / FILE
+    return [Source(*row) for row in json.loads(file.read_text())] if file.exists() else []
+
+
+def windows(artefacts: Path) -> dict[str, Path]:
+    """Job -> its frozen window, of those that have one."""
+    return {path.parent.name: path for path in sorted(artefacts.glob("jobs/*/window")) if path.is_dir()}
+
+
+def pinned(artefacts: Path) -> frozenset[str]:
+    """Groups that a frozen window was made of."""
+    return frozenset(one.group_id for window in windows(artefacts).values() for one in read_sources(window))
+
+
+def delete_content(window: Path, erased: Iterable[str]) -> None:
+    """What the window holds of anybody; that there was one, and of whom else, is kept."""
+    (window / CONTENT).unlink(missing_ok=True)
+    gone = frozenset(erased)
+    kept = [one for one in read_sources(window) if one.group_id not in gone]
+    (window / FILE).write_text(json.dumps(kept))

@@ -17,6 +17,7 @@ import click
 
 from bonsai.engines import LORA_RANKS
 from bonsai.replay.command import replay_command
+from bonsai.report_command import report_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,6 +157,7 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
 
 
 main.add_command(replay_command)
+main.add_command(report_command)
 
 
 @main.group()

@@ -47,6 +47,7 @@ from service.routes import (
     openai,
     openapi,
     policies,
+    reports,
     routing,
 )
 from service.serving import Serving
@@ -191,8 +192,9 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
     app.state.draining = Draining()
     app.add_middleware(Door, draining=app.state.draining)
     install_edge(app)
-    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys, openapi):
+    for routes in (generate, openai, feedback, health, routing, policies, reports, distill, experiments, engines, keys):
         app.include_router(routes.router)
+    app.include_router(openapi.router)
     app.state.rights = require_described(rights(app))
     return app
 

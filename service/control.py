@@ -47,6 +47,7 @@ class Control:
     learned: LearnedStrategies
     keys: Keys
     key_ring: KeyRing
+    artefacts: Path
     max_body_bytes: int
 
 
@@ -97,6 +98,7 @@ async def open_control(
             learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
             keys=Keys(redis, key_ring, pepper, admin, default),
             key_ring=key_ring,
+            artefacts=artefacts,
             max_body_bytes=max_body_bytes,
         )
         with suppress(StoreUnavailable, StoreFull):

@@ -15,14 +15,14 @@ import logging
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import redis
 
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import DEFAULT_TENANT, JobSpec, job_key
+from bon_algos.contracts import DEFAULT_TENANT, JobSpec, RewardConfig, job_key
 from bon_algos.scoring import open_readers
 from worker import lease as leases
 from worker.errors import EngineUnavailable, JobCancelled, JobFailed, LeaseLost
@@ -90,12 +90,19 @@ def run(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     asked, tenant = cast("list[bytes | None]", client.hmget(job_key(lease.job_id), ["spec", "tenant"]))
     spec = JobSpec.model_validate_json(asked or b"")
     owner = DEFAULT_TENANT if tenant is None else tenant.decode()
-    readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
-    with Engines(settings.policy_engine_urls[0], settings.reward_model, readers, lease.check) as engines:
-        Distillation(spec, lease, workplace(client, engines, settings), owner).run()
+
+    def engines_with(reward_model: RewardConfig) -> Engines:
+        readers = open_readers(reward_model, lambda member: read_tokenizer(member.directory))
+        return Engines(settings.policy_engine_urls[0], reward_model, readers, lease.check)
+
+    with ExitStack() as opened:
+        engines = opened.enter_context(engines_with(settings.reward_model))
+        second = settings.judge_reward_model
+        judge = None if second is None else opened.enter_context(engines_with(second))
+        Distillation(spec, lease, workplace(client, engines, judge, settings), owner).run()
 
 
-def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -> Workplace:
+def workplace(client: redis.Redis, engines: Engines, judge: Engines | None, settings: WorkerSettings) -> Workplace:
     import torch
 
     from worker.distillation import Workplace
@@ -103,6 +110,7 @@ def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -
     return Workplace(
         client=client,
         engines=engines,
+        judge=judge,
         artefacts=settings.artefacts,
         policy_directory=settings.policy_directory,
         base_policy_id=settings.base_policy_id,

@@ -92,6 +92,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         place = Workplace(
             client=client,
             engines=engines,
+            judge=None,
             artefacts=tmp_path,
             policy_directory=tiny_policy,
             base_policy_id=world.BASE,
@@ -356,11 +357,11 @@ def test_an_attempt_fenced_just_before_its_end_does_not_end_the_job(job, client)
     window = old.freeze()
     training = old.open_training(window)
     old.train(training, window)
-    report = old.evaluate(training.policy, window)
+    evidence = old.evaluate(training.policy, window)
     client.hset(job_key(JOB), "lease_until", 1)
     new = job()
     with pytest.raises(LeaseLost):
-        old.publish(training.policy, window, report)
+        old.publish(training.policy, window, evidence)
     assert state(client) == "running"
     new.run()
     assert state(client) == "succeeded"
@@ -373,14 +374,14 @@ def test_the_next_attempt_adopts_what_was_renamed_but_not_registered(job, client
     window = old.freeze()
     training = old.open_training(window)
     old.train(training, window)
-    report = old.evaluate(training.policy, window)
+    evidence = old.evaluate(training.policy, window)
     adapter = old.attempt / "adapter"
     training.policy.save_adapter(adapter)
     publish(
         tmp_path,
         adapter,
         fingerprint(training.policy, window.held_out),
-        partial(old.manifest, window.data, report, training.policy.rank),
+        partial(old.manifest, window, evidence, training.policy.rank),
     )
     (orphan,) = published(tmp_path)
     client.hset(job_key(JOB), "lease_until", 1)

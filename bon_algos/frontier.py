@@ -12,7 +12,7 @@ Dimension key:  B prompts · N draws of the policy · M draws of the reference �
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -81,18 +81,20 @@ def kl_at_win_rate(win_K: ArrayLike, kl_K: ArrayLike, win: float) -> float:
     return kl if kl > 0 else math.nan
 
 
-def bootstrap_interval(statistic: Callable[[NDArray[np.intp]], float], num_prompts: int, seed: int) -> Interval | None:
-    """A statistic of prompts with its 95 % percentile interval, by resampling whole prompts with replacement.
+def bootstrap_interval(statistic: Callable[[Array], float], value_BC: ArrayLike, seed: int) -> Interval | None:
+    """A statistic of means over prompts with its 95 % percentile interval, by resampling whole prompts.
 
-    statistic: of the places of prompts, some several times; NaN where it is undefined. None when it is undefined on the
-    prompts as they are, or on more than `UNDEFINED_AT_MOST` of the resamples. The same seed gives the same interval.
-    ValueError with fewer than two prompts.
+    statistic: of the means of the C columns; NaN where it is undefined. None when it is undefined on the prompts as
+    they are, or on more than `UNDEFINED_AT_MOST` of the resamples. The same seed gives the same interval.
+    (B, C). ValueError with fewer than two prompts.
     """
+    values = np.asarray(value_BC, dtype=np.float64)
+    num_prompts = len(values)
     if num_prompts < 2:
         raise ValueError(f"an interval across prompts needs at least two, got {num_prompts}")
-    value = statistic(np.arange(num_prompts))
-    rng = np.random.default_rng(seed)
-    drawn = np.array([statistic(rng.integers(num_prompts, size=num_prompts)) for _ in range(RESAMPLES)])
+    value = statistic(values.mean(axis=0))
+    times_RB = np.random.default_rng(seed).multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), RESAMPLES)
+    drawn = np.array([statistic(mean_C) for mean_C in times_RB @ values / num_prompts])
     defined = drawn[np.isfinite(drawn)]
     if not math.isfinite(value) or defined.size < (1 - UNDEFINED_AT_MOST) * RESAMPLES:
         return None
@@ -100,15 +102,11 @@ def bootstrap_interval(statistic: Callable[[NDArray[np.intp]], float], num_promp
     return Interval(mean=value, low=float(low), high=float(high))
 
 
-def ratio_of_means(
-    numerator_B: Sequence[float] | Array, denominator_B: Sequence[float] | Array, seed: int
-) -> Interval | None:
+def ratio_of_means(numerator_B: ArrayLike, denominator_B: ArrayLike, seed: int) -> Interval | None:
     """Σ numerator / Σ denominator over prompts, with its bootstrap interval; undefined where the denominator is not
     above 0. (B,), (B,)"""
-    above, below = np.asarray(numerator_B, dtype=np.float64), np.asarray(denominator_B, dtype=np.float64)
 
-    def ratio(place_B: NDArray[np.intp]) -> float:
-        scale = float(below[place_B].sum())
-        return float(above[place_B].sum()) / scale if scale > 0 else math.nan
+    def ratio(mean_2: Array) -> float:
+        return float(mean_2[0] / mean_2[1]) if mean_2[1] > 0 else math.nan
 
-    return bootstrap_interval(ratio, len(above), seed)
+    return bootstrap_interval(ratio, np.stack([np.asarray(one) for one in (numerator_B, denominator_B)], axis=1), seed)

@@ -68,6 +68,18 @@ _STACK_OPTIONS = (
         help="JSON list of known pairs that the reward model must rank rightly before it chooses anything.",
     ),
     click.option(
+        "--judge-function",
+        default="",
+        metavar="MODULE:FUNCTION",
+        help="A second reward model, which scores reports alone: a Python function.",
+    ),
+    click.option(
+        "--judge-config",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        default=None,
+        help="JSON: the same, reward models that you run yourself.",
+    ),
+    click.option(
         "--host",
         default="127.0.0.1",
         show_default=True,

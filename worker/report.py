@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bon_algos.contracts import (
     Cost,
@@ -240,13 +239,14 @@ class _Curve(NamedTuple):
     def standing(self, judged: Sequence[Judged], kl_B: Array, seed: int) -> Standing:
         """Of the policy: all three means of the same prompts, resampled together."""
         win_B = np.array([win_rate_against_best_of_n(row.order_policy, row.order_reference, 1) for row in judged])
+        num_sizes = len(self.sizes)
 
-        def frontier_kl(place_B: NDArray[np.intp]) -> float:
-            win_K, kl_K = self.win[place_B].mean(axis=0), self.kl[place_B].mean(axis=0)
-            return kl_at_win_rate(win_K, kl_K, float(win_B[place_B].mean()))
+        def frontier_kl(mean: Array) -> float:
+            return kl_at_win_rate(mean[2 : 2 + num_sizes], mean[2 + num_sizes :], float(mean[0]))
 
-        at_equal_win = bootstrap_interval(frontier_kl, len(win_B), seed)
-        ratio = bootstrap_interval(lambda place_B: float(kl_B[place_B].mean()) / frontier_kl(place_B), len(win_B), seed)
+        together = np.column_stack((win_B, kl_B, self.win, self.kl))
+        at_equal_win = bootstrap_interval(frontier_kl, together, seed)
+        ratio = bootstrap_interval(lambda mean: float(mean[1]) / frontier_kl(mean), together, seed)
         note = "" if at_equal_win and ratio else self._why_not(float(win_B.mean()))
         return Standing(frontier_kl=at_equal_win, kl_ratio=ratio, note=note)
 

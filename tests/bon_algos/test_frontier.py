@@ -119,4 +119,4 @@ def test_what_is_often_undefined_has_no_interval():
 
 def test_one_prompt_has_no_interval():
     with pytest.raises(ValueError, match="at least two, got 1"):
-        bootstrap_interval(lambda _: 1.0, 1, 0)
+        bootstrap_interval(lambda mean_C: 1.0, [[1.0]], 0)

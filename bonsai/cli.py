@@ -19,6 +19,7 @@ from bonsai.engines import LORA_RANKS
 from bonsai.engines_command import engines_command
 from bonsai.ledger.command import ledger_command
 from bonsai.replay.command import replay_command
+from bonsai.report_command import report_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,6 +68,18 @@ _STACK_OPTIONS = (
         type=click.Path(path_type=Path, exists=True, dir_okay=False),
         default=None,
         help="JSON list of known pairs that the reward model must rank rightly before it chooses anything.",
+    ),
+    click.option(
+        "--judge-function",
+        default="",
+        metavar="MODULE:FUNCTION",
+        help="A second reward model, which scores reports alone: a Python function.",
+    ),
+    click.option(
+        "--judge-config",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        default=None,
+        help="JSON: the same, reward models that you run yourself.",
     ),
     click.option(
         "--host",
@@ -161,6 +174,7 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
 main.add_command(replay_command)
 main.add_command(engines_command)
 main.add_command(ledger_command)
+main.add_command(report_command)
 
 
 @main.group()

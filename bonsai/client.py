@@ -17,7 +17,15 @@ from typing import Any, Literal, TypeVar
 import aiohttp
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bon_algos.contracts import EvaluationReport, FingerprintResult, Interval, JobSpec, Manifest, PolicyState
+from bon_algos.contracts import (
+    EvaluationReport,
+    FingerprintResult,
+    Interval,
+    JobSpec,
+    Manifest,
+    PolicyReport,
+    PolicyState,
+)
 
 _Reply = TypeVar("_Reply", bound=BaseModel)
 
@@ -224,6 +232,14 @@ class BonsaiClient:
     async def policy(self, policy_id: str) -> Policy:
         return await self._call(Policy, "GET", f"/policies/{policy_id}")
 
+    async def report(self, policy_id: str) -> PolicyReport:
+        """The whole one, of which a policy's manifest has the summary."""
+        return await self._call(PolicyReport, "GET", f"/policies/{policy_id}/report?format=json")
+
+    async def report_file(self, policy_id: str, form: Literal["json", "markdown", "png"]) -> bytes:
+        """The same as it was written."""
+        return await self._exchange("GET", f"/policies/{policy_id}/report?format={form}")
+
     async def promote(self, policy_id: str, *, route: str, override_reason: str) -> None:
         body = {"route": route, "override_reason": override_reason}
         await self._call(Reply, "POST", f"/policies/{policy_id}/promote", body)
@@ -250,6 +266,19 @@ class BonsaiClient:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> _Reply:
+        content = await self._exchange(method, path, body, headers)
+        try:
+            return reply.model_validate_json(content or b"{}")
+        except ValidationError as error:
+            raise UnreadableReply(f"{method} {path}: {error}") from error
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
         give_up = monotonic() + self._patience_seconds
         while True:
             try:
@@ -263,10 +292,7 @@ class BonsaiClient:
             await asyncio.sleep(int(pause))
         if status >= 400:
             raise _refusal(status, content)
-        try:
-            return reply.model_validate_json(content or b"{}")
-        except ValidationError as error:
-            raise UnreadableReply(f"{method} {path}: {error}") from error
+        return content
 
 
 class _ErrorMembers(Reply):

@@ -53,15 +53,17 @@ def function_environment(inherited: Mapping[str, str]) -> dict[str, str]:
     return call_environment({name: value for name, value in inherited.items() if not name.startswith(NOT_INHERITED)})
 
 
-def function_spec(function: RewardFunction, state: StateDirectory, inherited: Mapping[str, str]) -> ProcessSpec:
-    socket = state.reward_socket
+def function_spec(
+    name: str, function: RewardFunction, socket: Path, state: StateDirectory, inherited: Mapping[str, str]
+) -> ProcessSpec:
+    """name: of the process and of its log."""
     program = (sys.executable, "-m", "bonsai.function_reward", function.name)
     return ProcessSpec(
-        name="reward",
+        name=name,
         argv=(*program, "--uds", str(socket), "--seconds", f"{function.seconds:g}"),
         environment=function_environment(inherited),
         directory=function.directory,
-        log=state.log("reward"),
+        log=state.log(name),
         probe=probes.reward_function(socket, function.id),
         socket=socket,
     )

@@ -32,12 +32,12 @@ def open_directory(path: Path, longest: int, digests: Path) -> RewardDirectory:
     return RewardDirectory(model, model_directory.reward_model_id(model_directory.model_digest(model.path, digests)))
 
 
-def read_config(file: Path) -> RewardConfig:
+def read_config(file: Path, option: str = "--reward-config") -> RewardConfig:
     """With absolute directories: gateway and worker do not run where the user does. Raises BadModel."""
     try:
         config = read_reward_config(file.read_bytes())
     except ValueError as error:
-        raise BadModel(f"--reward-config: {error}") from None
+        raise BadModel(f"{option}: {error}") from None
     return config.model_copy(update={"members": tuple(map(_absolute, config.members))})
 
 
@@ -48,7 +48,7 @@ def _absolute(member: VllmMember | HttpMember) -> VllmMember | HttpMember:
 
 
 def config_of(reward: Reward, socket: Path) -> RewardConfig:
-    """What gateway and worker are told. socket: where the stack's own reward model listens."""
+    """What gateway and worker are told. socket: where it listens, if it is the stack's own."""
     url = f"unix://{socket}"
     match reward:
         case RewardConfig():

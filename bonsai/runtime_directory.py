@@ -72,6 +72,10 @@ class StateDirectory:
     def reward_socket(self) -> Path:
         return self.runtime / "reward.sock"
 
+    @property
+    def judge_socket(self) -> Path:
+        return self.runtime / "judge.sock"
+
     def log(self, name: str) -> Path:
         return self.root / "logs" / f"{name}.log"
 

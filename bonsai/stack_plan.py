@@ -30,6 +30,7 @@ from bonsai.runtime_directory import StateDirectory
 from service.reward_test import read_pairs
 
 SHIPPED_MODELS = Path(bonsai.__file__).parent / "demo" / "models"
+DEMO_JUDGE = "bonsai.demo.gold:reward"
 SECRETS_OF_OURS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "BONSAI_API_KEY")
 """To fetch a model, and for clients of a gateway; no process of the stack needs them."""
 GATEWAY_SHUTDOWN_SECONDS = 2
@@ -59,6 +60,10 @@ class Options:
     """That one call of the reward function may take."""
     reward_pairs: Path | None = None
     """Known pairs; None: the demo's for the demo's reward model, none for another."""
+    judge_function: str = ""
+    """module:function: a second reward model for reports; "" is the demo's for the demo's models, none for others."""
+    judge_config: Path | None = None
+    """A RewardConfig as JSON, instead."""
     redis_url: str | None = None
     """A server that somebody else runs. May hold a password: never printed, never in a command line."""
     max_loras: int = 4
@@ -81,6 +86,8 @@ class Plan:
     policy: ModelDirectory
     policy_id: str
     reward: Reward
+    judge: RewardFunction | RewardConfig | None
+    """None: reports have one reward model's opinion alone."""
     redis: RedisServer | None
     """None: `options.redis_url` is used."""
     placement: Placement
@@ -110,12 +117,14 @@ def prepare(options: Options) -> Plan:
             read_pairs(options.reward_pairs)
         except ValueError as error:
             raise model_directory.BadModel(f"--reward-pairs: {error}") from None
+    reward = _reward(options, digests)
     cores = options.cores or len(os.sched_getaffinity(0))
     return Plan(
         options=options,
         policy=policy,
         policy_id=model_directory.policy_id(model_directory.model_digest(policy.path, digests)),
-        reward=_reward(options, digests),
+        reward=reward,
+        judge=_judge(options, reward),
         redis=None if options.redis_url else redis_server.system_server(),
         placement=place(cores, count_gpus()),
     )
@@ -130,6 +139,25 @@ def _reward(options: Options, digests: Path) -> Reward:
         return read_config(options.reward_config)
     path = model_directory.resolve(options.reward, "reward", SHIPPED_MODELS / "reward")
     return open_directory(path, options.max_model_len, digests)
+
+
+def _judge(options: Options, reward: Reward) -> RewardFunction | RewardConfig | None:
+    judge = _asked_judge(options)
+    if judge is not None:
+        chosen, asked = ({member.id for member in config_of(one, Path("/")).members} for one in (reward, judge))
+        if chosen & asked:
+            raise model_directory.BadModel("the second reward model chooses and trains too: it would say nothing new")
+    return judge
+
+
+def _asked_judge(options: Options) -> RewardFunction | RewardConfig | None:
+    if options.judge_function and options.judge_config is not None:
+        raise model_directory.BadModel("--judge-function and --judge-config: a stack has one of them")
+    if options.judge_config is not None:
+        return read_config(options.judge_config, "--judge-config")
+    is_demo = not any((options.policy, options.reward, options.reward_function, options.reward_config))
+    name = options.judge_function or (DEMO_JUDGE if is_demo else "")
+    return open_function(name, options.reward_seconds, options.environment) if name else None
 
 
 def count_gpus() -> int:
@@ -162,11 +190,13 @@ def reward_pairs(plan: Plan) -> Path | None:
 def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, str]:
     """The settings of gateway and worker that this stack decides; everything else keeps its own default."""
     pairs = reward_pairs(plan)
+    judge = {} if plan.judge is None else {"BONSAI_JUDGE_REWARD_MODEL": _told(plan.judge, state.judge_socket)}
     return {
         **({} if pairs is None else {"BONSAI_REWARD_PAIRS": str(pairs)}),
+        **judge,
         "BONSAI_REDIS_URL": redis_url(plan, state),
         "BONSAI_POLICY_ENGINE_URLS": json.dumps([f"unix://{state.policy_socket}"]),
-        "BONSAI_REWARD_MODEL": config_of(plan.reward, state.reward_socket).model_dump_json(),
+        "BONSAI_REWARD_MODEL": _told(plan.reward, state.reward_socket),
         "BONSAI_POLICY_DIRECTORY": str(plan.policy.path),
         "BONSAI_BASE_POLICY_ID": plan.policy_id,
         "BONSAI_MAX_MODEL_LEN": str(plan.policy.max_model_len),
@@ -178,6 +208,10 @@ def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, 
         "BONSAI_HOST": plan.options.host,
         "BONSAI_PORT": str(port),
     }
+
+
+def _told(reward: Reward, socket: Path) -> str:
+    return config_of(reward, socket).model_dump_json()
 
 
 def redis_spec(plan: Plan, state: StateDirectory) -> ProcessSpec | None:
@@ -197,15 +231,16 @@ def redis_spec(plan: Plan, state: StateDirectory) -> ProcessSpec | None:
 
 
 def engine_specs(plan: Plan, state: StateDirectory) -> tuple[ProcessSpec, ...]:
-    """The policy engine and the reward model, unless somebody else runs that."""
-    policy = _policy_spec(plan, state)
-    match plan.reward:
-        case RewardConfig():
-            return (policy,)
-        case RewardFunction() as function:
-            return (policy, function_spec(function, state, plan.options.environment))
-        case RewardDirectory() as reward:
-            return (policy, _reward_spec(plan, reward, state))
+    """The policy engine and the reward models, unless somebody else runs these."""
+    rewards = (("reward", plan.reward, state.reward_socket), ("judge", plan.judge, state.judge_socket))
+    specs = [_policy_spec(plan, state)]
+    for name, reward, socket in rewards:
+        match reward:
+            case RewardFunction():
+                specs.append(function_spec(name, reward, socket, state, plan.options.environment))
+            case RewardDirectory():
+                specs.append(_reward_spec(plan, reward, state))
+    return tuple(specs)
 
 
 def _policy_spec(plan: Plan, state: StateDirectory) -> ProcessSpec:

@@ -53,6 +53,7 @@ from service.routes import (
     openai,
     openapi,
     policies,
+    reports,
     routing,
 )
 from service.routes import ledger as ledger_routes
@@ -70,7 +71,8 @@ LEDGER_SECONDS: Final = 5.0
 
 
 ROUTES: Final = (
-    generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys, ledger_routes, openapi,
+    generate, openai, feedback, health, routing, policies, reports, distill, experiments, engines, keys, ledger_routes,
+    openapi,
 )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ class Control:
     key_ring: KeyRing
     ledger_pages: LedgerPages
     erasures: ErasureBook
+    artefacts: Path
     max_body_bytes: int
 
 
@@ -105,6 +106,7 @@ async def open_control(
             key_ring=key_ring,
             ledger_pages=LedgerPages(redis_of_bytes, archive, pepper),
             erasures=ErasureBook(redis),
+            artefacts=artefacts,
             max_body_bytes=max_body_bytes,
         )
         with suppress(StoreUnavailable, StoreFull):

@@ -12,9 +12,11 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     │   ├── PolicyNotFound               policy_not_found
     │   ├── JobNotFound                  job_not_found
     │   ├── ExperimentNotFound           experiment_not_found
-    │   └── EngineNotFound               engine_not_found
+    │   ├── EngineNotFound               engine_not_found
+    │   ├── ReportNotFound               report_not_found
     │   └── KeyNotFound                  key_not_found
     ├── MethodNotAllowed            405  method_not_allowed
+    ├── NotAcceptable               406  not_acceptable         no form of it that the caller takes
     ├── BodyTimeout                 408  body_timeout
     ├── HeadersTimeout              408  headers_timeout
     ├── Conflict                    409  conflict               the state forbids it now; `code` says why
@@ -126,8 +128,16 @@ class KeyNotFound(NotFound):
     default_code = "key_not_found"
 
 
+class ReportNotFound(NotFound):
+    default_code = "report_not_found"
+
+
 class MethodNotAllowed(GatewayError):
     status, default_code = 405, "method_not_allowed"
+
+
+class NotAcceptable(GatewayError):
+    status, default_code = 406, "not_acceptable"
 
 
 class BodyTimeout(GatewayError):

@@ -42,6 +42,7 @@ WITH_A_BODY: Final = (Unparseable, BodyTimeout, BodyTooLarge, UnsupportedMediaTy
 
 HEADERS: Final = {
     "X-Request-Id": {"description": "As it was sent, or made.", "required": True, "schema": TEXT},
+    "ETag": {"description": "Of what is answered, in quotes.", "required": True, "schema": TEXT},
     "Location": {"description": "Where to find what was made.", "required": True, "schema": TEXT},
     "Retry-After": {"description": "Seconds.", "required": True, "schema": TEXT},
     "WWW-Authenticate": {"description": "Bearer.", "required": True, "schema": TEXT},
@@ -147,6 +148,7 @@ def _refusal(status: int, errors: set[type[GatewayError]], schemas: Schemas) -> 
 def _success(status: int, schema: Schema, row: Operation, schemas: Schemas) -> dict[str, Any]:
     content = {} if schema is None else {"application/json": {"schema": schemas.of(schema)}}
     content |= {"text/event-stream": {"schema": TEXT}} if row.streams else {}
+    content |= {} if schema is None else {media: {"schema": TEXT} for media in row.media}
     response = {"description": HTTPStatus(status).phrase, "headers": _headers(*row.headers)}
     return {**response, "content": content} if content else response
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, JobSpec
+from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, JobSpec, PolicyReport
 from service import ledger_replies, replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.erasures import ErasureRequest
@@ -29,6 +29,7 @@ from service.errors import (
     InvalidField,
     JobNotFound,
     KeyNotFound,
+    NotAcceptable,
     NotFound,
     OverBudget,
     Overloaded,
@@ -36,6 +37,7 @@ from service.errors import (
     PolicyNotServed,
     PolicyRetired,
     RateLimited,
+    ReportNotFound,
     RewardModelUnavailable,
     RouteNotFound,
     StoreFull,
@@ -50,6 +52,7 @@ from service.ledger_query import FIELDS
 from service.ledger_query import MAX_LIMIT as PAGE_LIMIT
 from service.openai_bodies import ChatBody, CompletionBody
 from service.replies import Schema
+from service.report_files import FORMATS
 from service.routes.admin import DEFAULT_LIMIT, MAX_LIMIT
 from service.routes.generate import MAX_UNIT_LENGTH
 from service.routes.ledger import MAX_NAME
@@ -85,6 +88,8 @@ class Operation(NamedTuple):
     """That every success has, beside those of every reply."""
     streams: bool = False
     """A success may be a stream of events instead."""
+    media: tuple[str, ...] = ()
+    """Other forms of a success, for who asks for them."""
 
 
 def _query(name: str, description: str, **schema: Any) -> Parameter:
@@ -225,6 +230,17 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "All policies", {200: replies.listed(replies.POLICY)}, parameters=PAGE, errors=(InvalidField,)
     ),
     ("GET", "/policies/{policy_id}"): Operation("A policy", {200: replies.POLICY}, errors=(PolicyNotFound,)),
+    ("GET", "/policies/{policy_id}/report"): Operation(
+        "The whole report of a policy on held-out prompts",
+        {200: PolicyReport, 304: None},
+        parameters=(
+            _query("format", "Left out: the one that Accept likes best.", type="string", enum=[*FORMATS]),
+            _header("If-None-Match", "An ETag: 304 while the report is that one."),
+        ),
+        errors=(PolicyNotFound, ReportNotFound, NotAcceptable, InvalidField),
+        headers=("ETag",),
+        media=tuple(media for media in FORMATS.values() if media != "application/json"),
+    ),
     ("POST", "/policies/{policy_id}/promote"): Operation(
         "Put a policy live on a route",
         {200: replies.ROUTE},

@@ -14,7 +14,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
@@ -160,23 +160,31 @@ def choose(
 # --- pooling and splitting -------------------------------------------------------------------------------
 
 
-def split_sides(groups: Sequence[CandidateGroup], held_out_fraction: float) -> dict[tuple[int, ...], Side]:
+def split_sides(
+    groups: Sequence[CandidateGroup], held_out_fraction: float, trained_before: Set[tuple[int, ...]] = frozenset()
+) -> dict[tuple[int, ...], Side]:
     """The side of every prompt, by a hash of the prompts and sessions it is linked with.
 
     A family is what shares a prompt or a session, directly or through others. Families whose hash falls below
     the fraction are held out, and the lowest ones in any case until there are `MIN_PROMPTS`, so that a small
-    window can be evaluated. ValueError when no split leaves `MIN_PROMPTS` on either side.
+    window can be evaluated. A family with a prompt of `trained_before`, which an ancestor of the policy has learned
+    from, is never held out. ValueError when no split leaves `MIN_PROMPTS` on either side.
     """
     families = sorted((_family_hash(family), sorted(family)) for family in _families(groups))
     sides: dict[tuple[int, ...], Side] = {}
     num_held_out = 0
     for share, family in families:
-        side: Side = "held_out" if share < held_out_fraction or num_held_out < MIN_PROMPTS else "train"
+        is_low = share < held_out_fraction or num_held_out < MIN_PROMPTS
+        side: Side = "held_out" if is_low and trained_before.isdisjoint(family) else "train"
         sides.update(dict.fromkeys(family, side))
         num_held_out += len(family) if side == "held_out" else 0
     num_train = len(sides) - num_held_out
     if num_train < MIN_PROMPTS or num_held_out < MIN_PROMPTS:
-        raise ValueError(f"{len(sides)} prompts in {len(families)} families split into {num_train} and {num_held_out}")
+        known = (
+            f", {num_known} of them known to an ancestor" if (num_known := len(trained_before & sides.keys())) else ""
+        )
+        split = f"split into {num_train} and {num_held_out}"
+        raise ValueError(f"{len(sides)} prompts{known} in {len(families)} families {split}")
     return sides
 
 
@@ -253,30 +261,37 @@ def freeze(
     *,
     max_groups: int,
     held_out_fraction: float,
+    trained_before: Set[tuple[int, ...]] = frozenset(),
     within: Path | None = None,
 ) -> FrozenWindow:
     """The job's window: made once, read again by every later attempt. Raises JobFailed when it is too little.
 
+    trained_before: prompts that must not be held out, because an ancestor of the policy has learned from them.
     within: the attempt's directory, where it is written before it has its name.
     """
     if not directory.exists():
         chosen, rejected = choose(groups, wanted, max_groups)
-        pools, num_small = _usable_pools(chosen, wanted, rejected, held_out_fraction)
+        pools, num_small = _usable_pools(chosen, wanted, rejected, held_out_fraction, trained_before)
         rejected.update({"too_few_candidates": num_small} if num_small else {})
         _write(directory, within, pools, chosen, rejected)
     return read(directory)
 
 
 def _usable_pools(
-    chosen: Sequence[CandidateGroup], wanted: Requirements, rejected: Counter[str], held_out_fraction: float
+    chosen: Sequence[CandidateGroup],
+    wanted: Requirements,
+    rejected: Counter[str],
+    held_out_fraction: float,
+    trained_before: Set[tuple[int, ...]],
 ) -> tuple[list[PromptPool], int]:
     read = f"{len(chosen)} usable groups of the window, rejected {dict(rejected)}"
     if not chosen:
         raise JobFailed("empty_window", read)
     try:
-        pools = pool(chosen, split_sides(chosen, held_out_fraction), wanted.reference_policy)
+        sides = split_sides(chosen, held_out_fraction, trained_before)
     except ValueError as error:
         raise JobFailed("too_few_prompts", f"{error}; each side needs {MIN_PROMPTS}; {read}") from None
+    pools = pool(chosen, sides, wanted.reference_policy)
     usable = [entry for entry in pools if len(entry.candidates) >= wanted.num_candidates]
     largest = max(len(entry.candidates) for entry in pools)
     for side in ("train", "held_out"):
@@ -315,16 +330,22 @@ def _write(
 
 def read(directory: Path) -> FrozenWindow:
     """A frozen window, checked against its digest. Raises JobFailed when the file is not what was written."""
-    data = DataWindow.model_validate_json((directory / "window.json").read_text())
-    content = zlib.decompress((directory / "pools.jsonl.z").read_bytes())
-    if hashlib.sha256(content).hexdigest() != data.digest:
-        raise JobFailed("window_damaged", f"the frozen window does not match its digest {data.digest[:16]}")
+    data, content = read_content(directory)
     pools = list(_parse(content))
     return FrozenWindow(
         tuple(entry for entry in pools if entry.side == "train"),
         tuple(entry for entry in pools if entry.side == "held_out"),
         data,
     )
+
+
+def read_content(directory: Path) -> tuple[DataWindow, bytes]:
+    """What a frozen window says of itself, and its pools as they were written, one in a line. Raises as `read`."""
+    data = DataWindow.model_validate_json((directory / "window.json").read_text())
+    content = zlib.decompress((directory / "pools.jsonl.z").read_bytes())
+    if hashlib.sha256(content).hexdigest() != data.digest:
+        raise JobFailed("window_damaged", f"the frozen window does not match its digest {data.digest[:16]}")
+    return data, content
 
 
 def _parse(content: bytes) -> Iterator[PromptPool]:

@@ -21,15 +21,16 @@ from bon_algos.algorithms import make_step
 from bon_algos.contracts import (
     DEFAULT_TENANT,
     BonRegressionSpec,
-    DataWindow,
-    EvaluationReport,
     InterpolationSpec,
     JobSpec,
     Manifest,
+    PolicyId,
+    PolicyReport,
 )
 from bon_algos.logprobs import TokenGroup
+from bon_algos.order import mean_interval
 from bon_algos.steps import OnPolicyStep, SequenceLogprobs
-from worker import attempts, checkpoint, dataset, lineage, mixture
+from worker import attempts, checkpoint, dataset, erased_windows, mixture
 from worker.dataset import FrozenWindow, PromptPool
 from worker.engine import Engines
 from worker.erasures import Erasures
@@ -39,14 +40,16 @@ from worker.evaluate import (
     MAX_PROMPTS,
     Judged,
     fingerprint,
-    kl_interval,
+    kl_by_prompt,
     logprob_difference,
     report_of,
     require_same_policy,
     samples_needed,
 )
+from worker.judge import second_opinion
 from worker.lease import Lease
 from worker.ledger import groups_newest_first
+from worker.lineage import lineage
 from worker.loop import Loop
 from worker.mixture import require_same_sampler
 from worker.models import TrainedPolicy, open_policy
@@ -54,6 +57,8 @@ from worker.patience import patiently
 from worker.progress import Progress
 from worker.publish import publish, read_published
 from worker.quantile_model import learned_log_quantiles
+from worker.report import Evidence, Subject, held_out, policy_report
+from worker.report_files import write_report
 from worker.rollouts import Rollouts, spread
 from worker.train import Training
 
@@ -70,6 +75,8 @@ class Workplace:
 
     client: redis.Redis
     engines: Engines
+    judge: Engines | None
+    """The second reward model's, for the report."""
     artefacts: Path
     policy_directory: Path
     base_policy_id: str
@@ -113,8 +120,8 @@ class Distillation:
         else:
             policy = self.interpolated(interpolation)
             require_same_reference(policy, window.train)
-        report = self.evaluate(policy, window)
-        self.publish(policy, window, report)
+        evidence = self.evaluate(policy, window)
+        self.publish(policy, window, evidence)
         attempts.forget(self.directory)
 
     def freeze(self) -> FrozenWindow:
@@ -132,6 +139,7 @@ class Distillation:
         groups = groups_newest_first(
             place.client, spec.route, tenant=self.tenant, since=spec.window.since, archive=place.archive
         )
+        self.lineage = lineage(place.client, place.artefacts, (self.parent_policy_id, *spec.window.policies))
         erasures = Erasures.read(place.client)
         window = dataset.freeze(
             self.directory / "window",
@@ -140,11 +148,18 @@ class Distillation:
             max_groups=spec.window.max_groups,
             held_out_fraction=spec.held_out_fraction,
             within=self.attempt,
+            trained_before=self.lineage.trained,
         )
         # Asked for since then: the eraser may have looked for windows before this one was there.
         if Erasures.read(place.client).concern(self.directory / "window"):
-            raise JobFailed(lineage.CODE, lineage.MESSAGE)
+            raise JobFailed(erased_windows.CODE, erased_windows.MESSAGE)
         return window
+
+    @property
+    def parent_policy_id(self) -> PolicyId:
+        """Whose weights the job begins with."""
+        interpolation = self.spec.method.interpolation
+        return self.workplace.base_policy_id if interpolation is None else interpolation.policy
 
     def open_training(self, window: FrozenWindow) -> Training:
         """The policy with its optimiser, where the newest state left it."""
@@ -245,18 +260,21 @@ class Distillation:
         loop.run(method.steps)
         training.finish()
 
-    def evaluate(self, policy: TrainedPolicy, window: FrozenWindow) -> EvaluationReport:
+    def evaluate(self, policy: TrainedPolicy, window: FrozenWindow) -> Evidence:
         self.progress.enter("evaluating")
+        place = self.workplace
         pools = spread(window.held_out, MAX_PROMPTS)
         num_samples = samples_needed(self.spec.n)
         judged = patiently(
             lambda: self.draw_judged(policy, pools, num_samples),
             self.lease.wait,
-            self.workplace.engine_patience_seconds,
+            place.engine_patience_seconds,
         )
-        difference = require_same_policy(policy, judged, MAX_LOGPROB_DIFFERENCE[self.workplace.device.type])
+        difference = require_same_policy(policy, judged, MAX_LOGPROB_DIFFERENCE[place.device.type])
         log.info("engine and trainer differ by %.1e nats per token", difference)
-        return report_of(judged, kl_interval(policy, judged), self.spec.n)
+        kl_B = kl_by_prompt(policy, judged)
+        opinion = second_opinion(place.judge, judged, self.lease.wait, place.engine_patience_seconds)
+        return Evidence(judged, kl_B, report_of(judged, mean_interval(kl_B), self.spec.n), opinion)
 
     def draw_judged(self, policy: TrainedPolicy, pools: Sequence[PromptPool], num_samples: int) -> list[Judged]:
         with self.rollouts.served(policy) as name:
@@ -265,36 +283,57 @@ class Distillation:
         sides = zip(pools, drawn[: len(pools)], drawn[len(pools) :], strict=True)
         return [Judged(pool, own, reference) for pool, own, reference in sides]
 
-    def publish(self, policy: TrainedPolicy, window: FrozenWindow, report: EvaluationReport) -> None:
+    def publish(self, policy: TrainedPolicy, window: FrozenWindow, evidence: Evidence) -> None:
         self.progress.enter("publishing")
         adapter = self.attempt / "adapter"
         policy.save_adapter(adapter)
         proof = fingerprint(policy, window.held_out)
-        manifest = partial(self.manifest, window.data, report, policy.rank)
+        manifest = partial(self.manifest, window, evidence, policy.rank)
         record = publish(self.workplace.artefacts, adapter, proof, manifest, self.lease.confirm)
-        self.lease.finish_succeeded(record, report.model_dump_json())
+        self.lease.finish_succeeded(record, evidence.summary.model_dump_json())
 
     def manifest(
-        self, data: DataWindow, report: EvaluationReport, rank: int, digest: str, files: dict[str, str]
+        self, window: FrozenWindow, evidence: Evidence, rank: int, digest: str, files: dict[str, str]
     ) -> Manifest:
-        place, interpolation = self.workplace, self.spec.method.interpolation
+        """The manifest, and the whole report that it names, which is written first."""
+        place, created_at = self.workplace, time.time()
+        report = self.report(f"pol-{digest[:16]}", window, evidence, created_at)
         return Manifest(
             tenant=self.tenant,
-            policy_id=f"pol-{digest[:16]}",
+            policy_id=report.policy_id,
             digest=digest,
             base_policy_id=place.base_policy_id,
-            parent_policy_id=place.base_policy_id if interpolation is None else interpolation.policy,
+            parent_policy_id=self.parent_policy_id,
             reward_model_id=place.engines.reward_model_id,
             job_id=self.lease.job_id,
             epoch=self.lease.epoch,
-            created_at=time.time(),
+            created_at=created_at,
             spec=self.spec,
-            data=data,
-            report=report,
+            data=window.data,
+            report=evidence.summary,
             files=files,
+            report_files=write_report(place.artefacts, report),
             lora_rank=rank,
             steps=self.steps,
         )
+
+    def report(self, policy_id: PolicyId, window: FrozenWindow, evidence: Evidence, created_at: float) -> PolicyReport:
+        place, spec = self.workplace, self.spec
+        about = Subject(
+            policy_id=policy_id,
+            base_policy_id=place.base_policy_id,
+            parent_policy_id=self.parent_policy_id,
+            job_id=self.lease.job_id,
+            route=spec.route,
+            method=spec.method.type,
+            created_at=created_at,
+            seed=spec.seed,
+            n=spec.n,
+            reward_model_id=place.engines.reward_model_id,
+            reward_members=place.engines.num_reward_members,
+        )
+        trained = self.lineage.trained | {pool.prompt_ids for pool in window.train}
+        return policy_report(about, held_out(evidence.judged, trained, self.lineage.ancestors), evidence)
 
 
 def prepare_torch(threads: int, device: torch.device) -> None:

@@ -60,6 +60,7 @@ class Engines:
         self._reward_model = reward_model
         self._readers = readers
         self.reward_model_id = reward_model.id
+        self.num_reward_members = len(reward_model.members)
         self.reward_template_digest = template_digest_of(readers)
         self._check = check
         self._runner = asyncio.Runner()

@@ -35,8 +35,8 @@ from bon_algos.contracts import (
     target_of,
 )
 from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
+from worker.erased_windows import fail_jobs, taint
 from worker.erasures import Erasures, LedgerRecord, is_of, user_of
-from worker.lineage import fail_jobs, taint
 from worker.sources import delete_content, read_sources, windows
 
 PAGE_ENTRIES: Final = 500

@@ -3,7 +3,9 @@
 Owns what is drawn and how draws become the report's numbers. Does not own the estimators (`bon_algos.order`)
 nor whether the numbers are good enough: that is decided where traffic is moved.
 
-A prompt is one observation. Every sample is drawn from the engine, the policy's under its own name.
+A prompt is one observation. Every sample is drawn from the engine, the policy's under its own name. The reference's
+draws that the ledger holds of a held-out prompt count beside its fresh ones: same law, same reward model, never learned
+from.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bon_algos.contracts import EvaluationReport, Fingerprint, Interval
+from bon_algos.frontier import Array, win_rate_against_best_of_n
 from bon_algos.logprobs import TokenGroup
-from bon_algos.order import best_of_n_weights, mean_interval, win_rate
-from worker.dataset import PromptPool
+from bon_algos.order import best_of_n_weights, mean_interval
+from worker.dataset import LoggedCandidate, PromptPool
 from worker.errors import JobFailed
 from worker.models import TrainedPolicy
 from worker.rollouts import Rollout
@@ -34,11 +37,30 @@ MIN_FINGERPRINT_TOKENS = 256
 
 
 class Judged(NamedTuple):
-    """A held-out prompt with samples of the policy and as many of the reference."""
+    """A held-out prompt with fresh samples of the policy and as many of the reference."""
 
     pool: PromptPool
     policy: Sequence[Rollout]
     reference: Sequence[Rollout]
+
+    @property
+    def order_policy(self) -> Array:
+        """(N,); what serving compares, of the policy's draws."""
+        return np.array([one.ranking_reward for one in self.policy])
+
+    @property
+    def order_reference(self) -> Array:
+        """(M,); the same of all the reference's draws: the fresh ones, then the ledger's."""
+        return np.array([one.ranking_reward for one in self._drawn_by_reference])
+
+    @property
+    def reward_reference(self) -> Array:
+        """(M,); their rewards. A draw without one ranks last and is worth the worst."""
+        return _rewards(self._drawn_by_reference)
+
+    @property
+    def _drawn_by_reference(self) -> Sequence[Rollout | LoggedCandidate]:
+        return [*self.reference, *self.pool.drawn_by_reference]
 
 
 def samples_needed(n: int) -> int:
@@ -50,8 +72,8 @@ def report_of(judged: Sequence[Judged], kl_policy_reference: Interval, n: int) -
     """The report from the draws. Raises JobFailed when too many draws have no reward."""
     _require_rewards(judged)
     policy_B = np.array([_mean_reward(row.policy) for row in judged])
-    reference_B = np.array([_mean_reward(row.reference) for row in judged])
-    best_B = np.array([_best_of_n(row.reference, n) for row in judged])
+    reference_B = np.array([row.reward_reference.mean() for row in judged])
+    best_B = np.array([best_of_n_weights(row.order_reference, n) @ row.reward_reference for row in judged])
     attainable = float((best_B - reference_B).mean())
     return EvaluationReport(
         prompts=len(judged),
@@ -62,9 +84,8 @@ def report_of(judged: Sequence[Judged], kl_policy_reference: Interval, n: int) -
         reward_gain=mean_interval(policy_B - reference_B),
         n=n,
         gain_share=float((policy_B - reference_B).mean()) / attainable if attainable > 0 else 0.0,
-        win_rate=win_rate(
-            [[one.ranking_reward for one in row.policy] for row in judged],
-            [[one.ranking_reward for one in row.reference] for row in judged],
+        win_rate=share_interval(
+            [win_rate_against_best_of_n(row.order_policy, row.order_reference, 1) for row in judged]
         ),
         kl_policy_reference=kl_policy_reference,
         mean_tokens_policy=_mean_tokens([row.policy for row in judged]),
@@ -72,15 +93,20 @@ def report_of(judged: Sequence[Judged], kl_policy_reference: Interval, n: int) -
     )
 
 
-def kl_interval(policy: TrainedPolicy, judged: Sequence[Judged]) -> Interval:
-    """KL(policy ‖ reference) per completion: the engine's log-probs of the policy's own samples against the
-    trainer's of the reference; nats."""
+def share_interval(share_B: Sequence[float]) -> Interval:
+    """Mean of shares with its interval, cut to [0, 1]."""
+    interval = mean_interval(share_B)
+    return Interval(mean=interval.mean, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
+
+
+def kl_by_prompt(policy: TrainedPolicy, judged: Sequence[Judged]) -> list[float]:
+    """KL(policy ‖ reference) per completion of each prompt: the engine's log-probs of the policy's own samples against
+    the trainer's of the reference; nats."""
     reference = policy.reference_logprobs([_token_group(row) for row in judged])
-    log_ratio_B = [
+    return [
         float(np.mean([one.logprob for one in row.policy])) - float(logprob_N.mean())
         for row, logprob_N in zip(judged, reference, strict=True)
     ]
-    return mean_interval(log_ratio_B)
 
 
 def logprob_difference(
@@ -153,11 +179,9 @@ def _mean_reward(draws: Sequence[Rollout]) -> float:
     return float(np.mean([one.reward for one in draws if one.reward is not None]))
 
 
-def _best_of_n(draws: Sequence[Rollout], n: int) -> float:
-    """Expected reward of what best-of-n serves; a draw without a reward ranks last and is worth the worst."""
+def _rewards(draws: Sequence[Rollout | LoggedCandidate]) -> Array:
     worst = min(one.reward for one in draws if one.reward is not None)
-    values = np.array([worst if one.reward is None else one.reward for one in draws])
-    return float(best_of_n_weights([one.ranking_reward for one in draws], n) @ values)
+    return np.array([worst if one.reward is None else one.reward for one in draws])
 
 
 def _mean_tokens(rows: Sequence[Sequence[Rollout]]) -> float:

@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +23,7 @@ import redis
 from pydantic import ValidationError
 
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import DEFAULT_TENANT, JobSpec, job_key
+from bon_algos.contracts import DEFAULT_TENANT, JobSpec, RewardConfig, job_key
 from bon_algos.scoring import open_readers
 from worker import lease as leases
 from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobHandedBack, LeaseLost
@@ -96,11 +96,18 @@ def run(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     asked, tenant = cast("list[bytes | None]", client.hmget(job_key(lease.job_id), ["spec", "tenant"]))
     spec = read_spec(asked or b"")
     owner = DEFAULT_TENANT if tenant is None else tenant.decode()
-    readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
-    with Engines(settings.policy_engine_urls[0], settings.reward_model, readers, lease.check) as engines:
-        place = workplace(client, engines, settings)
-        with sole_use(lock_of(place.artefacts, place.device), lease.wait):
-            Distillation(spec, lease, place, owner).run()
+
+    def engines_with(reward_model: RewardConfig) -> Engines:
+        readers = open_readers(reward_model, lambda member: read_tokenizer(member.directory))
+        return Engines(settings.policy_engine_urls[0], reward_model, readers, lease.check)
+
+    with ExitStack() as opened:
+        engines = opened.enter_context(engines_with(settings.reward_model))
+        second = settings.judge_reward_model
+        judge = None if second is None else opened.enter_context(engines_with(second))
+        place = workplace(client, engines, judge, settings)
+        opened.enter_context(sole_use(lock_of(place.artefacts, place.device), lease.wait))
+        Distillation(spec, lease, place, owner).run()
 
 
 def read_spec(asked: bytes) -> JobSpec:
@@ -114,7 +121,7 @@ def read_spec(asked: bytes) -> JobSpec:
         raise JobFailed("spec_not_understood", message) from error
 
 
-def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -> Workplace:
+def workplace(client: redis.Redis, engines: Engines, judge: Engines | None, settings: WorkerSettings) -> Workplace:
     import torch
 
     from archive.reading import Archive
@@ -124,6 +131,7 @@ def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -
     return Workplace(
         client=client,
         engines=engines,
+        judge=judge,
         artefacts=settings.artefacts,
         policy_directory=settings.policy_directory,
         base_policy_id=settings.base_policy_id,

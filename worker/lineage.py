@@ -1,73 +1,77 @@
-"""From a dataset that is not what it was to the jobs and policies that learned from it.
+"""What a policy's ancestors were trained on: read from the frozen windows that their manifests name.
 
-Owns: ending jobs that read such a window, marking policies. Does not own: finding the windows (erasing.py).
+Owns the walk from a policy to its ancestors and the set of prompts that any of them learned from, so that none of these
+is ever held out. Does not own the split (`dataset`). A prompt is its tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Final, cast
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import redis
 
-from bon_algos.contracts import OPEN_JOBS, POLICIES_INDEX, PolicyRecord, job_events_key, job_key, policy_key
+from bon_algos.contracts import Manifest, PolicyId, PolicyRecord, policy_key
+from worker.dataset import read_content
+from worker.errors import JobFailed
 
-CODE: Final = "window_erased"
-MESSAGE: Final = "rows of its window were erased at their owner's request: submit the job again"
-
-# KEYS: job, its events, open jobs. ARGV: job id, code, message. One more epoch: what the worker that runs it still
-# sends is refused.
-_FAIL: Final = """
-local state = redis.call('HGET', KEYS[1], 'state')
-if state ~= 'queued' and state ~= 'running' then return 0 end
-local t = redis.call('TIME')
-redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-redis.call('HSET', KEYS[1], 'state', 'failed', 'phase', 'done', 'error_code', ARGV[2], 'error_message', ARGV[3],
-  'finished_at', string.format('%d.%06d', t[1], t[2]), 'lease_until', '0')
-redis.call('XADD', KEYS[2], '*', 'phase', 'done', 'state', 'failed')
-redis.call('SREM', KEYS[3], ARGV[1])
-return 1
-"""
+Prompt = tuple[int, ...]
 
 
-def fail_jobs(client: redis.Redis, jobs: Iterable[str]) -> None:
-    """End those that are not over, with a code that says why."""
-    for job_id in jobs:
-        keys = (job_key(job_id), job_events_key(job_id), OPEN_JOBS)
-        client.eval(_FAIL, len(keys), *keys, job_id, CODE, MESSAGE)
+class Lineage(NamedTuple):
+    """Where a policy comes from."""
+
+    ancestors: tuple[PolicyId, ...]
+    """Distilled ones, each once, nearest first."""
+    trained: frozenset[Prompt]
+    """Prompts that one of them, or one it learned from, was trained on."""
 
 
-def taint(client: redis.Redis, jobs: frozenset[str]) -> tuple[str, ...]:
-    """Mark the policies that these jobs made, and those that were made from them; all of these, marked or not."""
-    if not jobs:
-        return ()
-    names = [name.decode() for name in cast("list[bytes]", client.zrange(POLICIES_INDEX, 0, -1))]
-    manifests = {name: record.manifest for name in names if (record := _policy(client, name)) and record.manifest}
-    concerned = {name for name, one in manifests.items() if one.job_id in jobs}
-    while more := {
-        name
-        for name, one in manifests.items()
-        if name not in concerned and concerned & {one.parent_policy_id, *one.spec.window.policies}
-    }:
-        concerned |= more
-    for name in concerned:
-        _mark(client, name)
-    return tuple(sorted(concerned))
+def lineage(client: redis.Redis, artefacts: Path, parents: Sequence[PolicyId]) -> Lineage:
+    """Of a policy that is made from these, or learns from what they drew; base policies have no ancestors.
+
+    Raises JobFailed (`lineage_unknown`) where the window of an ancestor is gone or is not the one of its manifest: then
+    nobody can tell which prompts are still unseen.
+    """
+    found: list[PolicyId] = []
+    trained: set[Prompt] = set()
+    waiting = list(parents)
+    while waiting:
+        policy_id = waiting.pop(0)
+        manifest = _manifest(client, policy_id)
+        if manifest is None or policy_id in found:
+            continue
+        found.append(policy_id)
+        trained |= _trained(artefacts, manifest)
+        waiting += [manifest.parent_policy_id, *manifest.spec.window.policies]
+    return Lineage(tuple(found), frozenset(trained))
 
 
-def _policy(client: redis.Redis, policy_id: str) -> PolicyRecord | None:
-    found = cast("bytes | None", client.hget(policy_key(policy_id), "record"))
-    return None if found is None else PolicyRecord.model_validate_json(found)
+def _manifest(client: redis.Redis, policy_id: PolicyId) -> Manifest | None:
+    """None for a base policy, and for one that nobody knows: whoever needs that one refuses it."""
+    row = client.hget(policy_key(policy_id), "record")
+    return None if row is None else PolicyRecord.model_validate_json(row).manifest
 
 
-def _mark(client: redis.Redis, policy_id: str) -> None:
-    key = policy_key(policy_id)
+def _trained(artefacts: Path, manifest: Manifest) -> set[Prompt]:
+    directory = artefacts / "jobs" / manifest.job_id / "window"
+    try:
+        data, content = read_content(directory)
+    except (OSError, ValueError, zlib.error, JobFailed) as error:
+        raise _unknown(manifest, f"cannot be read ({type(error).__name__})") from error
+    if data.digest != manifest.data.digest:
+        raise _unknown(manifest, "is not the one that its manifest names")
+    # Not as records: of the candidates, which are nearly all of it, nothing is needed.
+    rows = (json.loads(line) for line in content.splitlines())
+    return {tuple(row["prompt_ids"]) for row in rows if row["side"] == "train"}
 
-    def change(pipe: Any) -> None:
-        record = PolicyRecord.model_validate_json(pipe.hget(key, "record"))
-        pipe.multi()
-        if not record.tainted:
-            pipe.hset(key, "record", record.model_copy(update={"tainted": True}).model_dump_json())
-            pipe.hincrby(key, "version", 1)
 
-    client.transaction(change, key)
+def _unknown(manifest: Manifest, why: str) -> JobFailed:
+    return JobFailed(
+        "lineage_unknown",
+        f"the window that {manifest.policy_id} was trained on {why}, so no prompt is known to be unseen: "
+        f"restore jobs/{manifest.job_id}/window among the artefacts, or distil without this policy",
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from archive.retention import Retention
@@ -34,6 +34,8 @@ class WorkerSettings(BrokerSettings):
     """As the gateway has them. A job samples from the first, and lends its adapters to no other."""
     reward_model: Annotated[RewardConfigSetting, NoDecode]
     """As JSON; the gateway is told the same."""
+    judge_reward_model: Annotated[RewardConfigSetting | None, NoDecode] = None
+    """As JSON: a second one, which has no member with the first in common and scores a policy's report alone."""
     policy_directory: Path
     base_policy_id: PolicyId
     max_model_len: int = Field(ge=2)
@@ -47,6 +49,15 @@ class WorkerSettings(BrokerSettings):
     """None: CUDA when there is one."""
     engine_patience_seconds: float = Field(600.0, gt=0)
     """How long a job waits, inside its lease, for an engine that does not answer."""
+
+    @model_validator(mode="after")
+    def _judge_is_another(self) -> WorkerSettings:
+        judge = () if self.judge_reward_model is None else self.judge_reward_model.members
+        if {member.id for member in judge} & {member.id for member in self.reward_model.members}:
+            raise ValueError(
+                "judge_reward_model has a member that chooses and trains too: its opinion would be no second"
+            )
+        return self
 
 
 class CompactorSettings(BrokerSettings):

@@ -33,6 +33,8 @@ class Manifest(Record):
     report: EvaluationReport
     files: dict[str, str]
     """File name to sha256."""
+    report_files: dict[str, str] = Field(default_factory=dict)
+    """File name to sha256, in `reports/<report_digest of these>`: the whole report. Empty where none was written."""
     lora_rank: int
     steps: int
 

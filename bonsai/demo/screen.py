@@ -149,7 +149,8 @@ def show_curl_lines(console: Console, url: str, key: str, prompt: str, policy: s
         ("what the route answers now: one sample of the distilled policy", f"curl -s '{url}/generate?n={n}' {body}"),
         (f"best of {n} of the reference", f"curl -s {url}/generate -H 'x-bonsai-arm: base:{n}' {body}"),
         ("one sample of the reference", f"curl -s {url}/generate -H 'x-bonsai-arm: base:1' {body}"),
-        ("the policy and its report", f"curl -s {key} {url}/policies/{policy}"),
+        ("the policy", f"curl -s {key} {url}/policies/{policy}"),
+        ("its report, as a model card", f"curl -s {key} '{url}/policies/{policy}/report?format=markdown'"),
         ("the job", f"curl -s {key} {url}/distill/{job}"),
     )
     for what, line in lines:

@@ -73,7 +73,7 @@ async def _function(options: RewardOptions) -> AsyncIterator[RewardConfig]:
     function = open_function(options.function or "", options.seconds, os.environ)
     with tempfile.TemporaryDirectory(prefix="bonsai-replay-") as directory:
         state = open_state(Path(directory), os.environ)
-        spec = function_spec(function, state, os.environ)
+        spec = function_spec("reward", function, state.reward_socket, state, os.environ)
         async with kept(state, "", ((), (spec,)), lambda statuses: None):
             yield config_of(function, state.reward_socket)
 

@@ -311,7 +311,7 @@ def test_the_supervisor_starts_it_again_and_never_calls_a_changed_one_ready(sour
     function = opened(sources, "rewards:reward")
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/tmp")
     state = open_state(tmp_path / "state", os.environ)
-    spec = function_spec(function, state, os.environ)
+    spec = function_spec("reward", function, state.reward_socket, state, os.environ)
     with supervised(state, spec) as status:
         assert status() == "ready "
         client = httpx.Client(transport=httpx.HTTPTransport(uds=str(state.reward_socket)), base_url="http://x")

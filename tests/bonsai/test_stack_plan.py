@@ -15,6 +15,7 @@ from bonsai import probes, up
 from bonsai.function_call import FunctionError
 from bonsai.model_directory import BadModel
 from bonsai.processes import ProcessSpec
+from bonsai.reward_function import RewardFunction
 from bonsai.runtime_directory import StateDirectory
 from bonsai.secrets import make_secrets
 from bonsai.stack_plan import Options, Plan, prepare, url_host
@@ -234,3 +235,54 @@ def test_a_file_that_describes_no_reward_model_is_refused_in_words(
     (rewards / "reward.json").write_text(content)
     with pytest.raises(BadModel, match=f"--reward-config: .*{words}"):
         make_plan(reward="", reward_config=rewards / "reward.json")
+
+
+# --- a second reward model --------------------------------------------------------------------------------
+
+
+def test_a_second_reward_model_is_a_process_of_its_own_that_the_worker_is_told(
+    make_plan: MakePlan, tmp_path: Path, rewards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = specs_of(make_plan(judge_function="rewards:reward"), tmp_path)
+    assert list(specs) == ["redis", "policy", "reward", "judge", "gateway", "worker"]
+    argv = specs["judge"].argv
+    assert argv[1:4] == ("-m", "bonsai.function_reward", "rewards:reward")
+    for name, value in specs["worker"].environment.items():
+        monkeypatch.setenv(name, value)
+    judge = WorkerSettings().judge_reward_model
+    assert judge is not None
+    assert judge.members[0].url == f"unix://{argv[argv.index('--uds') + 1]}"
+    assert judge.id != WorkerSettings().reward_model.id
+    assert "reward.sock" not in judge.members[0].url
+
+
+def test_one_of_somebody_else_is_told_and_not_started(make_plan: MakePlan, tmp_path: Path, rewards: Path) -> None:
+    file = rewards / "judge.json"
+    file.write_text('{"members": [{"kind": "http", "url": "http://127.0.0.1:9", "model": "a"}]}')
+    specs = specs_of(make_plan(judge_config=file), tmp_path)
+    assert "judge" not in specs
+    assert (
+        RewardConfig.model_validate_json(specs["worker"].environment["BONSAI_JUDGE_REWARD_MODEL"]).members[0].model
+        == "a"
+    )
+
+
+def test_without_one_nobody_is_told_of_any(make_plan: MakePlan, tmp_path: Path) -> None:
+    assert "BONSAI_JUDGE_REWARD_MODEL" not in specs_of(make_plan(), tmp_path)["worker"].environment
+
+
+def test_the_demos_models_are_judged_by_the_gold_reward(make_plan: MakePlan, tmp_path: Path) -> None:
+    plan = make_plan(policy="", reward="")
+    assert isinstance(plan.judge, RewardFunction)
+    assert plan.judge.name == "bonsai.demo.gold:reward"
+    assert make_plan(reward="").judge is None  # another policy: the demo's grammar says nothing of it
+
+
+def test_what_chooses_and_trains_gives_no_second_opinion(make_plan: MakePlan, rewards: Path) -> None:
+    with pytest.raises(BadModel, match="it would say nothing new"):
+        make_plan(reward="", reward_function="rewards:reward", judge_function="rewards:reward")
+    (rewards / "judge.json").write_text("{}")
+    with pytest.raises(BadModel, match="--judge-config: members"):
+        make_plan(judge_config=rewards / "judge.json")
+    with pytest.raises(BadModel, match="a stack has one of them"):
+        make_plan(judge_config=rewards / "judge.json", judge_function="rewards:reward")

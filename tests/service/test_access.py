@@ -49,6 +49,7 @@ MATRIX = {
     ("POST", "/routes/{route}/rollback"): "admin operator",
     ("GET", "/policies"): READERS,
     ("GET", "/policies/{policy_id}"): READERS,
+    ("GET", "/policies/{policy_id}/report"): READERS,
     ("POST", "/policies/{policy_id}/promote"): "admin operator",
     ("GET", "/experiments/{route}"): READERS,
     ("PUT", "/experiments/{route}"): "admin operator",

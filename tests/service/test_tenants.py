@@ -98,6 +98,7 @@ def foreign(owned: Owned) -> dict[tuple[str, str], tuple[str, object]]:
         ("DELETE", "/routes/{route}"): ("/routes/chat", None),
         ("POST", "/routes/{route}/rollback"): ("/routes/chat/rollback", None),
         ("GET", "/policies/{policy_id}"): (f"/policies/{owned.policy}", None),
+        ("GET", "/policies/{policy_id}/report"): (f"/policies/{owned.policy}/report", None),
         ("POST", "/policies/{policy_id}/promote"): (f"/policies/{owned.policy}/promote", promote),
         ("GET", "/experiments/{route}"): ("/experiments/chat", None),
         ("PUT", "/experiments/{route}"): ("/experiments/chat", {"arms": ARMS}),

@@ -12,16 +12,19 @@ from safetensors.torch import load_file
 from archive.reading import Archive
 from bon_algos.contracts import (
     METHOD_NAMES,
+    REPORT_FILES,
     WEIGHING_METHODS,
     Fingerprint,
     JobSpec,
     Manifest,
     Method,
     PolicyRecord,
+    PolicyReport,
     Window,
     adapter_digest,
     job_key,
     policy_key,
+    report_digest,
 )
 from bon_algos.importance import effective_sample_size
 from bon_algos.scoring import Completion, open_readers
@@ -93,6 +96,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         place = Workplace(
             client=client,
             engines=engines,
+            judge=None,
             artefacts=tmp_path,
             policy_directory=tiny_policy,
             base_policy_id=world.BASE,
@@ -118,6 +122,14 @@ def published(tmp_path):
     return sorted(path.name for path in (tmp_path / "policies").glob("*")) if (tmp_path / "policies").exists() else []
 
 
+def report_of(manifest, artefacts):
+    """The record that the manifest names, whose files are what it says."""
+    home = artefacts / "reports" / report_digest(manifest.report_files)
+    assert manifest.report_files == {path.name: sha256_file(path) for path in home.iterdir()}
+    assert set(manifest.report_files) == set(REPORT_FILES)
+    return PolicyReport.model_validate_json((home / "report.json").read_text())
+
+
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, engine, tmp_path, method):
     attempt = job(method)
@@ -135,6 +147,10 @@ def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, e
     assert (manifest.job_id, manifest.epoch, manifest.spec) == (JOB, 1, attempt.spec)
     assert manifest.data.groups == 24
     assert manifest.report.prompts == manifest.data.held_out_groups
+    whole = report_of(manifest, tmp_path)
+    assert (whole.policy_id, whole.win_rate_reference) == (policy_id, manifest.report.win_rate)
+    assert (whole.held_out.ancestors, whole.held_out.seen_in_training) == ((), 0)
+    assert whole.held_out.trained_prompts > 10
     assert checkpoint.newest(attempt.directory) is None  # an ended job keeps no states
 
 
@@ -208,6 +224,8 @@ def test_a_finished_policy_is_taken_back_towards_its_reference(job, client, tmp_
     record = PolicyRecord.model_validate_json(client.hget(policy_key(child), "record"))
     assert record.manifest is not None
     assert (record.manifest.parent_policy_id, record.manifest.steps) == (parent, 0)
+    held_out = report_of(record.manifest, tmp_path).held_out
+    assert (held_out.ancestors, held_out.seen_in_training) == ((parent,), 0)
     part = load_file(tmp_path / record.directory / "adapter_model.safetensors")
     for name, factor in whole.items():
         torch.testing.assert_close(part[name], factor * (0.25 if ".lora_B." in name else 1.0), rtol=0, atol=0)
@@ -360,11 +378,11 @@ def test_an_attempt_fenced_just_before_its_end_does_not_end_the_job(job, client)
     window = old.freeze()
     training = old.open_training(window)
     old.train(training, window)
-    report = old.evaluate(training.policy, window)
+    evidence = old.evaluate(training.policy, window)
     client.hset(job_key(JOB), "lease_until", 1)
     new = job()
     with pytest.raises(LeaseLost):
-        old.publish(training.policy, window, report)
+        old.publish(training.policy, window, evidence)
     assert state(client) == "running"
     new.run()
     assert state(client) == "succeeded"
@@ -377,14 +395,14 @@ def test_the_next_attempt_adopts_what_was_renamed_but_not_registered(job, client
     window = old.freeze()
     training = old.open_training(window)
     old.train(training, window)
-    report = old.evaluate(training.policy, window)
+    evidence = old.evaluate(training.policy, window)
     adapter = old.attempt / "adapter"
     training.policy.save_adapter(adapter)
     publish(
         tmp_path,
         adapter,
         fingerprint(training.policy, window.held_out),
-        partial(old.manifest, window.data, report, training.policy.rank),
+        partial(old.manifest, window, evidence, training.policy.rank),
         old.lease.confirm,
     )
     (orphan,) = published(tmp_path)

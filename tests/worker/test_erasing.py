@@ -30,7 +30,7 @@ from bon_algos.contracts import (
 from tests.archive.records import archive_at, feedback, group
 from tests.service.records import manifest
 from tests.worker import world
-from worker import lineage
+from worker import erased_windows
 from worker.compaction import Compaction, Limits
 from worker.dataset import Requirements, freeze
 from worker.erasing import Eraser
@@ -230,7 +230,7 @@ def test_L23_a_job_that_reads_the_window_fails_and_what_was_learned_is_tainted(c
     for policy_id in receipt.policies:
         assert PolicyRecord.model_validate_json(client.hget(policy_key(policy_id), "record")).tainted
     told = client.hmget(job_key("job_1"), ["state", "error_code", "epoch"])
-    assert told == [b"failed", lineage.CODE.encode(), b"2"]
+    assert told == [b"failed", erased_windows.CODE.encode(), b"2"]
     assert not (directory / "jobs" / "job_1" / "window" / "pools.jsonl.z").exists()
     assert ADA.encode() not in everywhere(client, directory)
 

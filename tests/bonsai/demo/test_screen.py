@@ -17,5 +17,5 @@ def test_every_line_to_try_brings_the_key_from_its_file() -> None:
     show_curl_lines(console, "http://127.0.0.1:8000", key, "Once", "pol-0123456789abcdef", "job_1", 16)
     assert isinstance(console.file, StringIO)
     lines = [line for line in console.file.getvalue().splitlines() if line.strip().startswith("curl")]
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert all('-H "Authorization: Bearer $(cat /state/admin.key)"' in line for line in lines)

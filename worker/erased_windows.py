@@ -1,0 +1,73 @@
+"""From a dataset that is not what it was to the jobs and policies that learned from it.
+
+Owns: ending jobs that read such a window, marking policies. Does not own: finding the windows (erasing.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, cast
+
+import redis
+
+from bon_algos.contracts import OPEN_JOBS, POLICIES_INDEX, PolicyRecord, job_events_key, job_key, policy_key
+
+CODE: Final = "window_erased"
+MESSAGE: Final = "rows of its window were erased at their owner's request: submit the job again"
+
+# KEYS: job, its events, open jobs. ARGV: job id, code, message. One more epoch: what the worker that runs it still
+# sends is refused.
+_FAIL: Final = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state ~= 'queued' and state ~= 'running' then return 0 end
+local t = redis.call('TIME')
+redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+redis.call('HSET', KEYS[1], 'state', 'failed', 'phase', 'done', 'error_code', ARGV[2], 'error_message', ARGV[3],
+  'finished_at', string.format('%d.%06d', t[1], t[2]), 'lease_until', '0')
+redis.call('XADD', KEYS[2], '*', 'phase', 'done', 'state', 'failed')
+redis.call('SREM', KEYS[3], ARGV[1])
+return 1
+"""
+
+
+def fail_jobs(client: redis.Redis, jobs: Iterable[str]) -> None:
+    """End those that are not over, with a code that says why."""
+    for job_id in jobs:
+        keys = (job_key(job_id), job_events_key(job_id), OPEN_JOBS)
+        client.eval(_FAIL, len(keys), *keys, job_id, CODE, MESSAGE)
+
+
+def taint(client: redis.Redis, jobs: frozenset[str]) -> tuple[str, ...]:
+    """Mark the policies that these jobs made, and those that were made from them; all of these, marked or not."""
+    if not jobs:
+        return ()
+    names = [name.decode() for name in cast("list[bytes]", client.zrange(POLICIES_INDEX, 0, -1))]
+    manifests = {name: record.manifest for name in names if (record := _policy(client, name)) and record.manifest}
+    concerned = {name for name, one in manifests.items() if one.job_id in jobs}
+    while more := {
+        name
+        for name, one in manifests.items()
+        if name not in concerned and concerned & {one.parent_policy_id, *one.spec.window.policies}
+    }:
+        concerned |= more
+    for name in concerned:
+        _mark(client, name)
+    return tuple(sorted(concerned))
+
+
+def _policy(client: redis.Redis, policy_id: str) -> PolicyRecord | None:
+    found = cast("bytes | None", client.hget(policy_key(policy_id), "record"))
+    return None if found is None else PolicyRecord.model_validate_json(found)
+
+
+def _mark(client: redis.Redis, policy_id: str) -> None:
+    key = policy_key(policy_id)
+
+    def change(pipe: Any) -> None:
+        record = PolicyRecord.model_validate_json(pipe.hget(key, "record"))
+        pipe.multi()
+        if not record.tainted:
+            pipe.hset(key, "record", record.model_copy(update={"tainted": True}).model_dump_json())
+            pipe.hincrby(key, "version", 1)
+
+    client.transaction(change, key)

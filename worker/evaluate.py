@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bon_algos.acceptance import MIN_FINGERPRINT_TOKENS
 from bon_algos.contracts import EvaluationReport, Fingerprint, Interval
 from bon_algos.logprobs import TokenGroup
 from bon_algos.order import best_of_n_weights, mean_interval, win_rate
@@ -30,7 +31,6 @@ MAX_LOGPROB_DIFFERENCE = {"cpu": 1e-3, "cuda": 2e-2}
 """Nats per token, mean, engine against trainer, by the precision the device computes in."""
 CHECKED_PROMPTS = 16
 FINGERPRINT_TOKENS = 384
-MIN_FINGERPRINT_TOKENS = 256
 
 
 class Judged(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter
 
-from bon_algos.contracts.record import DEFAULT_TENANT, SCHEMA_VERSION, PolicyId, Record, RouteName
+from bon_algos.contracts.record import DEFAULT_TENANT, SCHEMA_VERSION, PolicyId, Record, RouteName, Tag
 
 
 class ToolCall(Record):
@@ -172,6 +172,8 @@ class CandidateGroup(Record):
     arm_reason: ArmReason
     session: str | None = None
     """Groups of one session never fall on both sides of a train/held-out split."""
+    tags: tuple[Tag, ...] = ()
+    """What the caller called it, so that a job's window can ask for it."""
     policy_id: PolicyId
     """Who sampled it. Quantiles are only meaningful against this policy."""
     reward_model_id: str

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bon_algos.acceptance import Requirements
 from tests.worker import world
 from tests.worker.stub_engine import StubEngine, save_tokenizer
-from worker.dataset import Requirements, freeze
+from worker.dataset import freeze
 
 
 @pytest.fixture(scope="session")

@@ -109,12 +109,16 @@ def parquet_rows_of(stream: BinaryIO) -> Iterator[Row]:
 
 def _opened(stream: BinaryIO) -> pq.ParquetFile:
     """Its form checked, before anything of its size is believed."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     _require_footer(stream)
-    file = pq.ParquetFile(
-        stream, thrift_string_size_limit=MAX_FOOTER_BYTES, thrift_container_size_limit=MAX_FOOTER_BYTES // 64
-    )
+    limits = {"thrift_string_size_limit": MAX_FOOTER_BYTES, "thrift_container_size_limit": MAX_FOOTER_BYTES // 64}
+    try:
+        file = pq.ParquetFile(stream, **limits)
+    except (pa.ArrowException, OSError, ValueError):
+        message = "is a Parquet file whose footer cannot be read: it is damaged, too large or nested too deeply"
+        raise UnreadableFile(None, message) from None
     metadata = file.metadata
     if metadata.num_columns > MAX_COLUMNS:
         raise UnreadableFile(None, f"has {metadata.num_columns} columns; at most {MAX_COLUMNS} are read")

@@ -5,11 +5,9 @@ Owns: opening and closing what a gateway consists of, and the list of its routes
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from fastapi import FastAPI
@@ -41,6 +39,7 @@ from service.routes import (
     engines,
     experiments,
     feedback,
+    files,
     generate,
     health,
     keys,
@@ -53,6 +52,7 @@ from service.serving import Serving
 from service.settings import GatewaySettings
 from service.spool import Spool
 from service.store import open_redis
+from service.tokenizer_files import read_tokenizer
 from service.vllm import PolicyEngine
 
 MEASUREMENTS_SECONDS: Final = 10.0
@@ -81,7 +81,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         reward_model = RewardModel(settings.reward_model, readers)
         stack.push_async_callback(reward_model.close)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
-        control = await stack.enter_async_context(_control(engine, settings))
+        control = await stack.enter_async_context(_control(engine, reward_model, tokenizer, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
         serving = Serving(
@@ -114,14 +114,21 @@ def _limits(settings: GatewaySettings) -> Limits:
     return Limits(FairQueue(settings.max_tokens_in_flight, settings.max_tokens_waiting), Allowances(of_a_key))
 
 
-def _control(engine: EnginePool, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
+def _control(
+    engine: EnginePool, reward_model: RewardModel, tokenizer: ChatTokenizer, settings: GatewaySettings
+) -> AbstractAsyncContextManager[Control]:
     pepper = read_pepper(settings.key_pepper_file)
     return open_control(
         engine.replicas,
         redis_url=settings.redis_url,
         base_policy_id=settings.base_policy_id,
         reward_model_id=settings.reward_model.id,
+        reward_template_digest=reward_model.template_digest,
         artefacts=settings.artefacts,
+        tokenizer=tokenizer,
+        policy_directory=settings.policy_directory,
+        window=settings.max_model_len,
+        file_max_bytes=settings.file_max_bytes,
         n_cap=settings.n_cap,
         default_max_tokens=settings.default_max_tokens,
         reconcile_seconds=settings.reconcile_seconds,
@@ -191,17 +198,20 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
     app.state.draining = Draining()
     app.add_middleware(Door, draining=app.state.draining)
     install_edge(app)
-    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys, openapi):
+    for routes in (
+        generate,
+        openai,
+        feedback,
+        health,
+        routing,
+        policies,
+        distill,
+        experiments,
+        engines,
+        keys,
+        files,
+        openapi,
+    ):
         app.include_router(routes.router)
     app.state.rights = require_described(rights(app))
     return app
-
-
-def read_tokenizer(directory: Path) -> ChatTokenizer:
-    """Tokenizer and chat template of a local model directory."""
-    template = directory / "chat_template.jinja"
-    return ChatTokenizer(
-        (directory / "tokenizer.json").read_text(encoding="utf-8"),
-        json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")),
-        template.read_text(encoding="utf-8") if template.exists() else None,
-    )

@@ -1,7 +1,7 @@
 """The control plane as one object: what the admin routes may touch, built once, at start-up.
 
-Owns: the wiring of catalogue, keys, registry, jobs, experiments, publishing, curves, what is learned of rewards, and
-their loops. Does not own: HTTP.
+Owns: the wiring of catalogue, keys, registry, jobs, files, experiments, publishing, curves, what is learned of rewards,
+and their loops. Does not own: HTTP.
 `open_control` is the composition root of everything that changes traffic; the hot path needs `catalogue` alone.
 """
 
@@ -14,12 +14,15 @@ from pathlib import Path
 from time import time
 from typing import Final
 
+from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import PolicyRecord, Route
 from service.catalogue import Catalogue
 from service.curve import Curves
 from service.dispatch import Dispatcher, open_producer, send_job
+from service.dry_run import DryRuns
 from service.errors import StoreFull, StoreUnavailable
 from service.experiment_store import Experiments
+from service.files import Files
 from service.jobs import Jobs
 from service.keys import KeyRecord, KeyRing, Keys
 from service.learned import LearnedStrategies
@@ -41,6 +44,8 @@ class Control:
     policies: Policies
     experiments: Experiments
     jobs: Jobs
+    files: Files
+    dry_runs: DryRuns
     dispatcher: Dispatcher
     publishers: Publishers
     curves: Curves
@@ -57,7 +62,12 @@ async def open_control(
     redis_url: str,
     base_policy_id: str,
     reward_model_id: str,
+    reward_template_digest: str,
     artefacts: Path,
+    tokenizer: ChatTokenizer,
+    policy_directory: Path,
+    window: int,
+    file_max_bytes: int,
     n_cap: int,
     default_max_tokens: int,
     reconcile_seconds: float,
@@ -76,6 +86,14 @@ async def open_control(
     producer = open_producer(redis_url)
     async with open_redis(redis_url) as redis, open_redis(redis_url, in_bytes=True) as redis_of_bytes:
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
+        files = Files(
+            redis,
+            artefacts=artefacts,
+            max_bytes=file_max_bytes,
+            tokenizer=tokenizer,
+            policy_directory=policy_directory,
+            window=window,
+        )
         key_ring = KeyRing(redis, pepper, admin)
         control = Control(
             catalogue=catalogue,
@@ -83,6 +101,15 @@ async def open_control(
             policies=policies,
             experiments=Experiments(redis),
             jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
+            files=files,
+            dry_runs=DryRuns(
+                redis_of_bytes,
+                files,
+                base_policy_id=base_policy_id,
+                reward_model_id=reward_model_id,
+                reward_template_digest=reward_template_digest,
+                tokenizer=tokenizer,
+            ),
             dispatcher=Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=reconcile_seconds),
             publishers=Publishers(
                 engines,

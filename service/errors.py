@@ -12,7 +12,8 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     │   ├── PolicyNotFound               policy_not_found
     │   ├── JobNotFound                  job_not_found
     │   ├── ExperimentNotFound           experiment_not_found
-    │   └── EngineNotFound               engine_not_found
+    │   ├── EngineNotFound               engine_not_found
+    │   ├── FileNotFound                 file_not_found
     │   └── KeyNotFound                  key_not_found
     ├── MethodNotAllowed            405  method_not_allowed
     ├── BodyTimeout                 408  body_timeout
@@ -120,6 +121,10 @@ class ExperimentNotFound(NotFound):
 
 class EngineNotFound(NotFound):
     default_code = "engine_not_found"
+
+
+class FileNotFound(NotFound):
+    default_code = "file_not_found"
 
 
 class KeyNotFound(NotFound):

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from bon_algos.contracts import POLICY_ID_PATTERN, JobSpec
+from bon_algos.contracts import POLICY_ID_PATTERN, JobSpec, Record
 from service import replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.errors import (
@@ -23,6 +23,7 @@ from service.errors import (
     EngineRefused,
     EngineUnavailable,
     ExperimentNotFound,
+    FileNotFound,
     Forbidden,
     GatewayError,
     InvalidField,
@@ -59,6 +60,15 @@ class Body(NamedTuple):
     model: type[BaseModel]
     example: Mapping[str, Any]
     nulls: Nulls = "as declared"
+    media_type: str = "application/json"
+
+
+class FileForm(Record):
+    """The parts of the form that a file comes in."""
+
+    file: bytes = Field(json_schema_extra={"format": "binary"})
+    """JSONL or Parquet, as docs/training-files.md has it."""
+    purpose: Literal["fine-tune"]
 
 
 class Parameter(NamedTuple):
@@ -77,9 +87,11 @@ class Operation(NamedTuple):
     errors: tuple[type[GatewayError], ...] = ()
     """Beside those of every operation."""
     headers: tuple[str, ...] = ()
-    """That every success has, beside those of every reply."""
+    """That what was made (201, 202) comes with, beside those of every reply."""
     streams: bool = False
     """A success may be a stream of events instead."""
+    media_type: str = "application/json"
+    """Of a success."""
 
 
 def _query(name: str, description: str, **schema: Any) -> Parameter:
@@ -230,14 +242,14 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         (PolicyNotFound, RouteNotFound, Conflict, StoreFull),
     ),
     ("POST", "/distill"): Operation(
-        "Submit a distillation",
-        {202: replies.JOB},
+        "Submit a distillation, or be told what it would learn from",
+        {202: replies.JOB, 200: replies.DRY_RUN},
         Body(
             JobSpec,
             {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
         ),
-        (ONCE,),
-        (RouteNotFound, PolicyNotFound, StoreFull),
+        (_query("dry_run", "Nothing is submitted: the reply is of the data.", type="boolean", default=False), ONCE),
+        (RouteNotFound, PolicyNotFound, FileNotFound, Overloaded, StoreFull),
         headers=("Location",),
     ),
     ("GET", "/distill"): Operation(
@@ -252,6 +264,37 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("POST", "/distill/{job_id}/cancel"): Operation(
         "Cancel a job", {200: replies.JOB}, errors=(JobNotFound, Conflict, StoreFull)
+    ),
+    ("POST", "/v1/files"): Operation(
+        "Upload what jobs can learn from",
+        {200: replies.FILE},
+        Body(
+            FileForm,
+            {"purpose": "fine-tune", "file": '{"prompt": "1+1=", "completions": ["2", "3"], "rewards": [1.0, 0.0]}'},
+            media_type="multipart/form-data",
+        ),
+        errors=(Conflict, StoreFull),
+    ),
+    ("GET", "/v1/files"): Operation(
+        "All files",
+        {200: replies.listed(replies.FILE)},
+        parameters=(
+            _query("purpose", "Only files for this; there is one.", type="string"),
+            _query("limit", "Rows.", type="integer", minimum=1, maximum=10_000, default=1000),
+            AFTER,
+            _query("order", "By the time of their upload.", enum=["asc", "desc"], default="desc"),
+        ),
+        errors=(InvalidField,),
+    ),
+    ("GET", "/v1/files/{file_id}"): Operation("A file", {200: replies.FILE}, errors=(FileNotFound,)),
+    ("GET", "/v1/files/{file_id}/content"): Operation(
+        "What is in a file",
+        {200: replies.CONTENT},
+        errors=(FileNotFound,),
+        media_type="application/octet-stream",
+    ),
+    ("DELETE", "/v1/files/{file_id}"): Operation(
+        "Delete a file", {200: replies.DELETED_FILE}, errors=(FileNotFound, Conflict, StoreFull)
     ),
     ("PUT", "/experiments/{route}"): Operation(
         "Start an experiment or raise a weight",

@@ -5,6 +5,7 @@ proposes and the service decides (`registry`), and the names both sides use (`na
 stored, sent or trained. Everything is imported from here.
 """
 
+from bon_algos.contracts.data_report import DataReport, GainPoint, Leakage, RewardDistribution, Spread, Trouble
 from bon_algos.contracts.files import FileRecord, RowCompletion, RowFault, RowSampling, TrainingRow
 from bon_algos.contracts.jobs import (
     ANY_LAW_METHODS,
@@ -167,6 +168,7 @@ __all__ = [
     "Candidate",
     "CandidateFailure",
     "CandidateGroup",
+    "DataReport",
     "DataWindow",
     "DpoSpec",
     "EvaluationReport",
@@ -181,6 +183,7 @@ __all__ = [
     "Fingerprint",
     "FingerprintResult",
     "FinishReason",
+    "GainPoint",
     "HttpMember",
     "InterpolationSpec",
     "Interval",
@@ -190,6 +193,7 @@ __all__ = [
     "JobPhase",
     "JobSpec",
     "JobState",
+    "Leakage",
     "LedgerRecord",
     "LoggedSpec",
     "Manifest",
@@ -205,6 +209,7 @@ __all__ = [
     "Record",
     "RewardConfig",
     "RewardConfigSetting",
+    "RewardDistribution",
     "RlooSpec",
     "Route",
     "RouteName",
@@ -214,6 +219,7 @@ __all__ = [
     "SampledSpec",
     "Sampling",
     "SelectionStatus",
+    "Spread",
     "StopReason",
     "Strategy",
     "Tag",
@@ -222,6 +228,7 @@ __all__ = [
     "ToolCall",
     "TrainingRow",
     "TrainingSpec",
+    "Trouble",
     "VbonSpec",
     "VllmMember",
     "Window",

@@ -119,8 +119,13 @@ def test_a_group_is_taken_for_what_people_said_of_it(feedback, wanted, reason):
 
 def test_feedback_is_asked_for_only_where_nothing_else_is_wrong():
     asked = []
+
+    def nothing_was_said(group_id):
+        asked.append(group_id)
+        return []
+
     groups = [world.group("g", [0, 1], store=False), world.group("h", [0, 1])]
-    choose(groups, WANTED._replace(feedback=FeedbackFilter()), 10, lambda group_id: asked.append(group_id) or [])
+    choose(groups, WANTED._replace(feedback=FeedbackFilter()), 10, nothing_was_said)
     assert asked == ["h"]
 
 

@@ -23,9 +23,9 @@ from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import Candidate, RewardConfig, Sampling
 from bon_algos.scoring import Score, open_readers
 from bonsai.engines import JOB_LORAS
-from service.app import read_tokenizer
 from service.errors import PolicyNotServed
 from service.reward import RewardModel
+from service.tokenizer_files import read_tokenizer
 from service.vllm import AdapterRefused, DrawingWindow, PolicyEngine
 from tests.fixtures.gateway import vllm_member, wait_until
 from tests.service.records import BASE, REWARD_MODEL

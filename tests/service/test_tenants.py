@@ -14,6 +14,7 @@ from service.app import create_app
 from tests.fixtures.gateway import Client, Reply, World, wait_until
 from tests.service.records import BASE, STUDENT, policy
 from tests.service.test_access import MATRIX, no_gateway
+from tests.service.training_files import line, uploaded
 
 TYPED = {"Content-Type": "application/json"}
 ARMS = [{"policy": "base", "n": 2, "weight": 5000}, {"policy": "base", "n": 1, "weight": 5000}]
@@ -27,6 +28,7 @@ class Owned(NamedTuple):
     response: str
     job: str
     key: str
+    file: str
     policy: str = STUDENT
 
 
@@ -63,7 +65,8 @@ def acme(still_world: World) -> Owned:
     wait_until(lambda: len(client.get("/v1/feedback?session=lunch").json["data"]) == 1)
     job = client.get("/distill").json["data"][0]["id"]
     key = client.post("/keys", {"name": "b", "role": "viewer"}).json["id"]
-    return Owned(client, response, job, key)
+    file = uploaded(client, line()).json["id"]
+    return Owned(client, response, job, key, file)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,9 @@ def foreign(owned: Owned) -> dict[tuple[str, str], tuple[str, object]]:
         ("GET", "/distill/{job_id}"): (f"/distill/{owned.job}", None),
         ("GET", "/distill/{job_id}/events"): (f"/distill/{owned.job}/events", None),
         ("POST", "/distill/{job_id}/cancel"): (f"/distill/{owned.job}/cancel", None),
+        ("GET", "/v1/files/{file_id}"): (f"/v1/files/{owned.file}", None),
+        ("GET", "/v1/files/{file_id}/content"): (f"/v1/files/{owned.file}/content", None),
+        ("DELETE", "/v1/files/{file_id}"): (f"/v1/files/{owned.file}", None),
         ("GET", "/keys/{key_id}"): (f"/keys/{owned.key}", None),
         ("DELETE", "/keys/{key_id}"): (f"/keys/{owned.key}", None),
     }
@@ -105,7 +111,9 @@ def foreign(owned: Owned) -> dict[tuple[str, str], tuple[str, object]]:
 WITHOUT_OBJECTS = {
     # Lists, of which `test_lists_hold_what_is_ones_own` looks at each.
     ("GET", "/v1/models"), ("GET", "/v1/feedback"), ("GET", "/routes"), ("GET", "/policies"), ("GET", "/distill"),
-    ("GET", "/keys"),
+    ("GET", "/keys"), ("GET", "/v1/files"),
+    # Of one's own, whatever others have of the same content: test_files.py.
+    ("POST", "/v1/files"),
     # Makes a route of the caller's own, as `test_one_name_is_as_many_routes_as_tenants` sees.
     ("PUT", "/routes/{route}"),
     ("POST", "/keys"), ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/openapi.json"),
@@ -116,7 +124,7 @@ NAMED = sorted(set(MATRIX) - WITHOUT_OBJECTS)
 
 
 def test_every_route_that_names_an_object_is_tried():
-    assert set(foreign(Owned(Client("http://x:1", None), "", "", ""))) | WITHOUT_OBJECTS == set(
+    assert set(foreign(Owned(Client("http://x:1", None), "", "", "", ""))) | WITHOUT_OBJECTS == set(
         rights(create_app(no_gateway))
     )
 

@@ -31,6 +31,8 @@ from bon_algos.order import best_of_k_values, kl_best_of_n_estimate, kl_bound, m
 
 QUANTILES: Final = (0, 5, 25, 50, 75, 95, 100)
 HISTOGRAM_BINS: Final = 20
+LARGEST: Final = 1e100
+"""Beyond it a reward counts as this: sums and squares are to be numbers."""
 
 
 def data_report(
@@ -111,18 +113,17 @@ def _spread(numbers: Sequence[float]) -> Spread | None:
 
 def _distribution(groups: Sequence[CandidateGroup]) -> RewardDistribution | None:
     """Of rewards as they were given: what was cut off counts with its own."""
-    rewards = np.array([one.reward for group in groups for one in group.candidates if one.reward is not None])
-    if not rewards.size:
+    given = [one.reward for group in groups for one in group.candidates if one.reward is not None]
+    if not given:
         return None
-    # A histogram's width must be a finite number, whatever lies at both ends.
-    scale = max(1.0, float(np.abs(rewards).max()))
-    counts, edges = np.histogram(rewards / scale, bins=HISTOGRAM_BINS)
+    rewards = np.clip(given, -LARGEST, LARGEST)
+    counts, edges = np.histogram(rewards, bins=HISTOGRAM_BINS)
     return RewardDistribution(
         count=rewards.size,
-        mean=float((rewards / scale).mean()) * scale,
-        standard_deviation=min(float((rewards / scale).std()) * scale, float(np.finfo(np.float64).max)),
-        quantiles={str(q): float(np.percentile(rewards / scale, q)) * scale for q in QUANTILES},
-        edges=tuple(float(edge) * scale for edge in edges),
+        mean=float(rewards.mean()),
+        standard_deviation=float(rewards.std()),
+        quantiles={str(q): float(np.percentile(rewards, q)) for q in QUANTILES},
+        edges=tuple(float(edge) for edge in edges),
         counts=tuple(int(count) for count in counts),
     )
 
@@ -168,7 +169,7 @@ def _curve(pools: Sequence[Pool], n: int) -> tuple[GainPoint, ...]:
 def _scored(entry: Pool, count: int) -> tuple[list[float], list[float]]:
     """The first so many rewards of a prompt, as they are and as they rank."""
     rewards = [one.reward for group in entry.groups for one in group.candidates if one.reward is not None]
-    return rewards[:count], entry.ranking_rewards[:count]
+    return list(np.clip(rewards[:count], -LARGEST, LARGEST)), entry.ranking_rewards[:count]
 
 
 def _leakage(pools: Sequence[Pool]) -> Leakage:

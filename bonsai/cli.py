@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bonsai.dry_run import dry_run_command
 from bonsai.engines import LORA_RANKS
 from bonsai.replay.command import replay_command
 
@@ -156,6 +157,7 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
 
 
 main.add_command(replay_command)
+main.add_command(dry_run_command)
 
 
 @main.group()

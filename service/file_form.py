@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Collection
-from typing import IO, Final, NamedTuple
+from typing import IO, Final, Literal, NamedTuple
 
+from pydantic import BaseModel, Field, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from bon_algos.contracts import Record
 from service.errors import BodyTimeout, BodyTooLarge, InvalidField, StoreFull, Unparseable, UnsupportedMediaType
-from service.json_body import printable
+from service.json_body import field_error, printable
 
 SILENT_SECONDS: Final = 10.0
 """A sender that says nothing for so long is not waited for."""
@@ -35,13 +37,21 @@ class Received(NamedTuple):
     fields: dict[str, str]
 
 
-async def receive(request: Request, target: IO[bytes], *, fields: Collection[str], max_bytes: int) -> Received:
-    """The form, its file written to `target`. fields: names it may have beside `file`; each at most once.
+class FileForm(Record):
+    """The parts of the form that a file comes in."""
+
+    file: bytes = Field(json_schema_extra={"format": "binary"})
+    """JSONL or Parquet, as docs/training-files.md has it."""
+    purpose: Literal["fine-tune"]
+
+
+async def receive(request: Request, target: IO[bytes], model: type[BaseModel], max_bytes: int) -> Received:
+    """A form of these fields, its `file` written to `target`.
 
     Raises UnsupportedMediaType (415), BodyTooLarge (413), BodyTimeout (408), Unparseable (400), InvalidField (422),
     StoreFull (507) where the disk is.
     """
-    form = _Form(_boundary(request), target, fields, max_bytes)
+    form = _Form(_boundary(request), target, set(model.model_fields) - {"file"}, max_bytes)
     declared = request.headers.get("content-length", "0")
     if declared.isascii() and declared.isdigit() and int(declared) > max_bytes + FORM_BYTES:
         raise form.too_large()
@@ -51,10 +61,14 @@ async def receive(request: Request, target: IO[bytes], *, fields: Collection[str
             async with asyncio.timeout(SILENT_SECONDS):
                 chunk = await anext(stream, None)
             if chunk is None:
-                return form.end()
+                received = form.end()
+                model.model_validate({**received.fields, "file": b""})
+                return received
             await asyncio.to_thread(form.write, chunk)
     except TimeoutError:
         raise BodyTimeout(f"nothing of the body came for {SILENT_SECONDS:.0f} s") from None
+    except ValidationError as error:
+        raise field_error(error) from None
     except FormParserError:
         raise Unparseable("the body is not a multipart form") from None
     except OSError as error:

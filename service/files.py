@@ -24,9 +24,9 @@ from starlette.requests import Request
 
 from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import FINAL_JOB_STATES, OPEN_JOBS, FileRecord, files_key, job_key
-from service.errors import Conflict, FileNotFound, InvalidField
+from service.errors import Conflict, FileNotFound
 from service.file_check import Findings, check_apart
-from service.file_form import Received, receive
+from service.file_form import FileForm, Received, receive
 from service.store import translated
 
 PURPOSE: Final = "fine-tune"
@@ -78,16 +78,14 @@ class Files:
         self._keep = redis.register_script(_KEEP)
         self._delete = redis.register_script(_DELETE)
 
-    async def upload(self, request: Request, tenant: str) -> FileRecord:
+    async def upload(self, request: Request, form: type[FileForm], tenant: str) -> FileRecord:
         """The file of a form, received, checked and kept, with or without faults. Raises InvalidField for a form or a
         format of another kind, Conflict (too_many_files), and what `receive` raises."""
         directory = self._artefacts / "files" / tenant
         directory.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=directory, prefix="arriving-", delete=False) as target:
             try:
-                received = await receive(request, target, fields=("purpose",), max_bytes=self._max_bytes)
-                if received.fields.get("purpose") != PURPOSE:
-                    raise InvalidField(f"purpose must be {PURPOSE}", param="purpose")
+                received = await receive(request, target, form, self._max_bytes)
                 target.flush()
                 findings = await check_apart(Path(target.name), self._tokenizer, self._window, self._policy_directory)
                 record = self._record(received, findings, tenant)

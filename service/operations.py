@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from bon_algos.contracts import POLICY_ID_PATTERN, JobSpec, Record
+from bon_algos.contracts import POLICY_ID_PATTERN, JobSpec
 from service import replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.errors import (
@@ -42,6 +42,7 @@ from service.errors import (
 )
 from service.experiment_store import ExperimentRequest
 from service.feedback import FeedbackRequest
+from service.file_form import FileForm
 from service.generation import GenerateRequest
 from service.idempotency import HEADER, MAX_LENGTH
 from service.keys import KeyRequest
@@ -61,14 +62,6 @@ class Body(NamedTuple):
     example: Mapping[str, Any]
     nulls: Nulls = "as declared"
     media_type: str = "application/json"
-
-
-class FileForm(Record):
-    """The parts of the form that a file comes in."""
-
-    file: bytes = Field(json_schema_extra={"format": "binary"})
-    """JSONL or Parquet, as docs/training-files.md has it."""
-    purpose: Literal["fine-tune"]
 
 
 class Parameter(NamedTuple):

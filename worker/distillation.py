@@ -197,7 +197,6 @@ class Distillation:
 
     def weighed(self, policy: TrainedPolicy, window: FrozenWindow) -> FrozenWindow:
         """The window with candidates of other policies weighed as the reference's, where it has any."""
-
         is_any_law = self.wanted().is_any_law
         if self.spec.training_file is not None:
             window = uploads.with_reference_logprobs(

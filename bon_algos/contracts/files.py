@@ -52,7 +52,7 @@ class TrainingRow(Record):
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=1000)] | None = None
     prompt_token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = None
     completions: tuple[str | RowCompletion, ...] = Field(min_length=1, max_length=4096)
-    rewards: tuple[float, ...] | None = None
+    rewards: tuple[Annotated[float, Field(ge=-1e8, le=1e8)], ...] | None = None
     """One for each completion, the higher the better. Where they are left out, the job's reward model gives them."""
     policy: Literal["base"] | PolicyId | None = None
     """Who drew the completions: the base policy, a published one, or, left out, somebody nobody here knows."""

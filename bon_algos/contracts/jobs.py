@@ -44,7 +44,9 @@ WEIGHING_METHODS: Final[tuple[MethodName, ...]] = ("bon_forward_kl", "bon_regres
 """They learn from logged candidates whatever policy drew them, once it is known for how much each stands."""
 
 
-ANY_LAW_METHODS: Final[tuple[MethodName, ...]] = ("bon_sft", "dpo", "ipo", "jbond", "iterative_bond", "rloo")
+ANY_LAW_METHODS: Final[tuple[MethodName | Literal["interpolation"], ...]] = (
+    "bon_sft", "dpo", "ipo", "jbond", "iterative_bond", "rloo", "interpolation",
+)  # fmt: skip
 """They learn from a file's completions whoever wrote them: of some they imitate or compare, whatever law they are draws
 of; of others they use the prompts alone. What the other methods estimate holds for the reference's own draws."""
 

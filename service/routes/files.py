@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from service.access import caller_of, needs
 from service.errors import InvalidField
+from service.file_form import FileForm
 from service.files import PURPOSE, Files, file_object
 from service.json_body import query_parameters
 from service.routes.admin import control_of, count_of, cut
@@ -24,7 +25,8 @@ router = APIRouter(prefix="/v1/files")
 @router.post("", dependencies=[needs("train")])
 async def upload(request: Request) -> JSONResponse:
     query_parameters(request, ())
-    return JSONResponse(file_object(await _files(request).upload(request, caller_of(request).tenant)))
+    record = await _files(request).upload(request, FileForm, caller_of(request).tenant)
+    return JSONResponse(file_object(record))
 
 
 @router.get("", dependencies=[needs("read")])

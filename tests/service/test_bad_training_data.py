@@ -78,7 +78,7 @@ def test_L36_a_line_of_100_MB_takes_no_more_memory_than_the_longest_that_is_read
         def seek(self, offset: int, whence: int = 0) -> int:
             return 0
 
-        def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        def readinto(self, buffer) -> int:
             count = min(len(buffer), self.left)
             buffer[:count] = (b"{" + b"a" * (count - 1))[:count]
             self.left -= count

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
+from typing import Any
 
 import pytest
 import redis as blocking_redis
@@ -44,7 +46,7 @@ def spec(**members: object) -> dict[str, object]:
     return {"n": 4, "method": {"type": "bon_forward_kl", "bon_forward_kl": {"n": 4}}, **members}
 
 
-def dry(world: World, **members: object) -> dict[str, object]:
+def dry(world: World, **members: object) -> dict[str, Any]:
     asked = len(world.engine.requests)
     reply = world.client.post("/distill?dry_run=true", spec(**members))
     assert reply.status == 200, reply.body
@@ -87,8 +89,8 @@ def test_it_chooses_as_the_worker_does(world):
     assert told["rejected"] == {"not_stored": 3, "too_new": 1}
 
 
-def codes(told: dict[str, object]) -> list[str]:
-    return [trouble["code"] for trouble in told["would_fail"]]  # type: ignore[attr-defined,index]
+def codes(told: dict[str, Any]) -> list[str]:
+    return [trouble["code"] for trouble in told["would_fail"]]
 
 
 def test_why_a_job_would_fail_is_told_and_is_no_error(world):
@@ -108,14 +110,18 @@ def test_rewards_that_are_all_alike_would_fail(world):
     assert told["is_there_gain"] is False
 
 
+def is_said(world: World, response: str, value: float) -> bool:
+    """Once the ledger has the reply."""
+    return world.client.post("/v1/feedback", {"response": response, "value": value}).status == 201
+
+
 def test_windows_by_tag_and_feedback(world):
     asked = {"prompt": "hi", "n": 2}
     said = [world.client.post("/generate", {**asked, "metadata": {"tags": tags}}).json["id"] for tags in ("a,b", "a")]
     bare = world.client.post("/generate", asked).json["id"]
     world.groups(3)
     for response, value in ((said[0], 5), (said[1], 1), (bare, 5)):
-        wait_until(lambda r=response, v=value: world.client.post(
-            "/v1/feedback", {"response": r, "value": v}).status == 201)  # fmt: skip
+        wait_until(partial(is_said, world, response, value))
     wait_until(lambda: world.client.get(f"/v1/feedback?response={bare}").json["data"] != [])
     assert dry(world, window={"tags": ["a"]})["rejected"] == {"other_tags": 1}
     told = dry(world, window={"tags": ["a"], "feedback": {"name": "quality", "at_least": 3}})

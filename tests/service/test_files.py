@@ -13,7 +13,7 @@ import pytest
 import redis as blocking_redis
 
 from bon_algos.contracts import job_key
-from tests.fixtures.gateway import Client, World, gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until
 from tests.service.bad_training_data import NO_FORMAT, SERVED
 from tests.service.training_files import BOUNDARY, FORM, form, line, part, uploaded
 from tests.stubs.server import running
@@ -35,7 +35,7 @@ def stored(tmp_path: Path, tenant: str = "default") -> list[Path]:
     return sorted((tmp_path / "artefacts" / "files" / tenant).glob("*"))
 
 
-def refusal(reply, status: int) -> str:  # type: ignore[no-untyped-def]
+def refusal(reply: Reply, status: int) -> str:
     assert reply.status == status, reply.body
     assert reply.headers["content-type"] == "application/problem+json"
     return str(reply.json["error"]["param"])
@@ -60,7 +60,7 @@ def test_openais_client_uploads_lists_reads_and_deletes(world, tmp_path):
     assert client.files.delete(made.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(made.id)
-    assert [path.name[:64] for path in stored(tmp_path)] == [second.model_extra["bonsai"]["sha256"]]
+    assert [path.name[:64] for path in stored(tmp_path)] == [sha256(SERVED["Parquet"]()).hexdigest()]
 
 
 def test_a_file_with_faults_is_kept_and_tells_them(world):

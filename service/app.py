@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fastapi import FastAPI
+from redis.asyncio import Redis
 
 from bon_algos.chat import ChatTokenizer
 from bon_algos.scoring import open_readers
@@ -18,11 +19,13 @@ from service.access import rights
 from service.allowances import Allowances, KeyLimits
 from service.api_key import read_pepper
 from service.authentication import Authentication
-from service.control import Control, open_control
+from service.control import Control, TrainingData, open_control
 from service.draining import Door, Draining
+from service.dry_run import DryRuns
 from service.edge import install_edge
 from service.fair_queue import FairQueue
 from service.feedback import FeedbackBook
+from service.files import Files
 from service.keys import admin_record
 from service.ledger import Ledger
 from service.limits import Limits
@@ -81,8 +84,10 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         reward_model = RewardModel(settings.reward_model, readers)
         stack.push_async_callback(reward_model.close)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
-        control = await stack.enter_async_context(_control(engine, reward_model, tokenizer, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
+        redis = await stack.enter_async_context(open_redis(settings.redis_url))
+        training = _training_data(redis, of_bytes, reward_model.template_digest, tokenizer, settings)
+        control = await stack.enter_async_context(_control(engine, training, settings))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
         serving = Serving(
             engine=engine,
@@ -114,8 +119,30 @@ def _limits(settings: GatewaySettings) -> Limits:
     return Limits(FairQueue(settings.max_tokens_in_flight, settings.max_tokens_waiting), Allowances(of_a_key))
 
 
+def _training_data(
+    redis: Redis, of_bytes: Redis, reward_template_digest: str, tokenizer: ChatTokenizer, settings: GatewaySettings
+) -> TrainingData:
+    files = Files(
+        redis,
+        artefacts=settings.artefacts,
+        max_bytes=settings.file_max_bytes,
+        tokenizer=tokenizer,
+        policy_directory=settings.policy_directory,
+        window=settings.max_model_len,
+    )
+    dry_runs = DryRuns(
+        of_bytes,
+        files,
+        base_policy_id=settings.base_policy_id,
+        reward_model_id=settings.reward_model.id,
+        reward_template_digest=reward_template_digest,
+        tokenizer=tokenizer,
+    )
+    return TrainingData(files, dry_runs)
+
+
 def _control(
-    engine: EnginePool, reward_model: RewardModel, tokenizer: ChatTokenizer, settings: GatewaySettings
+    engine: EnginePool, training: TrainingData, settings: GatewaySettings
 ) -> AbstractAsyncContextManager[Control]:
     pepper = read_pepper(settings.key_pepper_file)
     return open_control(
@@ -123,12 +150,8 @@ def _control(
         redis_url=settings.redis_url,
         base_policy_id=settings.base_policy_id,
         reward_model_id=settings.reward_model.id,
-        reward_template_digest=reward_model.template_digest,
         artefacts=settings.artefacts,
-        tokenizer=tokenizer,
-        policy_directory=settings.policy_directory,
-        window=settings.max_model_len,
-        file_max_bytes=settings.file_max_bytes,
+        training=training,
         n_cap=settings.n_cap,
         default_max_tokens=settings.default_max_tokens,
         reconcile_seconds=settings.reconcile_seconds,

@@ -12,9 +12,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
-from typing import Final
+from typing import Final, NamedTuple
 
-from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import PolicyRecord, Route
 from service.catalogue import Catalogue
 from service.curve import Curves
@@ -37,6 +36,13 @@ DEFAULT_ROUTE: Final = "default"
 DEFAULT_N: Final = 16
 
 
+class TrainingData(NamedTuple):
+    """What jobs learn from, beside the ledger; and what they would."""
+
+    files: Files
+    dry_runs: DryRuns
+
+
 @dataclass(frozen=True)
 class Control:
     catalogue: Catalogue
@@ -44,8 +50,7 @@ class Control:
     policies: Policies
     experiments: Experiments
     jobs: Jobs
-    files: Files
-    dry_runs: DryRuns
+    training: TrainingData
     dispatcher: Dispatcher
     publishers: Publishers
     curves: Curves
@@ -62,12 +67,8 @@ async def open_control(
     redis_url: str,
     base_policy_id: str,
     reward_model_id: str,
-    reward_template_digest: str,
     artefacts: Path,
-    tokenizer: ChatTokenizer,
-    policy_directory: Path,
-    window: int,
-    file_max_bytes: int,
+    training: TrainingData,
     n_cap: int,
     default_max_tokens: int,
     reconcile_seconds: float,
@@ -86,14 +87,6 @@ async def open_control(
     producer = open_producer(redis_url)
     async with open_redis(redis_url) as redis, open_redis(redis_url, in_bytes=True) as redis_of_bytes:
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
-        files = Files(
-            redis,
-            artefacts=artefacts,
-            max_bytes=file_max_bytes,
-            tokenizer=tokenizer,
-            policy_directory=policy_directory,
-            window=window,
-        )
         key_ring = KeyRing(redis, pepper, admin)
         control = Control(
             catalogue=catalogue,
@@ -101,15 +94,7 @@ async def open_control(
             policies=policies,
             experiments=Experiments(redis),
             jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
-            files=files,
-            dry_runs=DryRuns(
-                redis_of_bytes,
-                files,
-                base_policy_id=base_policy_id,
-                reward_model_id=reward_model_id,
-                reward_template_digest=reward_template_digest,
-                tokenizer=tokenizer,
-            ),
+            training=training,
             dispatcher=Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=reconcile_seconds),
             publishers=Publishers(
                 engines,

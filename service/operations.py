@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel
 
 from bon_algos.contracts import POLICY_ID_PATTERN, JobSpec
-from service import replies
+from service import replies, training_replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.errors import (
     Conflict,
@@ -236,7 +236,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("POST", "/distill"): Operation(
         "Submit a distillation, or be told what it would learn from",
-        {202: replies.JOB, 200: replies.DRY_RUN},
+        {202: replies.JOB, 200: training_replies.DRY_RUN},
         Body(
             JobSpec,
             {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
@@ -260,7 +260,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("POST", "/v1/files"): Operation(
         "Upload what jobs can learn from",
-        {200: replies.FILE},
+        {200: training_replies.FILE},
         Body(
             FileForm,
             {"purpose": "fine-tune", "file": '{"prompt": "1+1=", "completions": ["2", "3"], "rewards": [1.0, 0.0]}'},
@@ -270,7 +270,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("GET", "/v1/files"): Operation(
         "All files",
-        {200: replies.listed(replies.FILE)},
+        {200: replies.listed(training_replies.FILE)},
         parameters=(
             _query("purpose", "Only files for this; there is one.", type="string"),
             _query("limit", "Rows.", type="integer", minimum=1, maximum=10_000, default=1000),
@@ -279,15 +279,15 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         ),
         errors=(InvalidField,),
     ),
-    ("GET", "/v1/files/{file_id}"): Operation("A file", {200: replies.FILE}, errors=(FileNotFound,)),
+    ("GET", "/v1/files/{file_id}"): Operation("A file", {200: training_replies.FILE}, errors=(FileNotFound,)),
     ("GET", "/v1/files/{file_id}/content"): Operation(
         "What is in a file",
-        {200: replies.CONTENT},
+        {200: training_replies.CONTENT},
         errors=(FileNotFound,),
         media_type="application/octet-stream",
     ),
     ("DELETE", "/v1/files/{file_id}"): Operation(
-        "Delete a file", {200: replies.DELETED_FILE}, errors=(FileNotFound, Conflict, StoreFull)
+        "Delete a file", {200: training_replies.DELETED_FILE}, errors=(FileNotFound, Conflict, StoreFull)
     ),
     ("PUT", "/experiments/{route}"): Operation(
         "Start an experiment or raise a weight",

@@ -12,7 +12,6 @@ from typing import Any, Final, NamedTuple, TypeAlias, get_args
 from pydantic import BaseModel
 
 from bon_algos.contracts import (
-    DataReport,
     EvaluationReport,
     Feedback,
     FingerprintResult,
@@ -305,35 +304,6 @@ EVENT: Final = Named(
         metrics=METRICS,
     ),
 )
-DRY_RUN: Final = Named(
-    "DryRun",
-    members(
-        object=kind("bonsai.dry_run"),
-        spec=JobSpec,
-        data=DataReport,
-        expected_seconds=maybe(NUMBER),
-        expected_from_jobs=WHOLE,
-    ),
-)
-FAULT: Final = members(line=maybe(WHOLE), message=TEXT)
-FILE: Final = Named(
-    "File",
-    members(
-        id=TEXT,
-        object=kind("file"),
-        bytes=WHOLE,
-        created_at=WHOLE,
-        filename=TEXT,
-        purpose=kind("fine-tune"),
-        status={"enum": ["processed", "error"]},
-        status_details=maybe(TEXT),
-        bonsai=members(
-            format={"enum": ["jsonl", "parquet"]}, rows=WHOLE, has_rewards=FLAG, faults=rows(FAULT), sha256=TEXT
-        ),
-    ),
-)
-CONTENT: Final = {"type": "string", "format": "binary"}
-DELETED_FILE: Final = Named("DeletedFile", members(id=TEXT, object=kind("file"), deleted={"const": True}))
 EXPERIMENT: Final = Named(
     "Experiment",
     members(

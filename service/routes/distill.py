@@ -28,7 +28,7 @@ async def submit(request: Request) -> JSONResponse:
         caller.require_route(snapshot.route(route).name)
     if is_dry_run:
         await control.jobs.check(spec, caller.tenant)
-        return JSONResponse(await control.dry_runs.of(spec, caller.tenant))
+        return JSONResponse(await control.training.dry_runs.of(spec, caller.tenant))
     submitted = await control.jobs.submit(spec, idempotency_of(request, spec.model_dump_json()), caller.tenant)
     headers = {"Location": f"/distill/{submitted.job_id}"}
     if submitted.is_replayed:

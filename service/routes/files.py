@@ -69,4 +69,4 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def _files(request: Request) -> Files:
-    return control_of(request).files
+    return control_of(request).training.files

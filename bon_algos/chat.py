@@ -93,6 +93,11 @@ class ChatTokenizer:
         return self._template is not None
 
     @property
+    def end_token_id(self) -> int | None:
+        """The token that ends a completion; None where the tokenizer's configuration names none."""
+        return self._tokenizer.token_to_id(self._special.get("eos_token", ""))
+
+    @property
     def call_format(self) -> CallFormat | None:
         """How the template has tool calls written; None where it has no place for tools, or we cannot read them."""
         return format_of_template(self._source or "")

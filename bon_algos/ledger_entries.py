@@ -6,15 +6,17 @@ not own: writing entries (service/ledger.py), paging, what a reader does about a
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple, Self
 
 from pydantic import ValidationError
 
-from bon_algos.contracts import LEDGER_RECORD, CandidateGroup, Exposure, Feedback, Outcome
+from bon_algos.contracts import LEDGER_RECORD, CandidateGroup, Exposure, Feedback, Outcome, Record
 
 Fields = Mapping[bytes, bytes]
+log = logging.getLogger("bonsai.ledger")
 
 
 class EntryId(NamedTuple):
@@ -53,6 +55,43 @@ def group_of(fields: Fields) -> CandidateGroup | None:
     if not isinstance(record, CandidateGroup):
         raise UnreadableRecord("an entry of the ledger is called a group and holds none")
     return record
+
+
+class NewestFirst:
+    """The groups of some routes of a tenant from entries that come newest first, each once.
+
+    An outcome is delivered after its group, so on the way back it is met first: one pass joins them.
+    """
+
+    def __init__(self, tenant: str, routes: Collection[str]) -> None:
+        self._tenant, self._routes = tenant, routes
+        self._outcomes: dict[str, Outcome] = {}
+        self._seen: set[str] = set()
+
+    def groups(self, entries: Iterable[Fields]) -> Iterator[CandidateGroup]:
+        """Those among the next entries. What cannot be read is left out: of another version, it must not take the
+        others from anybody."""
+        for fields in entries:
+            if fields.get(b"kind") not in (b"group", b"outcome"):
+                continue
+            try:
+                record = record_of(fields)
+            except UnreadableRecord as error:
+                log.warning("%s", error)
+                continue
+            yield from self.among([record])
+
+    def among(self, records: Iterable[Record]) -> Iterator[CandidateGroup]:
+        """Those among the next records."""
+        for record in records:
+            if isinstance(record, Outcome):
+                self._outcomes[record.group_id] = record
+            elif isinstance(record, CandidateGroup) and self._is_asked_for(record):
+                self._seen.add(record.id)
+                yield with_outcome(record, self._outcomes.pop(record.id, None))
+
+    def _is_asked_for(self, group: CandidateGroup) -> bool:
+        return group.tenant == self._tenant and group.route in self._routes and group.id not in self._seen
 
 
 def with_outcome(group: CandidateGroup, outcome: Outcome | None) -> CandidateGroup:

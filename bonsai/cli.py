@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bonsai.dry_run import dry_run_command
 from bonsai.engines import LORA_RANKS
 from bonsai.engines_command import engines_command
 from bonsai.ledger.command import ledger_command
@@ -175,6 +176,7 @@ main.add_command(replay_command)
 main.add_command(engines_command)
 main.add_command(ledger_command)
 main.add_command(report_command)
+main.add_command(dry_run_command)
 
 
 @main.group()

@@ -18,6 +18,7 @@ import aiohttp
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bon_algos.contracts import (
+    DataReport,
     EvaluationReport,
     FingerprintResult,
     Interval,
@@ -141,6 +142,14 @@ class Job(Reply):
         return None if self.started_at is None or self.finished_at is None else self.finished_at - self.started_at
 
 
+class DryRun(Reply):
+    """What a job would learn from."""
+
+    data: DataReport
+    expected_seconds: float | None
+    expected_from_jobs: int
+
+
 class Policy(Reply):
     """A policy as the registry knows it."""
 
@@ -225,6 +234,10 @@ class BonsaiClient:
 
     async def distill(self, spec: JobSpec) -> Job:
         return await self._call(Job, "POST", "/distill", spec.model_dump(mode="json", exclude_none=True))
+
+    async def dry_run(self, spec: JobSpec) -> DryRun:
+        body = spec.model_dump(mode="json", exclude_none=True)
+        return await self._call(DryRun, "POST", "/distill?dry_run=true", body)
 
     async def job(self, job_id: str) -> Job:
         return await self._call(Job, "GET", f"/distill/{job_id}")

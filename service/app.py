@@ -5,15 +5,14 @@ Owns: opening and closing what a gateway consists of, and the list of its routes
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from fastapi import FastAPI
+from redis.asyncio import Redis
 
 from archive.reading import Archive
 from archive.storage import archive_url
@@ -23,11 +22,13 @@ from service.access import rights
 from service.allowances import Allowances, KeyLimits
 from service.api_key import read_pepper
 from service.authentication import Authentication
-from service.control import Control, open_control
+from service.control import Control, TrainingData, open_control
 from service.draining import Door, Draining
+from service.dry_run import DryRuns
 from service.edge import install_edge
 from service.fair_queue import FairQueue
 from service.feedback import FeedbackBook
+from service.files import Files
 from service.fleet import running_fleet
 from service.keys import admin_record
 from service.ledger import Ledger
@@ -47,6 +48,7 @@ from service.routes import (
     engines,
     experiments,
     feedback,
+    files,
     generate,
     health,
     keys,
@@ -62,6 +64,7 @@ from service.settings import GatewaySettings
 from service.spool import Spool
 from service.spool_report import SpoolReport, spool_name
 from service.store import open_redis
+from service.tokenizer_files import read_tokenizer
 from service.vllm import PolicyEngine
 
 MEASUREMENTS_SECONDS: Final = 10.0
@@ -71,8 +74,8 @@ LEDGER_SECONDS: Final = 5.0
 
 
 ROUTES: Final = (
-    generate, openai, feedback, health, routing, policies, reports, distill, experiments, engines, keys, ledger_routes,
-    openapi,
+    generate, openai, feedback, health, routing, policies, reports, distill, experiments, engines, keys, files,
+    ledger_routes, openapi,
 )  # fmt: skip
 
 
@@ -97,8 +100,10 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         stack.push_async_callback(reward_model.close)
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
         archive = Archive.at(archive_url(settings.archive, settings.artefacts))
-        control = await stack.enter_async_context(_control(archive, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
+        redis = await stack.enter_async_context(open_redis(settings.redis_url))
+        training = _training_data(redis, of_bytes, reward_model.template_digest, tokenizer, settings)
+        control = await stack.enter_async_context(_control(archive, training, settings))
         await stack.enter_async_context(_reporting(ledger, settings))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
         serving = Serving(
@@ -133,7 +138,31 @@ def _limits(settings: GatewaySettings) -> Limits:
     return Limits(FairQueue(settings.max_tokens_in_flight, settings.max_tokens_waiting), Allowances(of_a_key))
 
 
-def _control(archive: Archive, settings: GatewaySettings) -> AbstractAsyncContextManager[Control]:
+def _training_data(
+    redis: Redis, of_bytes: Redis, reward_template_digest: str, tokenizer: ChatTokenizer, settings: GatewaySettings
+) -> TrainingData:
+    files = Files(
+        redis,
+        artefacts=settings.artefacts,
+        max_bytes=settings.file_max_bytes,
+        tokenizer=tokenizer,
+        policy_directory=settings.policy_directory,
+        window=settings.max_model_len,
+    )
+    dry_runs = DryRuns(
+        of_bytes,
+        files,
+        base_policy_id=settings.base_policy_id,
+        reward_model_id=settings.reward_model.id,
+        reward_template_digest=reward_template_digest,
+        tokenizer=tokenizer,
+    )
+    return TrainingData(files, dry_runs)
+
+
+def _control(
+    archive: Archive, training: TrainingData, settings: GatewaySettings
+) -> AbstractAsyncContextManager[Control]:
     pepper = read_pepper(settings.key_pepper_file)
     return open_control(
         redis_url=settings.redis_url,
@@ -141,6 +170,7 @@ def _control(archive: Archive, settings: GatewaySettings) -> AbstractAsyncContex
         reward_model_id=settings.reward_model.id,
         artefacts=settings.artefacts,
         archive=archive,
+        training=training,
         n_cap=settings.n_cap,
         default_max_tokens=settings.default_max_tokens,
         reconcile_seconds=settings.reconcile_seconds,
@@ -229,13 +259,3 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
         app.include_router(routes.router)
     app.state.rights = require_described(rights(app))
     return app
-
-
-def read_tokenizer(directory: Path) -> ChatTokenizer:
-    """Tokenizer and chat template of a local model directory."""
-    template = directory / "chat_template.jinja"
-    return ChatTokenizer(
-        (directory / "tokenizer.json").read_text(encoding="utf-8"),
-        json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")),
-        template.read_text(encoding="utf-8") if template.exists() else None,
-    )

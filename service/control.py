@@ -1,8 +1,7 @@
 """The control plane as one object: what the admin routes may touch, built once, at start-up.
 
-Owns: the wiring of catalogue, keys, registry, jobs, experiments, publishing, curves, what is learned of rewards, and
-their loops. Does not own: HTTP,
-the engines, which join and leave `publishers` (fleet.py).
+Owns: the wiring of catalogue, keys, registry, jobs, files, experiments, publishing, curves, what is learned of rewards,
+and their loops. Does not own: HTTP, the engines, which join and leave `publishers` (fleet.py).
 `open_control` is the composition root of everything that changes traffic; the hot path needs `catalogue` alone.
 """
 
@@ -13,16 +12,18 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
-from typing import Final
+from typing import Final, NamedTuple
 
 from archive.reading import Archive
 from bon_algos.contracts import PolicyRecord, Route
 from service.catalogue import Catalogue
 from service.curve import Curves
 from service.dispatch import Dispatcher, open_producer, send_job
+from service.dry_run import DryRuns
 from service.erasures import ErasureBook
 from service.errors import StoreFull, StoreUnavailable
 from service.experiment_store import Experiments
+from service.files import Files
 from service.jobs import Jobs
 from service.keys import KeyRecord, KeyRing, Keys
 from service.learned import LearnedStrategies
@@ -37,6 +38,13 @@ DEFAULT_ROUTE: Final = "default"
 DEFAULT_N: Final = 16
 
 
+class TrainingData(NamedTuple):
+    """What jobs learn from, beside the ledger; and what they would."""
+
+    files: Files
+    dry_runs: DryRuns
+
+
 @dataclass(frozen=True)
 class Control:
     catalogue: Catalogue
@@ -44,6 +52,7 @@ class Control:
     policies: Policies
     experiments: Experiments
     jobs: Jobs
+    training: TrainingData
     dispatcher: Dispatcher
     publishers: Publishers
     curves: Curves
@@ -64,6 +73,7 @@ async def open_control(
     reward_model_id: str,
     artefacts: Path,
     archive: Archive,
+    training: TrainingData,
     n_cap: int,
     default_max_tokens: int,
     reconcile_seconds: float,
@@ -90,6 +100,7 @@ async def open_control(
             policies=policies,
             experiments=Experiments(redis),
             jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
+            training=training,
             dispatcher=Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=reconcile_seconds),
             publishers=Publishers(
                 catalogue,

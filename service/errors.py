@@ -14,6 +14,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     │   ├── ExperimentNotFound           experiment_not_found
     │   ├── EngineNotFound               engine_not_found
     │   ├── ReportNotFound               report_not_found
+    │   ├── FileNotFound                 file_not_found
     │   └── KeyNotFound                  key_not_found
     ├── MethodNotAllowed            405  method_not_allowed
     ├── NotAcceptable               406  not_acceptable         no form of it that the caller takes
@@ -122,6 +123,10 @@ class ExperimentNotFound(NotFound):
 
 class EngineNotFound(NotFound):
     default_code = "engine_not_found"
+
+
+class FileNotFound(NotFound):
+    default_code = "file_not_found"
 
 
 class KeyNotFound(NotFound):

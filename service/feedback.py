@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from uuid_utils import uuid7
 
 from archive.reading import Archive, Question
-from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, Feedback, Record, feedback_key, target_of
+from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, Feedback, FeedbackName, Record, feedback_key, target_of
 from bon_algos.ledger_entries import UnreadableRecord, group_of
 from service.access import Caller
 from service.errors import InvalidField, NotFound, StoreUnavailable
@@ -50,7 +50,7 @@ class FeedbackRequest(Record):
     """Instead: `metadata.session` of some requests."""
     candidate: int | None = Field(None, ge=0)
     """Place in drawing order; left out: the one that was served."""
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")] = "quality"
+    name: FeedbackName = "quality"
     value: (
         bool | Annotated[float, Field(ge=-1e9, le=1e9)] | Annotated[str, Field(min_length=1, max_length=64)] | None
     ) = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Annotated, Any, Final, NamedTuple
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Final, NamedTuple
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from bon_algos.chat import ChatTokenizer, TemplateRefused
-from bon_algos.contracts import Message, Record, Route, Sampling, Tool
+from bon_algos.contracts import TAG_PATTERN, Message, Record, Route, Sampling, Tool
 from service.best_of_n import Budget
 from service.errors import InvalidField
 from service.json_schema import require_schema
@@ -27,6 +28,7 @@ CHARACTERS_PER_TOKEN: Final = 8
 MAX_LOGIT_BIAS: Final = 300
 """Tokens."""
 MAX_TOOLS: Final = 128
+MAX_TAGS: Final = 16
 TEXT_FIELDS: Final = ("prompt", "messages", "prompt_token_ids")
 """One of them says what is to be continued."""
 SCORING_SHARE: Final = 0.2
@@ -139,6 +141,13 @@ def require_sense(request: GenerateRequest) -> None:
             require_schema(tool.parameters, f"tools[{i}].parameters")
     if request.json_schema is not None:
         require_schema(request.json_schema, "json_schema")
+    tags = tags_of(request)
+    if len(tags) > MAX_TAGS or not all(re.fullmatch(TAG_PATTERN, tag) for tag in tags):
+        raise InvalidField(
+            f"metadata.tags must be at most {MAX_TAGS} tags with commas between them, each of at most 64 letters, "
+            "digits, _ . : / and -",
+            param="metadata.tags",
+        )
     if math.copysign(1, request.temperature) < 0 or 0 < request.temperature < LOWEST_TEMPERATURE:
         raise InvalidField(f"temperature must be 0 or at least {LOWEST_TEMPERATURE} and at most 2", param="temperature")
 
@@ -263,6 +272,12 @@ def session_of(request: GenerateRequest) -> str:
         first = request.messages[0].content
     named = request.metadata.get("session")
     return named if named is not None else sha256(first.encode()).hexdigest()[:16]
+
+
+def tags_of(request: GenerateRequest) -> tuple[str, ...]:
+    """What the caller calls it, `metadata.tags`, each once."""
+    named = request.metadata.get("tags")
+    return () if named is None else tuple(dict.fromkeys(tag.strip() for tag in named.split(",")))
 
 
 def _require_text(text: str, param: str) -> None:

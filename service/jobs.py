@@ -23,10 +23,13 @@ from bon_algos.contracts import (
     LEDGER_COUNTS,
     OPEN_JOBS,
     WEIGHING_METHODS,
+    FileRecord,
     InterpolationSpec,
     JobSpec,
     LoggedSpec,
     PolicyRecord,
+    Window,
+    files_key,
     job_events_key,
     job_key,
     jobs_index,
@@ -34,7 +37,7 @@ from bon_algos.contracts import (
     policy_key,
 )
 from bon_algos.crash_points import crash_point
-from service.errors import Conflict, InvalidField, JobNotFound, PolicyNotFound
+from service.errors import Conflict, FileNotFound, InvalidField, JobNotFound, PolicyNotFound
 from service.idempotency import KEPT_SECONDS, Idempotency
 from service.store import translated
 
@@ -44,12 +47,16 @@ GROUPS_NEEDED: Final = 4
 _JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 _EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
 
-# KEYS: job, jobs index, open jobs, idempotency key. ARGV: job id, spec, tenant, digest of the body or "" without
-# an idempotency key, its life in seconds. Returns "" for a new job, else "digest job" of the earlier request.
+# KEYS: job, jobs index, open jobs, idempotency key, files. ARGV: job id, spec, tenant, digest of the body or "" without
+# an idempotency key, its life in seconds, the file it learns from or "". Returns "" for a new job, "no_file" when that
+# file was deleted meanwhile, else "digest job" of the earlier request.
 _SUBMIT: Final = """
 if ARGV[4] ~= '' then
   local earlier = redis.call('GET', KEYS[4])
   if earlier then return earlier end
+end
+if ARGV[6] ~= '' and redis.call('HEXISTS', KEYS[5], ARGV[6]) == 0 then return 'no_file' end
+if ARGV[4] ~= '' then
   redis.call('SET', KEYS[4], ARGV[4] .. ' ' .. ARGV[1], 'EX', ARGV[5])
 end
 local t = redis.call('TIME')
@@ -107,16 +114,22 @@ class Jobs:
         with translated():
             if idempotency is None or not await self._redis.exists(key):
                 await self._require_groups(spec, tenant)
-                await self._require_policies(spec, tenant)
+                await self._require_named(spec, tenant)
             crash_point("submit.asked")
             kept = await self._submit(
-                keys=[job_key(job_id), jobs_index(tenant), OPEN_JOBS, key],
-                args=[job_id, spec.model_dump_json(), tenant, digest, KEPT_SECONDS],
+                keys=[job_key(job_id), jobs_index(tenant), OPEN_JOBS, key, files_key(tenant)],
+                args=[job_id, spec.model_dump_json(), tenant, digest, KEPT_SECONDS, spec.training_file or ""],
             )
             crash_point("submit.recorded")
         if idempotency is None or not kept:
             return Submitted(job_id, is_replayed=False)
         return Submitted(idempotency.answer(cast(str, kept)), is_replayed=True)
+
+    async def check(self, spec: JobSpec, tenant: str = DEFAULT_TENANT) -> None:
+        """Raises what `submit` would of the spec itself, whatever the ledger holds."""
+        check_spec(spec, n_cap=self._n_cap, max_lora_rank=self._max_lora_rank, now=time())
+        with translated():
+            await self._require_named(spec, tenant)
 
     async def get(self, job_id: str, tenant: str = DEFAULT_TENANT) -> dict[str, Any]:
         """The job object of the API. Raises JobNotFound."""
@@ -177,8 +190,11 @@ class Jobs:
         return await self.get(job_id, tenant)
 
     async def _require_groups(self, spec: JobSpec, tenant: str) -> None:
-        counted = cast("str | None", await self._redis.hget(LEDGER_COUNTS, of_tenant(tenant, spec.route)))
-        found = int(counted or 0)
+        if spec.training_file is not None:
+            return
+        routes = [of_tenant(tenant, route) for route in spec.window.routes or (spec.route,)]
+        counted = cast("list[str | None]", await self._redis.hmget(LEDGER_COUNTS, routes))
+        found = sum(int(count or 0) for count in counted)
         if found < GROUPS_NEEDED:
             raise InvalidField(
                 f"the ledger of this route holds {found} usable groups and a job needs {GROUPS_NEEDED}: serve "
@@ -187,6 +203,14 @@ class Jobs:
                 code="empty_ledger",
                 facts={"groups_found": found, "groups_needed": GROUPS_NEEDED},
             )
+
+    async def _require_named(self, spec: JobSpec, tenant: str) -> None:
+        if spec.training_file is not None:
+            row = cast("str | None", await self._redis.hget(files_key(tenant), spec.training_file))
+            if row is None:
+                raise _no_file()
+            _require_processed(FileRecord.model_validate_json(row))
+        await self._require_policies(spec, tenant)
 
     async def _require_policies(self, spec: JobSpec, tenant: str) -> None:
         asked = [(policy, f"window.policies[{place}]") for place, policy in enumerate(spec.window.policies)]
@@ -209,10 +233,35 @@ def check_spec(spec: JobSpec, *, n_cap: int, max_lora_rank: int, now: float) -> 
     since, until = spec.window.since, spec.window.until
     if spec.window.policies:
         _check_other_policies(spec)
+    if spec.training_file is not None:
+        _check_window_of_file(spec.window)
     if since is not None and since > now:
         raise InvalidField("the window begins in the future", param="window.since")
     if since is not None and until is not None and until <= since:
         raise InvalidField("the window ends before it begins", param="window.until")
+
+
+def _check_window_of_file(window: Window) -> None:
+    """What a file's rows have not, no window can ask for."""
+    for name in ("since", "until", "routes", "tags", "feedback"):
+        if getattr(window, name) not in (None, ()):
+            raise InvalidField(
+                f"a file has no {name}: leave it out, or leave training_file out", param=f"window.{name}"
+            )
+
+
+def _require_processed(record: FileRecord) -> None:
+    if record.status != "processed":
+        raise InvalidField(
+            "this file has faults, which GET /v1/files tells: upload it again without them",
+            param="training_file",
+            code="file_unusable",
+            facts={"faults": [fault.model_dump() for fault in record.faults[:3]]},
+        )
+
+
+def _no_file() -> FileNotFound:
+    return FileNotFound("no such file", param="training_file")
 
 
 def _check_other_policies(spec: JobSpec) -> None:

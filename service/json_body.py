@@ -27,7 +27,7 @@ MAX_INTEGER_DIGITS = 1000
 MAX_MEMBERS = 1000
 """Of one JSON object."""
 MAX_PARAM_LENGTH = 100
-_UNION_BRANCH = re.compile(r"(constrained-)?(str|bool|float)|tuple\[.*|literal\[.*|NamedTool")
+_UNION_BRANCH = re.compile(r"(constrained-)?(str|bool|float)|tuple\[.*|literal\[.*|function-after\[.*|NamedTool")
 """pydantic's names for the branches of a union."""
 _PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
@@ -129,7 +129,8 @@ def _nearest(errors: list[ErrorDetails]) -> ErrorDetails:
     if not (isinstance(branch, str) and _UNION_BRANCH.fullmatch(branch)):
         return first
     of_the_union = [one for one in errors if list(one["loc"][: len(field)]) == field]
-    return max(of_the_union, key=lambda one: len(one["loc"]))
+    # Of two that end at the same place, the one that was of the right kind there.
+    return max(of_the_union, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
 
 
 def path(loc: tuple[int | str, ...]) -> str:

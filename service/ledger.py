@@ -220,7 +220,8 @@ def _deliver_feedback(pipe: Pipeline, head: dict[str, Any], data: bytes) -> None
 def without_content(group: CandidateGroup) -> CandidateGroup:
     """What `store: false` keeps: ids, rewards and counts, no text and no tokens."""
     bare = tuple(_without_text(candidate) for candidate in group.candidates)
-    return group.model_copy(update={"prompt": "", "messages": None, "prompt_token_ids": (), "candidates": bare})
+    nothing = {"prompt": "", "messages": None, "prompt_token_ids": (), "tags": ()}
+    return group.model_copy(update={**nothing, "candidates": bare})
 
 
 def _without_text(candidate: Candidate) -> Candidate:

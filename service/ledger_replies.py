@@ -1,6 +1,6 @@
 """The form of what `/ledger` answers, as JSON Schema.
 
-Owns: its members. Does not own: filling them (ledger_pages.py, erasures.py), the words they are written in (replies.py).
+Owns: its members. Does not own: filling them (ledger_pages.py, erasures.py), the words for them (replies.py).
 """
 
 from __future__ import annotations

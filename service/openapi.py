@@ -104,7 +104,7 @@ def _operation(method: str, path: str, right: Right | None, schemas: Schemas) ->
     if right is not None:
         described["description"] = f"Roles: {', '.join(ROLES[right])}."
     if row.body is not None:
-        content = {"application/json": {"schema": schemas.of_body(row.body), "example": row.body.example}}
+        content = {row.body.media_type: {"schema": schemas.of_body(row.body), "example": row.body.example}}
         described["requestBody"] = {"required": True, "content": content}
     return described
 
@@ -146,10 +146,13 @@ def _refusal(status: int, errors: set[type[GatewayError]], schemas: Schemas) -> 
 
 
 def _success(status: int, schema: Schema, row: Operation, schemas: Schemas) -> dict[str, Any]:
-    content = {} if schema is None else {"application/json": {"schema": schemas.of(schema)}}
+    content = {} if schema is None else {row.media_type: {"schema": schemas.of(schema)}}
     content |= {"text/event-stream": {"schema": TEXT}} if row.streams else {}
     content |= {} if schema is None else {media: {"schema": TEXT} for media in row.media}
     response = {"description": HTTPStatus(status).phrase, "headers": _headers(*row.headers)}
+    # What was only looked at has none of the headers of what was made.
+    made = () if status == HTTPStatus.OK else row.headers
+    response = {"description": HTTPStatus(status).phrase, "headers": _headers(*made)}
     return {**response, "content": content} if content else response
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel
 
 from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, JobSpec, PolicyReport
-from service import ledger_replies, replies
+from service import ledger_replies, replies, training_replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.erasures import ErasureRequest
 from service.errors import (
@@ -24,6 +24,7 @@ from service.errors import (
     EngineRefused,
     EngineUnavailable,
     ExperimentNotFound,
+    FileNotFound,
     Forbidden,
     GatewayError,
     InvalidField,
@@ -44,6 +45,7 @@ from service.errors import (
 )
 from service.experiment_store import ExperimentRequest
 from service.feedback import FeedbackRequest
+from service.file_form import FileForm
 from service.generation import GenerateRequest
 from service.idempotency import HEADER, MAX_LENGTH
 from service.keys import KeyRequest
@@ -67,6 +69,7 @@ class Body(NamedTuple):
     model: type[BaseModel]
     example: Mapping[str, Any]
     nulls: Nulls = "as declared"
+    media_type: str = "application/json"
 
 
 class Parameter(NamedTuple):
@@ -85,11 +88,13 @@ class Operation(NamedTuple):
     errors: tuple[type[GatewayError], ...] = ()
     """Beside those of every operation."""
     headers: tuple[str, ...] = ()
-    """That every success has, beside those of every reply."""
+    """That what was made (201, 202) comes with, beside those of every reply."""
     streams: bool = False
     """A success may be a stream of events instead."""
     media: tuple[str, ...] = ()
     """Other forms of a success, for who asks for them."""
+    media_type: str = "application/json"
+    """Of a success."""
 
 
 def _query(name: str, description: str, **schema: Any) -> Parameter:
@@ -252,14 +257,14 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         (PolicyNotFound, RouteNotFound, Conflict, StoreFull),
     ),
     ("POST", "/distill"): Operation(
-        "Submit a distillation",
-        {202: replies.JOB},
+        "Submit a distillation, or be told what it would learn from",
+        {202: replies.JOB, 200: training_replies.DRY_RUN},
         Body(
             JobSpec,
             {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
         ),
-        (ONCE,),
-        (RouteNotFound, PolicyNotFound, StoreFull),
+        (_query("dry_run", "Nothing is submitted: the reply is of the data.", type="boolean", default=False), ONCE),
+        (RouteNotFound, PolicyNotFound, FileNotFound, Overloaded, StoreFull),
         headers=("Location",),
     ),
     ("GET", "/distill"): Operation(
@@ -274,6 +279,37 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("POST", "/distill/{job_id}/cancel"): Operation(
         "Cancel a job", {200: replies.JOB}, errors=(JobNotFound, Conflict, StoreFull)
+    ),
+    ("POST", "/v1/files"): Operation(
+        "Upload what jobs can learn from",
+        {200: training_replies.FILE},
+        Body(
+            FileForm,
+            {"purpose": "fine-tune", "file": '{"prompt": "1+1=", "completions": ["2", "3"], "rewards": [1.0, 0.0]}'},
+            media_type="multipart/form-data",
+        ),
+        errors=(Conflict, StoreFull),
+    ),
+    ("GET", "/v1/files"): Operation(
+        "All files",
+        {200: replies.listed(training_replies.FILE)},
+        parameters=(
+            _query("purpose", "Only files for this; there is one.", type="string"),
+            _query("limit", "Rows.", type="integer", minimum=1, maximum=10_000, default=1000),
+            AFTER,
+            _query("order", "By the time of their upload.", enum=["asc", "desc"], default="desc"),
+        ),
+        errors=(InvalidField,),
+    ),
+    ("GET", "/v1/files/{file_id}"): Operation("A file", {200: training_replies.FILE}, errors=(FileNotFound,)),
+    ("GET", "/v1/files/{file_id}/content"): Operation(
+        "What is in a file",
+        {200: training_replies.CONTENT},
+        errors=(FileNotFound,),
+        media_type="application/octet-stream",
+    ),
+    ("DELETE", "/v1/files/{file_id}"): Operation(
+        "Delete a file", {200: training_replies.DELETED_FILE}, errors=(FileNotFound, Conflict, StoreFull)
     ),
     ("PUT", "/experiments/{route}"): Operation(
         "Start an experiment or raise a weight",

@@ -30,6 +30,7 @@ from service.generation import (
     require_sense,
     require_tokens,
     session_of,
+    tags_of,
 )
 from service.learned import LearnedStrategies
 from service.ledger import Ledger
@@ -165,6 +166,7 @@ def _empty_group(
         arm_reason=assignment.reason,
         session=session_of(request),
         user=request.user,
+        tags=tags_of(request),
         policy_id=assignment.arm.policy,
         reward_model_id=serving.reward_model.model,
         reward_template_digest=serving.reward_model.template_digest,

@@ -102,6 +102,8 @@ class GatewaySettings(BaseSettings):
     port: int = Field(8700, ge=0, le=65_535)
     n_cap: int = Field(64, ge=1, le=4096)
     max_body_bytes: int = Field(4 * 2**20, ge=1024)
+    file_max_bytes: int = Field(128 * 2**20, ge=1024, le=2**40)
+    """Of an uploaded file."""
     max_lora_rank: int = Field(32, ge=1, le=512)
     """The largest rank the policy engine was started for."""
     max_loras: int = Field(4, ge=1)

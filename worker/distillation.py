@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,13 @@ import redis
 import torch
 
 from archive.reading import Archive
+from bon_algos.acceptance import Requirements
 from bon_algos.algorithms import make_step
 from bon_algos.contracts import (
     DEFAULT_TENANT,
     BonRegressionSpec,
+    CandidateGroup,
+    FileId,
     InterpolationSpec,
     JobSpec,
     Manifest,
@@ -29,8 +32,9 @@ from bon_algos.contracts import (
 )
 from bon_algos.logprobs import TokenGroup
 from bon_algos.order import mean_interval
+from bon_algos.scoring import Completion, Score
 from bon_algos.steps import OnPolicyStep, SequenceLogprobs
-from worker import attempts, checkpoint, dataset, erased_windows, mixture
+from worker import attempts, checkpoint, dataset, erased_windows, mixture, uploads
 from worker.dataset import FrozenWindow, PromptPool
 from worker.engine import Engines
 from worker.erasures import Erasures
@@ -46,9 +50,10 @@ from worker.evaluate import (
     require_same_policy,
     samples_needed,
 )
+from worker.job_process import read_tokenizer
 from worker.judge import second_opinion
 from worker.lease import Lease
-from worker.ledger import groups_newest_first
+from worker.ledger import feedback_on, groups_newest_first
 from worker.lineage import lineage
 from worker.loop import Loop
 from worker.mixture import require_same_sampler
@@ -126,29 +131,20 @@ class Distillation:
 
     def freeze(self) -> FrozenWindow:
         self.progress.enter("freezing")
-        spec, place, method = self.spec, self.workplace, self.spec.method.spec
-        wanted = dataset.Requirements(
-            reference_policy=place.base_policy_id,
-            reward_model=place.engines.reward_model_id,
-            reward_template_digest=place.engines.reward_template_digest,
-            num_candidates=method.candidates_needed,
-            since=spec.window.since,
-            until=spec.window.until,
-            other_policies=spec.window.policies,
-        )
-        groups = groups_newest_first(
-            place.client, spec.route, tenant=self.tenant, since=spec.window.since, archive=place.archive
-        )
+        spec, place = self.spec, self.workplace
+        groups = self.groups() if spec.training_file is None else self.uploaded(spec.training_file)
         self.lineage = lineage(place.client, place.artefacts, (self.parent_policy_id, *spec.window.policies))
         erasures = Erasures.read(place.client)
         window = dataset.freeze(
             self.directory / "window",
             (group for group in groups if not erasures.cover(group)),
-            wanted,
+            self.wanted(),
             max_groups=spec.window.max_groups,
             held_out_fraction=spec.held_out_fraction,
-            within=self.attempt,
+            feedback_of=partial(feedback_on, place.client),
+            training_file=spec.training_file,
             trained_before=self.lineage.trained,
+            within=self.attempt,
         )
         # Asked for since then: the eraser may have looked for windows before this one was there.
         if Erasures.read(place.client).concern(self.directory / "window"):
@@ -160,6 +156,35 @@ class Distillation:
         """Whose weights the job begins with."""
         interpolation = self.spec.method.interpolation
         return self.workplace.base_policy_id if interpolation is None else interpolation.policy
+
+    def wanted(self) -> Requirements:
+        place = self.workplace
+        return Requirements.of(
+            self.spec,
+            reference_policy=place.base_policy_id,
+            reward_model=place.engines.reward_model_id,
+            reward_template_digest=place.engines.reward_template_digest,
+        )
+
+    def groups(self) -> Iterator[CandidateGroup]:
+        """Of the ledger."""
+        spec, place = self.spec, self.workplace
+        routes = spec.window.routes or (spec.route,)
+        return groups_newest_first(
+            place.client, routes, tenant=self.tenant, since=spec.window.since, archive=place.archive
+        )
+
+    def uploaded(self, file_id: FileId) -> Iterator[CandidateGroup]:
+        """Of a file, which is looked for only where there is no frozen window yet."""
+        place = self.workplace
+        record = uploads.read_record(place.client, self.tenant, file_id)
+        path, tokenizer = uploads.checked_path(place.artefacts, record), read_tokenizer(place.policy_directory)
+
+        def score(completions: Sequence[Completion]) -> Sequence[Score]:
+            waiting = (self.lease.wait, place.engine_patience_seconds)
+            return patiently(lambda: place.engines.score(completions), *waiting)
+
+        yield from uploads.groups_of(path, record, self.wanted(), tokenizer, score, self.spec.window.max_groups)
 
     def open_training(self, window: FrozenWindow) -> Training:
         """The policy with its optimiser, where the newest state left it."""
@@ -196,6 +221,13 @@ class Distillation:
 
     def weighed(self, policy: TrainedPolicy, window: FrozenWindow) -> FrozenWindow:
         """The window with candidates of other policies weighed as the reference's, where it has any."""
+        is_any_law = self.wanted().is_any_law
+        if self.spec.training_file is not None:
+            window = uploads.with_reference_logprobs(
+                window, policy.reference_logprobs, self.lease.check, is_any_law=is_any_law
+            )
+        if is_any_law:
+            return window
 
         def law(policy_id: str | None) -> SequenceLogprobs:
             if policy_id is None:
@@ -348,11 +380,12 @@ def require_same_reference(policy: TrainedPolicy, pools: Sequence[PromptPool]) -
     Raises JobFailed when they are another model's: weights, tokenizer or precision differ between serving and
     training, and nothing that is learned would be what is served.
     """
-    checked = [pool for pool in spread(pools, SERVING_CHECK_PROMPTS) if pool.drawn_by_reference]
-    if not checked:  # other policies drew everything, and `require_same_sampler` looks at those
+    drawn = [(pool, one) for pool in spread(pools, SERVING_CHECK_PROMPTS) for one in pool.drawn_by_reference[:1]]
+    checked = [(pool, one) for pool, one in drawn if one.token_logprobs]
+    if not checked:  # a file does not tell, or others drew everything, and `require_same_sampler` looks at those
         return
-    groups = [TokenGroup(pool.prompt_ids, [pool.drawn_by_reference[0].token_ids]) for pool in checked]
-    seen = [[pool.drawn_by_reference[0].token_logprobs] for pool in checked]
+    groups = [TokenGroup(pool.prompt_ids, [one.token_ids]) for pool, one in checked]
+    seen = [[one.token_logprobs] for _, one in checked]
     difference = logprob_difference(policy, groups, seen, reference=True)
     if not difference <= MAX_SERVING_DIFFERENCE:
         message = f"logged log-probs differ from the trainer's by {difference:.2e} nats per token"

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bon_algos.acceptance import MIN_FINGERPRINT_TOKENS
 from bon_algos.contracts import EvaluationReport, Fingerprint, Interval
 from bon_algos.frontier import Array, win_rate_against_best_of_n
 from bon_algos.logprobs import TokenGroup
@@ -33,7 +34,6 @@ MAX_LOGPROB_DIFFERENCE = {"cpu": 1e-3, "cuda": 2e-2}
 """Nats per token, mean, engine against trainer, by the precision the device computes in."""
 CHECKED_PROMPTS = 16
 FINGERPRINT_TOKENS = 384
-MIN_FINGERPRINT_TOKENS = 256
 
 
 class Judged(NamedTuple):

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bon_algos.acceptance import MIN_PROMPTS
 from bon_algos.importance import (
     effective_sample_size,
     log_quantiles_of_shares,
@@ -26,7 +28,7 @@ from bon_algos.importance import (
 )
 from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import SequenceLogprobs
-from worker.dataset import MIN_PROMPTS, FrozenWindow, PromptPool
+from worker.dataset import FrozenWindow, PromptPool
 from worker.errors import JobFailed
 from worker.evaluate import logprob_difference
 from worker.models import TrainedPolicy
@@ -56,7 +58,7 @@ def weighed(window: FrozenWindow, law: Law, *, num_candidates: int, check: Calla
     if not mixed:
         return window
     laws = (None, *sampling_policies(mixed))
-    logprobs = {policy: _logprobs(law(policy), mixed, check) for policy in laws}
+    logprobs = {policy: logprobs_of(law(policy), mixed, check) for policy in laws}
     by_pool = {
         id(pool): _with_shares(pool, {policy: rows[b] for policy, rows in logprobs.items()})
         for b, pool in enumerate(mixed)
@@ -74,9 +76,10 @@ def weighed(window: FrozenWindow, law: Law, *, num_candidates: int, check: Calla
     return window._replace(train=kept, data=window.data.model_copy(update={"rejected": rejected}))
 
 
-def _logprobs(
+def logprobs_of(
     law: SequenceLogprobs, pools: Sequence[PromptPool], check: Callable[[], None]
 ) -> list[NDArray[np.float64]]:
+    """Of each pool's candidates under one policy; nats."""
     rows: list[NDArray[np.float64]] = []
     for first in range(0, len(pools), POOLS_AT_ONCE):
         check()
@@ -96,7 +99,10 @@ def _with_shares(pool: PromptPool, logprobs: dict[str | None, NDArray[np.float64
 
 def require_same_sampler(policy: TrainedPolicy, policy_id: str, pools: Sequence[PromptPool], limit: float) -> None:
     """Raises JobFailed when a policy's logged log-probs are not those of its published files."""
-    drawn = [(pool, one) for pool in pools for one in pool.candidates if one.policy == policy_id][:CHECKED_CANDIDATES]
+    own = ((pool, one) for pool in pools for one in pool.candidates if one.policy == policy_id and one.token_logprobs)
+    drawn = list(islice(own, CHECKED_CANDIDATES))
+    if not drawn:  # a file does not tell them
+        return
     groups = [TokenGroup(pool.prompt_ids, [one.token_ids]) for pool, one in drawn]
     difference = logprob_difference(policy, groups, [[one.token_logprobs] for _, one in drawn], reference=False)
     if not difference <= limit:

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from bon_algos.acceptance import INCOMPLETE_PENALTY, ranking_reward
 from bon_algos.contracts import Candidate
 from bon_algos.crash_points import crash_point
 from bon_algos.logprobs import TokenGroup
 from bon_algos.scoring import Completion
 from bon_algos.steps import FreshGroup, RankedGroup
-from worker.dataset import INCOMPLETE_PENALTY, PromptPool, ranking_reward
+from worker.dataset import PromptPool
 from worker.engine import Draw, Engines
 from worker.errors import EngineUnavailable
 from worker.models import TrainedPolicy

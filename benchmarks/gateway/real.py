@@ -26,8 +26,8 @@ from bon_algos.scoring import open_readers
 from bonsai.demo.prompts import held_out_prompts
 from bonsai.reward_plan import config_of
 from bonsai.up import Options, Stack, prepare, running_stack
-from service.app import read_tokenizer
 from service.reward import RewardModel
+from service.tokenizer_files import read_tokenizer
 from service.vllm import DrawingWindow, PolicyEngine
 
 TOKENS = 64

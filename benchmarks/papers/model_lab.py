@@ -24,13 +24,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 
 import bonsai.demo
+from bon_algos.acceptance import INCOMPLETE_PENALTY
 from bon_algos.chat import ChatTokenizer, reward_token_ids
 from bon_algos.logprobs import TokenGroup, sequence_logprobs
 from bon_algos.order import best_of_n_weights, mean_interval, win_rate
 from bon_algos.token_kl import token_terms
 from bonsai.demo import grammar
 from bonsai.demo.prompts import held_out_prompts, training_prompts
-from worker.dataset import INCOMPLETE_PENALTY
 from worker.models import parts_by_tokens
 
 Array = NDArray[np.float64]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from bon_algos.contracts.methods import Method, MethodName
-from bon_algos.contracts.record import PolicyId, Record, RouteName
+from bon_algos.contracts.record import FileId, PolicyId, Record, RouteName, Tag
+
+FeedbackName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+"""Which question feedback answers."""
+
+
+class FeedbackFilter(Record):
+    """Only replies that people said something about; of one author's answers to one question the newest counts."""
+
+    name: FeedbackName | None = None
+    """The question; left out: any."""
+    at_least: float | None = Field(None, ge=-1e9, le=1e9)
+    """The mean of what was said, true being 1 and false 0; categories do not count."""
 
 
 class Window(Record):
@@ -17,6 +29,12 @@ class Window(Record):
     """The newest groups of the route, at most this many."""
     since: float | None = None
     until: float | None = None
+    routes: tuple[RouteName, ...] = Field((), max_length=8)
+    """Routes of the tenant whose groups are read; left out: the job's own. Groups that another reward model scored are
+    rejected whatever their route."""
+    tags: tuple[Tag, ...] = Field((), max_length=8)
+    """Only groups that have all of these: `metadata.tags` of their requests."""
+    feedback: FeedbackFilter | None = None
     policies: tuple[PolicyId, ...] = Field((), max_length=8)
     """Published policies whose groups are learned from beside the reference's own, weighed as the reference's draws
     (`bon_algos.importance`). Only for methods that can weigh: `WEIGHING_METHODS`."""
@@ -26,12 +44,21 @@ WEIGHING_METHODS: Final[tuple[MethodName, ...]] = ("bon_forward_kl", "bon_regres
 """They learn from logged candidates whatever policy drew them, once it is known for how much each stands."""
 
 
+ANY_LAW_METHODS: Final[tuple[MethodName | Literal["interpolation"], ...]] = (
+    "bon_sft", "dpo", "ipo", "jbond", "iterative_bond", "rloo", "interpolation",
+)  # fmt: skip
+"""They learn from a file's completions whoever wrote them: of some they imitate or compare, whatever law they are draws
+of; of others they use the prompts alone. What the other methods estimate holds for the reference's own draws."""
+
+
 class JobSpec(Record):
     """What `POST /distill` asks for."""
 
     route: RouteName = "default"
     method: Method
     window: Window = Window()
+    training_file: FileId | None = None
+    """Learn from this file (`/v1/files`) instead of the ledger; of the window `max_groups` and `policies` count."""
     n: int = Field(16, ge=2, le=4096)
     """The best-of-n that the finished policy stands in for."""
     held_out_fraction: float = Field(0.1, gt=0, lt=1)
@@ -92,3 +119,5 @@ class DataWindow(Record):
     first_id: str
     last_id: str
     digest: str
+    training_file: FileId | None = None
+    """Where the groups are from; None: the ledger."""

@@ -66,6 +66,11 @@ def jobs_index(tenant: str = DEFAULT_TENANT) -> str:
     return "bonsai:jobs" if tenant == DEFAULT_TENANT else f"bonsai:jobs-of:{tenant}"
 
 
+def files_key(tenant: str = DEFAULT_TENANT) -> str:
+    """Hash file id -> FileRecord."""
+    return "bonsai:files" if tenant == DEFAULT_TENANT else f"bonsai:files-of:{tenant}"
+
+
 def job_key(job_id: str) -> str:
     return f"bonsai:job:{job_id}"
 

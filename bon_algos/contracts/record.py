@@ -12,9 +12,14 @@ DEFAULT_TENANT: Final = "default"
 POLICY_ID_PATTERN: Final = r"^pol-[0-9a-f]{16}$"
 ROUTE_PATTERN: Final = r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?$"
 TENANT_PATTERN: Final = r"^[a-z0-9-]{1,32}$"
+TAG_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}$"
+FILE_ID_PATTERN: Final = r"^file-[0-9a-f]{32}$"
 PolicyId = Annotated[str, Field(pattern=POLICY_ID_PATTERN)]
 RouteName = Annotated[str, Field(pattern=ROUTE_PATTERN)]
 Tenant = Annotated[str, Field(pattern=TENANT_PATTERN)]
+Tag = Annotated[str, Field(pattern=TAG_PATTERN)]
+"""What a caller calls some of its requests, to find them again."""
+FileId = Annotated[str, Field(pattern=FILE_ID_PATTERN)]
 
 
 class Record(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter
 
-from bon_algos.contracts.record import DEFAULT_TENANT, SCHEMA_VERSION, PolicyId, Record, RouteName
+from bon_algos.contracts.record import DEFAULT_TENANT, SCHEMA_VERSION, PolicyId, Record, RouteName, Tag
 
 
 class ToolCall(Record):
@@ -174,6 +174,8 @@ class CandidateGroup(Record):
     """Groups of one session never fall on both sides of a train/held-out split."""
     user: str | None = None
     """Whose request it was, where the caller said so: what an erasure goes by."""
+    tags: tuple[Tag, ...] = ()
+    """What the caller called it, so that a job's window can ask for it."""
     policy_id: PolicyId
     """Who sampled it. Quantiles are only meaningful against this policy."""
     reward_model_id: str

@@ -55,8 +55,7 @@ def export_command(
 ) -> None:
     """Write a route's groups, with the rewards that were measured later, and the feedback that counts into TARGET, a
     new directory."""
-    from bonsai.ledger.export import export
-    from worker.ledger import Window
+    from bonsai.ledger.export import Window, export
 
     with _place(directory, redis_url, archive) as place:
         counts = export(place, Window(**window), target, form)

@@ -15,11 +15,11 @@ from typing import Any, Final, NamedTuple, cast
 import pyarrow as pa
 
 from archive.tables import SegmentSet, parquet_bytes, row_of, table_of
-from bon_algos.contracts import CandidateGroup, Feedback, feedback_key
+from bon_algos.contracts import DEFAULT_TENANT, CandidateGroup, Feedback, RouteName, feedback_key
 from bon_algos.ledger_entries import EntryId
 from bonsai.ledger.place import NoLedger, Place
 from worker.erasures import Erasures
-from worker.ledger import Window, groups_newest_first
+from worker.ledger import groups_newest_first
 
 GROUPS_IN_A_FILE: Final = 5000
 _NOWHERE: Final = EntryId(0, 0)
@@ -28,6 +28,14 @@ _NOWHERE: Final = EntryId(0, 0)
 class Counts(NamedTuple):
     groups: int
     feedback: int
+
+
+class Window(NamedTuple):
+    """Which groups are wanted."""
+
+    route: RouteName
+    tenant: str = DEFAULT_TENANT
+    since: float | None = None
 
 
 def export(place: Place, window: Window, target: Path, form: str) -> Counts:
@@ -47,7 +55,7 @@ def export(place: Place, window: Window, target: Path, form: str) -> Counts:
 def _groups(place: Place, window: Window) -> Iterator[CandidateGroup]:
     erasures = Erasures.read(place.client)
     groups = groups_newest_first(
-        place.client, window.route, tenant=window.tenant, since=window.since, archive=place.archive
+        place.client, (window.route,), tenant=window.tenant, since=window.since, archive=place.archive
     )
     wanted = (group for group in groups if window.since is None or group.created_at >= window.since)
     return (group for group in wanted if not erasures.cover(group))

@@ -22,10 +22,10 @@ from bonsai.reward_function import function_spec, open_function
 from bonsai.reward_plan import config_of, read_config
 from bonsai.runtime_directory import open_state
 from bonsai.supervisor import kept
-from service.app import read_tokenizer
 from service.engine_http import EngineHttp
 from service.errors import RewardModelUnavailable
 from service.reward import RewardModel
+from service.tokenizer_files import read_tokenizer
 from service.vllm import LIST_SECONDS, model_names
 
 

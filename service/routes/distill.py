@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,6 +11,7 @@ from starlette.background import BackgroundTask
 
 from bon_algos.contracts import JobSpec
 from service.access import caller_of, needs
+from service.errors import InvalidField
 from service.json_body import query_parameters, read_model
 from service.routes.admin import control_of, idempotency_of, list_of, page_of, snapshot_of
 
@@ -19,9 +21,14 @@ router = APIRouter(prefix="/distill")
 @router.post("", dependencies=[needs("train")])
 async def submit(request: Request) -> JSONResponse:
     control, caller = control_of(request), caller_of(request)
-    query_parameters(request, ())
+    is_dry_run = _is_dry_run(query_parameters(request, ("dry_run",)))
     spec = await read_model(request, JobSpec, control.max_body_bytes)
-    caller.require_route(snapshot_of(request).route(spec.route).name)
+    snapshot = snapshot_of(request)
+    for route in (spec.route, *spec.window.routes):
+        caller.require_route(snapshot.route(route).name)
+    if is_dry_run:
+        await control.jobs.check(spec, caller.tenant)
+        return JSONResponse(await control.training.dry_runs.of(spec, caller.tenant))
     submitted = await control.jobs.submit(spec, idempotency_of(request, spec.model_dump_json()), caller.tenant)
     headers = {"Location": f"/distill/{submitted.job_id}"}
     if submitted.is_replayed:
@@ -56,6 +63,13 @@ async def events(request: Request, job_id: str) -> JSONResponse:
 async def cancel(request: Request, job_id: str) -> JSONResponse:
     await _seen(request, job_id)
     return JSONResponse(await control_of(request).jobs.cancel(job_id, caller_of(request).tenant))
+
+
+def _is_dry_run(query: Mapping[str, str]) -> bool:
+    said = query.get("dry_run", "false")
+    if said not in ("true", "false"):
+        raise InvalidField("dry_run must be true or false", param="dry_run")
+    return said == "true"
 
 
 async def _seen(request: Request, job_id: str) -> dict[str, Any]:

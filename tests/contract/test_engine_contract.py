@@ -25,10 +25,10 @@ from bon_algos.contracts import Candidate, RewardConfig, Sampling
 from bon_algos.scoring import Score, open_readers
 from bon_algos.vllm_protocol import classify_request, json_object, parse_classify
 from bonsai.engines import JOB_LORAS
-from service.app import read_tokenizer
 from service.engine_http import EngineHttp
 from service.errors import PolicyNotServed, RewardModelUnavailable
 from service.reward import RewardModel
+from service.tokenizer_files import read_tokenizer
 from service.vllm import AdapterRefused, DrawingWindow, PolicyEngine
 from tests.fixtures.gateway import vllm_member, wait_until
 from tests.service.records import BASE, REWARD_MODEL

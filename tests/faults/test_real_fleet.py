@@ -19,8 +19,8 @@ import torch
 from bon_algos.contracts import POLICIES_INDEX, Fingerprint, Manifest, policy_key
 from bon_algos.logprobs import TokenGroup
 from bonsai import guard
-from service.app import read_tokenizer
 from service.settings import GatewaySettings
+from service.tokenizer_files import read_tokenizer
 from tests.fixtures.gateway import Client, Reply, running_gateway
 from tests.fixtures.real_stack import RealStack, wait_until
 from tests.service.records import manifest
@@ -116,7 +116,7 @@ def publish_random_policy(stack: RealStack, directory: Path) -> str:
         plain = manifest(f"pol-{digest[:16]}", files, digest)
         return plain.model_copy(update={"base_policy_id": base, "parent_policy_id": base, "lora_rank": rank})
 
-    record = publish(Path(told["BONSAI_ARTEFACTS"]), directory / "adapter", fingerprint, described)
+    record = publish(Path(told["BONSAI_ARTEFACTS"]), directory / "adapter", fingerprint, described, lambda: None)
     stack.redis.hset(policy_key(record.id), mapping={"record": record.model_dump_json(), "version": 1})
     stack.redis.zadd(POLICIES_INDEX, {record.id: time.time()})
     return record.id

@@ -12,6 +12,7 @@ from bon_algos.contracts import (
     CandidateGroup,
     DataWindow,
     EvaluationReport,
+    FileRecord,
     FingerprintResult,
     Interval,
     JobSpec,
@@ -101,3 +102,12 @@ def group(
         settings_digest="", prompt="p", prompt_token_ids=(1,), sampling=Sampling(max_tokens=8), requested=len(drawn),
         candidates=drawn, selected=selected, status="ok",
     )  # fmt: skip
+
+
+def file_record(**changes: object) -> FileRecord:
+    values: dict[str, object] = {
+        "id": "file-" + "3" * 32, "filename": "f.jsonl", "bytes": 1, "created_at": 0.0, "digest": "3" * 64,
+        "stored_as": "3" * 64 + "-00000000", "format": "jsonl", "status": "processed", "rows": 1, "window": 256,
+        "policy_template_digest": "",
+    }  # fmt: skip
+    return FileRecord.model_validate({**values, **changes})

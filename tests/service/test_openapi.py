@@ -30,6 +30,7 @@ from service.routes import health
 from service.routes.admin import page_of
 from service.schemas import RESPONSES, SCHEMAS
 from tests.fixtures.gateway import Reply, World, wait_until
+from tests.service.training_files import line, uploaded
 
 ROOT = Path(__file__).parents[2]
 CHAT = {"model": "default", "messages": [{"role": "user", "content": "hi"}]}
@@ -269,6 +270,15 @@ def test_the_control_plane_answers_as_described(world: World):
     ask("POST", "/v1/feedback", {"response": said, "value": True})
     wait_until(lambda: bool(client.get(f"/v1/feedback?response={said}").json["data"]))
     ask("GET", "/v1/feedback", query=f"?response={said}")
+    told = ask("POST", "/distill", {"method": {"type": "bon_sft", "bon_sft": {"n": 2}}, "n": 2}, query="?dry_run=true")
+    assert told["data"]["curve"]
+    file = as_described("POST", "/v1/files", uploaded(client, line() + line(rewards=[])))["id"]
+    ask("GET", "/v1/files")
+    ask("GET", "/v1/files/{file_id}", file_id=file)
+    content = client.get(f"/v1/files/{file}/content")
+    assert content.headers["content-type"] in DOCUMENT["paths"]["/v1/files/{file_id}/content"]["get"]["responses"][
+        "200"]["content"]  # fmt: skip
+    ask("DELETE", "/v1/files/{file_id}", file_id=file)
     ask("GET", "/v1/models")
     ask("GET", "/v1/models/{model}", model="default")
     ask("POST", "/engines/{name}/drain", name="policy-0")

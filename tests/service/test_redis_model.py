@@ -30,6 +30,7 @@ from service.catalogue import Catalogue
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.erasures import ErasureBook, ErasureRequest
 from service.experiment_store import Experiments
+from service.files import Files
 from service.idempotency import Idempotency
 from service.jobs import GROUPS_NEEDED, Jobs
 from service.keys import KeyRecord, KeyRequest, KeyRing, Keys
@@ -38,9 +39,11 @@ from service.policies import Policies
 from service.routing import RouteRequest, Routes
 from service.spool import Spool
 from service.store import open_redis
-from tests.service.records import BASE, PASSED, REWARD_MODEL, group, job_spec, policy, route
+from service.tokenizer_files import read_tokenizer
+from tests.service.records import BASE, PASSED, REWARD_MODEL, file_record, group, job_spec, policy, route
 from tests.service.test_experiment_store import arms
 from tests.service.test_policies import SERVED, A, B, snapshot_of
+from tests.stubs.tokenizer import write_model_directory
 from worker.archive_lease import ArchiveLease
 from worker.erasing import Eraser
 from worker.lease import Lease, claim
@@ -109,7 +112,7 @@ async def live_through_everything(redis: Redis, url: str, directory: Path) -> No
         await registry.record_fingerprint(policy_id, PASSED)
         await registry.promote(policy_id, "default", "r", SERVED)
     await registry.roll_back("default", Idempotency.of("other", "POST /routes/default/rollback", ""))
-    await go_through_keys(redis)
+    await go_through_keys(redis, directory)
     await go_through_an_erasure(redis, url, directory)
 
 
@@ -127,7 +130,22 @@ async def go_through_an_erasure(redis: Redis, url: str, directory: Path) -> None
         assert receipt.erased.groups == 1
 
 
-async def go_through_keys(redis: Redis) -> None:
+async def go_through_files(redis: Redis, directory: Path) -> None:
+    """One of either tenant."""
+    models = write_model_directory(directory / "model")
+    files = Files(
+        redis,
+        artefacts=directory,
+        max_bytes=1024,
+        tokenizer=read_tokenizer(models),
+        policy_directory=models,
+        window=256,
+    )
+    for tenant in ("default", "acme"):
+        await files.keep(file_record(tenant=tenant))
+
+
+async def go_through_keys(redis: Redis, directory: Path) -> None:
     """The first key of a tenant, used once; and what that tenant leaves."""
     pepper = bytes(32)
     admin = KeyRecord(
@@ -140,6 +158,7 @@ async def go_through_keys(redis: Redis) -> None:
     await ring.refresh()
     await keys.revoke(record.id, GATEWAY)
     await redis.hset(LEDGER_COUNTS, of_tenant("acme", "default"), str(GROUPS_NEEDED))
+    await go_through_files(redis, directory)
     await Jobs(redis, n_cap=64, max_lora_rank=32).submit(job_spec(), tenant="acme")
 
 

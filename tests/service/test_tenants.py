@@ -22,6 +22,7 @@ from service.app import create_app
 from tests.fixtures.gateway import Client, Reply, World, wait_until
 from tests.service.records import BASE, STUDENT, policy
 from tests.service.test_access import MATRIX, no_gateway
+from tests.service.training_files import line, uploaded
 
 TYPED = {"Content-Type": "application/json"}
 ARMS = [{"policy": "base", "n": 2, "weight": 5000}, {"policy": "base", "n": 1, "weight": 5000}]
@@ -35,6 +36,7 @@ class Owned(NamedTuple):
     response: str
     job: str
     key: str
+    file: str
     policy: str = STUDENT
 
 
@@ -72,7 +74,8 @@ def acme(still_world: World) -> Owned:
     job = client.get("/distill").json["data"][0]["id"]
     key = client.post("/keys", {"name": "b", "role": "viewer"}).json["id"]
     assert client.post("/ledger/erasures", {"user": "somebody"}).json["id"] == ERASURE
-    return Owned(client, response, job, key)
+    file = uploaded(client, line()).json["id"]
+    return Owned(client, response, job, key, file)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,9 @@ def foreign(owned: Owned) -> dict[tuple[str, str], tuple[str, object]]:
         ("GET", "/distill/{job_id}/events"): (f"/distill/{owned.job}/events", None),
         ("POST", "/distill/{job_id}/cancel"): (f"/distill/{owned.job}/cancel", None),
         ("GET", "/ledger/erasures/{erasure_id}"): (f"/ledger/erasures/{ERASURE}", None),
+        ("GET", "/v1/files/{file_id}"): (f"/v1/files/{owned.file}", None),
+        ("GET", "/v1/files/{file_id}/content"): (f"/v1/files/{owned.file}/content", None),
+        ("DELETE", "/v1/files/{file_id}"): (f"/v1/files/{owned.file}", None),
         ("GET", "/keys/{key_id}"): (f"/keys/{owned.key}", None),
         ("DELETE", "/keys/{key_id}"): (f"/keys/{owned.key}", None),
     }
@@ -120,6 +126,9 @@ WITHOUT_OBJECTS = {
     ("GET", "/keys"), ("GET", "/ledger"),
     # Of a user of the caller's own tenant, whoever else has one of that name.
     ("POST", "/ledger/erasures"),
+    ("GET", "/keys"), ("GET", "/v1/files"),
+    # Of one's own, whatever others have of the same content: test_files.py.
+    ("POST", "/v1/files"),
     # Makes a route of the caller's own, as `test_one_name_is_as_many_routes_as_tenants` sees.
     ("PUT", "/routes/{route}"),
     ("POST", "/keys"), ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/openapi.json"),
@@ -130,7 +139,7 @@ NAMED = sorted(set(MATRIX) - WITHOUT_OBJECTS)
 
 
 def test_every_route_that_names_an_object_is_tried():
-    assert set(foreign(Owned(Client("http://x:1", None), "", "", ""))) | WITHOUT_OBJECTS == set(
+    assert set(foreign(Owned(Client("http://x:1", None), "", "", "", ""))) | WITHOUT_OBJECTS == set(
         rights(create_app(no_gateway))
     )
 

@@ -7,10 +7,11 @@ import pytest
 import redis
 import torch
 
+from bon_algos.acceptance import Requirements
 from tests.worker import small_job, world
 from tests.worker.small_job import SmallJob
 from tests.worker.stub_engine import StubEngine, save_tokenizer
-from worker.dataset import Requirements, freeze
+from worker.dataset import freeze
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bon_algos.acceptance import ranking_reward
 from bon_algos.contracts import Interval
 from bon_algos.order import mean_interval
 from tests.worker import world
-from worker.dataset import LoggedCandidate, PromptPool, ranking_reward
+from worker.dataset import LoggedCandidate, PromptPool
 from worker.evaluate import Judged, report_of
 from worker.judge import NOT_CONFIGURED, NoOpinion, Opinion
 from worker.report import Evidence, Subject

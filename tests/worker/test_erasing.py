@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from archive.reading import Question
+from bon_algos.acceptance import Requirements
 from bon_algos.contracts import (
     ERASURES,
     LEDGER_STREAM,
@@ -32,7 +33,7 @@ from tests.service.records import manifest
 from tests.worker import world
 from worker import erased_windows
 from worker.compaction import Compaction, Limits
-from worker.dataset import Requirements, freeze
+from worker.dataset import freeze
 from worker.erasing import Eraser
 from worker.erasures import Erasures
 from worker.lease import claim

@@ -7,10 +7,11 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bon_algos.acceptance import MIN_PROMPTS, Requirements, split_sides
 from bon_algos.contracts import Window, policy_key
 from tests.service.records import job_spec, manifest, numbered, policy
 from tests.worker import world
-from worker.dataset import MIN_PROMPTS, Requirements, freeze, split_sides
+from worker.dataset import freeze
 from worker.errors import JobFailed
 from worker.lineage import lineage
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from bon_algos.acceptance import Requirements
 from tests.worker import world
 from worker import mixture
-from worker.dataset import FrozenWindow, Requirements, freeze
+from worker.dataset import FrozenWindow, freeze
 from worker.errors import JobCancelled, JobFailed
 
 STUDENT = "pol-" + "0" * 16

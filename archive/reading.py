@@ -7,7 +7,7 @@ record to another, who may see what.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
@@ -37,7 +37,7 @@ class DamagedSegment(Exception):
 class Question:
     """Which records are wanted."""
 
-    kinds: Collection[SegmentSet]
+    kinds: tuple[SegmentSet, ...]
     tenant: str | None = None
     """None: of any."""
     route: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -20,7 +21,7 @@ def shown(language: str) -> list[str]:
 
 
 @pytest.fixture
-def directory(tmp_path) -> Path:
+def directory(tmp_path: Path) -> Path:
     """Two days, two routes, and an author who changed his mind."""
     archive = archive_at(tmp_path / "archive")
     first, other = group(1), group(2, route="other")
@@ -32,7 +33,7 @@ def directory(tmp_path) -> Path:
 
 def test_duckdb_sums_up_days_and_routes(directory):
     sums, _ = shown("sql")
-    rows = duckdb.sql(sums.replace("ARCHIVE", str(directory))).fetchall()
+    rows = duckdb.execute(sums.replace("ARCHIVE", str(directory))).fetchall()
     assert [(str(day), route, *numbers) for day, route, *numbers in rows] == [
         ("2023-11-15", "default", 1, 1.0, 0.0),
         ("2023-11-15", "other", 1, 1.0, 0.0),
@@ -42,7 +43,7 @@ def test_duckdb_sums_up_days_and_routes(directory):
 
 def test_duckdb_takes_the_newest_answer_to_a_question(directory):
     _, newest = shown("sql")
-    rows = duckdb.sql(newest.replace("ARCHIVE", str(directory))).fetchall()
+    rows = duckdb.execute(newest.replace("ARCHIVE", str(directory))).fetchall()
     assert [(name, json.loads(value)) for _, name, value in rows] == [("quality", True)]
 
 
@@ -60,8 +61,8 @@ def test_pandas_reads_it(directory):
     assert sorted(run(code, directory)["prompts"]) == ["0 1", "0 3"]
 
 
-def run(code: str, directory: Path) -> dict[str, object]:
+def run(code: str, directory: Path) -> dict[str, Any]:
     """The page's own lines."""
-    names: dict[str, object] = {"archive": str(directory)}
+    names: dict[str, Any] = {"archive": str(directory)}
     exec(compile(code, str(PAGE), "exec"), names)
     return names

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bonsai.engines import LORA_RANKS
+from bonsai.registry.command import audit_command, policies_command, rebuild_command
 from bonsai.replay.command import replay_command
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
         sys.exit(0 if succeeded else 1)
 
 
-main.add_command(replay_command)
+for command in (replay_command, audit_command, policies_command, rebuild_command):
+    main.add_command(command)
 
 
 @main.group()

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlencode
 
 import aiohttp
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -201,6 +202,14 @@ class BonsaiClient:
         body = {"route": route, "override_reason": override_reason}
         await self._call(Reply, "POST", f"/policies/{policy_id}/promote", body)
 
+    async def register_policy(self, digest: str) -> Policy:
+        """An adapter that was put below the artefact root becomes a candidate."""
+        return await self._call(Policy, "POST", "/policies", {"digest": digest})
+
+    async def export_policy(self, policy_id: str, base: str) -> bytes:
+        """A tar archive of the PEFT directory. base: what the adapter says of its base model."""
+        return await self._exchange("GET", f"/policies/{policy_id}/export?{urlencode({'base': base})}")
+
     async def start_experiment(self, route: str, weights: Mapping[tuple[str, int], int]) -> None:
         """Weights of the arms (policy, n), together 10,000."""
         arms = [{"policy": policy, "n": n, "weight": weight} for (policy, n), weight in weights.items()]
@@ -220,6 +229,19 @@ class BonsaiClient:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> _Reply:
+        content = await self._exchange(method, path, body, headers)
+        try:
+            return reply.model_validate_json(content or b"{}")
+        except ValidationError as error:
+            raise UnreadableReply(f"{method} {path}: {error}") from error
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
         give_up = monotonic() + self._patience_seconds
         while True:
             try:
@@ -233,10 +255,7 @@ class BonsaiClient:
             await asyncio.sleep(int(pause))
         if status >= 400:
             raise _refusal(status, content)
-        try:
-            return reply.model_validate_json(content or b"{}")
-        except ValidationError as error:
-            raise UnreadableReply(f"{method} {path}: {error}") from error
+        return content
 
 
 class _ErrorMembers(Reply):

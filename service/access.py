@@ -21,7 +21,9 @@ from bon_algos.contracts import DEFAULT_TENANT
 from service.errors import Forbidden, GatewayError
 
 Role = Literal["admin", "operator", "trainer", "inference", "viewer"]
-Right = Literal["complete", "force_arm", "list_models", "read", "read_content", "train", "move_traffic", "manage_keys"]
+Right = Literal[
+    "complete", "force_arm", "list_models", "read", "read_content", "train", "move_traffic", "manage_keys", "read_audit"
+]
 ROLES: Final[Mapping[Right, tuple[Role, ...]]] = {
     "complete": ("admin", "operator", "inference"),
     "force_arm": ("admin", "operator"),
@@ -31,10 +33,11 @@ ROLES: Final[Mapping[Right, tuple[Role, ...]]] = {
     "train": ("admin", "operator", "trainer"),
     "move_traffic": ("admin", "operator"),
     "manage_keys": ("admin",),
+    "read_audit": ("admin",),
 }
 """Who has a right. complete: ask for completions and give feedback on them. read: routes, policies, jobs, experiments,
 their numbers, no texts. read_content: what people wrote. train: submit and cancel jobs. move_traffic: routes,
-experiments, promotion, roll-back."""
+experiments, promotion, roll-back, what becomes of a policy."""
 
 
 class Caller(NamedTuple):

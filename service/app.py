@@ -37,6 +37,7 @@ from service.replica import Replica
 from service.reward import RewardModel
 from service.reward_test import RewardTest, read_pairs
 from service.routes import (
+    audit,
     distill,
     engines,
     experiments,
@@ -48,9 +49,11 @@ from service.routes import (
     openapi,
     policies,
     routing,
+    tags,
 )
 from service.serving import Serving
 from service.settings import GatewaySettings
+from service.shadows import Shadows, shadowing
 from service.spool import Spool
 from service.store import open_redis
 from service.vllm import PolicyEngine
@@ -84,6 +87,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         control = await stack.enter_async_context(_control(engine, settings))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
+        limits = _limits(settings)
+        shadows = Shadows(engine, reward_model, limits, ledger, measurements, control.catalogue)
         serving = Serving(
             engine=engine,
             reward_model=reward_model,
@@ -95,7 +100,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             replays=Replays(await stack.enter_async_context(open_redis(settings.redis_url))),
             feedback=FeedbackBook(of_bytes, ledger),
             learned=control.learned,
-            limits=_limits(settings),
+            limits=limits,
+            shadows=await stack.enter_async_context(shadowing(shadows)),
             window=settings.max_model_len,
             n_cap=settings.n_cap,
             max_body_bytes=settings.max_body_bytes,
@@ -191,7 +197,10 @@ def create_app(open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]])
     app.state.draining = Draining()
     app.add_middleware(Door, draining=app.state.draining)
     install_edge(app)
-    for routes in (generate, openai, feedback, health, routing, policies, distill, experiments, engines, keys, openapi):
+    for routes in (
+        *(generate, openai, feedback, health, routing, policies, tags, distill, experiments, engines),
+        *(keys, audit, openapi),
+    ):
         app.include_router(routes.router)
     app.state.rights = require_described(rights(app))
     return app

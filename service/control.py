@@ -15,20 +15,26 @@ from time import time
 from typing import Final
 
 from bon_algos.contracts import PolicyRecord, Route
+from service.audit import Audit
 from service.catalogue import Catalogue
 from service.curve import Curves
+from service.deletion import Deletion
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.errors import StoreFull, StoreUnavailable
 from service.experiment_store import Experiments
 from service.jobs import Jobs
+from service.journal import JournalWriter
 from service.keys import KeyRecord, KeyRing, Keys
 from service.learned import LearnedStrategies
 from service.loops import running_loops
 from service.policies import Policies
 from service.publishers import Publishers
 from service.publishing import AdapterEngine
+from service.registration import Registration
 from service.routing import Routes
 from service.store import open_redis
+from service.tags import Tags
+from service.trials import Trials
 
 DEFAULT_ROUTE: Final = "default"
 DEFAULT_N: Final = 16
@@ -39,6 +45,11 @@ class Control:
     catalogue: Catalogue
     routes: Routes
     policies: Policies
+    trials: Trials
+    tags: Tags
+    deletion: Deletion
+    registration: Registration
+    audit: Audit
     experiments: Experiments
     jobs: Jobs
     dispatcher: Dispatcher
@@ -81,6 +92,11 @@ async def open_control(
             catalogue=catalogue,
             routes=Routes(redis, reward_model=reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens),
             policies=policies,
+            trials=Trials(redis),
+            tags=Tags(redis),
+            deletion=Deletion(redis, artefacts),
+            registration=Registration(redis, artefacts, base_policy_id=base_policy_id, max_lora_rank=max_lora_rank),
+            audit=Audit(redis),
             experiments=Experiments(redis),
             jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
             dispatcher=Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=reconcile_seconds),
@@ -104,6 +120,7 @@ async def open_control(
             await key_ring.refresh()
         loops = [publisher.run() for publisher in control.publishers.each]
         loops += [catalogue.run(), key_ring.run(), control.dispatcher.run(), control.learned.run()]
+        loops += [control.deletion.run(), JournalWriter(catalogue, artefacts).run()]
         async with running_loops(*loops):
             yield control
 

@@ -31,17 +31,21 @@ from service.errors import (
     Unparseable,
     UnsupportedMediaType,
 )
-from service.operations import OPERATIONS, Operation, Parameter
+from service.operations import OPERATIONS as OTHERS
+from service.operations import Operation, Parameter
+from service.registry_operations import REGISTRY_OPERATIONS
 from service.replies import TEXT, WHOLE, Named, Schema, maybe, members
 from service.schemas import Schemas
 
 EVERYBODY: Final = (HeadersTooLarge, ShuttingDown)
 """What the edge and the door refuse, whoever asks."""
+OPERATIONS: Final = {**OTHERS, **REGISTRY_OPERATIONS}
 WITH_A_KEY: Final = (Unparseable, Unauthenticated, TooManyWrongKeys, StoreUnavailable)
 WITH_A_BODY: Final = (Unparseable, BodyTimeout, BodyTooLarge, UnsupportedMediaType, InvalidField)
 
 HEADERS: Final = {
     "X-Request-Id": {"description": "As it was sent, or made.", "required": True, "schema": TEXT},
+    "ETag": {"description": "The version, for `If-Match`.", "required": True, "schema": TEXT},
     "Location": {"description": "Where to find what was made.", "required": True, "schema": TEXT},
     "Retry-After": {"description": "Seconds.", "required": True, "schema": TEXT},
     "WWW-Authenticate": {"description": "Bearer.", "required": True, "schema": TEXT},
@@ -147,6 +151,7 @@ def _refusal(status: int, errors: set[type[GatewayError]], schemas: Schemas) -> 
 def _success(status: int, schema: Schema, row: Operation, schemas: Schemas) -> dict[str, Any]:
     content = {} if schema is None else {"application/json": {"schema": schemas.of(schema)}}
     content |= {"text/event-stream": {"schema": TEXT}} if row.streams else {}
+    content |= {media_type: {"schema": TEXT} for media_type in row.also}
     response = {"description": HTTPStatus(status).phrase, "headers": _headers(*row.headers)}
     return {**response, "content": content} if content else response
 

@@ -1,7 +1,8 @@
 """What each operation accepts and answers: the facts of the OpenAPI document that no signature holds.
 
-Owns: one row for each route. Does not own: what a row says of every operation alike, and the document's form
-(openapi.py), the parsing that the rows speak of (the routes), the members of a reply (replies.py).
+Owns: one row for each route but those of the registry (registry_operations.py). Does not own: what a row says of every
+operation alike, and the document's form (openapi.py), the parsing that the rows speak of (the routes), the members of
+a reply (replies.py).
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ from service.openai_bodies import ChatBody, CompletionBody
 from service.replies import Schema
 from service.routes.admin import DEFAULT_LIMIT, MAX_LIMIT
 from service.routes.generate import MAX_UNIT_LENGTH
-from service.routes.policies import PromoteRequest
 from service.routing import RouteRequest
 
 Nulls = Literal["as declared", "refused", "left out"]
@@ -80,28 +80,30 @@ class Operation(NamedTuple):
     """That every success has, beside those of every reply."""
     streams: bool = False
     """A success may be a stream of events instead."""
+    also: tuple[str, ...] = ()
+    """Media types that a success may have instead."""
 
 
-def _query(name: str, description: str, **schema: Any) -> Parameter:
+def query(name: str, description: str, **schema: Any) -> Parameter:
     return Parameter(name, "query", MappingProxyType(schema), description)
 
 
-def _header(name: str, description: str, **schema: Any) -> Parameter:
+def header(name: str, description: str, **schema: Any) -> Parameter:
     return Parameter(name, "header", MappingProxyType({"type": "string", **schema}), description)
 
 
-LIMIT: Final = _query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)
-AFTER: Final = _query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
+LIMIT: Final = query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)
+AFTER: Final = query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
 PAGE: Final = (LIMIT, AFTER)
-ONCE: Final = _header(
+ONCE: Final = header(
     HEADER, "The same request is carried out once in 24 h.", minLength=1, maxLength=MAX_LENGTH, pattern="^[!-~]+$"
 )
-ARM: Final = _header(
+ARM: Final = header(
     "x-bonsai-arm",
     "POLICY:N, forces an arm; for admins and operators.",
     pattern=f"^(base|live|{POLICY_ID_PATTERN.strip('^$')}):[0-9]{{1,6}}$",
 )
-UNIT: Final = _header(
+UNIT: Final = header(
     "x-bonsai-unit",
     "Whom an experiment's arm sticks to.",
     minLength=1,
@@ -129,7 +131,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "The best of n completions",
         {200: replies.GENERATION},
         Body(GenerateRequest, {"prompt": "A good review begins:", "n": 4, "max_tokens": 16}, nulls="refused"),
-        (_query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, ONCE),
+        (query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, ONCE),
         COMPLETING,
     ),
     ("POST", "/v1/completions"): Operation(
@@ -175,8 +177,8 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "The feedback that counts",
         {200: replies.listed(replies.FEEDBACK)},
         parameters=(
-            _query("response", "The id of a reply; this or session.", type="string"),
-            _query("session", "`metadata.session` of some requests; this or response.", type="string"),
+            query("response", "The id of a reply; this or session.", type="string"),
+            query("session", "`metadata.session` of some requests; this or response.", type="string"),
         ),
         errors=(NotFound, InvalidField),
     ),
@@ -191,9 +193,9 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "What best-of-k would have earned, k from 1 to n",
         {200: replies.CURVE},
         parameters=(
-            _query("groups", "The newest.", type="integer", minimum=1, maximum=MOST_GROUPS, default=DEFAULT_GROUPS),
-            _query("n", "Left out: the most frequent n.", type="integer", minimum=2),
-            _query("loss", "Share of the gain.", type="number", minimum=0, maximum=1, default=DEFAULT_LOSS),
+            query("groups", "The newest.", type="integer", minimum=1, maximum=MOST_GROUPS, default=DEFAULT_GROUPS),
+            query("n", "Left out: the most frequent n.", type="integer", minimum=2),
+            query("loss", "Share of the gain.", type="number", minimum=0, maximum=1, default=DEFAULT_LOSS),
         ),
         errors=(RouteNotFound, Conflict, InvalidField),
     ),
@@ -214,20 +216,6 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         {200: replies.ROUTE},
         parameters=(ONCE,),
         errors=(RouteNotFound, Conflict, StoreFull, InvalidField),
-    ),
-    ("GET", "/policies"): Operation(
-        "All policies", {200: replies.listed(replies.POLICY)}, parameters=PAGE, errors=(InvalidField,)
-    ),
-    ("GET", "/policies/{policy_id}"): Operation("A policy", {200: replies.POLICY}, errors=(PolicyNotFound,)),
-    ("POST", "/policies/{policy_id}/promote"): Operation(
-        "Put a policy live on a route",
-        {200: replies.ROUTE},
-        Body(
-            PromoteRequest,
-            {"route": "default", "override_reason": "The report was read."},
-        ),
-        (ONCE,),
-        (PolicyNotFound, RouteNotFound, Conflict, StoreFull),
     ),
     ("POST", "/distill"): Operation(
         "Submit a distillation",

@@ -66,12 +66,11 @@ class Verdict(NamedTuple):
 
 def wanted_policies(snapshot: Snapshot, slots: int) -> list[str]:
     """The adapters to keep loaded, most needed first, at most `slots`: what is live, what a running experiment
-    shows, what a roll-back would need, then candidates, the newest first."""
+    shows, what is canary or shadow, what a roll-back would need, then candidates, the newest first."""
     wanted: list[str] = []
     for policy_id in _by_need(snapshot):
         policy = snapshot.policies.get(policy_id)
-        usable = policy is not None and policy.manifest is not None and policy.state != "failed" and not policy.tainted
-        if usable and policy_id not in wanted:
+        if policy is not None and policy.is_usable and policy_id not in wanted:
             wanted.append(policy_id)
     return wanted[:slots]
 
@@ -83,6 +82,8 @@ def _by_need(snapshot: Snapshot) -> Iterator[str]:
     for name in names:
         experiment = snapshot.running(name)
         yield from (entry.arm.policy for entry in experiment.arms) if experiment is not None else ()
+    for route in routes:
+        yield from (trial.policy for trial in (route.canary, route.shadow) if trial is not None)
     yield from (previous for route in routes if (previous := next(iter(route.previous_policies[-1:]), None)))
     candidates = [policy for policy in snapshot.policies.values() if policy.state == "candidate"]
     yield from (policy.id for policy in sorted(candidates, key=lambda policy: policy.created_at, reverse=True))
@@ -147,7 +148,8 @@ class Publisher:
         self._serve(loaded)
         snapshot = self._catalogue.snapshot
         wanted = wanted_policies(snapshot, self._slots)
-        for policy_id in sorted(loaded & snapshot.policies.keys() - set(wanted) - {self._catalogue.base_policy}):
+        known = snapshot.policies.keys() | snapshot.deleted
+        for policy_id in sorted(loaded & known - set(wanted) - {self._catalogue.base_policy}):
             await self._drop(policy_id)
         for policy_id in wanted:
             is_settled = policy_id in self._proven or policy_id in self._refused

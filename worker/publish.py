@@ -49,16 +49,7 @@ def publish(
         (aside / "manifest.json").write_text(manifest_of(digest, files).model_dump_json(indent=2))
     shutil.rmtree(scratch)
     manifest = Manifest.model_validate_json((home / "manifest.json").read_text())
-    return PolicyRecord(
-        id=manifest.policy_id,
-        tenant=manifest.tenant,
-        kind="lora",
-        state="candidate",
-        created_at=manifest.created_at,
-        n_equivalent=manifest.spec.n,
-        manifest=manifest,
-        directory=f"policies/{digest}",
-    )
+    return manifest.as_candidate()
 
 
 class Published(NamedTuple):

@@ -148,6 +148,10 @@ class Catalogue:
                     await self._seed()
                     self._is_seeded = True
                 found = await self._read()
+                if not found["registry"]:
+                    # Redis was lost under this process: best-of-n goes on, and `bonsai rebuild` brings the rest.
+                    await self._seed()
+                    found = await self._read()
             self._change(**found, read_at=time())
             return self._snapshot
 

@@ -7,12 +7,12 @@ their loops. Does not own: HTTP.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
-from typing import Final
+from typing import Any, Final
 
 from bon_algos.contracts import PolicyRecord, Route
 from service.audit import Audit
@@ -118,11 +118,16 @@ async def open_control(
         with suppress(StoreUnavailable, StoreFull):
             # The first request is held against the keys there are, where Redis says which.
             await key_ring.refresh()
-        loops = [publisher.run() for publisher in control.publishers.each]
-        loops += [catalogue.run(), key_ring.run(), control.dispatcher.run(), control.learned.run()]
-        loops += [control.deletion.run(), JournalWriter(catalogue, artefacts).run()]
-        async with running_loops(*loops):
+        async with running_loops(*_loops(control, artefacts)):
             yield control
+
+
+def _loops(control: Control, artefacts: Path) -> list[Coroutine[Any, Any, None]]:
+    return [
+        *(publisher.run() for publisher in control.publishers.each),
+        *(control.catalogue.run(), control.key_ring.run(), control.dispatcher.run(), control.learned.run()),
+        *(control.deletion.run(), JournalWriter(control.catalogue, artefacts).run()),
+    ]
 
 
 def _default_route(base_policy: str, reward_model: str, *, n_cap: int, max_tokens: int) -> Route:

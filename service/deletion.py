@@ -12,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from time import time
 from typing import Final, cast
@@ -47,6 +49,7 @@ from service.store import transact, translated
 PROTECTED_HISTORY: Final = 3
 """So many roll-backs in a row find the policies that they lead to."""
 SWEEP_SECONDS: Final = 30.0
+RENAMED: Final = ".deleted-"
 log = logging.getLogger("bonsai.deletion")
 
 
@@ -81,11 +84,13 @@ class Deletion:
         await self.sweep()
 
     async def sweep(self) -> None:
-        """Remove the files of what was deleted. Raises StoreUnavailable."""
+        """Remove the files of what was deleted, as far as the disk lets us. Raises StoreUnavailable."""
         with translated():
             deleted = cast("list[str]", await self._redis.zrange(POLICIES_DELETED, 0, -1))
-        if deleted:
+        try:
             await asyncio.to_thread(remove_files, self._policies, frozenset(deleted))
+        except OSError as error:
+            log.error("files of a deleted policy could not be removed yet: %s", error.strerror)
 
     async def run(self) -> None:
         """Sweep until cancelled: a gateway may have died between a deletion and its files, and a job may have
@@ -95,8 +100,6 @@ class Deletion:
                 await self.sweep()
             except (StoreUnavailable, StoreFull) as error:
                 log.warning("files of deleted policies stay for now: %s", error.message)
-            except OSError as error:
-                log.error("files of a deleted policy could not be removed: %s", error.strerror)
             await asyncio.sleep(SWEEP_SECONDS)
 
 
@@ -104,17 +107,13 @@ def remove_files(policies: Path, deleted: Collection[str]) -> None:
     """Blocks. Each directory is renamed first, so that nobody finds half of one under its name."""
     if not policies.is_dir():
         return
-    for directory in policies.iterdir():
-        doomed = policies / f".deleted-{directory.name}"
-        if directory.name.startswith(".deleted-"):
-            doomed = directory
-        elif f"pol-{directory.name[:16]}" not in deleted:
-            continue
-        elif directory.is_symlink():
-            directory.unlink()
-            continue
-        else:
-            directory.rename(doomed)
+    for directory in list(policies.iterdir()):
+        if directory.is_symlink() and f"pol-{directory.name[:16]}" in deleted:
+            directory.unlink(missing_ok=True)
+        elif f"pol-{directory.name[:16]}" in deleted:
+            with suppress(FileNotFoundError):  # another gateway was here first
+                directory.rename(policies / f"{RENAMED}{directory.name}.{secrets.token_hex(4)}")
+    for doomed in policies.glob(f"{RENAMED}*"):
         shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -70,11 +70,12 @@ def _continued(policy: TrainedPolicy) -> list[TokenGroup]:
     draw = torch.Generator().manual_seed(0)
     vocabulary = policy.model.get_input_embeddings().num_embeddings
     prompt_BL = torch.randint(vocabulary, (NUM_PROMPTS, PROMPT_TOKENS), generator=draw)
-    token_BL = prompt_BL
+    token_BL, next_BL, cache = prompt_BL, prompt_BL, None
     for _ in range(COMPLETION_TOKENS):
-        logit_BV = policy.model(input_ids=token_BL).logits[:, -1].float()
-        token_B1 = torch.multinomial(logit_BV.softmax(-1), 1, generator=draw)
-        token_BL = torch.cat([token_BL, token_B1], dim=1)
+        answer = policy.model(input_ids=next_BL, past_key_values=cache, use_cache=True)
+        cache = answer.past_key_values
+        next_BL = torch.multinomial(answer.logits[:, -1].float().softmax(-1), 1, generator=draw)
+        token_BL = torch.cat([token_BL, next_BL], dim=1)
     return [TokenGroup(row[:PROMPT_TOKENS], [row[PROMPT_TOKENS:]]) for row in token_BL.tolist()]
 
 

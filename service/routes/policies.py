@@ -24,7 +24,6 @@ from service.routes.admin import DEFAULT_LIMIT, MAX_LIMIT, control_of, count_of,
 from service.routing import route_object
 from service.tags import named_policy
 
-FILTERS: Final = ("state", "tag", "route", "parent")
 BASE_PATTERN: Final = r"^[A-Za-z0-9/][A-Za-z0-9._/-]{0,254}$"
 """What names a base model: an id of the Hugging Face hub, or a directory."""
 router = APIRouter(prefix="/policies")
@@ -51,7 +50,7 @@ class WithdrawRequest(Record):
 
 @router.get("", dependencies=[needs("read")])
 async def policies(request: Request) -> JSONResponse:
-    query = query_parameters(request, ("limit", "after", *FILTERS))
+    query = query_parameters(request, ("limit", "after", "state", "tag", "route", "parent"))
     limit = count_of(query, "limit", DEFAULT_LIMIT, at_most=MAX_LIMIT)
     snapshot = snapshot_of(request)
     newest_first = sorted(_chosen(snapshot, query), key=lambda policy: (policy.created_at, policy.id), reverse=True)
@@ -186,7 +185,7 @@ def _require_share(asked: PromoteRequest) -> None:
 
 def _chosen(snapshot: Snapshot, query: Mapping[str, str]) -> Iterator[PolicyRecord]:
     """The policies that pass every filter. Raises InvalidField."""
-    state, tag, route, parent = (query.get(name) for name in FILTERS)
+    state, tag, route, parent = (query.get(name) for name in ("state", "tag", "route", "parent"))
     if state is not None and state not in get_args(PolicyState):
         raise InvalidField(f"state must be one of {', '.join(get_args(PolicyState))}", param="state")
     tagged = None if tag is None else snapshot.tags.get(tag)

@@ -21,6 +21,7 @@ from service.artefacts import checked_adapter
 from service.export import archive_of, unpack
 from worker.models import open_policy, unwarned_of_tied_embeddings
 
+pytestmark = pytest.mark.slow
 BASE = Base(SHIPPED_MODELS / "policy", "pol-" + "0" * 16)
 GROUPS = [TokenGroup([3, 1, 4], [[1, 5, 9, 2, 6, 5, 3, 5]])]
 RANK = 4
@@ -62,8 +63,11 @@ def said(model, groups=GROUPS) -> torch.Tensor:
         return torch.cat([logprob_L for group in token_logprobs(model, groups) for logprob_L in group])
 
 
-def test_an_import_is_whole_and_its_fingerprint_is_what_peft_says(made_elsewhere, tmp_path):
+def test_an_import_is_whole_the_same_every_time_and_its_fingerprint_is_what_peft_says(made_elsewhere, tmp_path):
     manifest = imported(made_elsewhere, tmp_path)
+    assert imported(made_elsewhere, tmp_path).policy_id == manifest.policy_id
+    assert [path.name for path in tmp_path.iterdir()] == ["policies"]
+    assert [path.name for path in (tmp_path / "policies").iterdir()] == [manifest.digest]
     assert manifest.imported is not None
     assert (manifest.imported.by, manifest.n_equivalent, manifest.job_id) == ("somebody", 16, None)
     directory, proof = checked_adapter(tmp_path, manifest, max_rank=8)
@@ -74,13 +78,6 @@ def test_an_import_is_whole_and_its_fingerprint_is_what_peft_says(made_elsewhere
     expected = torch.tensor([one for row in proof.policy_logprobs for one in row])
     torch.testing.assert_close(said(worn(directory), groups), expected, atol=1e-4, rtol=0)
     assert len(expected) >= 256
-
-
-def test_the_same_adapter_is_the_same_policy(made_elsewhere, tmp_path):
-    first = imported(made_elsewhere, tmp_path)
-    assert imported(made_elsewhere, tmp_path).policy_id == first.policy_id
-    assert [path.name for path in tmp_path.iterdir()] == ["policies"]
-    assert [path.name for path in (tmp_path / "policies").iterdir()] == [first.digest]
 
 
 def config(**changes: object) -> Callable[[Path], None]:

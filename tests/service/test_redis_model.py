@@ -25,6 +25,7 @@ from bon_algos.contracts import (
 )
 from service.access import GATEWAY
 from service.catalogue import Catalogue
+from service.deletion import Deletion
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.experiment_store import Experiments
 from service.idempotency import Idempotency
@@ -35,9 +36,10 @@ from service.policies import Policies
 from service.routing import RouteRequest, Routes
 from service.spool import Spool
 from service.store import open_redis
-from tests.service.records import BASE, PASSED, REWARD_MODEL, group, job_spec, policy, route
+from service.tags import Tags
+from tests.service.records import BASE, PASSED, REWARD_MODEL, group, job_spec, numbered, policy, route
 from tests.service.test_experiment_store import arms
-from tests.service.test_policies import SERVED, A, B, snapshot_of
+from tests.service.test_policies import SERVED, A, B, register, snapshot_of
 from worker.lease import Lease, claim
 
 pytestmark = pytest.mark.anyio
@@ -103,6 +105,10 @@ async def live_through_everything(redis: Redis, url: str, directory: Path) -> No
     for policy_id in (A, B):
         await registry.record_fingerprint(policy_id, PASSED)
         await registry.promote(policy_id, "default", "r", SERVED)
+    tags, doomed = Tags(redis), numbered(9)
+    await tags.put("prod", A, GATEWAY)
+    await register(redis, policy(doomed))
+    await Deletion(redis, directory).delete(doomed, GATEWAY)
     await registry.roll_back("default", Idempotency.of("other", "POST /routes/default/rollback", ""))
     await go_through_keys(redis)
 

@@ -21,11 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def keep(client: redis.Redis, artefacts: Path, job_id: str) -> None:
-    """Write the job as it is now. Without Redis the file stays as it was: it is for the day that Redis is lost."""
+    """Write the job as it is now. Without Redis, or where Redis has lost it, the file stays as it was."""
     try:
         fields = cast("dict[bytes, bytes]", client.hgetall(job_key(job_id)))
     except redis.RedisError as error:
         log.warning("the record of %s was not kept: %s", job_id, type(error).__name__)
+        return
+    if not fields:
         return
     directory = artefacts / "jobs" / job_id
     directory.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def made_elsewhere(tmp_path_factory) -> Path:
     policy.load_factors(
         {name: one + 0.02 * torch.randn(one.shape, generator=draw) for name, one in policy.factors.items()}
     )
-    directory = tmp_path_factory.mktemp("elsewhere") / "adapter"
+    directory: Path = tmp_path_factory.mktemp("elsewhere") / "adapter"
     policy.save_adapter(directory)
     (directory / "README.md").write_text("somebody else's")
     return directory

@@ -26,7 +26,7 @@ PROMPT, COMPLETION = [3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5]
 def bonsai(*arguments: str) -> str:
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -222,8 +222,9 @@ def test_every_state_has_its_successors_and_nothing_follows_a_failure():
 
 def used(stages: dict[str, str]) -> list[Route]:
     """Routes by name, each with what A is to it."""
-    held = {"live": {"live_policy": A}, "canary": {"canary": trial()}, "shadow": {"shadow": trial()}}
-    return [route(name=name).model_copy(update=dict(held.get(stage, {}))) for name, stage in stages.items()]
+    held: dict[str, dict[str, object]] = {"live": {"live_policy": A}, "canary": {"canary": trial()}}
+    held["shadow"] = {"shadow": trial()}
+    return [route(name=name).model_copy(update=held.get(stage)) for name, stage in stages.items()]
 
 
 @given(st.lists(st.sampled_from(["live", "canary", "shadow", "none"]), max_size=3), st.booleans())

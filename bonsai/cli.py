@@ -19,6 +19,7 @@ from bonsai.dry_run import dry_run_command
 from bonsai.engines import LORA_RANKS
 from bonsai.engines_command import engines_command
 from bonsai.ledger.command import ledger_command
+from bonsai.registry.command import audit_command, policies_command, rebuild_command
 from bonsai.replay.command import replay_command
 from bonsai.report_command import report_command
 
@@ -172,11 +173,11 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
         sys.exit(0 if succeeded else 1)
 
 
-main.add_command(replay_command)
-main.add_command(engines_command)
-main.add_command(ledger_command)
-main.add_command(report_command)
-main.add_command(dry_run_command)
+for command in (
+    *(replay_command, engines_command, ledger_command, report_command, dry_run_command),
+    *(audit_command, policies_command, rebuild_command),
+):
+    main.add_command(command)
 
 
 @main.group()

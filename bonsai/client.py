@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlencode
 
 import aiohttp
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -259,6 +260,14 @@ class BonsaiClient:
 
     async def engines(self) -> list[Engine]:
         return (await self._call(_Engines, "GET", "/engines?limit=100")).data
+
+    async def register_policy(self, digest: str) -> Policy:
+        """An adapter that was put below the artefact root becomes a candidate."""
+        return await self._call(Policy, "POST", "/policies", {"digest": digest})
+
+    async def export_policy(self, policy_id: str, base: str) -> bytes:
+        """A tar archive of the PEFT directory. base: what the adapter says of its base model."""
+        return await self._exchange("GET", f"/policies/{policy_id}/export?{urlencode({'base': base})}")
 
     async def start_experiment(self, route: str, weights: Mapping[tuple[str, int], int]) -> None:
         """Weights of the arms (policy, n), together 10,000."""

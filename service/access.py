@@ -22,7 +22,8 @@ from service.errors import Forbidden, GatewayError
 
 Role = Literal["admin", "operator", "trainer", "inference", "viewer"]
 Right = Literal[
-    "complete", "force_arm", "list_models", "read", "read_content", "train", "move_traffic", "manage_keys", "erase"
+    "complete", "force_arm", "list_models", "read", "read_content", "train", "move_traffic", "manage_keys", "erase",
+    "read_audit",
 ]  # fmt: skip
 ROLES: Final[Mapping[Right, tuple[Role, ...]]] = {
     "complete": ("admin", "operator", "inference"),
@@ -34,10 +35,11 @@ ROLES: Final[Mapping[Right, tuple[Role, ...]]] = {
     "move_traffic": ("admin", "operator"),
     "manage_keys": ("admin",),
     "erase": ("admin",),
+    "read_audit": ("admin",),
 }
 """Who has a right. complete: ask for completions and give feedback on them. read: routes, policies, jobs, experiments,
 their numbers, no texts. read_content: what people wrote. train: submit and cancel jobs. move_traffic: routes,
-experiments, promotion, roll-back. erase: have what one user left forgotten."""
+experiments, promotion, roll-back, what becomes of a policy. erase: have what one user left forgotten."""
 
 
 class Caller(NamedTuple):

@@ -44,6 +44,7 @@ from service.residency import DRAIN_SECONDS
 from service.reward import RewardModel
 from service.reward_test import RewardTest, read_pairs
 from service.routes import (
+    audit,
     distill,
     engines,
     experiments,
@@ -57,10 +58,12 @@ from service.routes import (
     policies,
     reports,
     routing,
+    tags,
 )
 from service.routes import ledger as ledger_routes
 from service.serving import Serving
 from service.settings import GatewaySettings
+from service.shadows import Shadows, shadowing
 from service.spool import Spool
 from service.spool_report import SpoolReport, spool_name
 from service.store import open_redis
@@ -74,8 +77,8 @@ LEDGER_SECONDS: Final = 5.0
 
 
 ROUTES: Final = (
-    generate, openai, feedback, health, routing, policies, reports, distill, experiments, engines, keys, files,
-    ledger_routes, openapi,
+    generate, openai, feedback, health, routing, policies, reports, tags, distill, experiments, engines, keys, audit,
+    files, ledger_routes, openapi,
 )  # fmt: skip
 
 
@@ -106,6 +109,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         control = await stack.enter_async_context(_control(archive, training, settings))
         await stack.enter_async_context(_reporting(ledger, settings))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
+        limits = _limits(settings)
+        shadows = Shadows(engine, reward_model, limits, ledger, measurements, control.catalogue)
         serving = Serving(
             engine=engine,
             reward_model=reward_model,
@@ -117,7 +122,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             replays=Replays(await stack.enter_async_context(open_redis(settings.redis_url))),
             feedback=FeedbackBook(of_bytes, ledger, archive),
             learned=control.learned,
-            limits=_limits(settings),
+            limits=limits,
+            shadows=await stack.enter_async_context(shadowing(shadows)),
             window=settings.max_model_len,
             n_cap=settings.n_cap,
             max_body_bytes=settings.max_body_bytes,

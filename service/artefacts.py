@@ -55,6 +55,16 @@ def checked_adapter(root: Path, manifest: Manifest, *, max_rank: int) -> tuple[P
     return directory, _record(Fingerprint, directory / FINGERPRINT_FILE)
 
 
+def read_manifest(root: Path, digest: str) -> Manifest:
+    """The manifest of the directory `policies/<digest>`, which says that this is its name. Raises ArtefactRefused."""
+    directory = root.resolve() / "policies" / digest
+    _require_plain_tree(directory)
+    manifest = _record(Manifest, directory / MANIFEST_FILE)
+    if manifest.digest != digest:
+        raise ArtefactRefused("manifest.json names another directory")
+    return manifest
+
+
 def _require_plain_tree(directory: Path) -> None:
     """A real directory inside a real directory, holding exactly the allowed plain files: no link anywhere."""
     try:

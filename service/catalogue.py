@@ -17,11 +17,15 @@ from typing import Any, Final, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from redis.asyncio import Redis
+from uuid_utils import uuid7
 
 from bon_algos.contracts import (
     DEFAULT_TENANT,
+    POLICIES_DELETED,
     POLICIES_INDEX,
+    REGISTRY,
     ROUTES_INDEX,
+    TAGS,
     Experiment,
     PolicyRecord,
     Route,
@@ -34,6 +38,8 @@ from service.errors import PolicyNotFound, RouteNotFound, StoreFull, StoreUnavai
 from service.store import translated
 
 REFRESH_SECONDS: Final = 1.0
+DELETED_SECONDS: Final = 86_400
+"""An engine that was not told of a deletion for longer has been started anew, and has forgotten."""
 log = logging.getLogger("bonsai.catalogue")
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
@@ -47,6 +53,12 @@ class Snapshot:
     policies: Mapping[str, PolicyRecord]
     experiments: Mapping[str, Experiment] = field(default_factory=dict)
     """The latest of each route by route, stopped ones too: see `running`."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Policy by tag; of all tenants by `of_tenant`."""
+    deleted: frozenset[str] = frozenset()
+    """Policies that were deleted of late, which an engine may still have."""
+    registry: str = ""
+    """Which registry this is; "" while Redis has none."""
     served: frozenset[str] = frozenset()
     """Policies the engine proved to serve since its last start; the base by its name in the engine's list."""
     read_at: float = 0.0
@@ -72,6 +84,10 @@ class Snapshot:
         """The distilled policy promoted on the route."""
         return None if route.live_policy is None else self.policies.get(route.live_policy)
 
+    def canary(self, route: Route) -> PolicyRecord | None:
+        """The policy that is tried on a share of the route."""
+        return None if route.canary is None else self.policies.get(route.canary.policy)
+
     def of(self, tenant: str) -> Snapshot:
         """What a tenant sees, by its own names: what is its own, and the base."""
         names = {name: route.name for name, route in self.routes.items() if route.tenant == tenant}
@@ -80,6 +96,7 @@ class Snapshot:
             routes={own: self.routes[name] for name, own in names.items()},
             experiments={own: self.experiments[name] for name, own in names.items() if name in self.experiments},
             policies={own: one for own, one in self.policies.items() if one.kind == "base" or one.tenant == tenant},
+            tags={own: policy for tag, policy in self.tags.items() if of_tenant(tenant, own := _bare(tag)) == tag},
         )
 
     def age(self, now: float) -> float:
@@ -130,8 +147,12 @@ class Catalogue:
                 if not self._is_seeded:
                     await self._seed()
                     self._is_seeded = True
-                routes, experiments, policies = await self._read()
-            self._change(routes=routes, experiments=experiments, policies=policies, read_at=time())
+                found = await self._read()
+                if not found["registry"]:
+                    # Redis was lost under this process: best-of-n goes on, and `bonsai rebuild` brings the rest.
+                    await self._seed()
+                    found = await self._read()
+            self._change(**found, read_at=time())
             return self._snapshot
 
     async def policy(self, policy_id: str, tenant: str = DEFAULT_TENANT) -> PolicyRecord:
@@ -158,9 +179,11 @@ class Catalogue:
             pipe.zadd(POLICIES_INDEX, {base.id: base.created_at}, nx=True)
             pipe.set(route_key(route.name), route.model_dump_json(), nx=True)
             pipe.sadd(ROUTES_INDEX, of_tenant(route.tenant, route.name))
+            pipe.set(REGISTRY, f"reg_{uuid7().hex}", nx=True)
             await pipe.execute()
 
-    async def _read(self) -> tuple[dict[str, Route], dict[str, Experiment], dict[str, PolicyRecord]]:
+    async def _read(self) -> dict[str, Any]:
+        """The snapshot's fields that Redis tells."""
         routes = sorted(cast(set[str], await self._redis.smembers(ROUTES_INDEX)))
         policies = cast(list[str], await self._redis.zrange(POLICIES_INDEX, 0, -1))
         async with self._redis.pipeline(transaction=True) as pipe:
@@ -169,14 +192,19 @@ class Catalogue:
                 pipe.get(experiment_key(name))
             for policy_id in policies:
                 pipe.hget(policy_key(policy_id), "record")
-            rows = cast(list[str | None], await pipe.execute())
+            pipe.hgetall(TAGS)
+            pipe.zrangebyscore(POLICIES_DELETED, time() - DELETED_SECONDS, "+inf")
+            pipe.get(REGISTRY)
+            *rows, tags, deleted, registry = await pipe.execute()
         split = 2 * len(routes)
-        parsed = (
-            self._parse(Route, routes, rows[0:split:2]),
-            self._parse(Experiment, routes, rows[1:split:2]),
-            self._parse(PolicyRecord, policies, rows[split:]),
-        )
-        return parsed
+        return {
+            "routes": self._parse(Route, routes, rows[0:split:2]),
+            "experiments": self._parse(Experiment, routes, rows[1:split:2]),
+            "policies": self._parse(PolicyRecord, policies, rows[split:]),
+            "tags": tags,
+            "deleted": frozenset(deleted),
+            "registry": registry or "",
+        }
 
     def _parse(self, kind: type[RecordT], names: Iterable[str], rows: Iterable[str | None]) -> dict[str, RecordT]:
         """A record is parsed again only when its text changed: a refresh must not hold up the event loop."""
@@ -195,3 +223,8 @@ class Catalogue:
                 self._parsed[f"{kind.__name__}:{name}"] = known
             records[name] = cast(RecordT, known[1])
         return records
+
+
+def _bare(name: str) -> str:
+    """A name of `of_tenant` without the tenant."""
+    return name.rpartition("/")[2]

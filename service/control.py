@@ -7,17 +7,19 @@ and their loops. Does not own: HTTP, the engines, which join and leave `publishe
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from archive.reading import Archive
 from bon_algos.contracts import PolicyRecord, Route
+from service.audit import Audit
 from service.catalogue import Catalogue
 from service.curve import Curves
+from service.deletion import Deletion
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.dry_run import DryRuns
 from service.erasures import ErasureBook
@@ -25,14 +27,18 @@ from service.errors import StoreFull, StoreUnavailable
 from service.experiment_store import Experiments
 from service.files import Files
 from service.jobs import Jobs
+from service.journal import JournalWriter
 from service.keys import KeyRecord, KeyRing, Keys
 from service.learned import LearnedStrategies
 from service.ledger_pages import LedgerPages
 from service.loops import running_loops
 from service.policies import Policies
 from service.publishers import Publishers
+from service.registration import Registration
 from service.routing import Routes
 from service.store import open_redis
+from service.tags import Tags
+from service.trials import Trials
 
 DEFAULT_ROUTE: Final = "default"
 DEFAULT_N: Final = 16
@@ -50,6 +56,11 @@ class Control:
     catalogue: Catalogue
     routes: Routes
     policies: Policies
+    trials: Trials
+    tags: Tags
+    deletion: Deletion
+    registration: Registration
+    audit: Audit
     experiments: Experiments
     jobs: Jobs
     training: TrainingData
@@ -98,6 +109,11 @@ async def open_control(
             catalogue=catalogue,
             routes=Routes(redis, reward_model=reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens),
             policies=policies,
+            trials=Trials(redis),
+            tags=Tags(redis),
+            deletion=Deletion(redis, artefacts),
+            registration=Registration(redis, artefacts, base_policy_id=base_policy_id, max_lora_rank=max_lora_rank),
+            audit=Audit(redis),
             experiments=Experiments(redis),
             jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
             training=training,
@@ -123,9 +139,15 @@ async def open_control(
         with suppress(StoreUnavailable, StoreFull):
             # The first request is held against the keys there are, where Redis says which.
             await key_ring.refresh()
-        loops = [catalogue.run(), key_ring.run(), control.dispatcher.run(), control.learned.run()]
-        async with running_loops(*loops):
+        async with running_loops(*_loops(control, artefacts)):
             yield control
+
+
+def _loops(control: Control, artefacts: Path) -> list[Coroutine[Any, Any, None]]:
+    return [
+        *(control.catalogue.run(), control.key_ring.run(), control.dispatcher.run(), control.learned.run()),
+        *(control.deletion.run(), JournalWriter(control.catalogue, artefacts).run()),
+    ]
 
 
 def _default_route(base_policy: str, reward_model: str, *, n_cap: int, max_tokens: int) -> Route:

@@ -14,9 +14,9 @@ from pydantic import Field
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
-from bon_algos.contracts import AUDIT_STREAM, ERASURES, Erasure, Record, erasure_id, subject_digest
+from bon_algos.contracts import ERASURES, Erasure, Record, erasure_id, subject_digest
 from service.access import Caller
-from service.audit import audit_entry
+from service.audit import AuditChain
 from service.errors import InvalidField, NotFound
 from service.store import transact, translated
 
@@ -52,12 +52,13 @@ class ErasureBook:
 
         async def change(pipe: Pipeline) -> Erasure:
             earlier = _read(await cast(Any, pipe.hget(ERASURES, fresh.id)))
+            audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
             if earlier is not None and earlier.state != "proven":
                 return earlier
             erasure = fresh if earlier is None else _again(earlier, fresh)
             pipe.hset(ERASURES, erasure.id, erasure.model_dump_json())
-            pipe.xadd(AUDIT_STREAM, audit_entry("erasure", by, erasure=erasure.id))
+            audit.append(pipe, "erasure", by, erasure=erasure.id)
             return erasure
 
         return await transact(self._redis, [ERASURES], change)

@@ -10,6 +10,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     ├── NotFound                    404  not_found
     │   ├── RouteNotFound                route_not_found
     │   ├── PolicyNotFound               policy_not_found
+    │   ├── TagNotFound                  tag_not_found
     │   ├── JobNotFound                  job_not_found
     │   ├── ExperimentNotFound           experiment_not_found
     │   ├── EngineNotFound               engine_not_found
@@ -22,6 +23,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     ├── HeadersTimeout              408  headers_timeout
     ├── Conflict                    409  conflict               the state forbids it now; `code` says why
     ├── PolicyRetired               410  policy_retired         and no engine has it any more
+    ├── PreconditionFailed          412  precondition_failed    `If-Match` names another version
     ├── BodyTooLarge                413  body_too_large
     ├── UnsupportedMediaType        415  unsupported_media_type
     ├── InvalidField                422  invalid_field          parsed, and one field is wrong: `param` names it
@@ -113,6 +115,10 @@ class PolicyNotFound(NotFound):
     default_code = "policy_not_found"
 
 
+class TagNotFound(NotFound):
+    default_code = "tag_not_found"
+
+
 class JobNotFound(NotFound):
     default_code = "job_not_found"
 
@@ -159,6 +165,10 @@ class Conflict(GatewayError):
 
 class PolicyRetired(GatewayError):
     status, default_code = 410, "policy_retired"
+
+
+class PreconditionFailed(GatewayError):
+    status, default_code = 412, "precondition_failed"
 
 
 class BodyTooLarge(GatewayError):

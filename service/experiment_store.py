@@ -18,7 +18,6 @@ from redis.asyncio.client import Pipeline
 from uuid_utils import uuid7
 
 from bon_algos.contracts import (
-    AUDIT_STREAM,
     DEFAULT_TENANT,
     Arm,
     Experiment,
@@ -31,7 +30,7 @@ from bon_algos.contracts import (
     route_key,
 )
 from service.access import GATEWAY, Caller
-from service.audit import audit_entry
+from service.audit import AuditChain
 from service.catalogue import Snapshot
 from service.errors import Conflict, ExperimentNotFound, InvalidField, RouteNotFound
 from service.experiments import BUCKETS, arm_object, policy_named, require_n
@@ -110,19 +109,20 @@ class Experiments:
         self, route_name: str, request: ExperimentRequest, snapshot: Snapshot, by: Caller = GATEWAY
     ) -> Experiment:
         """Start an experiment, or raise one weight of the running one. snapshot: what the caller's tenant sees.
-        Raises InvalidField, RouteNotFound."""
+        Raises InvalidField, RouteNotFound, Conflict."""
         keys = (route_key(route_name, by.tenant), experiment_key(route_name, by.tenant))
 
         async def change(pipe: Pipeline) -> Experiment:
             route_row, row = cast("list[str | None]", await pipe.mget(keys))
             if route_row is None:
                 raise RouteNotFound("no such route")
-            former = None if row is None else Experiment.model_validate_json(row)
-            arms = checked_arms(request, Route.model_validate_json(route_row), snapshot)
+            former, route = None if row is None else Experiment.model_validate_json(row), _free_route(route_row)
+            arms = checked_arms(request, route, snapshot)
             experiment = _successor(route_name, by.tenant, former, arms)
+            audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.set(keys[1], experiment.model_dump_json())
-            pipe.xadd(AUDIT_STREAM, _audit("experiment_put", experiment, by))
+            audit.append(pipe, "experiment_put", by, route=route_name, data=_told(experiment))
             if former is not None and former.id != experiment.id:
                 pipe.expire(experiment_stats_key(former.id), FORMER_STATISTICS_SECONDS)
             return experiment
@@ -149,9 +149,10 @@ class Experiments:
             if experiment.stopped_at is not None:
                 raise Conflict("the experiment has stopped already", code="experiment_stopped")
             stopped = experiment.model_copy(update={"stopped_at": time()})
+            audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.set(key, stopped.model_dump_json())
-            pipe.xadd(AUDIT_STREAM, _audit("experiment_stop", stopped, by))
+            audit.append(pipe, "experiment_stop", by, route=route_name, data=_told(stopped))
             return stopped
 
         return await transact(self._redis, (key,), change)
@@ -187,7 +188,14 @@ def _successor(route: str, tenant: str, former: Experiment | None, arms: tuple[E
     )
 
 
-def _audit(event: str, experiment: Experiment, by: Caller) -> dict[Any, Any]:
+def _free_route(row: str) -> Route:
+    """Raises Conflict where a canary decides who answers."""
+    route = Route.model_validate_json(row)
+    if route.canary is not None:
+        raise Conflict("a canary is tried on the route: withdraw or promote it first", code="route_in_use")
+    return route
+
+
+def _told(experiment: Experiment) -> str:
     # Without the salt: who knows it can choose the arm of a unit.
-    data = experiment.model_copy(update={"salt": ""}).model_dump_json()
-    return audit_entry(event, by, route=experiment.route, data=data)
+    return experiment.model_copy(update={"salt": ""}).model_dump_json()

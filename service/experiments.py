@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from bon_algos.contracts import (
     Outcome,
     PolicyRecord,
     Route,
+    Trial,
 )
 from service.catalogue import Snapshot
 from service.errors import InvalidField, PolicyNotServed, PolicyRetired
@@ -69,6 +70,7 @@ def assign(
     *,
     experiment: Experiment | None,
     live: PolicyRecord | None,
+    canary: PolicyRecord | None = None,
     served: frozenset[str],
     unit: str,
     n: int | None,
@@ -76,7 +78,8 @@ def assign(
 ) -> Assignment:
     """Which arm answers. Pure.
 
-    experiment: the one running on the route. live: the route's promoted policy. served: see Snapshot. unit: whom
+    experiment: the one running on the route. live: the route's promoted policy. canary: the one
+    that is tried on a share of it. served: see Snapshot. unit: whom
     the assignment sticks to. n: what the request names, at most the route's cap; None: nothing.
     forced: parsed from `x-bonsai-arm`. Raises PolicyNotServed where only other weights could answer.
     """
@@ -85,7 +88,8 @@ def assign(
         return _served(Assignment(forced, "forced", experiment.id if experiment and counts else None), route, served)
     if experiment is not None:
         return _served(_assign_experiment(route, experiment, unit, n), route, served)
-    return _assign_route(route, live, served, n)
+    answered = _assign_route(route, live, served, n)
+    return answered if route.canary is None else _assign_canary(route.canary, canary, answered, route, served, unit, n)
 
 
 def _assign_experiment(route: Route, experiment: Experiment, unit: str, n: int | None) -> Assignment:
@@ -110,6 +114,24 @@ def _assign_route(route: Route, live: PolicyRecord | None, served: frozenset[str
     return Assignment(Arm(policy=live.id, n=1), "live")
 
 
+def _assign_canary(
+    trial: Trial,
+    canary: PolicyRecord | None,
+    otherwise: Assignment,
+    route: Route,
+    served: frozenset[str],
+    unit: str,
+    n: int | None,
+) -> Assignment:
+    """The canary answers its share of what it stands in for; where it is not served, whoever would have."""
+    asked = route.default_n if n is None else n
+    if canary is None or asked > canary.n_equivalent or bucket(unit, trial.salt) >= trial.share * BUCKETS:
+        return otherwise
+    if canary.id not in served:
+        return replace(otherwise, warnings=(*otherwise.warnings, "the canary is not served: it was passed over"))
+    return Assignment(Arm(policy=canary.id, n=1), "canary", trial.id)
+
+
 def _served(assignment: Assignment, route: Route, served: frozenset[str]) -> Assignment:
     # The base is what the engine was started with: whether it answers, the call itself says.
     policy = assignment.arm.policy
@@ -132,13 +154,14 @@ def parse_forced_arm(header: str, route: Route, snapshot: Snapshot) -> Arm:
 
 
 def policy_named(name: str, route: Route, snapshot: Snapshot, param: str) -> str:
-    """The policy id that `base`, `live` or an id stands for. Raises InvalidField."""
+    """The policy id that `base`, `live`, a tag or an id stands for. Raises InvalidField."""
     if name == "base":
         return route.base_policy
     if name == "live":
         if route.live_policy is None:
             raise InvalidField("the route has no live policy", param=param)
         return route.live_policy
+    name = snapshot.tags.get(name, name)
     if name not in snapshot.policies:
         raise InvalidField("neither a known policy nor base or live", param=param, code="policy_not_found")
     return name
@@ -150,11 +173,26 @@ def require_n(n: int, n_cap: int, param: str) -> None:
         raise InvalidField(f"n must be in 1..{n_cap}", param=param)
 
 
+def exposure_of(group: CandidateGroup) -> Exposure:
+    """That a unit met the group's arm."""
+    return Exposure(
+        id=f"exposure_{group.id}",
+        tenant=group.tenant,
+        created_at=group.created_at,
+        group_id=group.id,
+        route=group.route,
+        experiment=group.experiment,
+        arm=group.arm,
+        arm_reason=group.arm_reason,
+    )
+
+
 # --- statistics ------------------------------------------------------------------------------------------
 
 
 def statistics_increments(record: Exposure | CandidateGroup | Outcome) -> dict[str, float]:
-    """What one ledger record adds to `experiment_stats_key(record.experiment)`, field -> summand.
+    """What one ledger record adds to `experiment_stats_key(record.experiment)`, field -> summand; a trial is counted
+    as an experiment is.
 
     Empty for a record of no experiment. A forced request is counted under `forced` alone. The reward is the served
     candidate's: with its group where it was known at the reply, with the Outcome of a single candidate where not.
@@ -163,7 +201,7 @@ def statistics_increments(record: Exposure | CandidateGroup | Outcome) -> dict[s
         return {}
     if record.arm_reason == "forced":
         sums = {"forced": 1.0} if isinstance(record, Exposure) else {}
-    elif record.arm_reason != "experiment":
+    elif record.arm_reason not in ("experiment", "canary", "shadow"):
         sums = {}
     elif isinstance(record, Exposure):
         sums = {"exposures": 1.0}

@@ -24,7 +24,6 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from bon_algos.contracts import (
-    AUDIT_STREAM,
     DEFAULT_TENANT,
     KEYS,
     KEYS_USED,
@@ -38,7 +37,7 @@ from bon_algos.contracts import (
 )
 from service.access import Caller, Role
 from service.api_key import key_digest, key_id, new_key, public_part, read_admin_key
-from service.audit import audit_entry
+from service.audit import AuditChain
 from service.errors import Conflict, Forbidden, InvalidField, KeyNotFound, StoreFull, StoreUnavailable, Unauthenticated
 from service.store import transact, translated
 
@@ -215,6 +214,7 @@ class Keys:
             if len(known) - len(former) >= MAX_KEYS:
                 raise Conflict(f"there are {MAX_KEYS} keys already: revoke some", code="too_many_keys")
             is_new = tenant != DEFAULT_TENANT and not any(one.tenant == tenant for one in known)
+            audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
             for identity in former:
                 pipe.hdel(KEYS, identity)
@@ -223,7 +223,7 @@ class Keys:
             if is_new:
                 pipe.set(route_key(route.name, tenant), route.model_dump_json(), nx=True)
                 pipe.sadd(ROUTES_INDEX, of_tenant(tenant, route.name))
-            pipe.xadd(AUDIT_STREAM, _audit("key_create", record, by))
+            audit.append(pipe, "key_create", by, key=record.id, data=_told(record))
 
         await transact(self._redis, (KEYS,), change)
         with suppress(StoreUnavailable, StoreFull):
@@ -263,9 +263,10 @@ class Keys:
             if identity == by.key_id and not self._admin_left(known, record, now):
                 raise Conflict("this is the last admin key of its tenant, and your own", code="last_admin_key")
             revoked = record.model_copy(update={"revoked_at": now})
+            audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.hset(KEYS, identity, revoked.model_dump_json())
-            pipe.xadd(AUDIT_STREAM, _audit("key_revoke", revoked, by))
+            audit.append(pipe, "key_revoke", by, key=identity, data=_told(revoked))
 
         await transact(self._redis, (KEYS,), change)
         await self._ring.refresh()
@@ -318,5 +319,5 @@ def _record(identity: str, row: str) -> KeyRecord | None:
         return None
 
 
-def _audit(event: str, record: KeyRecord, by: Caller) -> dict[Any, Any]:
-    return audit_entry(event, by, key=record.id, data=record.model_dump_json(exclude={"digest"}))
+def _told(record: KeyRecord) -> str:
+    return record.model_dump_json(exclude={"digest"})

@@ -60,7 +60,8 @@ class LedgerQuery(NamedTuple):
 
 
 def served_reward(group: CandidateGroup) -> float | None:
-    return None if group.selected is None else group.candidates[group.selected].reward
+    """None where nobody was served."""
+    return None if group.selected is None or group.arm_reason == "shadow" else group.candidates[group.selected].reward
 
 
 def cursor_text(entry: EntryId, query: LedgerQuery, tenant: str, secret: bytes) -> str:

@@ -31,18 +31,25 @@ from service.errors import (
     Unparseable,
     UnsupportedMediaType,
 )
-from service.operations import OPERATIONS, Operation, Parameter
+from service.operations import OPERATIONS as OTHERS
+from service.operations import Operation, Parameter
+from service.registry_operations import REGISTRY_OPERATIONS
 from service.replies import TEXT, WHOLE, Named, Schema, maybe, members
 from service.schemas import Schemas
 
 EVERYBODY: Final = (HeadersTooLarge, ShuttingDown)
 """What the edge and the door refuse, whoever asks."""
+OPERATIONS: Final = {**OTHERS, **REGISTRY_OPERATIONS}
 WITH_A_KEY: Final = (Unparseable, Unauthenticated, TooManyWrongKeys, StoreUnavailable)
 WITH_A_BODY: Final = (Unparseable, BodyTimeout, BodyTooLarge, UnsupportedMediaType, InvalidField)
 
 HEADERS: Final = {
     "X-Request-Id": {"description": "As it was sent, or made.", "required": True, "schema": TEXT},
-    "ETag": {"description": "Of what is answered, in quotes.", "required": True, "schema": TEXT},
+    "ETag": {
+        "description": "For `If-Match` or `If-None-Match`.",
+        "required": True,
+        "schema": TEXT,
+    },
     "Location": {"description": "Where to find what was made.", "required": True, "schema": TEXT},
     "Retry-After": {"description": "Seconds.", "required": True, "schema": TEXT},
     "WWW-Authenticate": {"description": "Bearer.", "required": True, "schema": TEXT},
@@ -148,10 +155,9 @@ def _refusal(status: int, errors: set[type[GatewayError]], schemas: Schemas) -> 
 def _success(status: int, schema: Schema, row: Operation, schemas: Schemas) -> dict[str, Any]:
     content = {} if schema is None else {row.media_type: {"schema": schemas.of(schema)}}
     content |= {"text/event-stream": {"schema": TEXT}} if row.streams else {}
-    content |= {} if schema is None else {media: {"schema": TEXT} for media in row.media}
+    content |= {media_type: {"schema": TEXT} for media_type in row.also}
     response = {"description": HTTPStatus(status).phrase, "headers": _headers(*row.headers)}
-    # What was only looked at has none of the headers of what was made.
-    made = () if status == HTTPStatus.OK else row.headers
+    made = [name for name in row.headers if name != "Location" or status in (HTTPStatus.CREATED, HTTPStatus.ACCEPTED)]
     response = {"description": HTTPStatus(status).phrase, "headers": _headers(*made)}
     return {**response, "content": content} if content else response
 

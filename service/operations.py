@@ -1,7 +1,8 @@
 """What each operation accepts and answers: the facts of the OpenAPI document that no signature holds.
 
-Owns: one row for each route. Does not own: what a row says of every operation alike, and the document's form
-(openapi.py), the parsing that the rows speak of (the routes), the members of a reply (replies.py).
+Owns: one row for each route but those of the registry (registry_operations.py). Does not own: what a row says of every
+operation alike, and the document's form (openapi.py), the parsing that the rows speak of (the routes), the members of
+a reply (replies.py).
 """
 
 from __future__ import annotations
@@ -58,7 +59,6 @@ from service.report_files import FORMATS
 from service.routes.admin import DEFAULT_LIMIT, MAX_LIMIT
 from service.routes.generate import MAX_UNIT_LENGTH
 from service.routes.ledger import MAX_NAME
-from service.routes.policies import PromoteRequest
 from service.routing import RouteRequest
 
 Nulls = Literal["as declared", "refused", "left out"]
@@ -88,36 +88,36 @@ class Operation(NamedTuple):
     errors: tuple[type[GatewayError], ...] = ()
     """Beside those of every operation."""
     headers: tuple[str, ...] = ()
-    """That what was made (201, 202) comes with, beside those of every reply."""
+    """That a success comes with, beside those of every reply; `Location` only what was made (201, 202)."""
     streams: bool = False
     """A success may be a stream of events instead."""
-    media: tuple[str, ...] = ()
-    """Other forms of a success, for who asks for them."""
+    also: tuple[str, ...] = ()
+    """Media types that a success may have instead."""
     media_type: str = "application/json"
     """Of a success."""
 
 
-def _query(name: str, description: str, **schema: Any) -> Parameter:
+def query(name: str, description: str, **schema: Any) -> Parameter:
     return Parameter(name, "query", MappingProxyType(schema), description)
 
 
-def _header(name: str, description: str, **schema: Any) -> Parameter:
+def header(name: str, description: str, **schema: Any) -> Parameter:
     return Parameter(name, "header", MappingProxyType({"type": "string", **schema}), description)
 
 
 MAX_SECONDS: Final = 1e12
-LIMIT: Final = _query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)
-AFTER: Final = _query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
+LIMIT: Final = query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)
+AFTER: Final = query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
 PAGE: Final = (LIMIT, AFTER)
-ONCE: Final = _header(
+ONCE: Final = header(
     HEADER, "The same request is carried out once in 24 h.", minLength=1, maxLength=MAX_LENGTH, pattern="^[!-~]+$"
 )
-ARM: Final = _header(
+ARM: Final = header(
     "x-bonsai-arm",
     "POLICY:N, forces an arm; for admins and operators.",
     pattern=f"^(base|live|{POLICY_ID_PATTERN.strip('^$')}):[0-9]{{1,6}}$",
 )
-UNIT: Final = _header(
+UNIT: Final = header(
     "x-bonsai-unit",
     "Whom an experiment's arm sticks to.",
     minLength=1,
@@ -145,7 +145,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "The best of n completions",
         {200: replies.GENERATION},
         Body(GenerateRequest, {"prompt": "A good review begins:", "n": 4, "max_tokens": 16}, nulls="refused"),
-        (_query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, ONCE),
+        (query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, ONCE),
         COMPLETING,
     ),
     ("POST", "/v1/completions"): Operation(
@@ -191,8 +191,8 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "The feedback that counts",
         {200: replies.listed(replies.FEEDBACK)},
         parameters=(
-            _query("response", "The id of a reply; this or session.", type="string"),
-            _query("session", "`metadata.session` of some requests; this or response.", type="string"),
+            query("response", "The id of a reply; this or session.", type="string"),
+            query("session", "`metadata.session` of some requests; this or response.", type="string"),
         ),
         errors=(NotFound, InvalidField),
     ),
@@ -207,9 +207,9 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "What best-of-k would have earned, k from 1 to n",
         {200: replies.CURVE},
         parameters=(
-            _query("groups", "The newest.", type="integer", minimum=1, maximum=MOST_GROUPS, default=DEFAULT_GROUPS),
-            _query("n", "Left out: the most frequent n.", type="integer", minimum=2),
-            _query("loss", "Share of the gain.", type="number", minimum=0, maximum=1, default=DEFAULT_LOSS),
+            query("groups", "The newest.", type="integer", minimum=1, maximum=MOST_GROUPS, default=DEFAULT_GROUPS),
+            query("n", "Left out: the most frequent n.", type="integer", minimum=2),
+            query("loss", "Share of the gain.", type="number", minimum=0, maximum=1, default=DEFAULT_LOSS),
         ),
         errors=(RouteNotFound, Conflict, InvalidField),
     ),
@@ -231,30 +231,16 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         parameters=(ONCE,),
         errors=(RouteNotFound, Conflict, StoreFull, InvalidField),
     ),
-    ("GET", "/policies"): Operation(
-        "All policies", {200: replies.listed(replies.POLICY)}, parameters=PAGE, errors=(InvalidField,)
-    ),
-    ("GET", "/policies/{policy_id}"): Operation("A policy", {200: replies.POLICY}, errors=(PolicyNotFound,)),
     ("GET", "/policies/{policy_id}/report"): Operation(
         "The whole report of a policy on held-out prompts",
         {200: PolicyReport, 304: None},
         parameters=(
-            _query("format", "Left out: the one that Accept likes best.", type="string", enum=[*FORMATS]),
-            _header("If-None-Match", "An ETag: 304 while the report is that one."),
+            query("format", "Left out: the one that Accept likes best.", type="string", enum=[*FORMATS]),
+            header("If-None-Match", "An ETag: 304 while the report is that one."),
         ),
         errors=(PolicyNotFound, ReportNotFound, NotAcceptable, InvalidField),
         headers=("ETag",),
-        media=tuple(media for media in FORMATS.values() if media != "application/json"),
-    ),
-    ("POST", "/policies/{policy_id}/promote"): Operation(
-        "Put a policy live on a route",
-        {200: replies.ROUTE},
-        Body(
-            PromoteRequest,
-            {"route": "default", "override_reason": "The report was read."},
-        ),
-        (ONCE,),
-        (PolicyNotFound, RouteNotFound, Conflict, StoreFull),
+        also=tuple(media for media in FORMATS.values() if media != "application/json"),
     ),
     ("POST", "/distill"): Operation(
         "Submit a distillation, or be told what it would learn from",
@@ -263,7 +249,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
             JobSpec,
             {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
         ),
-        (_query("dry_run", "Nothing is submitted: the reply is of the data.", type="boolean", default=False), ONCE),
+        (query("dry_run", "Nothing is submitted: the reply is of the data.", type="boolean", default=False), ONCE),
         (RouteNotFound, PolicyNotFound, FileNotFound, Overloaded, StoreFull),
         headers=("Location",),
     ),
@@ -294,10 +280,10 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "All files",
         {200: replies.listed(training_replies.FILE)},
         parameters=(
-            _query("purpose", "Only files for this; there is one.", type="string"),
-            _query("limit", "Rows.", type="integer", minimum=1, maximum=10_000, default=1000),
+            query("purpose", "Only files for this; there is one.", type="string"),
+            query("limit", "Rows.", type="integer", minimum=1, maximum=10_000, default=1000),
             AFTER,
-            _query("order", "By the time of their upload.", enum=["asc", "desc"], default="desc"),
+            query("order", "By the time of their upload.", enum=["asc", "desc"], default="desc"),
         ),
         errors=(InvalidField,),
     ),
@@ -353,19 +339,17 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "What was logged, newest first",
         {200: ledger_replies.LEDGER_PAGE},
         parameters=(
-            _query("route", "Of this route.", type="string", pattern=ROUTE_PATTERN),
-            _query("policy", "Drawn or answered by this policy.", type="string", pattern=POLICY_ID_PATTERN),
-            _query(
-                "since", "Made at or after, seconds since the epoch.", type="number", minimum=0, maximum=MAX_SECONDS
-            ),
-            _query("until", "Made at or before.", type="number", minimum=0, maximum=MAX_SECONDS),
-            _query("user", "Asked for by this user.", type="string", minLength=1, maxLength=MAX_NAME),
-            _query("session", "Of this session.", type="string", minLength=1, maxLength=MAX_NAME),
-            _query("has_feedback", "Whether somebody said something about it.", type="boolean"),
-            _query("min_reward", "Of what was served.", type="number", minimum=-MAX_SECONDS, maximum=MAX_SECONDS),
-            _query("limit", "Rows.", type="integer", minimum=1, maximum=PAGE_LIMIT, default=PAGE_ROWS),
-            _query("cursor", "`next_cursor` of the page before, with the same filters.", type="string", minLength=1),
-            _query("fields", f"Some of {', '.join(FIELDS)}, with commas between.", type="string", minLength=1),
+            query("route", "Of this route.", type="string", pattern=ROUTE_PATTERN),
+            query("policy", "Drawn or answered by this policy.", type="string", pattern=POLICY_ID_PATTERN),
+            query("since", "Made at or after, seconds since the epoch.", type="number", minimum=0, maximum=MAX_SECONDS),
+            query("until", "Made at or before.", type="number", minimum=0, maximum=MAX_SECONDS),
+            query("user", "Asked for by this user.", type="string", minLength=1, maxLength=MAX_NAME),
+            query("session", "Of this session.", type="string", minLength=1, maxLength=MAX_NAME),
+            query("has_feedback", "Whether somebody said something about it.", type="boolean"),
+            query("min_reward", "Of what was served.", type="number", minimum=-MAX_SECONDS, maximum=MAX_SECONDS),
+            query("limit", "Rows.", type="integer", minimum=1, maximum=PAGE_LIMIT, default=PAGE_ROWS),
+            query("cursor", "`next_cursor` of the page before, with the same filters.", type="string", minLength=1),
+            query("fields", f"Some of {', '.join(FIELDS)}, with commas between.", type="string", minLength=1),
         ),
         errors=(InvalidField,),
     ),

@@ -1,7 +1,7 @@
-"""The registry of policies: what an engine proved about one, and which one stands in on a route.
+"""The registry of policies: what an engine proved about one, which one stands in on a route, and what it is called.
 
-Owns: the states candidate -> live -> retired (failed: its fingerprint was wrong), promotion and roll-back, the
-audit of both. Does not own: registering candidates (the worker's last script does), loading and probing
+Owns: promotion and roll-back, retirement, descriptions and protection, the audit of all. Does not own: registering
+candidates (the worker's last script does), shadow and canary (trials.py), deletion (deletion.py), loading and probing
 (publishing.py). Every change is one transaction over all the keys it reads.
 """
 
@@ -9,30 +9,46 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, cast
+from typing import Any, Final
 
+from pydantic import Field
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from bon_algos.contracts import (
-    AUDIT_STREAM,
+    MOST_DESCRIPTION,
     ROUTES_INDEX,
     FingerprintResult,
+    PolicyId,
     PolicyRecord,
     PolicyState,
+    Record,
     Route,
-    of_tenant,
     policy_key,
-    route_key,
 )
 from service.access import GATEWAY, Caller
-from service.audit import audit_entry
-from service.errors import Conflict, PolicyNotFound, RouteNotFound
+from service.audit import AuditChain
+from service.errors import Conflict, PolicyNotFound
 from service.idempotency import Idempotency
+from service.preconditions import ANY, Precondition
+from service.registry import moved, named, read_policy, require_fit, settled, watched_routes, write_move, write_policy
 from service.store import transact
 
 PREVIOUS_KEPT: Final = 100
 """How far a route can be rolled back."""
+
+
+class Replaces(Record):
+    """What a promotion takes for live now: another caller who was faster has changed that."""
+
+    policy: PolicyId | None
+
+
+class PolicyChange(Record):
+    """Body of `PATCH /policies/{id}`; what is left out stays."""
+
+    description: str | None = Field(None, max_length=MOST_DESCRIPTION)
+    is_protected: bool | None = None
 
 
 class Policies:
@@ -45,13 +61,15 @@ class Policies:
         """Keep what the engine answered; a policy that did not pass is failed from now on."""
 
         async def change(pipe: Pipeline) -> PolicyRecord:
-            policy = await _read_policy(pipe, policy_id)
+            policy = await read_policy(pipe, policy_id)
             state: PolicyState = policy.state if result.passed else "failed"
-            probed = policy.model_copy(update={"fingerprint": result, "state": state})
+            probed = policy.become(state).model_copy(update={"fingerprint": result})
+            audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
-            _write_policy(pipe, probed)
+            probed = write_policy(pipe, probed)
             if not result.passed:
-                pipe.xadd(AUDIT_STREAM, _audit("policy_failed", policy_id, GATEWAY, {"reason": result.reason}))
+                told = {"before": policy.state, "after": state, "reason": result.reason}
+                audit.append(pipe, "policy_failed", GATEWAY, policy=policy_id, data=json.dumps(told))
             return probed
 
         return await transact(self._redis, [policy_key(policy_id)], change)
@@ -64,41 +82,34 @@ class Policies:
         served: frozenset[str],
         idempotency: Idempotency | None = None,
         by: Caller = GATEWAY,
+        *,
+        precondition: Precondition = ANY,
+        replaces: Replaces | None = None,
     ) -> Route:
         """Let a policy stand in for best-of-n on a route; the one before goes where roll-back finds it.
 
         reason: why without an experiment's verdict; goes into the audit. served: what the engine serves now.
-        Raises Conflict with what to do about it, PolicyNotFound, RouteNotFound.
+        Raises Conflict with what to do about it, PreconditionFailed, PolicyNotFound, RouteNotFound.
         """
 
         async def change(pipe: Pipeline) -> Route:
             if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
                 return Route.model_validate_json(earlier)
-            routes = await self._watched_routes(pipe, by.tenant)
-            route = _named(routes, route_name)
-            policy = await _read_policy(pipe, policy_id)
-            if policy.kind != "base" and policy.tenant != by.tenant:
-                raise PolicyNotFound("no such policy")
-            _require_promotable(policy, route, served)
-            if not reason.strip():
-                raise Conflict(
-                    "straight to live needs an override_reason that says why no experiment decided",
-                    param="override_reason",
-                    code="override_reason_required",
-                )
-            former = await _former(pipe, routes, route)
-            promoted = route.model_copy(
-                update={
-                    "live_policy": policy_id,
-                    "previous_policies": (*route.previous_policies, route.live_policy)[-PREVIOUS_KEPT:],
-                }
-            )
+            routes = await watched_routes(pipe, by.tenant)
+            route = named(routes, route_name)
+            policy = await read_policy(pipe, policy_id, by.tenant)
+            precondition.require(policy.version)
+            _require_replaced(route, replaces)
+            if route.live_policy == policy.id:
+                raise Conflict("the policy is live on this route already", code="already_live")
+            require_fit(policy, route, served)
+            _require_reason(reason)
+            promoted = _promoted(route, policy_id)
+            records = await settled(pipe, routes, [promoted])
+            audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
-            _write_route(pipe, promoted, idempotency)
-            _write_policy(pipe, policy.model_copy(update={"state": "live"}))
-            _retire(pipe, former)
-            told = {"route": route_name, "before": route.live_policy, "reason": reason}
-            pipe.xadd(AUDIT_STREAM, _audit("promote", policy_id, by, told))
+            write_move(pipe, route, promoted, records, idempotency)
+            audit.append(pipe, "promote", by, policy=policy_id, data=moved(route, promoted, reason=reason))
             return promoted
 
         return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
@@ -110,96 +121,131 @@ class Policies:
         async def change(pipe: Pipeline) -> Route:
             if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
                 return Route.model_validate_json(earlier)
-            routes = await self._watched_routes(pipe, by.tenant)
-            route = _named(routes, route_name)
+            routes = await watched_routes(pipe, by.tenant)
+            route = named(routes, route_name)
             target, rest, skipped = await _predecessor(pipe, route)
-            former = await _former(pipe, routes, route)
-            restored = route.model_copy(
-                update={"live_policy": None if target is None else target.id, "previous_policies": rest}
+            restored = _without_trial(route, target).model_copy(
+                update={"live_policy": target, "previous_policies": rest}
             )
+            records = await settled(pipe, routes, [restored])
+            audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
-            _write_route(pipe, restored, idempotency)
-            if target is not None:
-                _write_policy(pipe, target.model_copy(update={"state": "live"}))
-            _retire(pipe, former)
-            told = {"route": route_name, "before": route.live_policy, "skipped": skipped}
-            pipe.xadd(AUDIT_STREAM, _audit("roll_back", restored.live_policy, by, told))
+            write_move(pipe, route, restored, records, idempotency)
+            audit.append(pipe, "roll_back", by, policy=target or "", data=moved(route, restored, skipped=skipped))
             return restored
 
         return await transact(self._redis, [ROUTES_INDEX], change)
 
-    async def _watched_routes(self, pipe: Pipeline, tenant: str) -> dict[str, Route]:
-        """All routes of a tenant: whether a policy is still live somewhere else depends on every one of them."""
-        names = cast(set[str], await pipe.smembers(ROUTES_INDEX))
-        own = sorted(bare for name in names if of_tenant(tenant, bare := name.rpartition("/")[2]) == name)
-        if not own:
-            return {}
-        keys = [route_key(name, tenant) for name in own]
-        await pipe.watch(*keys)
-        rows = cast("list[str | None]", await pipe.mget(keys))
-        return {name: Route.model_validate_json(row) for name, row in zip(own, rows, strict=True) if row is not None}
+    async def retire(self, policy_id: str, by: Caller = GATEWAY, *, precondition: Precondition = ANY) -> PolicyRecord:
+        """Take a candidate out of use for good. Raises Conflict for one that is anything to a route."""
+
+        async def change(pipe: Pipeline) -> PolicyRecord:
+            routes = await watched_routes(pipe, by.tenant)
+            policy = await read_policy(pipe, policy_id, by.tenant)
+            precondition.require(policy.version)
+            if policy.kind == "base":
+                raise Conflict("a base policy does not retire", code="policy_is_base")
+            used = [route.name for route in routes.values() if route.stage_of(policy_id) is not None]
+            if used:
+                raise Conflict(
+                    f"the policy is {policy.state} on {', '.join(used)}: roll back or withdraw it there first",
+                    code="policy_in_use",
+                )
+            if policy.state != "candidate":
+                raise Conflict(f"the policy is {policy.state} already", code=f"policy_{policy.state}")
+            return await self._written(pipe, policy, policy.become("retired"), "retire", by)
+
+        return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
+
+    async def amend(
+        self, policy_id: str, asked: PolicyChange, by: Caller = GATEWAY, *, precondition: Precondition = ANY
+    ) -> PolicyRecord:
+        """Describe or protect a policy. Raises PolicyNotFound, PreconditionFailed."""
+
+        async def change(pipe: Pipeline) -> PolicyRecord:
+            policy = await read_policy(pipe, policy_id, by.tenant)
+            if policy.tenant != by.tenant:
+                raise PolicyNotFound("no such policy")
+            precondition.require(policy.version)
+            amended = policy.model_copy(update=asked.model_dump(exclude_none=True))
+            return await self._written(pipe, policy, amended, "policy_change", by)
+
+        return await transact(self._redis, [policy_key(policy_id)], change)
+
+    async def _written(
+        self, pipe: Pipeline, before: PolicyRecord, after: PolicyRecord, event: str, by: Caller
+    ) -> PolicyRecord:
+        audit = await AuditChain.open(pipe)
+        pipe.multi()  # type: ignore[no-untyped-call]
+        kept = {"state", "description", "is_protected"}
+        told = {"before": before.model_dump(include=kept), "after": after.model_dump(include=kept)}
+        audit.append(pipe, event, by, policy=before.id, data=json.dumps(told))
+        return write_policy(pipe, after)
 
 
-def policy_object(policy: PolicyRecord, routes: Iterable[Route], served: frozenset[str]) -> dict[str, Any]:
-    """The policy of the API."""
+def policy_object(
+    policy: PolicyRecord, routes: Iterable[Route], served: frozenset[str], tags: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The policy of the API. tags: all of its tenant's."""
     manifest = policy.manifest
+    stages = [(route.name, route.stage_of(policy.id)) for route in routes]
     return {
         "id": policy.id,
         "object": "bonsai.policy",
         "kind": policy.kind,
         "state": policy.state,
+        "version": policy.version,
         "served": policy.id in served,
         "created_at": policy.created_at,
         "n_equivalent": policy.n_equivalent,
-        "live_on": [route.name for route in routes if route.live_policy == policy.id],
+        "live_on": [name for name, stage in stages if stage == "live"],
+        "canary_on": [name for name, stage in stages if stage == "canary"],
+        "shadow_on": [name for name, stage in stages if stage == "shadow"],
+        "tags": sorted(tag for tag, named_policy in (tags or {}).items() if named_policy == policy.id),
+        "description": policy.description,
+        "is_protected": policy.is_protected,
         "tainted": policy.tainted,
         "fingerprint": None if policy.fingerprint is None else policy.fingerprint.model_dump(mode="json"),
         "base_policy": policy.id if manifest is None else manifest.base_policy_id,
+        "parents": sorted(policy.parents),
         "job": None if manifest is None else manifest.job_id,
-        "report": None if manifest is None else manifest.report.model_dump(mode="json"),
+        "report": None if manifest is None or manifest.report is None else manifest.report.model_dump(mode="json"),
         "manifest": None if manifest is None else manifest.model_dump(mode="json"),
     }
 
 
-def _named(routes: dict[str, Route], name: str) -> Route:
-    if name not in routes:
-        raise RouteNotFound("no such route", param="route")
-    return routes[name]
-
-
-def _require_promotable(policy: PolicyRecord, route: Route, served: frozenset[str]) -> None:
-    if policy.kind == "base":
-        raise Conflict("a base policy answers by best-of-n: roll the route back instead", code="policy_is_base")
-    if route.live_policy == policy.id:
-        raise Conflict("the policy is live on this route already", code="already_live")
-    if policy.state == "failed" or policy.tainted:
-        raise Conflict("the policy failed its fingerprint or is tainted: distil another one", code="policy_unusable")
-    if policy.manifest is None or policy.manifest.base_policy_id != route.base_policy:
-        raise Conflict("the policy stands on another base than the route", code="other_base")
-    if policy.fingerprint is None or not policy.fingerprint.passed:
+def _require_replaced(route: Route, replaces: Replaces | None) -> None:
+    if replaces is not None and route.live_policy != replaces.policy:
         raise Conflict(
-            "the policy has not passed its fingerprint yet: wait until GET /policies/{id} shows it passed",
-            code="fingerprint_missing",
-        )
-    if policy.id not in served:
-        raise Conflict(
-            "the engine does not serve the policy now: wait until GET /policies/{id} shows it as served, "
-            "or stop experiments that hold the engine's adapter slots",
-            code="policy_not_served",
+            "another policy is live on the route than the one to be replaced: look again and decide again",
+            param="replaces",
+            code="route_moved",
+            facts={"live_policy": route.live_policy},
         )
 
 
-async def _former(pipe: Pipeline, routes: dict[str, Route], route: Route) -> PolicyRecord | None:
-    """The policy that stops being live anywhere when it stops being live on `route`."""
-    if route.live_policy is None:
-        return None
-    if any(other.live_policy == route.live_policy for other in routes.values() if other.name != route.name):
-        return None
-    await pipe.watch(policy_key(route.live_policy))
-    return await _read_policy(pipe, route.live_policy)
+def _require_reason(reason: str) -> None:
+    if not reason.strip():
+        raise Conflict(
+            "straight to live needs an override_reason that says why no experiment decided",
+            param="override_reason",
+            code="override_reason_required",
+        )
 
 
-async def _predecessor(pipe: Pipeline, route: Route) -> tuple[PolicyRecord | None, tuple[str | None, ...], list[str]]:
+def _promoted(route: Route, policy_id: str) -> Route:
+    former = (*route.previous_policies, route.live_policy)[-PREVIOUS_KEPT:]
+    return _without_trial(route, policy_id).model_copy(update={"live_policy": policy_id, "previous_policies": former})
+
+
+def _without_trial(route: Route, policy_id: str | None) -> Route:
+    """The route where the policy is on trial no more, if it was."""
+    held = {"canary": route.canary, "shadow": route.shadow}
+    over = [stage for stage, trial in held.items() if trial is not None and trial.policy == policy_id]
+    return route.model_copy(update=dict.fromkeys(over))
+
+
+async def _predecessor(pipe: Pipeline, route: Route) -> tuple[str | None, tuple[str | None, ...], list[str]]:
     """(the newest earlier policy that can still serve or None for best-of-n, those before it, those passed over)."""
     skipped: list[str] = []
     for index in reversed(range(len(route.previous_policies))):
@@ -207,36 +253,8 @@ async def _predecessor(pipe: Pipeline, route: Route) -> tuple[PolicyRecord | Non
         if candidate is None:
             return None, rest, skipped
         await pipe.watch(policy_key(candidate))
-        policy = await _read_policy(pipe, candidate)
-        if policy.state != "failed" and not policy.tainted and candidate != route.live_policy:
-            return policy, rest, skipped
+        policy = await read_policy(pipe, candidate)
+        if policy.is_usable and candidate != route.live_policy:
+            return policy.id, rest, skipped
         skipped.append(candidate)
     raise Conflict("the route has no earlier policy to go back to", code="nothing_to_roll_back")
-
-
-async def _read_policy(pipe: Pipeline, policy_id: str) -> PolicyRecord:
-    row = cast("str | None", await pipe.hget(policy_key(policy_id), "record"))
-    if row is None:
-        raise PolicyNotFound("no such policy")
-    return PolicyRecord.model_validate_json(row)
-
-
-def _write_route(pipe: Pipeline, route: Route, idempotency: Idempotency | None) -> None:
-    text = route.model_dump_json()
-    pipe.set(route_key(route.name, route.tenant), text)
-    if idempotency is not None:
-        idempotency.remember(pipe, text)
-
-
-def _write_policy(pipe: Pipeline, policy: PolicyRecord) -> None:
-    pipe.hset(policy_key(policy.id), "record", policy.model_dump_json())
-    pipe.hincrby(policy_key(policy.id), "version", 1)
-
-
-def _retire(pipe: Pipeline, former: PolicyRecord | None) -> None:
-    if former is not None and former.state != "failed":
-        _write_policy(pipe, former.model_copy(update={"state": "retired"}))
-
-
-def _audit(event: str, policy_id: str | None, by: Caller, told: Mapping[str, object]) -> dict[Any, Any]:
-    return audit_entry(event, by, policy=policy_id or "", data=json.dumps(told))

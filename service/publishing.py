@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -74,13 +74,9 @@ class AdapterEngine(Protocol):
 
 def wanted_policies(snapshot: Snapshot) -> list[str]:
     """The adapters to keep loaded, most needed first, as many as there are: what is live, what a running experiment
-    shows, what a roll-back would need, then candidates, the newest first."""
+    shows, what is canary or shadow, what a roll-back would need, then candidates, the newest first."""
     policies = (snapshot.policies.get(policy_id) for policy_id in _by_need(snapshot))
-    return list(dict.fromkeys(policy.id for policy in policies if policy is not None and _is_usable(policy)))
-
-
-def _is_usable(policy: PolicyRecord) -> bool:
-    return policy.manifest is not None and policy.state != "failed" and not policy.tainted
+    return list(dict.fromkeys(policy.id for policy in policies if policy is not None and policy.is_usable))
 
 
 def _by_need(snapshot: Snapshot) -> Iterator[str]:
@@ -90,6 +86,8 @@ def _by_need(snapshot: Snapshot) -> Iterator[str]:
     for name in names:
         experiment = snapshot.running(name)
         yield from (entry.arm.policy for entry in experiment.arms) if experiment is not None else ()
+    for route in routes:
+        yield from (trial.policy for trial in (route.canary, route.shadow) if trial is not None)
     yield from (previous for route in routes if (previous := next(iter(route.previous_policies[-1:]), None)))
     candidates = [policy for policy in snapshot.policies.values() if policy.state == "candidate"]
     yield from (policy.id for policy in sorted(candidates, key=lambda policy: policy.created_at, reverse=True))
@@ -176,15 +174,16 @@ class Publisher:
         self._fingerprints = {name: one for name, one in self._fingerprints.items() if name in self.observed.models}
         self._serve()
 
-    def _directories(self, names: Iterable[str]) -> dict[str, str]:
-        """Where the files of those that are policies are."""
-        root, policies = self._artefacts.resolve(), self._catalogue.snapshot.policies
-        found = ((name, policies.get(name)) for name in names)
-        return {
+    def _directories(self, models: Mapping[str, str | None]) -> dict[str, str]:
+        """Where the files of those that are policies are; of deleted ones, which only leave, where they were."""
+        root, snapshot = self._artefacts.resolve(), self._catalogue.snapshot
+        found = ((name, snapshot.policies.get(name)) for name in models)
+        there = {
             name: str(directory_of(root, one.manifest))
             for name, one in found
             if one is not None and one.manifest is not None
         }
+        return {name: models[name] or "" for name in models.keys() & snapshot.deleted} | there
 
     def _holdings(self) -> dict[str, Holding]:
         names = self.observed.adapters
@@ -193,7 +192,7 @@ class Publisher:
             {name: self.engine.last_used_at(name) for name in names},
         )
         policies = self._catalogue.snapshot.policies
-        unusable = [name for name in held if (one := policies.get(name)) is None or not _is_usable(one)]
+        unusable = [name for name in held if (one := policies.get(name)) is None or not one.is_usable]
         return held | {name: replace(held[name], is_barred=True) for name in unusable}
 
     def _serve(self) -> None:

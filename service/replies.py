@@ -14,12 +14,10 @@ from pydantic import BaseModel
 from bon_algos.contracts import (
     EvaluationReport,
     Feedback,
-    FingerprintResult,
     Interval,
     JobPhase,
     JobSpec,
     JobState,
-    Manifest,
     Route,
     Strategy,
 )
@@ -249,25 +247,6 @@ STRATEGY: Final = Named(
         probes_needed=WHOLE,
         adaptive=maybe(members(n=WHOLE, stops=rows(WHOLE), reward_per_token=NUMBER, token_share=NUMBER)),
         distilled_first=maybe(members(threshold=maybe(NUMBER), escalated_share=NUMBER)),
-    ),
-)
-POLICY: Final = Named(
-    "Policy",
-    members(
-        id=TEXT,
-        object=kind("bonsai.policy"),
-        kind=TEXT,
-        state=TEXT,
-        served=FLAG,
-        created_at=NUMBER,
-        n_equivalent=maybe(WHOLE),
-        live_on=rows(TEXT),
-        tainted=FLAG,
-        fingerprint=maybe(FingerprintResult),
-        base_policy=TEXT,
-        job=maybe(TEXT),
-        report=maybe(EvaluationReport),
-        manifest=maybe(Manifest),
     ),
 )
 METRICS: Final = {"type": "object", "additionalProperties": maybe(NUMBER)}

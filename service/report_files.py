@@ -58,7 +58,9 @@ def _liking(media: str, ranges: list[tuple[str, float]]) -> float:
 def with_report(manifest: Manifest | None) -> Manifest:
     """The same. Raises ReportNotFound where it names no report."""
     if manifest is None or set(manifest.report_files) != set(REPORT_FILES):
-        raise ReportNotFound("the policy has no report: base policies have none, and a job writes it when it publishes")
+        raise ReportNotFound(
+            "the policy has no report: base and imported policies have none, a job writes it when it publishes"
+        )
     return manifest
 
 

@@ -6,6 +6,7 @@ experiment (experiment_store.py); a change here leaves both as they are.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final, Literal, cast
 
 from pydantic import Field
@@ -13,7 +14,6 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from bon_algos.contracts import (
-    AUDIT_STREAM,
     ROUTES_INDEX,
     Experiment,
     PolicyId,
@@ -26,7 +26,7 @@ from bon_algos.contracts import (
     route_key,
 )
 from service.access import GATEWAY, Caller
-from service.audit import audit_entry
+from service.audit import AuditChain
 from service.catalogue import Snapshot
 from service.errors import Conflict, InvalidField, RouteNotFound
 from service.experiment_store import FORMER_STATISTICS_SECONDS
@@ -69,15 +69,19 @@ class Routes:
             former = None if row is None else Route.model_validate_json(row)
             if former is None and await _count(pipe, by.tenant) >= MAX_ROUTES:
                 raise Conflict(f"there are {MAX_ROUTES} routes already: delete one", code="too_many_routes")
-            if former is not None and former.live_policy is not None and former.base_policy != settled["base_policy"]:
-                raise Conflict("a policy of the present base is live here: roll it back first", code="route_in_use")
+            if former is not None and former.is_used and former.base_policy != settled["base_policy"]:
+                raise Conflict(
+                    "a policy of the present base is live, canary or shadow here: roll back or withdraw it first",
+                    code="route_in_use",
+                )
             route = (
                 Route(name=name, tenant=by.tenant, **settled) if former is None else former.model_copy(update=settled)
             )
+            audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.set(key, route.model_dump_json())
             pipe.sadd(ROUTES_INDEX, of_tenant(by.tenant, name))
-            pipe.xadd(AUDIT_STREAM, audit_entry("route_put", by, route=name, data=route.model_dump_json()))
+            audit.append(pipe, "route_put", by, route=name, data=_told(row, route.model_dump_json()))
             return route, former is None
 
         return await transact(self._redis, (key, ROUTES_INDEX), change)
@@ -93,14 +97,18 @@ class Routes:
             experiment = None if experiment_row is None else Experiment.model_validate_json(experiment_row)
             if experiment is not None and experiment.stopped_at is None:
                 raise Conflict("an experiment runs on the route: stop it first", code="route_in_use")
-            if Route.model_validate_json(row).live_policy is not None:
-                raise Conflict("a policy is live on the route: roll it back first", code="route_in_use")
+            if Route.model_validate_json(row).is_used:
+                raise Conflict(
+                    "a policy is live, canary or shadow on the route: roll back or withdraw it first",
+                    code="route_in_use",
+                )
+            audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.delete(*keys[:2])
             pipe.srem(ROUTES_INDEX, of_tenant(by.tenant, name))
             if experiment is not None:
                 pipe.expire(experiment_stats_key(experiment.id), FORMER_STATISTICS_SECONDS)
-            pipe.xadd(AUDIT_STREAM, audit_entry("route_delete", by, route=name, data=row))
+            audit.append(pipe, "route_delete", by, route=name, data=_told(row, None))
 
         await transact(self._redis, keys, change)
 
@@ -141,10 +149,14 @@ def route_object(route: Route, snapshot: Snapshot) -> dict[str, Any]:
     return {
         "id": route.name,
         "object": "bonsai.route",
-        **route.model_dump(mode="json", exclude={"tenant"}),
+        **route.model_dump(mode="json", exclude={"tenant": True, "canary": {"salt"}, "shadow": {"salt"}}),
         "live_is_served": route.live_policy in snapshot.served if route.live_policy is not None else None,
         "experiment": None if experiment is None else experiment.id,
     }
+
+
+def _told(before: str | None, after: str | None) -> str:
+    return json.dumps({"before": json.loads(before or "null"), "after": json.loads(after or "null")})
 
 
 async def _count(pipe: Pipeline, tenant: str) -> int:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 from uuid_utils import uuid7
 
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import CandidateGroup, Exposure, PolicyId, Route, Sampling
+from bon_algos.contracts import CandidateGroup, PolicyId, Route, Sampling
 from service.access import Caller
 from service.best_of_n import Answer, Budget
 from service.catalogue import Catalogue
-from service.experiments import Assignment, assign, parse_forced_arm
+from service.experiments import Assignment, assign, exposure_of, parse_forced_arm
 from service.feedback import FeedbackBook
 from service.generation import (
     EncodedPrompt,
@@ -40,6 +40,7 @@ from service.pool import EnginePool
 from service.replays import Replays
 from service.reward import RewardModel
 from service.reward_test import RewardTest
+from service.shadows import Shadows
 from service.strategies import DistilledFirst, Fixed, Plan, answered, planned, share_of
 from service.vllm import Listener
 from service.waves import Means
@@ -60,6 +61,7 @@ class Serving:
     feedback: FeedbackBook
     learned: LearnedStrategies
     limits: Limits
+    shadows: Shadows
     window: int
     """Of the policy engine, tokens."""
     n_cap: int
@@ -122,6 +124,7 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         route,
         experiment=snapshot.running(route.name),
         live=snapshot.live(route),
+        canary=snapshot.canary(route),
         served=snapshot.served,
         unit=around.unit or request.unit or request.user or around.request_id,
         n=n,
@@ -194,7 +197,7 @@ async def answer(
     most = prepared.stops[-1]
     async with serving.limits.admitted(prepared.caller, group, most, prepared.budget.deadline) as admission:
         if group.experiment is not None:
-            serving.ledger.append(_exposure(group))
+            serving.ledger.append(exposure_of(group))
         means = Means(serving.engine, serving.reward_model, prepared.budget, hear)
         filled = await answered(prepared.plan, group, means, wait_for_reward=wait_for_reward)
         admission.group = filled.group
@@ -203,20 +206,8 @@ async def answer(
         raise filled.failure
     if filled.group.status == "single" and not filled.group.scored and not wait_for_reward:
         serving.measurements.start(filled.group)
+    serving.shadows.start(filled.group)
     return filled._replace(waited=filled.waited + (admission.waited or 0.0))
-
-
-def _exposure(group: CandidateGroup) -> Exposure:
-    return Exposure(
-        id=f"exposure_{group.id}",
-        tenant=group.tenant,
-        created_at=group.created_at,
-        group_id=group.id,
-        route=group.route,
-        experiment=group.experiment,
-        arm=group.arm,
-        arm_reason=group.arm_reason,
-    )
 
 
 def _warnings(assignment: Assignment, group: CandidateGroup) -> tuple[str, ...]:

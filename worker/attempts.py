@@ -89,4 +89,5 @@ def _is_orphan(client: redis.Redis, home: Path) -> bool:
         manifest = Manifest.model_validate_json((home / "manifest.json").read_text())
     except (OSError, ValidationError):
         return False
-    return has_ended(client, manifest.job_id)
+    # What was imported belongs to whoever did that.
+    return manifest.job_id is not None and has_ended(client, manifest.job_id)

@@ -365,7 +365,8 @@ class Distillation:
             reward_members=place.engines.num_reward_members,
         )
         trained = self.lineage.trained | {pool.prompt_ids for pool in window.train}
-        return policy_report(about, held_out(evidence.judged, trained, self.lineage.ancestors), evidence)
+        prompts = held_out(evidence.judged, trained, self.lineage.ancestors, self.lineage.unknown)
+        return policy_report(about, prompts, evidence)
 
 
 def prepare_torch(threads: int, device: torch.device) -> None:

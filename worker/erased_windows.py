@@ -1,16 +1,26 @@
 """From a dataset that is not what it was to the jobs and policies that learned from it.
 
-Owns: ending jobs that read such a window, marking policies. Does not own: finding the windows (erasing.py).
+Owns: ending jobs that read such a window, marking policies, which the audit tells. Does not own: finding the windows (erasing.py).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any, Final, cast
 
 import redis
 
-from bon_algos.contracts import OPEN_JOBS, POLICIES_INDEX, PolicyRecord, job_events_key, job_key, policy_key
+from bon_algos.audit_entries import GENESIS, chained
+from bon_algos.contracts import (
+    AUDIT_STREAM,
+    OPEN_JOBS,
+    POLICIES_INDEX,
+    PolicyRecord,
+    job_events_key,
+    job_key,
+    policy_key,
+)
 
 CODE: Final = "window_erased"
 MESSAGE: Final = "rows of its window were erased at their owner's request: submit the job again"
@@ -42,13 +52,9 @@ def taint(client: redis.Redis, jobs: frozenset[str]) -> tuple[str, ...]:
     if not jobs:
         return ()
     names = [name.decode() for name in cast("list[bytes]", client.zrange(POLICIES_INDEX, 0, -1))]
-    manifests = {name: record.manifest for name in names if (record := _policy(client, name)) and record.manifest}
-    concerned = {name for name, one in manifests.items() if one.job_id in jobs}
-    while more := {
-        name
-        for name, one in manifests.items()
-        if name not in concerned and concerned & {one.parent_policy_id, *one.spec.window.policies}
-    }:
+    records = {name: record for name in names if (record := _policy(client, name)) is not None}
+    concerned = {name for name, one in records.items() if one.manifest is not None and one.manifest.job_id in jobs}
+    while more := {name for name, one in records.items() if name not in concerned and concerned & one.parents}:
         concerned |= more
     for name in concerned:
         _mark(client, name)
@@ -64,10 +70,20 @@ def _mark(client: redis.Redis, policy_id: str) -> None:
     key = policy_key(policy_id)
 
     def change(pipe: Any) -> None:
-        record = PolicyRecord.model_validate_json(pipe.hget(key, "record"))
+        row, newest = pipe.hget(key, "record"), pipe.xrevrange(AUDIT_STREAM, count=1)
         pipe.multi()
-        if not record.tainted:
-            pipe.hset(key, "record", record.model_copy(update={"tainted": True}).model_dump_json())
-            pipe.hincrby(key, "version", 1)
+        if row is None:
+            return  # deleted since
+        record = PolicyRecord.model_validate_json(row)
+        if record.tainted:
+            return
+        tainted = record.model_copy(update={"tainted": True, "version": record.version + 1})
+        pipe.hset(key, mapping={"record": tainted.model_dump_json(), "version": str(tainted.version)})
+        previous = newest[0][1].get(b"digest", b"").decode() if newest else GENESIS
+        told = json.dumps({"state": record.state, "reason": CODE})
+        entry = chained(
+            "policy_tainted", tenant=record.tenant, by="worker", previous=previous, policy=policy_id, data=told
+        )
+        pipe.xadd(AUDIT_STREAM, entry)
 
-    client.transaction(change, key)
+    client.transaction(change, key, AUDIT_STREAM)

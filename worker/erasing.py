@@ -32,6 +32,7 @@ from bon_algos.contracts import (
     erasure_groups_key,
     feedback_key,
     idempotency_key,
+    served_id,
     target_of,
 )
 from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
@@ -195,9 +196,9 @@ class Eraser:
         if user is not None and is_of(erasure, user, record.created_at):
             return True
         if isinstance(record, CandidateGroup):
-            return record.id in traces.groups
+            return served_id(record.id) in traces.groups
         is_of_session = isinstance(record, Feedback) and record.session in traces.own_sessions
-        return record.group_id in traces.groups or is_of_session
+        return served_id(record.group_id or "") in traces.groups or is_of_session
 
     def _targets(self, erasure: Erasure, traces: _Traces) -> set[str]:
         """What feedback is kept under."""
@@ -229,7 +230,7 @@ class Eraser:
         if user is not None and is_of(erasure, user, row["created_at"]):
             return True
         is_of_session = segment.kind == "feedback" and row["session"] in traces.own_sessions
-        return is_of_session or row.get("group_id", row["id"]) in traces.groups
+        return is_of_session or served_id(row.get("group_id", row["id"]) or "") in traces.groups
 
     def _forget_answers(self, segment: Segment, rows: Iterable[dict[str, Any]]) -> None:
         """What a subject said of anything counts no longer."""
@@ -274,7 +275,7 @@ class Eraser:
             gone = [
                 one.group_id
                 for one in read_sources(window)
-                if one.group_id in groups
+                if served_id(one.group_id) in groups
                 or (one.subject == erasure.subject_digest and one.created_at <= erasure.requested_at)
             ]
             if gone:
@@ -300,7 +301,7 @@ class Eraser:
         found += sum(1 for _ in self._replies_of(groups))
         found += sum(self._client.exists(feedback_key(one)) for one in groups)
         sources = [one for window in windows(self._artefacts).values() for one in read_sources(window)]
-        return found + sum(one.group_id in groups for one in sources)
+        return found + sum(served_id(one.group_id) in groups for one in sources)
 
     def _files(self) -> Sequence[str]:
         return [
@@ -317,7 +318,7 @@ class Eraser:
         except (OSError, ValueError, DamagedSegment):
             return True
         return any(
-            row.get("group_id", row["id"]) in groups
+            served_id(row.get("group_id", row["id"]) or "") in groups
             or is_of(erasure, row.get("user") or row.get("author"), row["created_at"])
             for row in rows
         )

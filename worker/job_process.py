@@ -27,6 +27,7 @@ from bon_algos.contracts import DEFAULT_TENANT, JobSpec, RewardConfig, job_key
 from bon_algos.scoring import open_readers
 from worker import lease as leases
 from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobHandedBack, LeaseLost
+from worker.job_record import keep
 from worker.lease import Lease
 from worker.settings import WorkerSettings
 
@@ -71,6 +72,7 @@ def die_with(parent: int) -> None:
 
 def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     """Run the job and write down how it ended. What is no reason of ours to stop goes on to the parent."""
+    keep(client, settings.artefacts, lease.job_id)
     try:
         run(client, lease, settings)
     except JobFailed as failure:
@@ -86,6 +88,7 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
         log.warning("stopped, nothing more is written: %s", loss)
     except EngineUnavailable as away:
         leases.release(client, lease.job_id, lease.epoch, str(away))
+    keep(client, settings.artefacts, lease.job_id)
 
 
 def run(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:

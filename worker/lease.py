@@ -21,6 +21,7 @@ from typing import Final, Literal, Self, TypeVar, cast
 import redis
 
 from bon_algos.contracts import (
+    POLICIES_DELETED,
     POLICIES_INDEX,
     JobPhase,
     PolicyRecord,
@@ -29,7 +30,7 @@ from bon_algos.contracts import (
     policy_key,
 )
 from bon_algos.crash_points import crash_point
-from worker.errors import JobCancelled, JobHandedBack, LeaseLost
+from worker.errors import JobCancelled, JobFailed, JobHandedBack, LeaseLost
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ FINISH: Final = (
 local c = redis.call('HGET', KEYS[1], 'cancel')
 local state, answer = ARGV[2], 1
 if state == 'succeeded' and c and c ~= '' and c ~= '0' then state, answer = 'cancelled', 2 end
+if state == 'succeeded' and redis.call('ZSCORE', KEYS[5], ARGV[6]) then return 3 end
 redis.call('HSET', KEYS[1], 'state', state, 'phase', 'done', 'finished_at', now / 1000, 'lease_until', '0',
   'seconds_left', '')
 if state == 'succeeded' then
@@ -120,9 +122,10 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'phase', 'done', 'state
 return answer
 """
 )
-"""KEYS job, events[, policy, policies]. ARGV epoch, state, events kept, then for `succeeded` record, created_at,
-policy id, report; for `failed` code, message. -> 0 fenced, 1 done, 2 done as cancelled: a success that comes
-after a cancellation is none. A policy that exists already is left as it is."""
+"""KEYS job, events[, policy, policies, deleted policies]. ARGV epoch, state, events kept, then for `succeeded`
+record, created_at, policy id, report; for `failed` code, message. -> 0 fenced, 1 done, 2 done as cancelled: a success
+that comes after a cancellation is none, 3 nothing done: this very policy was deleted. One that exists is left as it
+is."""
 
 Answer = TypeVar("Answer")
 ClaimRefusal = Literal["final", "held", "cancelled"]
@@ -240,11 +243,18 @@ class Lease:
         self.check()
 
     def finish_succeeded(self, policy: PolicyRecord, report_json: str) -> None:
-        """End the job and register its policy, in one script. Raises LeaseLost, JobCancelled or RedisError."""
-        keys = (job_key(self.job_id), job_events_key(self.job_id), policy_key(policy.id), POLICIES_INDEX)
+        """End the job and register its policy, in one script. Raises LeaseLost, JobCancelled or RedisError, and
+        JobFailed where the same weights were deleted before."""
+        keys = (
+            *(job_key(self.job_id), job_events_key(self.job_id)),
+            *(policy_key(policy.id), POLICIES_INDEX, POLICIES_DELETED),
+        )
         values = ("succeeded", EVENTS_KEPT, policy.model_dump_json(), policy.created_at, policy.id, report_json)
-        if self._finish(keys, values) == 2:
+        answer = self._finish(keys, values)
+        if answer == 2:
             raise JobCancelled(self.job_id)
+        if answer == 3:
+            raise JobFailed("policy_deleted", f"{policy.id} was deleted, and its name is never used again")
 
     def finish_failed(self, code: str, message: str) -> None:
         keys = (job_key(self.job_id), job_events_key(self.job_id))
@@ -260,7 +270,8 @@ class Lease:
         if answer == 0:
             self._fenced = True
             raise LeaseLost(f"{self.job_id}: epoch {self.epoch} came too late to finish")
-        self._stopping.set()
+        if answer != 3:
+            self._stopping.set()
         return answer
 
     def _until_redis_answers(self, ask: Callable[[], Answer]) -> Answer:

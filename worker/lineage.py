@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import redis
 
-from bon_algos.contracts import Manifest, PolicyId, PolicyRecord, policy_key
+from bon_algos.contracts import POLICIES_DELETED, Manifest, PolicyId, PolicyRecord, policy_key
 from worker.dataset import read_content
 from worker.errors import JobFailed
 
@@ -28,6 +28,8 @@ class Lineage(NamedTuple):
     """Distilled ones, each once, nearest first."""
     trained: frozenset[Prompt]
     """Prompts that one of them, or one it learned from, was trained on."""
+    unknown: tuple[PolicyId, ...] = ()
+    """Ancestors of whose training nobody here knows anything: they were imported, or deleted."""
 
 
 def lineage(client: redis.Redis, artefacts: Path, parents: Sequence[PolicyId]) -> Lineage:
@@ -37,26 +39,39 @@ def lineage(client: redis.Redis, artefacts: Path, parents: Sequence[PolicyId]) -
     nobody can tell which prompts are still unseen.
     """
     found: list[PolicyId] = []
+    unknown: list[PolicyId] = []
     trained: set[Prompt] = set()
     waiting = list(parents)
     while waiting:
         policy_id = waiting.pop(0)
-        manifest = _manifest(client, policy_id)
-        if manifest is None or policy_id in found:
+        record = _record(client, policy_id)
+        is_ancestor = _was_deleted(client, policy_id) if record is None else record.manifest is not None
+        if not is_ancestor or policy_id in found:
             continue
         found.append(policy_id)
-        trained |= _trained(artefacts, manifest)
-        waiting += [manifest.parent_policy_id, *manifest.spec.window.policies]
-    return Lineage(tuple(found), frozenset(trained))
+        learned_from = None if record is None else _trained(artefacts, record.manifest)
+        if learned_from is None:
+            unknown.append(policy_id)
+        else:
+            trained |= learned_from
+        waiting += [] if record is None else sorted(record.parents)
+    return Lineage(tuple(found), frozenset(trained), tuple(unknown))
 
 
-def _manifest(client: redis.Redis, policy_id: PolicyId) -> Manifest | None:
-    """None for a base policy, and for one that nobody knows: whoever needs that one refuses it."""
+def _record(client: redis.Redis, policy_id: PolicyId) -> PolicyRecord | None:
+    """None for one that nobody knows: whoever needs that one refuses it."""
     row = client.hget(policy_key(policy_id), "record")
-    return None if row is None else PolicyRecord.model_validate_json(row).manifest
+    return None if row is None else PolicyRecord.model_validate_json(row)
 
 
-def _trained(artefacts: Path, manifest: Manifest) -> set[Prompt]:
+def _was_deleted(client: redis.Redis, policy_id: PolicyId) -> bool:
+    return client.zscore(POLICIES_DELETED, policy_id) is not None
+
+
+def _trained(artefacts: Path, manifest: Manifest | None) -> set[Prompt] | None:
+    """None where no job here made it."""
+    if manifest is None or manifest.job_id is None or manifest.data is None:
+        return None
     directory = artefacts / "jobs" / manifest.job_id / "window"
     try:
         data, content = read_content(directory)

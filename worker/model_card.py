@@ -201,8 +201,15 @@ def _unseen(held_out: HeldOut) -> str:
     )
     return (
         f"{held_out.seen_in_training} of them are among the {held_out.trained_prompts} prompts of this policy's "
-        f"training{ancestors}, compared token by token."
+        f"training{ancestors}, compared token by token.{_unknown(held_out.unknown_ancestors)}"
     )
+
+
+def _unknown(ancestors: tuple[str, ...]) -> str:
+    if not ancestors:
+        return ""
+    named = ", ".join(f"`{one}`" for one in ancestors)
+    return f" What {named} learned from is not known here: some of these prompts may be among it."
 
 
 # --- cells -----------------------------------------------------------------------------------------------

@@ -53,16 +53,7 @@ def publish(
         (aside / "manifest.json").write_text(manifest_of(digest, files).model_dump_json(indent=2))
     os.utime(home)  # one that lay there as an orphan is no longer
     manifest = Manifest.model_validate_json((home / "manifest.json").read_text())
-    return PolicyRecord(
-        id=manifest.policy_id,
-        tenant=manifest.tenant,
-        kind="lora",
-        state="candidate",
-        created_at=manifest.created_at,
-        n_equivalent=manifest.spec.n,
-        manifest=manifest,
-        directory=f"policies/{digest}",
-    )
+    return manifest.as_candidate()
 
 
 class Published(NamedTuple):

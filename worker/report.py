@@ -109,8 +109,11 @@ def policy_report(about: Subject, seen: HeldOut, evidence: Evidence) -> PolicyRe
     )
 
 
-def held_out(judged: Sequence[Judged], trained: Set[tuple[int, ...]], ancestors: Sequence[str]) -> HeldOut:
-    """Which prompts these are. trained: all that the policy and its ancestors learned from, as tokens."""
+def held_out(
+    judged: Sequence[Judged], trained: Set[tuple[int, ...]], ancestors: Sequence[str], unknown: Sequence[str] = ()
+) -> HeldOut:
+    """Which prompts these are. trained: all that the policy and its ancestors learned from, as tokens. unknown: those of
+    the ancestors whose training nobody knows."""
     draws = [row.order_reference.size for row in judged]
     prompts = {row.pool.prompt_ids for row in judged}
     return HeldOut(
@@ -119,6 +122,7 @@ def held_out(judged: Sequence[Judged], trained: Set[tuple[int, ...]], ancestors:
         reference_draws=(min(draws), max(draws)),
         trained_prompts=len(trained),
         ancestors=tuple(ancestors),
+        unknown_ancestors=tuple(unknown),
         seen_in_training=len(prompts & trained),
     )
 

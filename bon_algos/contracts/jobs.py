@@ -64,6 +64,12 @@ class JobSpec(Record):
     held_out_fraction: float = Field(0.1, gt=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**63)
 
+    @property
+    def policies(self) -> tuple[PolicyId, ...]:
+        """Published policies that the job needs."""
+        interpolated = () if self.method.interpolation is None else (self.method.interpolation.policy,)
+        return (*self.window.policies, *interpolated)
+
 
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 JobPhase = Literal["queued", "freezing", "training", "evaluating", "publishing", "done"]

@@ -25,8 +25,14 @@ AUDIT_STREAM: Final = "bonsai:audit"
 OPEN_JOBS: Final = "bonsai:jobs:open"
 """Set of the jobs the reconciler still looks at; it takes out the finished ones itself."""
 POLICIES_INDEX: Final = "bonsai:policies"
+POLICIES_DELETED: Final = "bonsai:policies:deleted"
+"""Sorted set policy -> when it was deleted. Its name is never used again."""
+REGISTRY: Final = "bonsai:registry"
+"""Names this registry: another name means that Redis was lost, or is another one."""
 ROUTES_INDEX: Final = "bonsai:routes"
 """Set of the routes' names, each as `of_tenant` gives it."""
+TAGS: Final = "bonsai:tags"
+"""Hash `of_tenant` tag -> the policy that it names."""
 KEYS: Final = "bonsai:keys"
 """Hash key id -> what is known of the API key; of the key itself a keyed hash."""
 KEYS_USED: Final = "bonsai:keys:used"
@@ -55,6 +61,15 @@ def target_of(group_id: str | None, session: str | None, tenant: str = DEFAULT_T
 def erasure_groups_key(erasure_id: str) -> str:
     """Set of the ids of the groups that an erasure took: what arrives later about one of them goes too."""
     return f"bonsai:erasure:{erasure_id}:groups"
+
+
+SHADOW_PREFIX: Final = "shadow_"
+"""Before the id of a group that was served: the one that the route's shadow drew beside it."""
+
+
+def served_id(group_id: str) -> str:
+    """Of the group that was served, which a shadow's stands beside."""
+    return group_id.removeprefix(SHADOW_PREFIX)
 
 
 def of_tenant(tenant: str, route: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from typing import Final, Literal
 
@@ -11,6 +11,20 @@ from pydantic import Field
 from bon_algos.contracts.jobs import DataWindow, EvaluationReport, JobSpec
 from bon_algos.contracts.record import DEFAULT_TENANT, SCHEMA_VERSION, PolicyId, Record, RouteName
 from bon_algos.contracts.serving import Arm
+
+MOST_DESCRIPTION: Final = 1000
+"""Characters."""
+
+
+class Imported(Record):
+    """Where a policy comes from that no job here made."""
+
+    by: str
+    """The id of a key, or whoever ran the command."""
+    source_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """sha256 over the files as they came, as `adapter_digest` has it."""
+    n: int = Field(ge=1)
+    """The best-of-n that it stands in for, as its owner says."""
 
 
 class Manifest(Record):
@@ -24,19 +38,41 @@ class Manifest(Record):
     kind: Literal["lora"] = "lora"
     base_policy_id: PolicyId
     parent_policy_id: PolicyId
-    reward_model_id: str
-    job_id: str
+    reward_model_id: str | None
+    job_id: str | None
+    """None, as the other facts of a job, where it was imported."""
     epoch: int
     created_at: float
-    spec: JobSpec
-    data: DataWindow
-    report: EvaluationReport
+    spec: JobSpec | None
+    data: DataWindow | None
+    report: EvaluationReport | None
+    imported: Imported | None = None
     files: dict[str, str]
     """File name to sha256."""
     report_files: dict[str, str] = Field(default_factory=dict)
     """File name to sha256, in `reports/<report_digest of these>`: the whole report. Empty where none was written."""
     lora_rank: int
     steps: int
+
+    @property
+    def n_equivalent(self) -> int:
+        """The best-of-n that it stands in for."""
+        if self.spec is not None:
+            return self.spec.n
+        return 1 if self.imported is None else self.imported.n
+
+    def as_candidate(self) -> PolicyRecord:
+        """The policy as it first stands in the registry."""
+        return PolicyRecord(
+            id=self.policy_id,
+            tenant=self.tenant,
+            kind=self.kind,
+            state="candidate",
+            created_at=self.created_at,
+            n_equivalent=self.n_equivalent,
+            manifest=self,
+            directory=f"policies/{self.digest}",
+        )
 
 
 ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors", "fingerprint.json")
@@ -51,6 +87,20 @@ def adapter_digest(files: Mapping[str, str]) -> str:
 
 
 PolicyState = Literal["candidate", "shadow", "canary", "live", "retired", "failed"]
+Stage = Literal["shadow", "canary", "live"]
+"""What a policy is to a route. shadow: it answers a share of the route's requests beside whoever serves them, and what
+it says is only logged. canary: it serves a small share. live: it stands in for best-of-n."""
+
+POLICY_TRANSITIONS: Final[Mapping[PolicyState, frozenset[PolicyState]]] = {
+    "candidate": frozenset({"shadow", "canary", "live", "retired", "failed"}),
+    "shadow": frozenset({"candidate", "canary", "live", "retired", "failed"}),
+    "canary": frozenset({"candidate", "shadow", "live", "retired", "failed"}),
+    "live": frozenset({"shadow", "canary", "retired", "failed"}),
+    "retired": frozenset({"live", "failed"}),
+    "failed": frozenset(),
+}
+"""Which state may follow which; all that can happen to a policy beside being deleted. From retired to live only a
+roll-back leads. A policy's state is the highest of what it is to any route (`state_on`)."""
 
 
 class FingerprintResult(Record):
@@ -81,6 +131,55 @@ class PolicyRecord(Record):
     """Relative to the artefact directory."""
     fingerprint: FingerprintResult | None = None
     tainted: bool = False
+    version: int = Field(1, ge=1)
+    """One more with every change: what `ETag` and `If-Match` compare."""
+    has_been_live: bool = False
+    is_protected: bool = False
+    """Not to be deleted."""
+    description: str = Field("", max_length=MOST_DESCRIPTION)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether an engine may be told to load it."""
+        return self.manifest is not None and self.state != "failed" and not self.tainted
+
+    @property
+    def parents(self) -> frozenset[str]:
+        """The policies that it was made from."""
+        if self.manifest is None:
+            return frozenset()
+        made_from = {self.manifest.base_policy_id, self.manifest.parent_policy_id}
+        return frozenset(made_from | set(() if self.manifest.spec is None else self.manifest.spec.policies))
+
+    def become(self, state: PolicyState) -> PolicyRecord:
+        """The same in another state. ValueError for one that may not follow."""
+        if state != self.state and state not in POLICY_TRANSITIONS[self.state]:
+            raise ValueError(f"a policy that is {self.state} cannot become {state}")
+        return self.model_copy(update={"state": state, "has_been_live": self.has_been_live or state == "live"})
+
+    def state_on(self, routes: Iterable[Route]) -> PolicyState:
+        """What it is where it is these things to the routes of its tenant: live before canary before shadow; on none
+        of them retired if it has been live, else a candidate. What has failed or was retired stays so."""
+        stages = {stage for route in routes if (stage := route.stage_of(self.id)) is not None}
+        for stage in ("live", "canary", "shadow"):
+            if stage in stages and self.state != "failed":
+                return stage
+        if self.state in ("failed", "retired"):
+            return self.state
+        return "retired" if self.has_been_live or self.state == "live" else "candidate"
+
+
+class Trial(Record):
+    """A policy in the stage shadow or canary of a route."""
+
+    id: str
+    """Under which its sums are kept, as those of an experiment."""
+    policy: PolicyId
+    share: float = Field(gt=0, le=1)
+    """Of the route's requests."""
+    salt: str
+    """Who knows it can choose which units are among them."""
+    since: float
 
 
 Strategy = Literal["fixed", "soft", "adaptive", "distilled_first"]
@@ -112,6 +211,21 @@ class Route(Record):
     """The distilled policy that stands in for best-of-n; None: none promoted."""
     previous_policies: tuple[PolicyId | None, ...] = ()
     """Where roll-back goes, newest last."""
+    shadow: Trial | None = None
+    canary: Trial | None = None
+
+    def stage_of(self, policy_id: str) -> Stage | None:
+        """What the policy is to this route."""
+        if policy_id == self.live_policy:
+            return "live"
+        if self.canary is not None and self.canary.policy == policy_id:
+            return "canary"
+        return "shadow" if self.shadow is not None and self.shadow.policy == policy_id else None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any policy is anything to it."""
+        return any(one is not None for one in (self.live_policy, self.canary, self.shadow))
 
 
 class ExperimentArm(Record):

@@ -31,9 +31,11 @@ class HeldOut(Record):
     reference_draws: tuple[int, int]
     """Fewest and most draws of the reference for one prompt: the fresh ones and those that the ledger held."""
     trained_prompts: int
-    """Of the policy and of all its ancestors."""
+    """Of the policy and of all its ancestors, but the unknown ones."""
     ancestors: tuple[PolicyId, ...]
     """Policies that this one was made from or learned from, and theirs."""
+    unknown_ancestors: tuple[PolicyId, ...] = ()
+    """Those of them that were imported, or deleted: what they were trained on is not known here."""
     seen_in_training: int
     """Held-out prompts among the trained ones, counted token by token."""
 

@@ -111,7 +111,8 @@ class Candidate(Record):
         return self.finish_reason == "stop" and self.text.strip() != ""
 
 
-ArmReason = Literal["default", "live", "experiment", "forced", "n_above_equivalent", "n_below_arm"]
+ArmReason = Literal["default", "live", "canary", "shadow", "experiment", "forced", "n_above_equivalent", "n_below_arm"]
+"""Why this arm. shadow: nobody was served what it said; the group's id is `shadow_` and that of the served one."""
 SelectionStatus = Literal["ok", "partial", "deadline", "reward_failed", "unscored", "single"]
 StopReason = Literal[
     "fixed",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -21,6 +23,7 @@ from service.routes.admin import (
     snapshot_of,
 )
 from service.routing import RouteRequest, route_object
+from service.serving import Serving
 
 router = APIRouter(prefix="/routes")
 
@@ -52,6 +55,13 @@ async def curve(request: Request, route: str) -> JSONResponse:
 async def strategy(request: Request, route: str) -> JSONResponse:
     found = snapshot_of(request).route(route)
     return JSONResponse(learned_object(found, control_of(request).learned.of(found)))
+
+
+@router.get("/{route}/trials", dependencies=[needs("read")])
+async def trials(request: Request, route: str) -> JSONResponse:
+    found = _seen(request, route)
+    told = {} if found.shadow is None else cast(Serving, request.app.state.serving).shadows.told(found.shadow.id)
+    return JSONResponse(await control_of(request).trials.describe(found, told))
 
 
 @router.put("/{route}", dependencies=[needs("move_traffic")])

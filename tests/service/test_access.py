@@ -50,7 +50,20 @@ MATRIX = {
     ("GET", "/policies"): READERS,
     ("GET", "/policies/{policy_id}"): READERS,
     ("GET", "/policies/{policy_id}/report"): READERS,
+    ("POST", "/policies"): "admin operator",
+    ("PATCH", "/policies/{policy_id}"): "admin operator",
+    ("DELETE", "/policies/{policy_id}"): "admin operator",
     ("POST", "/policies/{policy_id}/promote"): "admin operator",
+    ("POST", "/policies/{policy_id}/withdraw"): "admin operator",
+    ("POST", "/policies/{policy_id}/retire"): "admin operator",
+    ("GET", "/policies/{policy_id}/lineage"): READERS,
+    ("GET", "/policies/{policy_id}/export"): "admin operator trainer",
+    ("GET", "/routes/{route}/trials"): READERS,
+    ("GET", "/tags"): READERS,
+    ("GET", "/tags/{tag}"): READERS,
+    ("PUT", "/tags/{tag}"): "admin operator",
+    ("DELETE", "/tags/{tag}"): "admin operator",
+    ("GET", "/audit"): "admin",
     ("GET", "/experiments/{route}"): READERS,
     ("PUT", "/experiments/{route}"): "admin operator",
     ("DELETE", "/experiments/{route}"): "admin operator",
@@ -96,7 +109,7 @@ def made(client: Client, **fields: object) -> dict[str, Any]:
 
 def asked(client: Client, method: str, path: str, headers: dict[str, str] | None = None) -> Reply:
     """With a body that is never carried out, on an object that is not there."""
-    for name in ("route", "policy_id", "job_id", "key_id", "model", "erasure_id", "file_id"):
+    for name in ("route", "policy_id", "job_id", "key_id", "model", "erasure_id", "file_id", "tag"):
         path = path.replace(f"{{{name}}}", "none")
     body = None if method == "GET" else b"null"
     return client.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})

@@ -213,7 +213,7 @@ BAD: list[tuple[str, str, object, int]] = [
     ("POST", f"/policies/{BASE}/promote", {}, 409),
     ("POST", f"/policies/{BASE}/promote", {"override_reason": 1}, 422),
     ("POST", f"/policies/{BASE}/promote", b"", 400),
-    ("DELETE", f"/policies/{BASE}", None, 405),
+    ("DELETE", f"/policies/{BASE}", None, 409),
     ("POST", "/routes/default/rollback", None, 409),
     ("POST", "/routes/nowhere/rollback", None, 404),
     ("PUT", "/routes/UPPER", {}, 422),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from service.operations import OPERATIONS
+from service.openapi import OPERATIONS
 from tests.fixtures.clients import client_python
 from tests.fixtures.gateway import World
 

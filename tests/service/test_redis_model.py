@@ -27,6 +27,7 @@ from bon_algos.contracts import (
 )
 from service.access import GATEWAY
 from service.catalogue import Catalogue
+from service.deletion import Deletion
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.erasures import ErasureBook, ErasureRequest
 from service.experiment_store import Experiments
@@ -39,10 +40,11 @@ from service.policies import Policies
 from service.routing import RouteRequest, Routes
 from service.spool import Spool
 from service.store import open_redis
+from service.tags import Tags
 from service.tokenizer_files import read_tokenizer
-from tests.service.records import BASE, PASSED, REWARD_MODEL, file_record, group, job_spec, policy, route
+from tests.service.records import BASE, PASSED, REWARD_MODEL, file_record, group, job_spec, numbered, policy, route
 from tests.service.test_experiment_store import arms
-from tests.service.test_policies import SERVED, A, B, snapshot_of
+from tests.service.test_policies import SERVED, A, B, register, snapshot_of
 from tests.stubs.tokenizer import write_model_directory
 from worker.archive_lease import ArchiveLease
 from worker.erasing import Eraser
@@ -111,6 +113,10 @@ async def live_through_everything(redis: Redis, url: str, directory: Path) -> No
     for policy_id in (A, B):
         await registry.record_fingerprint(policy_id, PASSED)
         await registry.promote(policy_id, "default", "r", SERVED)
+    tags, doomed = Tags(redis), numbered(9)
+    await tags.put("prod", A, GATEWAY)
+    await register(redis, policy(doomed))
+    await Deletion(redis, directory).delete(doomed, GATEWAY)
     await registry.roll_back("default", Idempotency.of("other", "POST /routes/default/rollback", ""))
     await go_through_keys(redis, directory)
     await go_through_an_erasure(redis, url, directory)

@@ -69,6 +69,7 @@ def acme(still_world: World) -> Owned:
         store.hset(policy_key(STUDENT), mapping={"record": record.model_dump_json(), "version": 1})
         store.zadd(POLICIES_INDEX, {STUDENT: 1.0})
     wait_until(lambda: client.get(f"/policies/{STUDENT}").status == 200)
+    assert put(client, "/tags/best", {"policy": STUDENT}).status == 201
     wait_until(lambda: len(client.get(f"/v1/feedback?response={response}").json["data"]) == 1)
     wait_until(lambda: len(client.get("/v1/feedback?session=lunch").json["data"]) == 1)
     job = client.get("/distill").json["data"][0]["id"]
@@ -103,6 +104,16 @@ def foreign(owned: Owned) -> dict[tuple[str, str], tuple[str, object]]:
         ("GET", "/policies/{policy_id}"): (f"/policies/{owned.policy}", None),
         ("GET", "/policies/{policy_id}/report"): (f"/policies/{owned.policy}/report", None),
         ("POST", "/policies/{policy_id}/promote"): (f"/policies/{owned.policy}/promote", promote),
+        ("POST", "/policies/{policy_id}/withdraw"): (f"/policies/{owned.policy}/withdraw", {"route": "default"}),
+        ("POST", "/policies/{policy_id}/retire"): (f"/policies/{owned.policy}/retire", None),
+        ("PATCH", "/policies/{policy_id}"): (f"/policies/{owned.policy}", {"is_protected": True}),
+        ("DELETE", "/policies/{policy_id}"): (f"/policies/{owned.policy}", None),
+        ("GET", "/policies/{policy_id}/lineage"): (f"/policies/{owned.policy}/lineage", None),
+        ("GET", "/policies/{policy_id}/export"): (f"/policies/{owned.policy}/export", None),
+        ("GET", "/routes/{route}/trials"): ("/routes/chat/trials", None),
+        ("GET", "/tags/{tag}"): ("/tags/best", None),
+        ("PUT", "/tags/{tag}"): ("/tags/best", {"policy": owned.policy}),
+        ("DELETE", "/tags/{tag}"): ("/tags/best", None),
         ("GET", "/experiments/{route}"): ("/experiments/chat", None),
         ("PUT", "/experiments/{route}"): ("/experiments/chat", {"arms": ARMS}),
         ("DELETE", "/experiments/{route}"): ("/experiments/chat", None),
@@ -126,9 +137,12 @@ WITHOUT_OBJECTS = {
     ("GET", "/keys"), ("GET", "/ledger"),
     # Of a user of the caller's own tenant, whoever else has one of that name.
     ("POST", "/ledger/erasures"),
-    ("GET", "/keys"), ("GET", "/v1/files"),
+    ("GET", "/v1/files"),
     # Of one's own, whatever others have of the same content: test_files.py.
     ("POST", "/v1/files"),
+    ("GET", "/tags"), ("GET", "/audit"),
+    # Names a directory, whose manifest says whose it is.
+    ("POST", "/policies"),
     # Makes a route of the caller's own, as `test_one_name_is_as_many_routes_as_tenants` sees.
     ("PUT", "/routes/{route}"),
     ("POST", "/keys"), ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/openapi.json"),
@@ -162,7 +176,9 @@ def test_nothing_of_a_tenant_was_changed_by_those_tries(acme):
     assert acme.client.get("/experiments/chat").json["status"] == "running"
     assert acme.client.get(f"/distill/{acme.job}").json["status"] == "queued"
     assert acme.client.get(f"/keys/{acme.key}").json["status"] == "active"
-    assert acme.client.get(f"/policies/{acme.policy}").json["live_on"] == []
+    found = acme.client.get(f"/policies/{acme.policy}").json
+    assert (found["live_on"], found["state"], found["is_protected"]) == ([], "candidate", False)
+    assert acme.client.get("/tags/best").json["policy"] == acme.policy
     assert len(acme.client.get(f"/v1/feedback?response={acme.response}").json["data"]) == 1
     assert acme.client.get("/routes/chat/curve").status in (200, 409)
 
@@ -191,6 +207,10 @@ def test_lists_hold_what_is_ones_own(acme, others, who):
     assert ids(others[who], f"/v1/feedback?response={acme.response}") == set()
     assert ids(others[who], "/v1/feedback?session=lunch") == set()
     assert (acme.key in ids(others[who], "/keys")) == (who == "default")
+    assert ids(others[who], "/tags") == set()
+    assert acme.key not in {row["about"].get("key") for row in others[who].get("/audit?limit=100").json["data"]}
+    assert ids(acme.client, "/tags") == {"best"}
+    assert {row["event"] for row in acme.client.get("/audit?limit=100").json["data"]} >= {"route_put", "tag_put"}
     assert ids(acme.client, "/routes") == {"chat", "default"}
     assert ids(acme.client, "/policies") == {BASE, STUDENT}
     assert ids(acme.client, "/distill") == {acme.job}

@@ -151,6 +151,8 @@ def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, e
     assert adapter_digest(manifest.files) == manifest.digest == home.name
     assert manifest.policy_id == policy_id == f"pol-{home.name[:16]}"
     assert (manifest.job_id, manifest.epoch, manifest.spec) == (JOB, 1, attempt.spec)
+    assert manifest.data is not None
+    assert manifest.report is not None
     assert manifest.data.groups == 24
     assert manifest.report.prompts == manifest.data.held_out_groups
     whole = report_of(manifest, tmp_path)
@@ -351,6 +353,7 @@ def test_a_tenants_job_learns_from_its_own_and_what_it_makes_is_its_own(job, cli
     record = PolicyRecord.model_validate_json(client.hget(policy_key(made), "record"))
     assert record.manifest is not None
     assert (record.tenant, record.manifest.tenant) == ("acme", "acme")
+    assert record.manifest.data is not None
     assert record.manifest.data.groups == len(tiny_groups)
     with pytest.raises(JobFailed, match="no distilled policy"):
         job("interpolation", {"policy": made, "share": 0.25}, job_id="job_3").run()

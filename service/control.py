@@ -7,12 +7,12 @@ and their loops. Does not own: HTTP, the engines, which join and leave `publishe
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from archive.reading import Archive
 from bon_algos.contracts import PolicyRecord, Route
@@ -136,18 +136,21 @@ async def open_control(
             artefacts=artefacts,
             max_body_bytes=max_body_bytes,
         )
-        with suppress(StoreUnavailable, StoreFull):
-            # The first request is held against the keys there are, where Redis says which.
-            await key_ring.refresh()
-        async with running_loops(*_loops(control, artefacts)):
+        async with _running(control):
             yield control
 
 
-def _loops(control: Control, artefacts: Path) -> list[Coroutine[Any, Any, None]]:
-    return [
+@asynccontextmanager
+async def _running(control: Control) -> AsyncGenerator[None]:
+    """Its loops, until the block is left."""
+    with suppress(StoreUnavailable, StoreFull):
+        # The first request is held against the keys there are, where Redis says which.
+        await control.key_ring.refresh()
+    async with running_loops(
         *(control.catalogue.run(), control.key_ring.run(), control.dispatcher.run(), control.learned.run()),
-        *(control.deletion.run(), JournalWriter(control.catalogue, artefacts).run()),
-    ]
+        *(control.deletion.run(), JournalWriter(control.catalogue, control.artefacts).run()),
+    ):
+        yield
 
 
 def _default_route(base_policy: str, reward_model: str, *, n_cap: int, max_tokens: int) -> Route:

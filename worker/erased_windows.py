@@ -1,6 +1,7 @@
 """From a dataset that is not what it was to the jobs and policies that learned from it.
 
-Owns: ending jobs that read such a window, marking policies, which the audit tells. Does not own: finding the windows (erasing.py).
+Owns: ending jobs that read such a window, marking policies, which the audit tells. Does not own: finding the windows
+(erasing.py).
 """
 
 from __future__ import annotations

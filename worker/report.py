@@ -112,8 +112,8 @@ def policy_report(about: Subject, seen: HeldOut, evidence: Evidence) -> PolicyRe
 def held_out(
     judged: Sequence[Judged], trained: Set[tuple[int, ...]], ancestors: Sequence[str], unknown: Sequence[str] = ()
 ) -> HeldOut:
-    """Which prompts these are. trained: all that the policy and its ancestors learned from, as tokens. unknown: those of
-    the ancestors whose training nobody knows."""
+    """Which prompts these are. trained: all that the policy and its ancestors learned from, as tokens. unknown: the
+    ancestors whose training nobody knows."""
     draws = [row.order_reference.size for row in judged]
     prompts = {row.pool.prompt_ids for row in judged}
     return HeldOut(

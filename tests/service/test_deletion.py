@@ -8,7 +8,7 @@ import pytest
 import redis as blocking_redis
 from redis.asyncio import Redis
 
-from bon_algos.contracts import OPEN_JOBS, POLICIES_DELETED, job_key
+from bon_algos.contracts import OPEN_JOBS, POLICIES_DELETED, job_key, report_digest
 from service.access import GATEWAY
 from service.deletion import Deletion, remove_files
 from service.errors import Conflict, InvalidField, PolicyNotFound, PreconditionFailed, TagNotFound
@@ -112,6 +112,19 @@ async def test_the_files_of_a_deletion_that_died_halfway_go_with_the_next_sweep(
     remove_files(tmp_path, {written.policy_id})
     assert outside.is_dir()
     assert not doomed.is_symlink()
+
+
+async def test_the_report_of_a_deleted_policy_goes_with_it(redis, deletion, tmp_path):
+    written = write_policy(tmp_path)
+    reported = written.model_copy(update={"report_files": {"report.json": "a" * 64}})
+    (tmp_path / "policies" / written.digest / "manifest.json").write_text(reported.model_dump_json())
+    own, other = (tmp_path / "reports" / name for name in (report_digest(reported.report_files), "f" * 64))
+    for home in (own, other):
+        home.mkdir(parents=True)
+        (home / "report.json").write_text("{}")
+    await redis.zadd(POLICIES_DELETED, {written.policy_id: 1.0})
+    await deletion.sweep()
+    assert (own.exists(), other.exists()) == (False, True)
 
 
 def test_P16_a_job_that_makes_a_deleted_policy_again_fails_and_says_so(redis_url):

@@ -132,12 +132,12 @@ def models_read(endpoint: Callable[..., Any]) -> set[type[BaseModel]]:
     return {one for one in found if isinstance(one, type) and issubclass(one, BaseModel)}
 
 
-def query_read(endpoint: Callable[..., object]) -> set[str]:
+def query_read(endpoint: Callable[..., Any]) -> set[str]:
     names: set[str] = set()
     for call in calls(endpoint):
         match call.func:
             case ast.Name(id="query_parameters"):
-                names |= set(ast.literal_eval(call.args[1]))
+                names |= set(eval(ast.unparse(call.args[1]), endpoint.__globals__))
             case ast.Name(id="page_of"):
                 names |= query_read(page_of)
     return names

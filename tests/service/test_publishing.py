@@ -12,8 +12,10 @@ import pytest
 from redis.asyncio import Redis
 
 from bon_algos.contracts import (
+    POLICIES_DELETED,
     Experiment,
     ExperimentArm,
+    Trial,
     experiment_key,
 )
 from service.artefacts import directory_of
@@ -443,6 +445,18 @@ async def test_a_policy_nobody_points_at_stays_while_there_is_room_and_one_that_
     assert engine.adapters == {}
 
 
+async def test_what_was_deleted_leaves_an_engine_also_by_a_gateway_that_never_knew_it(
+    publisher: Publisher, engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path
+):
+    deleted, rollout = numbered(8), "rollout-of-a-job"
+    await redis.zadd(POLICIES_DELETED, {deleted: time.time()})
+    policy_id = await candidate(redis, catalogue, tmp_path)
+    engine.adapters = {deleted: str(tmp_path / "policies" / "gone"), rollout: "elsewhere"}
+    await publisher.reconcile()
+    assert engine.adapters.keys() == {policy_id, rollout}
+    assert engine.served == {BASE, policy_id}
+
+
 def test_slots_go_to_live_then_experiments_then_roll_back_then_the_newest_candidates():
     live, former, old, new = (numbered(i) for i in range(4))
     arms = (ExperimentArm(arm=TEACHER_ARM, weight=5000), ExperimentArm(arm=STUDENT_ARM, weight=5000))
@@ -456,6 +470,18 @@ def test_slots_go_to_live_then_experiments_then_roll_back_then_the_newest_candid
         experiments={"default": Experiment(id="e", route="default", salt="s", arms=arms, created_at=0)},
     )
     assert wanted_policies(snapshot) == [live, STUDENT, former, new, old]
+
+
+def test_what_is_canary_or_shadow_of_a_route_is_wanted_before_what_a_roll_back_would_need():
+    canary, shadow, former = (numbered(number) for number in (1, 2, 3))
+    trials = {
+        stage: Trial(id=stage, policy=policy_id, share=0.1, salt="s", since=0)
+        for stage, policy_id in (("canary", canary), ("shadow", shadow))
+    }
+    tried = route().model_copy(update={**trials, "previous_policies": (former,)})
+    records = [policy(canary, state="canary"), policy(shadow, state="shadow"), policy(former, state="retired")]
+    snapshot = Snapshot(routes={"default": tried}, policies={record.id: record for record in records})
+    assert wanted_policies(snapshot) == [canary, shadow, former]
 
 
 async def test_a_stopped_experiments_arm_loses_its_slot(redis: Redis, catalogue: Catalogue):

@@ -12,6 +12,7 @@ import redis
 from archive.reading import Question
 from bon_algos.acceptance import Requirements
 from bon_algos.contracts import (
+    AUDIT_STREAM,
     ERASURES,
     LEDGER_STREAM,
     OPEN_JOBS,
@@ -28,6 +29,7 @@ from bon_algos.contracts import (
     policy_key,
     subject_digest,
 )
+from bonsai.registry.auditing import verified_audit
 from tests.archive.records import archive_at, feedback, group
 from tests.service.records import manifest
 from tests.worker import world
@@ -234,6 +236,36 @@ def test_L23_a_job_that_reads_the_window_fails_and_what_was_learned_is_tainted(c
     assert told == [b"failed", erased_windows.CODE.encode(), b"2"]
     assert not (directory / "jobs" / "job_1" / "window" / "pools.jsonl.z").exists()
     assert ADA.encode() not in everywhere(client, directory)
+
+
+def test_what_the_audit_tells_of_a_taint_is_told_once_and_chained(client, place, redis_url):
+    directory, _ = place
+    frozen(client, directory, "job_1")
+    registered(client, STUDENT, "job_1", world.BASE)
+    for _ in range(2):
+        assert erased_windows.taint(client, frozenset({"job_1"})) == (STUDENT,)
+    with redis.Redis.from_url(redis_url, decode_responses=True) as told:
+        assert verified_audit(told).entries == 1
+        [(_, entry)] = told.xrange(AUDIT_STREAM)
+    assert (entry["event"], entry["by"], entry["policy"]) == ("policy_tainted", "worker", STUDENT)
+    assert json.loads(entry["data"]) == {"state": "candidate", "reason": erased_windows.CODE}
+    kept = PolicyRecord.model_validate_json(client.hget(policy_key(STUDENT), "record"))
+    assert (kept.version, client.hget(policy_key(STUDENT), "version")) == (2, b"2")
+
+
+def test_what_a_shadow_said_beside_an_answer_goes_with_it_also_when_it_was_said_later(client, place):
+    directory, compaction = place
+    answered = of(ADA, 50)
+    world.deliver(client, answered)
+    erasure = asked(client)
+    late = answered.model_copy(
+        update={"id": f"shadow_{answered.id}", "created_at": erasure.requested_at + 1, "arm_reason": "shadow"}
+    )
+    world.deliver(client, late, world.outcome(late, [1.0] * 3))
+    (receipt,) = erase(client, directory, compaction)
+    assert receipt.state == "proven"
+    assert ADA.encode() not in everywhere(client, directory)
+    assert late.id.encode() not in everywhere(client, directory)
 
 
 def test_a_window_that_was_frozen_in_the_meantime_is_known(client, place):

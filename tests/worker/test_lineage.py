@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bon_algos.acceptance import MIN_PROMPTS, Requirements, split_sides
-from bon_algos.contracts import Window, policy_key
+from bon_algos.contracts import POLICIES_DELETED, Window, policy_key
 from tests.service.records import job_spec, manifest, numbered, policy
 from tests.worker import world
 from worker.dataset import freeze
 from worker.errors import JobFailed
-from worker.lineage import lineage
+from worker.lineage import Lineage, lineage
 
 WANTED = Requirements(world.BASE, world.REWARD_MODEL, world.TEMPLATE, 2)
 
@@ -53,7 +53,7 @@ def published(client, tmp_path):
 
 
 def test_the_base_has_no_ancestors(client, tmp_path):
-    assert lineage(client, tmp_path, (world.BASE,)) == ((), frozenset())
+    assert lineage(client, tmp_path, (world.BASE,)) == Lineage((), frozenset())
 
 
 def test_all_ancestors_are_found_through_parents_and_through_what_they_learned_from(client, tmp_path, published):
@@ -66,6 +66,21 @@ def test_all_ancestors_are_found_through_parents_and_through_what_they_learned_f
     assert set(found.ancestors) == {one, two, three, four}
     assert len(found.ancestors) == 4
     assert found.trained == first | second | third | fourth
+
+
+def test_what_an_import_or_a_deleted_policy_learned_from_is_unknown_and_not_nothing(client, tmp_path, published):
+    """4 was made from an import and learned from what 2 drew, which was made from a policy that is deleted."""
+    deleted, imported = numbered(1), numbered(3)
+    client.zadd(POLICIES_DELETED, {deleted: 1.0})
+    none = dict.fromkeys(("job_id", "spec", "data", "report", "reward_model_id"))
+    record = policy(imported, written=manifest(imported).model_copy(update={**none, "parent_policy_id": world.BASE}))
+    client.hset(policy_key(imported), mapping={"record": record.model_dump_json(), "version": 1})
+    two, second = published(2, groups(0, 20), parent=deleted)
+    four, fourth = published(4, groups(20, 40), parent=imported, others=(two,))
+    found = lineage(client, tmp_path, (four,))
+    assert set(found.ancestors) == {two, four, deleted, imported}
+    assert set(found.unknown) == {deleted, imported}
+    assert found.trained == second | fourth
 
 
 def test_what_an_ancestor_was_trained_on_is_not_held_out_in_any_later_window(client, tmp_path, published):

@@ -20,8 +20,9 @@ N = 4
 SECOND = "rm-" + "9" * 16
 
 
-def report_of(judged, n=N, trained=frozenset(), **more):
-    return policy_report(drawn.subject(n), held_out(judged, trained, ()), drawn.evidence(judged, n, **more))
+def report_of(judged, n=N, trained=frozenset(), unknown=(), **more):
+    prompts = held_out(judged, trained, unknown, unknown)
+    return policy_report(drawn.subject(n), prompts, drawn.evidence(judged, n, **more))
 
 
 def sampled(seed, prompts=40, draws=16, logged=16):

@@ -61,6 +61,12 @@ def test_the_card_says_what_there_is_and_what_there_is_not(report):
     assert "No KL ratio to the frontier: The policy wins 100.0%" in text
 
 
+def test_the_card_names_the_ancestors_of_whose_training_nobody_knows():
+    imported = "pol-" + "7" * 16
+    text = model_card(report_of(sampled(0, prompts=4), unknown=(imported,)))
+    assert f"What `{imported}` learned from is not known here" in text
+
+
 def test_every_degenerate_report_can_be_drawn_and_written(tmp_path):
     """All ties, two prompts, empty completions: nothing is divided by nothing on the way to the files."""
     empty = [drawn.rollout(0.0, tokens=0, text="")] * 3

@@ -11,7 +11,8 @@ from service.access import caller_of, needs
 from service.errors import InvalidField
 from service.json_body import query_parameters
 from service.report_files import FORMATS, entity_tag, is_known, read_report, wanted_format, with_report
-from service.routes.admin import control_of
+from service.routes.admin import control_of, snapshot_of
+from service.tags import named_policy
 
 router = APIRouter(prefix="/policies")
 
@@ -22,7 +23,8 @@ async def report(request: Request, policy_id: str) -> Response:
     form = query_parameters(request, ("format",)).get("format")
     if form is not None and form not in FORMATS:
         raise InvalidField(f"format must be one of {', '.join(FORMATS)}", param="format")
-    found = await control.catalogue.policy(policy_id, caller_of(request).tenant)
+    named = named_policy(policy_id, snapshot_of(request))
+    found = await control.catalogue.policy(named, caller_of(request).tenant)
     manifest = with_report(found.manifest)
     form = form or wanted_format(", ".join(request.headers.getlist("accept")))
     tag = entity_tag(manifest, form)

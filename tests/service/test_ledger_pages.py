@@ -10,8 +10,10 @@ import redis
 
 from archive.reading import Archive
 from bon_algos.contracts import LEDGER_STREAM
+from service.ledger_query import LedgerQuery, served_reward
 from tests.fixtures.gateway import Client, gateway_settings, running_gateway, wait_until
 from tests.service.bad_ledger_input import ERASURES, QUERIES
+from tests.service.records import group
 from tests.service.test_access import made, refused
 from tests.stubs.server import running
 from worker.compaction import Compaction, Limits
@@ -71,6 +73,13 @@ def test_pages_go_on_from_the_stream_into_the_archive(served, redis_url):
             break
         query = f"limit=2&cursor={reply['next_cursor']}"
     assert found == made_ids[::-1]
+
+
+def test_nobody_was_served_what_a_shadow_said():
+    drawn = group([(2.0, 1)])
+    assert served_reward(drawn) == 2.0
+    assert served_reward(drawn.model_copy(update={"arm_reason": "shadow"})) is None
+    assert not LedgerQuery(min_reward=1.0).matches(drawn.model_copy(update={"arm_reason": "shadow"}))
 
 
 def test_filters(served, redis_url):

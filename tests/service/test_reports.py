@@ -30,8 +30,8 @@ from bon_algos.contracts.reports import (
     Rewards,
     Standing,
 )
-from service.errors import NotAcceptable
-from service.report_files import wanted_format
+from service.errors import NotAcceptable, ReportNotFound
+from service.report_files import wanted_format, with_report
 from tests.fixtures.gateway import World, wait_until
 from tests.service.records import BASE, REWARD_MODEL, STUDENT, manifest, policy
 from tests.service.test_openapi import as_described
@@ -112,6 +112,17 @@ def test_the_json_is_as_the_document_describes_it(still_world: World, root: Path
     told = as_described("GET", "/policies/{policy_id}/report", still_world.client.get(PATH))
     assert PolicyReport.model_validate(told) == a_report()
     assert set(DIGESTS) == set(REPORT_FILES)
+
+
+def test_a_tag_stands_for_the_policy_that_it_names(still_world: World, root: Path):
+    assert put(still_world, "/tags/prod", {"policy": STUDENT}) == 201
+    wait_until(lambda: still_world.client.get("/policies/prod/report").status == 200)
+    assert still_world.client.get("/policies/prod/report").body == CONTENTS["report.json"]
+
+
+def test_an_import_has_no_report():
+    with pytest.raises(ReportNotFound, match="base and imported policies have none"):
+        with_report(manifest().model_copy(update={"job_id": None, "spec": None, "report": None}))
 
 
 @pytest.mark.parametrize("known", [f'"{DIGESTS["report.json"]}"', f'"x", W/"{DIGESTS["report.json"]}"', "*"])

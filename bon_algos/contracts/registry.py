@@ -141,7 +141,7 @@ class PolicyRecord(Record):
     @property
     def is_usable(self) -> bool:
         """Whether an engine may be told to load it."""
-        return self.manifest is not None and self.state != "failed" and not self.tainted
+        return self.kind == "lora" and self.state != "failed" and not self.tainted
 
     @property
     def parents(self) -> frozenset[str]:

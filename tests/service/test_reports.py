@@ -115,7 +115,9 @@ def test_the_json_is_as_the_document_describes_it(still_world: World, root: Path
 
 
 def test_a_tag_stands_for_the_policy_that_it_names(still_world: World, root: Path):
-    assert put(still_world, "/tags/prod", {"policy": STUDENT}) == 201
+    body = json.dumps({"policy": STUDENT}).encode()
+    put = still_world.client.request("PUT", "/tags/prod", body, {"Content-Type": "application/json"})
+    assert put.status == 201
     wait_until(lambda: still_world.client.get("/policies/prod/report").status == 200)
     assert still_world.client.get("/policies/prod/report").body == CONTENTS["report.json"]
 

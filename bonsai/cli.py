@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bonsai.distill_commands import distill
 from bonsai.engines import LORA_RANKS
 from bonsai.replay.command import replay_command
 
@@ -155,6 +156,7 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
         sys.exit(0 if succeeded else 1)
 
 
+main.add_command(distill)
 main.add_command(replay_command)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import time
 from typing import Final
@@ -20,6 +21,7 @@ from service.curve import Curves
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.errors import StoreFull, StoreUnavailable
 from service.experiment_store import Experiments
+from service.job_stream import REPLY_SECONDS, JobStreams
 from service.jobs import Jobs
 from service.keys import KeyRecord, KeyRing, Keys
 from service.learned import LearnedStrategies
@@ -41,6 +43,7 @@ class Control:
     policies: Policies
     experiments: Experiments
     jobs: Jobs
+    streams: JobStreams
     dispatcher: Dispatcher
     publishers: Publishers
     curves: Curves
@@ -74,7 +77,11 @@ async def open_control(
     base = PolicyRecord(id=base_policy_id, kind="base", state="live", created_at=time())
     default = _default_route(base_policy_id, reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens)
     producer = open_producer(redis_url)
-    async with open_redis(redis_url) as redis, open_redis(redis_url, in_bytes=True) as redis_of_bytes:
+    async with (
+        open_redis(redis_url) as redis,
+        open_redis(redis_url, in_bytes=True) as redis_of_bytes,
+        open_redis(redis_url, reply_seconds=REPLY_SECONDS) as redis_that_waits,
+    ):
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
         key_ring = KeyRing(redis, pepper, admin)
         control = Control(
@@ -83,7 +90,8 @@ async def open_control(
             policies=policies,
             experiments=Experiments(redis),
             jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
-            dispatcher=Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=reconcile_seconds),
+            streams=JobStreams(redis_that_waits),
+            dispatcher=Dispatcher(redis, partial(send_job, producer), seconds=reconcile_seconds),
             publishers=Publishers(
                 engines,
                 catalogue,

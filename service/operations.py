@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel
 
 from bon_algos.contracts import POLICY_ID_PATTERN, JobSpec
-from service import replies
+from service import job_replies, replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.errors import (
     Conflict,
@@ -41,6 +41,7 @@ from service.errors import (
 )
 from service.experiment_store import ExperimentRequest
 from service.feedback import FeedbackRequest
+from service.fine_tuning_body import FineTuningRequest
 from service.generation import GenerateRequest
 from service.idempotency import HEADER, MAX_LENGTH
 from service.keys import KeyRequest
@@ -51,8 +52,9 @@ from service.routes.generate import MAX_UNIT_LENGTH
 from service.routes.policies import PromoteRequest
 from service.routing import RouteRequest
 
-Nulls = Literal["as declared", "refused", "left out"]
-"""What a null does to a member that may be left out: what its type says, an error, or the same as leaving it out."""
+Nulls = Literal["as declared", "refused", "left out", "left out at the top"]
+"""What a null does to a member that may be left out: what its type says, an error, or the same as leaving it out;
+the last of the body's own members alone."""
 
 
 class Body(NamedTuple):
@@ -123,6 +125,37 @@ COMPLETING: Final = (
     DeadlineExceeded,
     StoreFull,
 )
+
+JOB_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
+    ("GET", ""): Operation("All jobs", {200: replies.listed(job_replies.JOB)}, parameters=PAGE, errors=(InvalidField,)),
+    ("GET", "/{job_id}"): Operation("A job", {200: job_replies.JOB}, errors=(JobNotFound, InvalidField)),
+    ("GET", "/{job_id}/events"): Operation(
+        "What a job went through, or goes through, oldest first",
+        {200: replies.listed(job_replies.EVENT), 204: None},
+        parameters=(
+            *PAGE,
+            _query("stream", "As with `Accept: text/event-stream`.", type="string", enum=["true", "false"]),
+            _header("Last-Event-ID", "Of a stream: the id behind which it goes on.", pattern="^[0-9]+-[0-9]+$"),
+        ),
+        errors=(JobNotFound, InvalidField, RateLimited, Overloaded),
+        streams=True,
+    ),
+    ("GET", "/{job_id}/checkpoints"): Operation(
+        "The states of its training that are kept",
+        {200: replies.listed(job_replies.CHECKPOINT)},
+        parameters=PAGE,
+        errors=(JobNotFound, InvalidField),
+    ),
+    **{
+        ("POST", f"/{{job_id}}/{wish}"): Operation(
+            f"{wish.capitalize()} a job",
+            {200: job_replies.JOB},
+            errors=(JobNotFound, Conflict, StoreFull, InvalidField),
+        )
+        for wish in ("pause", "resume", "cancel")
+    },
+}
+"""Under each of the two names that jobs have."""
 
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/generate"): Operation(
@@ -231,7 +264,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("POST", "/distill"): Operation(
         "Submit a distillation",
-        {202: replies.JOB},
+        {202: job_replies.JOB},
         Body(
             JobSpec,
             {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
@@ -240,19 +273,23 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         (RouteNotFound, PolicyNotFound, StoreFull),
         headers=("Location",),
     ),
-    ("GET", "/distill"): Operation(
-        "All jobs", {200: replies.listed(replies.JOB)}, parameters=PAGE, errors=(InvalidField,)
+    ("POST", "/v1/fine_tuning/jobs"): Operation(
+        "Submit a distillation as OpenAI's clients do",
+        {200: job_replies.JOB},
+        Body(
+            FineTuningRequest,
+            {"model": "default", "training_file": "ledger:default", "method": {"type": "bond", "bond": {"steps": 200}}},
+            nulls="left out at the top",
+        ),
+        (ONCE,),
+        (RouteNotFound, PolicyNotFound, StoreFull),
+        headers=("Location",),
     ),
-    ("GET", "/distill/{job_id}"): Operation("A job", {200: replies.JOB}, errors=(JobNotFound,)),
-    ("GET", "/distill/{job_id}/events"): Operation(
-        "What a job went through",
-        {200: replies.listed(replies.EVENT)},
-        parameters=PAGE,
-        errors=(JobNotFound, InvalidField),
-    ),
-    ("POST", "/distill/{job_id}/cancel"): Operation(
-        "Cancel a job", {200: replies.JOB}, errors=(JobNotFound, Conflict, StoreFull)
-    ),
+    **{
+        (method, f"{prefix}{path}"): operation
+        for prefix in ("/distill", "/v1/fine_tuning/jobs")
+        for (method, path), operation in JOB_OPERATIONS.items()
+    },
     ("PUT", "/experiments/{route}"): Operation(
         "Start an experiment or raise a weight",
         {200: replies.EXPERIMENT},

@@ -30,6 +30,8 @@ REQUESTS_IN_FLIGHT = 48
 """Enough to fill an engine's batch; what waits here is not waiting inside the engine in front of users."""
 MAX_REPLY_BYTES = 64 * 2**20
 CHECK_SECONDS = 0.5
+UNLOAD_SECONDS = 10.0
+"""A job that stops waits so long for its adapter to be forgotten."""
 
 Result = TypeVar("Result")
 
@@ -99,16 +101,27 @@ class Engines:
         self._run_all([self._request("policy", "POST", "/v1/load_lora_adapter", body)])
 
     def unload_adapter(self, name: str) -> None:
-        """Have the policy engine forget an adapter; one it does not know is forgotten already."""
-        if name in self.served_models():
-            self._run_all([self._request("policy", "POST", "/v1/unload_lora_adapter", {"lora_name": name})])
+        """Have the policy engine forget an adapter; one it does not know is forgotten already. Done even when the job
+        must stop, since nobody else would."""
+        self._runner.run(self._forget(name))
 
     def served_models(self) -> list[str]:
         """Names the policy engine answers to: its base model and its adapters."""
-        body = self._run_all([self._request("policy", "GET", "/v1/models", None)])[0]
-        return [str(model["id"]) for model in json.loads(body)["data"]]
+        return self._run_all([self._served_models()])[0]
 
     # --- the wire ------------------------------------------------------------------------------------
+
+    async def _served_models(self) -> list[str]:
+        body = await self._request("policy", "GET", "/v1/models", None)
+        return [str(model["id"]) for model in json.loads(body)["data"]]
+
+    async def _forget(self, name: str) -> None:
+        try:
+            async with asyncio.timeout(UNLOAD_SECONDS):
+                if name in await self._served_models():
+                    await self._request("policy", "POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        except TimeoutError as error:
+            raise EngineUnavailable(f"the policy engine did not forget {name} in {UNLOAD_SECONDS:.0f} s") from error
 
     async def _open(self) -> None:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS, sock_connect=5)

@@ -3,6 +3,7 @@
 Stopped
 ├── JobFailed             cannot succeed, however often it is tried: state `failed`, with code and numbers
 ├── JobCancelled          its owner asked for it: state `cancelled`
+├── JobPaused             its owner asked for it: state `paused`, once the training's state is kept
 ├── LeaseLost             somebody else may hold the job: write nothing more, report nothing
 └── EngineUnavailable     an engine does not answer: wait, then give the job back for another attempt
 """
@@ -26,6 +27,10 @@ class JobFailed(Stopped):
 
 class JobCancelled(Stopped):
     """Cancellation was requested and is honoured here."""
+
+
+class JobPaused(Stopped):
+    """A pause was requested and is honoured here."""
 
 
 class LeaseLost(Stopped):

@@ -25,7 +25,7 @@ from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import DEFAULT_TENANT, JobSpec, job_key
 from bon_algos.scoring import open_readers
 from worker import lease as leases
-from worker.errors import EngineUnavailable, JobCancelled, JobFailed, LeaseLost
+from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobPaused, LeaseLost
 from worker.lease import Lease
 from worker.settings import WorkerSettings
 
@@ -77,6 +77,9 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     except JobCancelled:
         with suppress(LeaseLost):  # the very script that meant to finish it may have cancelled it
             lease.finish_cancelled()
+    except JobPaused:
+        with suppress(LeaseLost, JobCancelled):  # cancelled by the very script that meant to pause it
+            lease.park()
     except LeaseLost as loss:
         log.warning("stopped, nothing more is written: %s", loss)
     except EngineUnavailable as away:

@@ -5,16 +5,24 @@ proposes and the service decides (`registry`), and the names both sides use (`na
 stored, sent or trained. Everything is imported from here.
 """
 
-from bon_algos.contracts.jobs import (
+from bon_algos.contracts.job_states import (
     FINAL_JOB_STATES,
+    JOB_EVENTS_KEPT,
+    JOB_LUA,
+    JOB_MOVES,
+    JobPriority,
+    JobState,
+)
+from bon_algos.contracts.jobs import (
     WEIGHING_METHODS,
     DataWindow,
     EvaluationReport,
     Fingerprint,
     Interval,
+    JobMetadata,
     JobPhase,
     JobSpec,
-    JobState,
+    Label,
     Window,
 )
 from bon_algos.contracts.methods import (
@@ -43,7 +51,7 @@ from bon_algos.contracts.methods import (
 from bon_algos.contracts.names import (
     AUDIT_STREAM,
     BROKER_PREFIX,
-    DISTILL_QUEUE,
+    DISTILL_QUEUES,
     DISTILL_TASK,
     KEYS,
     KEYS_USED,
@@ -57,6 +65,7 @@ from bon_algos.contracts.names import (
     experiment_stats_key,
     feedback_key,
     idempotency_key,
+    job_checkpoints_key,
     job_events_key,
     job_key,
     jobs_index,
@@ -124,9 +133,12 @@ __all__ = [
     "AUDIT_STREAM",
     "BROKER_PREFIX",
     "DEFAULT_TENANT",
-    "DISTILL_QUEUE",
+    "DISTILL_QUEUES",
     "DISTILL_TASK",
     "FINAL_JOB_STATES",
+    "JOB_EVENTS_KEPT",
+    "JOB_LUA",
+    "JOB_MOVES",
     "KEYS",
     "KEYS_USED",
     "LEDGER_COUNTS",
@@ -171,9 +183,12 @@ __all__ = [
     "IpoSpec",
     "IterativeBondSpec",
     "JBondSpec",
+    "JobMetadata",
     "JobPhase",
+    "JobPriority",
     "JobSpec",
     "JobState",
+    "Label",
     "LedgerRecord",
     "LoggedSpec",
     "Manifest",
@@ -210,6 +225,7 @@ __all__ = [
     "feedback_key",
     "idempotency_key",
     "is_loopback",
+    "job_checkpoints_key",
     "job_events_key",
     "job_key",
     "jobs_index",

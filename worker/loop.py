@@ -76,6 +76,7 @@ class Loop:
             except JobPaused:
                 if self._training.done > self._saved_step:
                     self._keep()
+                self._progress.report()  # which is told again that it must stop
                 raise
 
     def _train(self, steps: int) -> None:

@@ -33,7 +33,7 @@ class Progress:
         """A phase begins; always reported."""
         self._phase = phase
         self._entered_at = time.monotonic()
-        self._report()
+        self.report()
 
     def resume(self, step: int, metrics: Mapping[str, float]) -> None:
         """Steps that an earlier attempt has done."""
@@ -54,7 +54,7 @@ class Progress:
         self._stepped_at, self._step = now, step
         self._metrics |= metrics
         if step == self._steps or now - self._reported_at >= SECONDS_BETWEEN_REPORTS:
-            self._report()
+            self.report()
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -71,7 +71,8 @@ class Progress:
             return max(0.0, evaluation - (time.monotonic() - self._entered_at))
         return None
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Tell where the job is, whenever that was told last."""
         self._reported_at = time.monotonic()
         self._lease.progress(
             self._phase,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bonsai.distill_commands import distill
 from bonsai.dry_run import dry_run_command
 from bonsai.engines import LORA_RANKS
 from bonsai.engines_command import engines_command
@@ -172,11 +173,12 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
         sys.exit(0 if succeeded else 1)
 
 
+distill.add_command(dry_run_command)
+main.add_command(distill)
 main.add_command(replay_command)
 main.add_command(engines_command)
 main.add_command(ledger_command)
 main.add_command(report_command)
-main.add_command(dry_run_command)
 
 
 @main.group()

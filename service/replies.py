@@ -16,9 +16,6 @@ from bon_algos.contracts import (
     Feedback,
     FingerprintResult,
     Interval,
-    JobPhase,
-    JobSpec,
-    JobState,
     Manifest,
     Route,
     Strategy,
@@ -268,40 +265,6 @@ POLICY: Final = Named(
         job=maybe(TEXT),
         report=maybe(EvaluationReport),
         manifest=maybe(Manifest),
-    ),
-)
-METRICS: Final = {"type": "object", "additionalProperties": maybe(NUMBER)}
-JOB: Final = Named(
-    "Job",
-    members(
-        id=TEXT,
-        object=kind("bonsai.distillation"),
-        status=one_of(JobState),
-        phase=one_of(JobPhase),
-        step=WHOLE,
-        steps=WHOLE,
-        metrics=METRICS,
-        seconds_left=maybe(NUMBER),
-        created_at=maybe(NUMBER),
-        started_at=maybe(NUMBER),
-        finished_at=maybe(NUMBER),
-        attempts=WHOLE,
-        spec=JobSpec,
-        policy=maybe(TEXT),
-        report=maybe(EvaluationReport),
-        error=maybe(members(code=TEXT, message=TEXT)),
-    ),
-)
-EVENT: Final = Named(
-    "JobEvent",
-    members(
-        id=TEXT,
-        object=kind("bonsai.distillation.event"),
-        created_at=NUMBER,
-        phase=maybe(TEXT),
-        status=maybe(TEXT),
-        step=maybe(WHOLE),
-        metrics=METRICS,
     ),
 )
 EXPERIMENT: Final = Named(

@@ -33,5 +33,5 @@ COPY worker worker
 USER 10001:10001
 # A stop is then a soft one: the job keeps its last checkpoint and moves on to the next worker.
 ENV REMAP_SIGTERM=SIGQUIT
-CMD ["python", "-m", "celery", "-A", "worker.app", "worker", "-c", "1", "-Q", "bonsai-distill", \
+CMD ["python", "-m", "celery", "-A", "worker.app", "worker", "-c", "1", \
     "--without-gossip", "--without-mingle", "--loglevel", "INFO"]

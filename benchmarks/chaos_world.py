@@ -24,7 +24,6 @@ from bon_algos.contracts import (
     POLICIES_INDEX,
     CandidateGroup,
     Method,
-    job_events_key,
     job_key,
 )
 from service.dispatch import open_producer, send_job
@@ -62,7 +61,6 @@ class ChaosWorld:
         self._jobs: list[SmallJob] = []
         self._frozen: dict[int, float] = {}
         self._killed: dict[str, tuple[int, float]] = {}
-        self._events: dict[str, int] = {}
         self._right = ""
         self._num_started = 0
         self.workers = [self._start() for _ in range(num_workers)]
@@ -114,13 +112,11 @@ class ChaosWorld:
 
     def _look_at(self, job: SmallJob, attempts: int, killed_at: float) -> None:
         """Training goes on when the new attempt has told of its window and of what comes after."""
-        told = int(job.client.xlen(job_events_key(job.job_id)))
-        if job.attempts > attempts and told >= self._events.setdefault(job.job_id, told) + 2:
+        if job.attempts > attempts and job.reports() >= 2:
             self.recoveries.append(time.monotonic() - killed_at)
         elif job.state not in FINAL_JOB_STATES:
             return
         del self._killed[job.job_id]
-        self._events.pop(job.job_id, None)
 
     def half_open_seconds(self) -> float:
         """From the moment all links are silent to a message that has arrived."""
@@ -205,7 +201,7 @@ class ChaosWorld:
         self._server.start()
 
     def _deliver_again(self, worker: CeleryWorker) -> None:
-        send_job(open_producer(self._server.url), self._random.choice(self._jobs).job_id)
+        send_job(open_producer(self._server.url), self._random.choice(self._jobs).job_id, "normal")
 
     def _start(self) -> CeleryWorker:
         self._num_started += 1

@@ -86,7 +86,7 @@ async def _one_seed(
     console.print(f"seed {spec.seed}")
     with progress.JobDisplay(console, job := await client.distill(spec)) as display:
         job = await finished(client, job, display.update)
-    policy = await served(client, job.policy or "")
+    policy = await served(client, job.fine_tuned_model or "")
     assert policy.manifest is not None
     adapter = stack.state.artefacts / "policies" / policy.manifest.digest
     prompts = held_out_prompts()
@@ -98,7 +98,7 @@ async def _one_seed(
         pool,
         measure.quality_of_one(pool, reference, drift.kl_policy_reference),
         measure.compare(pool, reference, N),
-        job.seconds or 0.0,
+        job.details.seconds,
         drift.engine_difference,
         drift.retokenised,
     )

@@ -32,6 +32,8 @@ WorkerPoint = Literal[
     "checkpoint.written",
     "checkpoint.renamed",
     "checkpoint.forgotten",
+    "tell.asked",
+    "tell.recorded",
     "policy.written",
     "policy.renamed",
     "finish.asked",
@@ -39,8 +41,10 @@ WorkerPoint = Literal[
     "attempts.forgotten",
     "release.asked",
     "release.recorded",
+    "park.asked",
+    "park.recorded",
 ]
-"""In the order in which a job passes them; the last two only when it is given back."""
+"""In the order in which a job passes them; the last four only when it is given back, parked with its state or not."""
 
 GatewayPoint = Literal[
     "submit.asked",

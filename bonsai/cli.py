@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bonsai.distill_commands import distill
 from bonsai.dry_run import dry_run_command
 from bonsai.engines import LORA_RANKS
 from bonsai.engines_command import engines_command
@@ -173,8 +174,9 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
         sys.exit(0 if succeeded else 1)
 
 
+distill.add_command(dry_run_command)
 for command in (
-    *(replay_command, engines_command, ledger_command, report_command, dry_run_command),
+    *(distill, replay_command, engines_command, ledger_command, report_command),
     *(audit_command, policies_command, rebuild_command),
 ):
     main.add_command(command)

@@ -12,18 +12,20 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from time import monotonic
-from typing import Any, Literal, TypeVar
-from urllib.parse import urlencode
+from typing import Any, Final, Literal, TypeVar
+from urllib.parse import quote, urlencode
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from bon_algos.contracts import (
+    FINAL_JOB_STATES,
     DataReport,
     EvaluationReport,
     FingerprintResult,
     Interval,
     JobSpec,
+    JobState,
     Manifest,
     PolicyReport,
     PolicyState,
@@ -31,7 +33,9 @@ from bon_algos.contracts import (
 
 _Reply = TypeVar("_Reply", bound=BaseModel)
 
-
+RECONNECT_SECONDS: Final = 1.0
+SILENT_SECONDS: Final = 30.0
+"""A stream of events has a comment every 10 s."""
 _NOT_NOW = (429, 503)
 """What a gateway answers that has done nothing yet and says when to come again."""
 
@@ -117,30 +121,46 @@ class JobError(Reply):
     message: str
 
 
+class JobDetails(Reply):
+    """What OpenAI's object has no member for."""
+
+    phase: str | None = None
+    stopping: str | None = None
+    """What a running job was asked for and has not come to yet."""
+    step: int = 0
+    steps: int = 0
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    seconds: float = 0.0
+    """That workers have spent on it, over all attempts."""
+    seconds_left: float | None = None
+    attempts: int = 0
+    report: EvaluationReport | None = None
+
+
 class Job(Reply):
     id: str
-    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
-    phase: str | None = None
-    step: int | None = None
-    steps: int | None = None
-    metrics: dict[str, float | None] = Field(default_factory=dict)
-    seconds_left: float | None = None
-    created_at: float | None = None
-    started_at: float | None = None
-    finished_at: float | None = None
-    attempts: int = 0
-    policy: str | None = None
-    report: EvaluationReport | None = None
+    status: JobState
+    created_at: int | None = None
+    fine_tuned_model: str | None = None
+    """The policy that came out."""
     error: JobError | None = None
+    details: JobDetails = Field(default=JobDetails(), validation_alias=AliasChoices("bonsai", "details"))
 
     @property
     def is_final(self) -> bool:
-        return self.status in ("succeeded", "failed", "cancelled")
+        return self.status in FINAL_JOB_STATES
 
-    @property
-    def seconds(self) -> float | None:
-        """From the start of its last attempt to its end."""
-        return None if self.started_at is None or self.finished_at is None else self.finished_at - self.started_at
+
+class JobPage(Reply):
+    data: tuple[Job, ...]
+    has_more: bool
+
+
+class JobEvent(Reply):
+    id: str
+    created_at: int
+    level: str
+    message: str
 
 
 class DryRun(Reply):
@@ -242,6 +262,43 @@ class BonsaiClient:
 
     async def job(self, job_id: str) -> Job:
         return await self._call(Job, "GET", f"/distill/{job_id}")
+
+    async def jobs(self, *, limit: int, after: str | None = None) -> JobPage:
+        """Newest first."""
+        query = f"?limit={limit}" if after is None else f"?limit={limit}&after={quote(after, safe='')}"
+        return await self._call(JobPage, "GET", f"/distill{query}")
+
+    async def ask_job(self, wish: Literal["pause", "resume", "cancel"], job_id: str) -> Job:
+        return await self._call(Job, "POST", f"/distill/{job_id}/{wish}")
+
+    async def events(self, job_id: str) -> AsyncIterator[JobEvent]:
+        """What the job went through and goes through, until it has ended. A connection that breaks, or a gateway that
+        restarts, is asked again for what follows on the last event."""
+        last, give_up = "0-0", monotonic() + self._patience_seconds
+        while True:
+            try:
+                async for event in self._events_after(job_id, last):
+                    yield event
+                    last, give_up = event.id, monotonic() + self._patience_seconds
+                if (await self.job(job_id)).is_final:
+                    return
+            except GatewayUnreachable:
+                if monotonic() > give_up:
+                    raise
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _events_after(self, job_id: str, last: str) -> AsyncIterator[JobEvent]:
+        path = f"/distill/{job_id}/events?stream=true"
+        timeout = aiohttp.ClientTimeout(sock_connect=10, sock_read=SILENT_SECONDS)
+        try:
+            async with self._session.get(path, headers={"Last-Event-ID": last}, timeout=timeout) as response:
+                if response.status >= 400:
+                    raise _refusal(response.status, await response.read())
+                async for line in response.content:
+                    if line.startswith(b"data: ") and b'"fine_tuning.job.event"' in line:
+                        yield JobEvent.model_validate_json(line.removeprefix(b"data: "))
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise GatewayUnreachable(f"GET {path}: {error or type(error).__name__}") from error
 
     async def policy(self, policy_id: str) -> Policy:
         return await self._call(Policy, "GET", f"/policies/{policy_id}")

@@ -1,4 +1,4 @@
-"""`bonsai dry-run`: what a job would learn from, as a table.
+"""`bonsai distill dry-run`: what a job would learn from, as a table.
 
 Owns: the command and the table. Does not own: the numbers (service/dry_run.py).
 """
@@ -26,14 +26,14 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 @click.command("dry-run")
 @click.argument("spec_file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Of the gateway.")
 @click.option(
     "--key-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     default=None,
     help="Holds an API key; default: BONSAI_API_KEY, else .bonsai/admin.key.",
 )
-def dry_run_command(spec_file: Path, url: str, key_file: Path | None) -> None:
+@click.pass_obj
+def dry_run_command(url: str, spec_file: Path, key_file: Path | None) -> None:
     """What a job would learn from. SPEC_FILE is the body of POST /distill; nothing is submitted.
 
     Status 1 when the job would fail.

@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import bonsai
-from bon_algos.contracts import DISTILL_QUEUE, RewardConfig
+from bon_algos.contracts import RewardConfig
 from bonsai import engines, function_reward, model_directory, probes, redis_server
 from bonsai.model_directory import ModelDirectory
 from bonsai.placement import Placement, cache_bytes, place
@@ -320,7 +320,7 @@ def worker_spec(plan: Plan, state: StateDirectory, port: int) -> ProcessSpec:
     settled = {"REMAP_SIGTERM": "SIGQUIT", "TOKENIZERS_PARALLELISM": "false"}
     if plan.placement.worker_gpu is not None:
         settled["CUDA_VISIBLE_DEVICES"] = str(plan.placement.worker_gpu)
-    celery = ("-m", "celery", "-A", "worker.app", "worker", "-c", "1", "-Q", DISTILL_QUEUE)
+    celery = ("-m", "celery", "-A", "worker.app", "worker", "-c", "1")
     return ProcessSpec(
         name="worker",
         argv=(sys.executable, *celery, "--without-gossip", "--without-mingle", "--loglevel", "INFO"),

@@ -105,7 +105,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         archive = Archive.at(archive_url(settings.archive, settings.artefacts))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
         redis = await stack.enter_async_context(open_redis(settings.redis_url))
-        training = _training_data(redis, of_bytes, reward_model.template_digest, tokenizer, settings)
+        training = _training_data(redis, of_bytes, archive, reward_model.template_digest, tokenizer, settings)
         control = await stack.enter_async_context(_control(archive, training, settings))
         await stack.enter_async_context(_reporting(ledger, settings))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
@@ -145,7 +145,12 @@ def _limits(settings: GatewaySettings) -> Limits:
 
 
 def _training_data(
-    redis: Redis, of_bytes: Redis, reward_template_digest: str, tokenizer: ChatTokenizer, settings: GatewaySettings
+    redis: Redis,
+    of_bytes: Redis,
+    archive: Archive,
+    reward_template_digest: str,
+    tokenizer: ChatTokenizer,
+    settings: GatewaySettings,
 ) -> TrainingData:
     files = Files(
         redis,
@@ -158,6 +163,7 @@ def _training_data(
     dry_runs = DryRuns(
         of_bytes,
         files,
+        archive,
         base_policy_id=settings.base_policy_id,
         reward_model_id=settings.reward_model.id,
         reward_template_digest=reward_template_digest,

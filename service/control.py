@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import time
 from typing import Final, NamedTuple
@@ -26,6 +27,7 @@ from service.erasures import ErasureBook
 from service.errors import StoreFull, StoreUnavailable
 from service.experiment_store import Experiments
 from service.files import Files
+from service.job_stream import REPLY_SECONDS, JobStreams
 from service.jobs import Jobs
 from service.journal import JournalWriter
 from service.keys import KeyRecord, KeyRing, Keys
@@ -64,6 +66,7 @@ class Control:
     experiments: Experiments
     jobs: Jobs
     training: TrainingData
+    streams: JobStreams
     dispatcher: Dispatcher
     publishers: Publishers
     curves: Curves
@@ -102,7 +105,11 @@ async def open_control(
     base = PolicyRecord(id=base_policy_id, kind="base", state="live", created_at=time())
     default = _default_route(base_policy_id, reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens)
     producer = open_producer(redis_url)
-    async with open_redis(redis_url) as redis, open_redis(redis_url, in_bytes=True) as redis_of_bytes:
+    async with (
+        open_redis(redis_url) as redis,
+        open_redis(redis_url, in_bytes=True) as redis_of_bytes,
+        open_redis(redis_url, reply_seconds=REPLY_SECONDS) as redis_that_waits,
+    ):
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
         key_ring = KeyRing(redis, pepper, admin)
         control = Control(
@@ -117,7 +124,8 @@ async def open_control(
             experiments=Experiments(redis),
             jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
             training=training,
-            dispatcher=Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=reconcile_seconds),
+            streams=JobStreams(redis_that_waits),
+            dispatcher=Dispatcher(redis, partial(send_job, producer), seconds=reconcile_seconds),
             publishers=Publishers(
                 catalogue,
                 policies,

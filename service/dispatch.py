@@ -20,10 +20,12 @@ from redis.exceptions import RedisError
 
 from bon_algos.contracts import (
     BROKER_PREFIX,
-    DISTILL_QUEUE,
+    DISTILL_QUEUES,
     DISTILL_TASK,
+    JOB_LUA,
     OPEN_JOBS,
     RECONCILER_LEASE,
+    JobPriority,
     job_events_key,
     job_key,
 )
@@ -36,40 +38,39 @@ CONNECT_SECONDS: Final = 1.0
 SEND_SECONDS: Final = 2.0
 log = logging.getLogger("bonsai.dispatch")
 
-# KEYS: job, open jobs, the broker's list of waiting messages, the job's events. ARGV: job id, ms a message may
-# take, most attempts.
+# KEYS: job, open jobs, the job's events, the broker's list of waiting messages of its priority. ARGV: job id, ms a
+# message may take, most attempts. A claim that ended in a pause counts as no attempt.
 # A queued job is sent again only while no message waits at all: behind a long job every further copy would cost
 # a worker start. Returns what the caller is to do or to log.
-_INSPECT: Final = """
-local function finish(state, code, message)
-  local t = redis.call('TIME')
-  redis.call('HSET', KEYS[1], 'state', state, 'phase', 'done', 'finished_at', string.format('%d.%06d', t[1], t[2]))
-  if code then redis.call('HSET', KEYS[1], 'error_code', code, 'error_message', message) end
-  redis.call('XADD', KEYS[4], '*', 'phase', 'done', 'state', state)
+_INSPECT: Final = (
+    JOB_LUA
+    + """
+local function settle(state, action)
+  if state then move(KEYS[1], KEYS[3], state) end
   redis.call('SREM', KEYS[2], ARGV[1])
-  return state
+  return action
 end
-local job = redis.call('HMGET', KEYS[1], 'state', 'dispatched_at', 'lease_until', 'attempts', 'cancel', 'last_error')
+local fields = {'state', 'dispatched_at', 'lease_until', 'attempts', 'cancel', 'last_error', 'pause', 'parked'}
+local job = redis.call('HMGET', KEYS[1], unpack(fields))
 local state = job[1]
-if state ~= 'queued' and state ~= 'running' then
-  redis.call('SREM', KEYS[2], ARGV[1])
-  return 'settled'
-end
-local t = redis.call('TIME')
-local now = t[1] * 1000 + math.floor(t[2] / 1000)
+if state ~= 'queued' and state ~= 'running' then return settle(nil, 'settled') end
 if state == 'running' then
   if tonumber(job[3] or 0) > now then return 'wait' end
-  if job[5] == '1' then return finish('cancelled') end
-  if tonumber(job[4] or 0) >= tonumber(ARGV[3]) then
-    local reason = job[6] or 'their workers died'
-    return finish('failed', 'dead_letter', 'given up after ' .. job[4] .. ' attempts: ' .. reason)
+  if job[5] == '1' then return settle('cancelled', 'cancelled') end
+  if job[7] == '1' then return settle('paused', 'paused') end
+  local attempts = tonumber(job[4] or 0) - tonumber(job[8] or 0)
+  if attempts >= tonumber(ARGV[3]) then
+    local reason = 'given up after ' .. attempts .. ' attempts: ' .. (job[6] or 'their workers died')
+    redis.call('HSET', KEYS[1], 'error_code', 'dead_letter', 'error_message', reason)
+    return settle('failed', 'failed')
   end
 end
 if now - tonumber(job[2] or 0) < tonumber(ARGV[2]) then return 'wait' end
-if redis.call('LLEN', KEYS[3]) > 0 then return 'wait' end
+if redis.call('LLEN', KEYS[4]) > 0 then return 'wait' end
 redis.call('HSET', KEYS[1], 'dispatched_at', string.format('%.0f', now))
 return 'dispatch'
 """
+)
 
 # KEYS: job. Marks a queued job as sent; 0 when there is nothing to send.
 _MARK: Final = """
@@ -87,7 +88,7 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 
-Action = Literal["wait", "settled", "dispatch", "failed", "cancelled"]
+Action = Literal["wait", "settled", "dispatch", "failed", "cancelled", "paused"]
 
 
 def open_producer(redis_url: str) -> Celery:
@@ -117,19 +118,24 @@ def broker_url(redis_url: str) -> str:
     return f"redis+socket://{parts.path}{query}"
 
 
-def send_job(producer: Celery, job_id: str) -> None:
-    """Put one wake-up into the queue over a connection of its own: one that has been idle may be half-open.
-    Blocks for at most a few seconds; raises OperationalError or OSError."""
+def send_job(producer: Celery, job_id: str, priority: JobPriority) -> None:
+    """Put one wake-up into the queue of its class over a connection of its own: one that has been idle may be
+    half-open. Blocks for at most a few seconds; raises OperationalError or OSError."""
     with producer.connection_for_write() as connection:
         producer.send_task(
-            DISTILL_TASK, args=[job_id], queue=DISTILL_QUEUE, connection=connection, retry=False, ignore_result=True
+            DISTILL_TASK,
+            args=[job_id],
+            queue=DISTILL_QUEUES[priority],
+            connection=connection,
+            retry=False,
+            ignore_result=True,
         )
 
 
 class Dispatcher:
     """Wakes a worker for a job, and again where that was lost."""
 
-    def __init__(self, redis: Redis, send: Callable[[str], None], *, seconds: float) -> None:
+    def __init__(self, redis: Redis, send: Callable[[str, JobPriority], None], *, seconds: float) -> None:
         """send: blocking; called in a thread. seconds: between two passes of the reconciler."""
         self._redis = redis
         self._send = send
@@ -140,7 +146,8 @@ class Dispatcher:
         self._lease = redis.register_script(_LEASE)
 
     async def wake(self, job_id: str) -> None:
-        """First wake-up, after the reply to the submission. A failure is logged: the reconciler repairs it."""
+        """Wake a worker for a queued job, after the reply that said so. A failure is logged: the reconciler repairs
+        it."""
         try:
             with translated():
                 if await self._mark(keys=[job_key(job_id)]):
@@ -168,10 +175,11 @@ class Dispatcher:
             await asyncio.sleep(self._seconds)
 
     async def _reconcile_one(self, job_id: str) -> Action:
+        queue = DISTILL_QUEUES[await self._priority(job_id)]
         action = cast(
             Action,
             await self._inspect(
-                keys=[job_key(job_id), OPEN_JOBS, f"{BROKER_PREFIX}{DISTILL_QUEUE}", job_events_key(job_id)],
+                keys=[job_key(job_id), OPEN_JOBS, job_events_key(job_id), f"{BROKER_PREFIX}{queue}"],
                 args=[job_id, int(self._seconds * 2000), MAX_ATTEMPTS],
             ),
         )
@@ -182,10 +190,16 @@ class Dispatcher:
             log.error("job %s is given up after %d attempts", job_id, MAX_ATTEMPTS)
         return action
 
+    async def _priority(self, job_id: str) -> JobPriority:
+        """Never changed after submission; one of before there were classes is normal."""
+        said = await self._redis.hget(job_key(job_id), "priority")
+        return cast(JobPriority, said if said in DISTILL_QUEUES else "normal")
+
     async def _deliver(self, job_id: str) -> None:
+        priority = await self._priority(job_id)
         crash_point("dispatch.marked")
         try:
-            await asyncio.to_thread(self._send, job_id)
+            await asyncio.to_thread(self._send, job_id, priority)
             crash_point("dispatch.sent")
         except (OperationalError, RedisError, OSError) as error:
             log.warning("job %s was not dispatched: %s", job_id, type(error).__name__)

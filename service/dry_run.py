@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 
 from redis.asyncio import Redis
 
+from archive.reading import Archive, Question
 from bon_algos.acceptance import Choice, Requirements
 from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import (
@@ -33,10 +34,10 @@ from bon_algos.contracts import (
     jobs_index,
 )
 from bon_algos.data_report import data_report
-from bon_algos.ledger_entries import NewestFirst
+from bon_algos.ledger_entries import EntryId, NewestFirst
 from bon_algos.row_files import Row, rows_of
 from bon_algos.uploaded import Source, group_of
-from service.errors import InvalidField, Overloaded
+from service.errors import InvalidField, Overloaded, StoreUnavailable
 from service.files import Files
 from service.store import translated
 
@@ -58,6 +59,7 @@ class DryRuns:
         self,
         redis: Redis,
         files: Files,
+        archive: Archive,
         *,
         base_policy_id: str,
         reward_model_id: str,
@@ -65,7 +67,7 @@ class DryRuns:
         tokenizer: ChatTokenizer,
     ) -> None:
         """redis: one that answers in bytes."""
-        self._redis, self._files, self._tokenizer = redis, files, tokenizer
+        self._redis, self._files, self._archive, self._tokenizer = redis, files, archive, tokenizer
         self._judged_by = {
             "reference_policy": base_policy_id,
             "reward_model": reward_model_id,
@@ -74,7 +76,8 @@ class DryRuns:
         self._busy = asyncio.Lock()
 
     async def of(self, spec: JobSpec, tenant: str) -> dict[str, Any]:
-        """The report of the API. Raises Overloaded while another one is made, FileNotFound, InvalidField."""
+        """The report of the API. Raises Overloaded while another one is made, FileNotFound, InvalidField,
+        StoreUnavailable."""
         if self._busy.locked():
             raise Overloaded("another dry run is under way here: come back in a moment", code="dry_run_busy")
         async with self._busy:
@@ -90,16 +93,38 @@ class DryRuns:
 
     async def _read_ledger(self, reading: _Reading, spec: JobSpec, tenant: str) -> None:
         newest_first = NewestFirst(tenant, spec.window.routes or (spec.route,))
-        newest = "+"
+        newest, before = "+", None
         while reading.has_room:
             with translated():
                 page = cast("list[Entry]", await self._redis.xrevrange(LEDGER_STREAM, newest, "-", count=PAGE_ENTRIES))
             if not page:
-                reading.is_whole = True
+                await self._read_archive(reading, spec, tenant, newest_first, before)
                 return
+            before = EntryId.parse(page[-1][0])
             newest = f"({page[-1][0].decode()}"
             reading.num_entries += len(page)
             groups = await asyncio.to_thread(_groups_among, newest_first, page)
+            await asyncio.to_thread(reading.take, groups, await self._feedback(spec, groups))
+
+    async def _read_archive(
+        self, reading: _Reading, spec: JobSpec, tenant: str, newest_first: NewestFirst, before: EntryId | None
+    ) -> None:
+        """What the stream has no more, as `worker.ledger.groups_newest_first` reads it. Raises StoreUnavailable."""
+        routes = spec.window.routes or (spec.route,)
+        alone = routes[0] if len(routes) == 1 else None
+        found = self._archive.records(
+            Question(("groups", "outcomes"), tenant, alone, since=spec.window.since, before=before)
+        )
+        while reading.has_room:
+            try:
+                page = await asyncio.to_thread(lambda: list(islice(found, PAGE_ENTRIES)))
+            except OSError as error:
+                raise StoreUnavailable("the ledger's archive did not answer", code="archive_unavailable") from error
+            if not page:
+                reading.is_whole = True
+                return
+            reading.num_entries += len(page)
+            groups = list(newest_first.among(one.record for one in page))
             await asyncio.to_thread(reading.take, groups, await self._feedback(spec, groups))
 
     async def _feedback(self, spec: JobSpec, groups: Sequence[CandidateGroup]) -> dict[str, list[Feedback]]:
@@ -149,7 +174,7 @@ class DryRuns:
             ids = cast("list[bytes]", await self._redis.zrevrange(jobs_index(tenant), 0, LIKE_JOBS - 1))
             async with self._redis.pipeline(transaction=False) as pipe:
                 for job_id in ids:
-                    pipe.hmget(job_key(job_id.decode()), ["spec", "state", "started_at", "finished_at", "attempts"])
+                    pipe.hmget(job_key(job_id.decode()), ["spec", "state", "spent_ms"])
                 rows = cast("list[list[bytes | None]]", await pipe.execute())
         paces = [pace for row in rows if (pace := _seconds_per_step(row, spec.method.type)) is not None]
         return (median(paces) * steps, len(paces)) if paces and steps else (None, 0)
@@ -213,15 +238,15 @@ def _without_tokens(group: CandidateGroup) -> CandidateGroup:
 
 
 def _seconds_per_step(row: Sequence[bytes | None], method: str) -> float | None:
-    """Of a job that succeeded at once, evaluation and all; None for any other."""
-    asked, state, started_at, finished_at, attempts = row
-    if state != b"succeeded" or attempts != b"1" or not (asked and started_at and finished_at):
+    """Of a job that succeeded, evaluation and all attempts; None for any other."""
+    asked, state, spent_ms = row
+    if state != b"succeeded" or not (asked and spent_ms):
         return None
     spec = JobSpec.model_validate_json(asked)
     steps = getattr(spec.method.spec, "steps", None)
     if spec.method.type != method or not steps:
         return None
-    return (float(finished_at) - float(started_at)) / float(steps)
+    return float(spent_ms) / 1000 / float(steps)
 
 
 def report_object(spec: JobSpec, report: DataReport, seconds: float | None, jobs: int) -> dict[str, Any]:

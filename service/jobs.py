@@ -1,15 +1,15 @@
-"""Distillation jobs as their callers see them: submit, status, events, cancel.
+"""Distillation jobs as their callers see them: submit, status, events, checkpoints, pause, resume, cancel.
 
-Owns: the record of a job until a worker claims it, the idempotency of submission, cancellation. Does not own:
-waking workers (dispatch.py), nor anything a worker writes under its lease (worker/lease.py).
+Owns: the record of a job until a worker claims it, the idempotency of submission, what an installation can run. Does
+not own: the scripts (job_scripts.py), the form of what is shown (job_object.py), waking workers (dispatch.py), nor
+anything a worker writes under its lease (worker/lease.py).
 A job's truth is its hash in Redis, written in one script before anybody is woken.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import time
 from typing import Any, Final, cast
@@ -30,6 +30,7 @@ from bon_algos.contracts import (
     PolicyRecord,
     Window,
     files_key,
+    job_checkpoints_key,
     job_events_key,
     job_key,
     jobs_index,
@@ -37,8 +38,10 @@ from bon_algos.contracts import (
     policy_key,
 )
 from bon_algos.crash_points import crash_point
-from service.errors import Conflict, FileNotFound, InvalidField, JobNotFound, PolicyNotFound
+from service.errors import FileNotFound, InvalidField, JobNotFound, PolicyNotFound
 from service.idempotency import KEPT_SECONDS, Idempotency
+from service.job_object import checkpoint_object, event_object, finished_object, job_object
+from service.job_scripts import SCRIPTS, SUBMIT, Wish, refusal
 from service.store import translated
 
 GROUPS_NEEDED: Final = 4
@@ -46,44 +49,6 @@ GROUPS_NEEDED: Final = 4
 
 _JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 _EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
-
-# KEYS: job, jobs index, open jobs, idempotency key, files. ARGV: job id, spec, tenant, digest of the body or "" without
-# an idempotency key, its life in seconds, the file it learns from or "". Returns "" for a new job, "no_file" when that
-# file was deleted meanwhile, else "digest job" of the earlier request.
-_SUBMIT: Final = """
-if ARGV[4] ~= '' then
-  local earlier = redis.call('GET', KEYS[4])
-  if earlier then return earlier end
-end
-if ARGV[6] ~= '' and redis.call('HEXISTS', KEYS[5], ARGV[6]) == 0 then return 'no_file' end
-if ARGV[4] ~= '' then
-  redis.call('SET', KEYS[4], ARGV[4] .. ' ' .. ARGV[1], 'EX', ARGV[5])
-end
-local t = redis.call('TIME')
-local now = string.format('%d.%06d', t[1], t[2])
-redis.call('HSET', KEYS[1], 'spec', ARGV[2], 'tenant', ARGV[3], 'state', 'queued', 'phase', 'queued',
-  'created_at', now, 'epoch', 0, 'attempts', 0)
-redis.call('ZADD', KEYS[2], now, ARGV[1])
-redis.call('SADD', KEYS[3], ARGV[1])
-return ''
-"""
-
-# KEYS: job, open jobs, events. ARGV: job id, tenant, then the final states. Returns 0 unknown to the tenant, -1 final
-# already, 1 cancelled or asked for.
-_CANCEL: Final = """
-if redis.call('HGET', KEYS[1], 'tenant') ~= ARGV[2] then return 0 end
-local state = redis.call('HGET', KEYS[1], 'state')
-for i = 3, #ARGV do if state == ARGV[i] then return -1 end end
-redis.call('HSET', KEYS[1], 'cancel', 1)
-if state == 'queued' then
-  local t = redis.call('TIME')
-  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'phase', 'done',
-    'finished_at', string.format('%d.%06d', t[1], t[2]))
-  redis.call('XADD', KEYS[3], '*', 'phase', 'done', 'state', 'cancelled')
-  redis.call('SREM', KEYS[2], ARGV[1])
-end
-return 1
-"""
 
 
 @dataclass(frozen=True)
@@ -100,14 +65,20 @@ class Jobs:
         self._redis = redis
         self._n_cap = n_cap
         self._max_lora_rank = max_lora_rank
-        self._submit = redis.register_script(_SUBMIT)
-        self._cancel = redis.register_script(_CANCEL)
+        self._submit = redis.register_script(SUBMIT)
+        self._wishes = {wish: redis.register_script(script) for wish, script in SCRIPTS.items()}
 
     async def submit(
-        self, spec: JobSpec, idempotency: Idempotency | None = None, tenant: str = DEFAULT_TENANT
+        self,
+        spec: JobSpec,
+        idempotency: Idempotency | None = None,
+        tenant: str = DEFAULT_TENANT,
+        *,
+        model: str | None = None,
     ) -> Submitted:
-        """Record a job. Raises InvalidField for a spec this installation cannot run, an empty ledger, or an
-        idempotency key that was used for another body; PolicyNotFound for a policy it names that is none."""
+        """Record a job. model: the policy that it begins with, None: the one its route is based on.
+        Raises InvalidField for a spec this installation cannot run, an empty ledger, or an idempotency key that was
+        used for another body; PolicyNotFound for a policy it names that is none."""
         check_spec(spec, n_cap=self._n_cap, max_lora_rank=self._max_lora_rank, now=time())
         job_id = f"job_{uuid7().hex}"
         key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
@@ -117,10 +88,15 @@ class Jobs:
                 await self._require_named(spec, tenant)
             crash_point("submit.asked")
             kept = await self._submit(
-                keys=[job_key(job_id), jobs_index(tenant), OPEN_JOBS, key, files_key(tenant)],
-                args=[job_id, spec.model_dump_json(), tenant, digest, KEPT_SECONDS, spec.training_file or ""],
+                keys=[job_key(job_id), job_events_key(job_id), jobs_index(tenant), OPEN_JOBS, key, files_key(tenant)],
+                args=[
+                    *(job_id, spec.model_dump_json(), tenant, model or "", spec.priority, _steps(spec)),
+                    *(digest, KEPT_SECONDS, spec.training_file or ""),
+                ],
             )
             crash_point("submit.recorded")
+        if kept == "no_file":
+            raise _no_file()
         if idempotency is None or not kept:
             return Submitted(job_id, is_replayed=False)
         return Submitted(idempotency.answer(cast(str, kept)), is_replayed=True)
@@ -133,12 +109,7 @@ class Jobs:
 
     async def get(self, job_id: str, tenant: str = DEFAULT_TENANT) -> dict[str, Any]:
         """The job object of the API. Raises JobNotFound."""
-        _require_job_id(job_id)
-        with translated():
-            fields = cast(dict[str, str], await self._redis.hgetall(job_key(job_id)))
-        if fields.get("tenant") != tenant:
-            raise JobNotFound("no such job")
-        return job_object(job_id, fields)
+        return job_object(job_id, await self._fields(job_id, tenant))
 
     async def list(
         self, limit: int, after: str | None = None, tenant: str = DEFAULT_TENANT
@@ -162,32 +133,64 @@ class Jobs:
         self, job_id: str, limit: int, after: str | None = None, tenant: str = DEFAULT_TENANT
     ) -> tuple[Sequence[dict[str, Any]], bool]:
         """Oldest first, those after the event `after`; and whether there are more. Raises JobNotFound."""
-        _require_job_id(job_id)
-        if after is not None and not _EVENT_ID.fullmatch(after):
-            raise InvalidField("after is not the id of an event", param="after")
-        start = "-" if after is None else f"({after}"
+        await self._fields(job_id, tenant)
+        start = await self._cursor(job_id, after)
         with translated():
-            if await self._redis.hget(job_key(job_id), "tenant") != tenant:
-                raise JobNotFound("no such job")
             rows = cast(
                 "list[tuple[str, dict[str, str]]]",
-                await self._redis.xrange(job_events_key(job_id), start, "+", count=limit + 1),
+                await self._redis.xrange(job_events_key(job_id), f"({start}", "+", count=limit + 1),
             )
-        return [_event_object(event, fields) for event, fields in rows[:limit]], len(rows) > limit
+        return [event_object(event, fields) for event, fields in rows[:limit]], len(rows) > limit
 
-    async def cancel(self, job_id: str, tenant: str = DEFAULT_TENANT) -> dict[str, Any]:
-        """Cancel a queued job now, ask a running one to stop at its next step. Raises JobNotFound, and Conflict
-        (job_finished) when there is nothing left to stop."""
+    async def stream_start(self, job_id: str, after: str | None, tenant: str = DEFAULT_TENANT) -> str | None:
+        """The event behind which a stream begins; None when the job has ended and nothing follows. Raises JobNotFound,
+        InvalidField for a cursor that is not of this job."""
+        fields = await self._fields(job_id, tenant)
+        start = await self._cursor(job_id, after)
+        with translated():
+            if fields["state"] in FINAL_JOB_STATES:
+                rows = await self._redis.xrange(job_events_key(job_id), f"({start}", "+", count=1)
+                return start if rows else None
+        return start
+
+    async def checkpoints(self, job_id: str, tenant: str = DEFAULT_TENANT) -> Sequence[dict[str, Any]]:
+        """The states that are kept, newest first; of a job that has succeeded its policy alone. Raises JobNotFound."""
+        fields = await self._fields(job_id, tenant)
+        if fields["state"] == "succeeded":
+            return [finished_object(job_id, fields)]
+        with translated():
+            kept = cast("dict[str, str]", await self._redis.hgetall(job_checkpoints_key(job_id)))
+        return [checkpoint_object(job_id, step, kept[step]) for step in sorted(kept, key=int, reverse=True)]
+
+    async def grant(self, wish: Wish, job_id: str, tenant: str = DEFAULT_TENANT) -> dict[str, Any]:
+        """Pause, resume or cancel: at once where no worker has the job, else its worker is asked to. The job, after.
+        Raises JobNotFound, and Conflict when the state of the job forbids it."""
         _require_job_id(job_id)
         with translated():
-            done = await self._cancel(
-                keys=[job_key(job_id), OPEN_JOBS, job_events_key(job_id)], args=[job_id, tenant, *FINAL_JOB_STATES]
+            answer = await self._wishes[wish](
+                keys=[job_key(job_id), job_events_key(job_id), OPEN_JOBS], args=[job_id, tenant]
             )
-        if done == 0:
-            raise JobNotFound("no such job")
-        if done == -1:
-            raise Conflict("the job has finished; it cannot be cancelled any more", code="job_finished")
+        if (refused := refusal(wish, cast(str, answer))) is not None:
+            raise refused
         return await self.get(job_id, tenant)
+
+    async def _fields(self, job_id: str, tenant: str) -> dict[str, str]:
+        _require_job_id(job_id)
+        with translated():
+            fields = cast(dict[str, str], await self._redis.hgetall(job_key(job_id)))
+        if fields.get("tenant") != tenant:
+            raise JobNotFound("no such job")
+        return fields
+
+    async def _cursor(self, job_id: str, after: str | None) -> str:
+        """Where to begin. Raises InvalidField for what is no event's id, and for one from the future."""
+        if after is None:
+            return "0-0"
+        with translated():
+            newest = cast("list[tuple[str, object]]", await self._redis.xrevrange(job_events_key(job_id), count=1))
+        if not _EVENT_ID.fullmatch(after) or _order(after) > _order(newest[0][0] if newest else "0-0"):
+            raise InvalidField("after is not the id of an event of this job", param="after")
+        return after
 
     async def _require_groups(self, spec: JobSpec, tenant: str) -> None:
         if spec.training_file is not None:
@@ -281,53 +284,13 @@ def _check_other_policies(spec: JobSpec) -> None:
         raise InvalidField("window.policies names a policy twice", param="window.policies")
 
 
-def job_object(job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
-    """The job of the API from the hash in Redis."""
-    return {
-        "id": job_id,
-        "object": "bonsai.distillation",
-        "status": fields["state"],
-        "phase": fields.get("phase", "queued"),
-        "step": int(fields.get("step", 0)),
-        "steps": int(fields.get("steps", 0)),
-        "metrics": _metrics(fields),
-        "seconds_left": _number(fields, "seconds_left"),
-        "created_at": _number(fields, "created_at"),
-        "started_at": _number(fields, "started_at"),
-        "finished_at": _number(fields, "finished_at"),
-        "attempts": int(fields.get("attempts", 0)),
-        "spec": json.loads(fields["spec"]),
-        "policy": fields.get("policy_id") or None,
-        "report": json.loads(fields["report"]) if fields.get("report") else None,
-        "error": _error_object(fields),
-    }
+def _steps(spec: JobSpec) -> int:
+    return 0 if spec.method.interpolation is not None else spec.method.algorithm.steps
 
 
-def _error_object(fields: Mapping[str, str]) -> dict[str, str] | None:
-    if not fields.get("error_code"):
-        return None
-    return {"code": fields["error_code"], "message": fields.get("error_message", "")}
-
-
-def _event_object(event_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "id": event_id,
-        "object": "bonsai.distillation.event",
-        "created_at": int(event_id.split("-")[0]) / 1000,
-        "phase": fields.get("phase"),
-        "status": fields.get("state"),
-        "step": int(fields["step"]) if "step" in fields else None,
-        "metrics": _metrics(fields),
-    }
-
-
-def _metrics(fields: Mapping[str, str]) -> dict[str, float | None]:
-    """A metric that is not a number is null: JSON has no NaN."""
-    return cast("dict[str, float | None]", json.loads(fields.get("metrics") or "{}", parse_constant=lambda _: None))
-
-
-def _number(fields: Mapping[str, str], name: str) -> float | None:
-    return float(fields[name]) if fields.get(name) else None
+def _order(event_id: str) -> tuple[int, ...]:
+    """Events' ids as Redis orders them."""
+    return tuple(map(int, event_id.split("-")))
 
 
 def _at_most(param: str, value: int, limit: int) -> None:

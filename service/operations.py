@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel
 
 from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, JobSpec, PolicyReport
-from service import ledger_replies, replies, training_replies
+from service import job_replies, ledger_replies, replies, training_replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.erasures import ErasureRequest
 from service.errors import (
@@ -47,6 +47,7 @@ from service.errors import (
 from service.experiment_store import ExperimentRequest
 from service.feedback import FeedbackRequest
 from service.file_form import FileForm
+from service.fine_tuning_body import FineTuningRequest
 from service.generation import GenerateRequest
 from service.idempotency import HEADER, MAX_LENGTH
 from service.keys import KeyRequest
@@ -61,8 +62,9 @@ from service.routes.generate import MAX_UNIT_LENGTH
 from service.routes.ledger import MAX_NAME
 from service.routing import RouteRequest
 
-Nulls = Literal["as declared", "refused", "left out"]
-"""What a null does to a member that may be left out: what its type says, an error, or the same as leaving it out."""
+Nulls = Literal["as declared", "refused", "left out", "left out at the top"]
+"""What a null does to a member that may be left out: what its type says, an error, or the same as leaving it out;
+the last of the body's own members alone."""
 
 
 class Body(NamedTuple):
@@ -139,6 +141,37 @@ COMPLETING: Final = (
     DeadlineExceeded,
     StoreFull,
 )
+
+JOB_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
+    ("GET", ""): Operation("All jobs", {200: replies.listed(job_replies.JOB)}, parameters=PAGE, errors=(InvalidField,)),
+    ("GET", "/{job_id}"): Operation("A job", {200: job_replies.JOB}, errors=(JobNotFound, InvalidField)),
+    ("GET", "/{job_id}/events"): Operation(
+        "What a job went through, or goes through, oldest first",
+        {200: replies.listed(job_replies.EVENT), 204: None},
+        parameters=(
+            *PAGE,
+            query("stream", "As with `Accept: text/event-stream`.", type="string", enum=["true", "false"]),
+            header("Last-Event-ID", "Of a stream: the id behind which it goes on.", pattern="^[0-9]+-[0-9]+$"),
+        ),
+        errors=(JobNotFound, InvalidField, RateLimited, Overloaded),
+        streams=True,
+    ),
+    ("GET", "/{job_id}/checkpoints"): Operation(
+        "The states of its training that are kept",
+        {200: replies.listed(job_replies.CHECKPOINT)},
+        parameters=PAGE,
+        errors=(JobNotFound, InvalidField),
+    ),
+    **{
+        ("POST", f"/{{job_id}}/{wish}"): Operation(
+            f"{wish.capitalize()} a job",
+            {200: job_replies.JOB},
+            errors=(JobNotFound, Conflict, StoreFull, InvalidField),
+        )
+        for wish in ("pause", "resume", "cancel")
+    },
+}
+"""Under each of the two names that jobs have."""
 
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/generate"): Operation(
@@ -244,7 +277,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("POST", "/distill"): Operation(
         "Submit a distillation, or be told what it would learn from",
-        {202: replies.JOB, 200: training_replies.DRY_RUN},
+        {202: job_replies.JOB, 200: training_replies.DRY_RUN},
         Body(
             JobSpec,
             {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
@@ -253,19 +286,23 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         (RouteNotFound, PolicyNotFound, FileNotFound, Overloaded, StoreFull),
         headers=("Location",),
     ),
-    ("GET", "/distill"): Operation(
-        "All jobs", {200: replies.listed(replies.JOB)}, parameters=PAGE, errors=(InvalidField,)
+    ("POST", "/v1/fine_tuning/jobs"): Operation(
+        "Submit a distillation as OpenAI's clients do",
+        {200: job_replies.JOB},
+        Body(
+            FineTuningRequest,
+            {"model": "default", "training_file": "ledger:default", "method": {"type": "bond", "bond": {"steps": 200}}},
+            nulls="left out at the top",
+        ),
+        (ONCE,),
+        (RouteNotFound, PolicyNotFound, StoreFull),
+        headers=("Location",),
     ),
-    ("GET", "/distill/{job_id}"): Operation("A job", {200: replies.JOB}, errors=(JobNotFound,)),
-    ("GET", "/distill/{job_id}/events"): Operation(
-        "What a job went through",
-        {200: replies.listed(replies.EVENT)},
-        parameters=PAGE,
-        errors=(JobNotFound, InvalidField),
-    ),
-    ("POST", "/distill/{job_id}/cancel"): Operation(
-        "Cancel a job", {200: replies.JOB}, errors=(JobNotFound, Conflict, StoreFull)
-    ),
+    **{
+        (method, f"{prefix}{path}"): operation
+        for prefix in ("/distill", "/v1/fine_tuning/jobs")
+        for (method, path), operation in JOB_OPERATIONS.items()
+    },
     ("POST", "/v1/files"): Operation(
         "Upload what jobs can learn from",
         {200: training_replies.FILE},

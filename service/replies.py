@@ -12,12 +12,8 @@ from typing import Any, Final, NamedTuple, TypeAlias, get_args
 from pydantic import BaseModel
 
 from bon_algos.contracts import (
-    EvaluationReport,
     Feedback,
     Interval,
-    JobPhase,
-    JobSpec,
-    JobState,
     Route,
     Strategy,
 )
@@ -247,40 +243,6 @@ STRATEGY: Final = Named(
         probes_needed=WHOLE,
         adaptive=maybe(members(n=WHOLE, stops=rows(WHOLE), reward_per_token=NUMBER, token_share=NUMBER)),
         distilled_first=maybe(members(threshold=maybe(NUMBER), escalated_share=NUMBER)),
-    ),
-)
-METRICS: Final = {"type": "object", "additionalProperties": maybe(NUMBER)}
-JOB: Final = Named(
-    "Job",
-    members(
-        id=TEXT,
-        object=kind("bonsai.distillation"),
-        status=one_of(JobState),
-        phase=one_of(JobPhase),
-        step=WHOLE,
-        steps=WHOLE,
-        metrics=METRICS,
-        seconds_left=maybe(NUMBER),
-        created_at=maybe(NUMBER),
-        started_at=maybe(NUMBER),
-        finished_at=maybe(NUMBER),
-        attempts=WHOLE,
-        spec=JobSpec,
-        policy=maybe(TEXT),
-        report=maybe(EvaluationReport),
-        error=maybe(members(code=TEXT, message=TEXT)),
-    ),
-)
-EVENT: Final = Named(
-    "JobEvent",
-    members(
-        id=TEXT,
-        object=kind("bonsai.distillation.event"),
-        created_at=NUMBER,
-        phase=maybe(TEXT),
-        status=maybe(TEXT),
-        step=maybe(WHOLE),
-        metrics=METRICS,
     ),
 )
 EXPERIMENT: Final = Named(

@@ -43,6 +43,8 @@ class Schemas:
         if body.nulls == "left out":
             for one in (schema, *parts.values()):
                 _with_null(one)
+        if body.nulls == "left out at the top":
+            _with_null(schema)
         self._keep(parts)
         return self._kept(body.model.__name__, schema)
 

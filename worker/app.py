@@ -5,11 +5,14 @@ lease, so a message may arrive twice, late or never (`lease`, and the service's 
 
 Start one worker per device with
 
-    REMAP_SIGTERM=SIGQUIT python -m celery -A worker.app worker -c 1 -Q bonsai-distill \
+    REMAP_SIGTERM=SIGQUIT python -m celery -A worker.app worker -c 1 \
         --without-gossip --without-mingle --loglevel INFO
 
 REMAP_SIGTERM makes a deployment's SIGTERM a soft shutdown: the job keeps its state and is handed back (`shutdown`),
 and the reconciler gives it to the next worker.
+
+It takes from the queues of all priorities, and always from the highest that has something: while high jobs keep coming,
+low ones wait. Who wants to promise them something starts another worker with `-Q bonsai-distill-3-low`.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from celery import Celery
+from kombu import Exchange, Queue
 
-from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE
+from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES
 from worker.settings import BrokerSettings
 
 VISIBILITY_SECONDS = 3600
@@ -56,6 +60,8 @@ def create_celery(redis_url: str) -> Celery:
             # A consumer on a half-open link is silent for twice this: 51 s with the default of 25.
             "health_check_interval": 5,
             "visibility_timeout": VISIBILITY_SECONDS,
+            # By name, which is by priority: the default takes turns.
+            "queue_order_strategy": "sorted",
         },
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
@@ -78,7 +84,8 @@ def create_celery(redis_url: str) -> Celery:
         result_backend=None,
         accept_content=["json"],
         task_serializer="json",
-        task_default_queue=DISTILL_QUEUE,
+        task_queues=[Queue(name, Exchange(name), routing_key=name) for name in DISTILL_QUEUES.values()],
+        task_default_queue=DISTILL_QUEUES["normal"],
     )
     return celery
 

@@ -107,6 +107,7 @@ class Distillation:
         self.attempt = attempts.begin(self.directory, lease.epoch)
         self.steps = 0 if spec.method.interpolation is not None else spec.method.algorithm.steps
         self.progress = Progress(lease, self.steps)
+        self.tokens_trained = 0
         self.rollouts = Rollouts(
             workplace.engines,
             directory=self.attempt,
@@ -288,8 +289,10 @@ class Distillation:
             checkpoint_steps=place.checkpoint_steps,
             checkpoint_seconds=place.checkpoint_seconds,
             patience_seconds=place.engine_patience_seconds,
+            evaluation_samples=2 * samples_needed(self.spec.n) * min(MAX_PROMPTS, len(window.held_out)),
         )
         loop.run(method.steps)
+        self.tokens_trained = training.tokens
         training.finish()
 
     def evaluate(self, policy: TrainedPolicy, window: FrozenWindow) -> Evidence:
@@ -316,6 +319,7 @@ class Distillation:
         return [Judged(pool, own, reference) for pool, own, reference in sides]
 
     def publish(self, policy: TrainedPolicy, window: FrozenWindow, evidence: Evidence) -> None:
+        self.progress.count(trained=self.tokens_trained, sampled=self.rollouts.tokens, evaluation_seconds=None)
         self.progress.enter("publishing")
         adapter = self.attempt / "adapter"
         policy.save_adapter(adapter)

@@ -15,6 +15,7 @@ import redis
 from bon_algos.audit_entries import GENESIS, chained
 from bon_algos.contracts import (
     AUDIT_STREAM,
+    JOB_LUA,
     OPEN_JOBS,
     POLICIES_INDEX,
     PolicyRecord,
@@ -28,17 +29,19 @@ MESSAGE: Final = "rows of its window were erased at their owner's request: submi
 
 # KEYS: job, its events, open jobs. ARGV: job id, code, message. One more epoch: what the worker that runs it still
 # sends is refused.
-_FAIL: Final = """
+_FAIL: Final = (
+    JOB_LUA
+    + """
 local state = redis.call('HGET', KEYS[1], 'state')
-if state ~= 'queued' and state ~= 'running' then return 0 end
-local t = redis.call('TIME')
+if NEXT[state or ''] == '  ' or not state then return 0 end
+if state == 'running' then spend(KEYS[1]) end
 redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-redis.call('HSET', KEYS[1], 'state', 'failed', 'phase', 'done', 'error_code', ARGV[2], 'error_message', ARGV[3],
-  'finished_at', string.format('%d.%06d', t[1], t[2]), 'lease_until', '0')
-redis.call('XADD', KEYS[2], '*', 'phase', 'done', 'state', 'failed')
+redis.call('HSET', KEYS[1], 'error_code', ARGV[2], 'error_message', ARGV[3])
+move(KEYS[1], KEYS[2], 'failed')
 redis.call('SREM', KEYS[3], ARGV[1])
 return 1
 """
+)
 
 
 def fail_jobs(client: redis.Redis, jobs: Iterable[str]) -> None:

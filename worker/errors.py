@@ -3,7 +3,7 @@
 Stopped
 ├── JobFailed             cannot succeed, however often it is tried: state `failed`, with code and numbers
 ├── JobCancelled          its owner asked for it: state `cancelled`
-├── JobHandedBack         its worker is to stop: its state is kept, another attempt goes on from there
+├── JobParked             its owner wants it to pause, or its worker is to stop: given back, once its state is kept
 ├── LeaseLost             somebody else may hold the job: write nothing more, report nothing
 └── EngineUnavailable     an engine does not answer: wait, then give the job back for another attempt
 """
@@ -29,8 +29,9 @@ class JobCancelled(Stopped):
     """Cancellation was requested and is honoured here."""
 
 
-class JobHandedBack(Stopped):
-    """The worker was asked to stop, as in a deployment, and the job goes to the next one."""
+class JobParked(Stopped):
+    """The job is to be given back with its state: its owner asked for a pause, or its worker was asked to stop, as in a
+    deployment."""
 
 
 class LeaseLost(Stopped):

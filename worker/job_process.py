@@ -26,7 +26,7 @@ from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import DEFAULT_TENANT, JobSpec, RewardConfig, job_key
 from bon_algos.scoring import open_readers
 from worker import lease as leases
-from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobHandedBack, LeaseLost
+from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobParked, LeaseLost
 from worker.job_record import keep
 from worker.lease import Lease
 from worker.settings import WorkerSettings
@@ -81,9 +81,9 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     except JobCancelled:
         with suppress(LeaseLost):  # the very script that meant to finish it may have cancelled it
             lease.finish_cancelled()
-    except JobHandedBack:
-        log.info("handed back: the worker is to stop")
-        leases.hand_back(client, lease.job_id, lease.epoch)
+    except JobParked:
+        with suppress(LeaseLost, JobCancelled):  # cancelled by the very script that meant to park it
+            lease.park()
     except LeaseLost as loss:
         log.warning("stopped, nothing more is written: %s", loss)
     except EngineUnavailable as away:

@@ -1,8 +1,9 @@
 """One owner per job: a lease on Redis' clock with a fencing token, the epoch.
 
-Owns the scripts by which a job is claimed, kept, reported on, given back and ended, and the thread that keeps
+Owns the scripts by which a job is claimed, kept, reported on, given back, paused and ended, and the thread that keeps
 it. Every write a worker makes to Redis goes through one of them and is refused when a newer epoch exists.
-Does not own re-tries or dispatch: those are the service's reconciler.
+Does not own re-tries or dispatch, which are the service's reconciler, nor which state may follow on which
+(`contracts.job_states`).
 
 A process that was frozen past its lease and wakes is stopped by two things: its own monotonic clock (a beat
 older than one lease counts for nothing) and the epoch (whatever it still sends is refused).
@@ -21,95 +22,141 @@ from typing import Final, Literal, Self, TypeVar, cast
 import redis
 
 from bon_algos.contracts import (
+    JOB_EVENTS_KEPT,
+    JOB_LUA,
     POLICIES_DELETED,
     POLICIES_INDEX,
     JobPhase,
     PolicyRecord,
+    job_checkpoints_key,
     job_events_key,
     job_key,
     policy_key,
 )
 from bon_algos.crash_points import crash_point
-from worker.errors import JobCancelled, JobFailed, JobHandedBack, LeaseLost
+from worker.errors import JobCancelled, JobFailed, JobParked, LeaseLost
 
 log = logging.getLogger(__name__)
 
-EVENTS_KEPT: Final = 10_000
 REASON_KEPT: Final = 2000
 """Characters, from the end: of a log the tail says what happened."""
 
 REDIS_RETRY_SECONDS: Final = 0.5
 LEAVING_SECONDS: Final = 0.5
 
-_NOW: Final = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
 _FENCE: Final = (
     "if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'running'\n"
     "then return 0 end\n"
 )
-_CANCEL_OR_OK: Final = (
-    "local c = redis.call('HGET', KEYS[1], 'cancel'); if c and c ~= '' and c ~= '0' then return 2 end; return 1\n"
-)
+_ASKED: Final = """
+local function asked(field)
+  local said = redis.call('HGET', KEYS[1], field)
+  return said and said ~= '' and said ~= '0'
+end
+"""
+_WHAT_IS_ASKED: Final = "if asked('cancel') then return 2 elseif asked('pause') then return 3 else return 1 end\n"
 
 CLAIM: Final = (
-    _NOW
+    JOB_LUA
+    + _ASKED
     + """
-local job = redis.call('HMGET', KEYS[1], 'state', 'lease_until', 'cancel')
+local job = redis.call('HMGET', KEYS[1], 'state', 'lease_until', 'trained_tokens', 'sampled_tokens')
+if job[1] == 'paused' then return -4 end
 if job[1] ~= 'queued' and job[1] ~= 'running' then return -1 end
 if job[1] == 'running' and tonumber(job[2] or '0') > now then return -2 end
-if job[3] and job[3] ~= '' and job[3] ~= '0' then
-  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'phase', 'done', 'finished_at', now / 1000)
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'phase', 'done', 'state', 'cancelled')
-  return -3
-end
+if asked('cancel') then move(KEYS[1], KEYS[2], 'cancelled') return -3 end
+if asked('pause') then move(KEYS[1], KEYS[2], 'paused') return -4 end
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-redis.call('HINCRBY', KEYS[1], 'attempts', 1)
-redis.call('HSETNX', KEYS[1], 'started_at', now / 1000)
-redis.call('HSET', KEYS[1], 'state', 'running', 'lease_until', string.format('%d', now + ARGV[1]), 'worker', ARGV[2])
+local attempt = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
+redis.call('HSETNX', KEYS[1], 'started_at', string.format('%.3f', now / 1000))
+redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[1]), 'worker', ARGV[2],
+  'seen_at', string.format('%d', now), 'trained_before', job[3] or '0', 'sampled_before', job[4] or '0')
+move(KEYS[1], KEYS[2], 'running', 'attempt', attempt)
 return epoch
 """
 )
-"""KEYS job, events. ARGV lease ms, worker, events kept. -> epoch; -1 final or unknown, -2 held, -3 now cancelled."""
+"""KEYS job, events. ARGV lease ms, worker. -> epoch; -1 final or unknown, -2 held, -3 cancelled, -4 paused."""
 
 BEAT: Final = (
-    _NOW + _FENCE + "redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[2]))\n" + _CANCEL_OR_OK
+    JOB_LUA
+    + _ASKED
+    + _FENCE
+    + "redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[2]))\nspend(KEYS[1])\n"
+    + _WHAT_IS_ASKED
 )
-"""KEYS job. ARGV epoch, lease ms. -> 0 fenced, 1 kept, 2 kept and cancellation is requested."""
+"""KEYS job. ARGV epoch, lease ms. -> 0 fenced, 1 kept, 2 kept and to be cancelled, 3 kept and to be paused."""
 
 PROGRESS: Final = (
-    _FENCE
+    JOB_LUA
+    + _ASKED
+    + _FENCE
     + """
+local before = redis.call('HMGET', KEYS[1], 'trained_before', 'sampled_before')
 redis.call('HSET', KEYS[1], 'phase', ARGV[3], 'step', ARGV[4], 'steps', ARGV[5], 'metrics', ARGV[6],
-  'seconds_left', ARGV[7])
+  'seconds_left', ARGV[7], 'estimated_finish', ARGV[7] ~= '' and string.format('%.0f', now / 1000 + ARGV[7]) or '',
+  'trained_tokens', string.format('%d', (before[1] or 0) + ARGV[8]),
+  'sampled_tokens', string.format('%d', (before[2] or 0) + ARGV[9]))
+spend(KEYS[1])
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'phase', ARGV[3], 'step', ARGV[4], 'metrics', ARGV[6])
 """
-    + _CANCEL_OR_OK
+    + _WHAT_IS_ASKED
 )
-"""KEYS job, events. ARGV epoch, events kept, phase, step, steps, metrics, seconds left. -> as BEAT."""
+"""KEYS job, events. ARGV epoch, events kept, phase, step, steps, metrics, seconds left, tokens that this attempt has
+trained on and sampled. -> as BEAT."""
 
-RELEASE: Final = _FENCE + "redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])\nreturn 1\n"
-"""KEYS job. ARGV epoch, reason. -> 0 fenced, 1 given back: the reconciler takes it up or counts it out."""
-
-HAND_BACK: Final = (
-    _FENCE
+CHECKPOINT: Final = (
+    JOB_LUA
+    + _FENCE
     + """
-redis.call('HSET', KEYS[1], 'lease_until', '0')
-redis.call('HDEL', KEYS[1], 'dispatched_at')
-redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+redis.call('HSET', KEYS[3], ARGV[2], string.format('{"created_at": %.3f, "metrics": %s}', now / 1000, ARGV[3]))
+local steps = redis.call('HKEYS', KEYS[3])
+table.sort(steps, function(one, other) return tonumber(one) > tonumber(other) end)
+for place, step in ipairs(steps) do
+  if place > tonumber(ARGV[4]) then redis.call('HDEL', KEYS[3], step) end
+end
+tell(KEYS[1], KEYS[2], 'checkpoint', ARGV[2])
 return 1
 """
 )
-"""KEYS job. ARGV epoch. -> 0 fenced, 1 handed back: to be woken for at once, and no attempt that has failed."""
+"""KEYS job, events, checkpoints. ARGV epoch, step, metrics, states kept. -> 0 fenced, 1 told."""
 
-FINISH: Final = (
-    _NOW
+PARK: Final = (
+    JOB_LUA
+    + _ASKED
     + _FENCE
     + """
-local c = redis.call('HGET', KEYS[1], 'cancel')
+spend(KEYS[1])
+if asked('cancel') then move(KEYS[1], KEYS[2], 'cancelled') return 2 end
+redis.call('HINCRBY', KEYS[1], 'parked', 1)
+redis.call('HDEL', KEYS[1], 'dispatched_at')
+move(KEYS[1], KEYS[2], asked('pause') and 'paused' or 'queued')
+return 1
+"""
+)
+"""KEYS job, events. ARGV epoch. -> 0 fenced, 1 given back: paused, or queued where nobody wants a pause or no more,
+2 cancelled instead. Queued, it is woken for at once; in either case the attempt is none that has failed."""
+
+RELEASE: Final = (
+    JOB_LUA
+    + _FENCE
+    + """
+redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])
+spend(KEYS[1])
+tell(KEYS[1], KEYS[2], 'given_back', ARGV[2])
+return 1
+"""
+)
+"""KEYS job, events. ARGV epoch, reason. -> 0 fenced, 1 given back: the reconciler takes it up or counts it out."""
+
+FINISH: Final = (
+    JOB_LUA
+    + _ASKED
+    + _FENCE
+    + """
 local state, answer = ARGV[2], 1
-if state == 'succeeded' and c and c ~= '' and c ~= '0' then state, answer = 'cancelled', 2 end
+if state == 'succeeded' and asked('cancel') then state, answer = 'cancelled', 2 end
 if state == 'succeeded' and redis.call('ZSCORE', KEYS[5], ARGV[6]) then return 3 end
-redis.call('HSET', KEYS[1], 'state', state, 'phase', 'done', 'finished_at', now / 1000, 'lease_until', '0',
-  'seconds_left', '')
+spend(KEYS[1])
 if state == 'succeeded' then
   redis.call('HSETNX', KEYS[3], 'version', '1')
   redis.call('HSETNX', KEYS[3], 'record', ARGV[4])
@@ -118,7 +165,7 @@ if state == 'succeeded' then
 elseif state == 'failed' then
   redis.call('HSET', KEYS[1], 'error_code', ARGV[4], 'error_message', ARGV[5])
 end
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'phase', 'done', 'state', state)
+move(KEYS[1], KEYS[2], state)
 return answer
 """
 )
@@ -128,30 +175,26 @@ that comes after a cancellation is none, 3 nothing done: this very policy was de
 is."""
 
 Answer = TypeVar("Answer")
-ClaimRefusal = Literal["final", "held", "cancelled"]
-_REFUSALS: Final[dict[int, ClaimRefusal]] = {-1: "final", -2: "held", -3: "cancelled"}
+ClaimRefusal = Literal["final", "held", "cancelled", "paused"]
+_REFUSALS: Final[dict[int, ClaimRefusal]] = {-1: "final", -2: "held", -3: "cancelled", -4: "paused"}
 
 
 def claim(client: redis.Redis, job_id: str, *, lease_seconds: float, worker: str) -> int | ClaimRefusal:
     """Take the job for one lease; the new epoch, or why not."""
     keys = (job_key(job_id), job_events_key(job_id))
     crash_point("claim.asked")
-    answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker, EVENTS_KEPT))
+    answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker))
     crash_point("claim.granted")
     return _REFUSALS.get(answer, answer)
 
 
 def release(client: redis.Redis, job_id: str, epoch: int, reason: str) -> bool:
     """Give a job back unfinished, with the reason for a person to read; False when another epoch holds it."""
+    keys = (job_key(job_id), job_events_key(job_id))
     crash_point("release.asked")
-    given_back = _run(client, RELEASE, (job_key(job_id),), (epoch, reason[-REASON_KEPT:])) == 1
+    given_back = _run(client, RELEASE, keys, (epoch, reason[-REASON_KEPT:])) == 1
     crash_point("release.recorded")
     return given_back
-
-
-def hand_back(client: redis.Redis, job_id: str, epoch: int) -> bool:
-    """Give a job back that nothing is wrong with; False when another epoch holds it."""
-    return _run(client, HAND_BACK, (job_key(job_id),), (epoch,)) == 1
 
 
 class Lease:
@@ -171,6 +214,7 @@ class Lease:
         self._valid_until = time.monotonic() + lease_seconds
         self._fenced = False
         self._cancelled = False
+        self._paused = False
         self._leaving = False
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -187,15 +231,15 @@ class Lease:
         self._thread.join()
 
     def leave(self) -> None:
-        """Have the next `check` raise JobHandedBack. For a signal's handler: it may have interrupted `wait`, whose
+        """Have the next `check` raise JobParked. For a signal's handler: it may have interrupted `wait`, whose
         event it must therefore not touch."""
         self._leaving = True
 
     def check(self) -> None:
-        """Raises LeaseLost, JobCancelled or JobHandedBack when the job must stop here."""
+        """Raises LeaseLost, JobCancelled or JobParked when the job must stop here."""
         self._check_ours()
-        if self._leaving:
-            raise JobHandedBack(self.job_id)
+        if self._paused or self._leaving:
+            raise JobParked(self.job_id)
 
     def _check_ours(self) -> None:
         if self._fenced or time.monotonic() > self._valid_until:
@@ -211,8 +255,8 @@ class Lease:
             self.check()
 
     def beat(self) -> None:
-        """Extend the lease now and learn of fencing and cancellation. Raises LeaseLost, JobCancelled or RedisError, and
-        not JobHandedBack: who leaves keeps its state first, and for that it must hold the lease."""
+        """Extend the lease now and learn of what is asked. Raises LeaseLost, JobCancelled or RedisError, and never
+        JobParked: a job that is parked keeps its state first, and for that it must hold the lease."""
         asked_at = time.monotonic()
         crash_point("beat.asked")
         answer = _run(self._client, BEAT, (job_key(self.job_id),), (self.epoch, _ms(self._lease_seconds)))
@@ -227,11 +271,21 @@ class Lease:
         self._until_redis_answers(self.beat)
 
     def progress(
-        self, phase: JobPhase, step: int, steps: int, metrics: Mapping[str, float], seconds_left: float | None
+        self,
+        phase: JobPhase,
+        step: int,
+        steps: int,
+        metrics: Mapping[str, float],
+        seconds_left: float | None,
+        *,
+        trained_tokens: int = 0,
+        sampled_tokens: int = 0,
     ) -> None:
-        """Report where the job is; raises like `check`. Redis being away is no reason to stop: the lease is."""
+        """Report where the job is, and what this attempt has used; raises like `check`. Redis being away is no reason
+        to stop: the lease is."""
         left = "" if seconds_left is None else f"{seconds_left:.1f}"
-        values = (self.epoch, EVENTS_KEPT, phase, step, steps, json.dumps(dict(metrics)), left)
+        told = (phase, step, steps, json.dumps(dict(metrics)), left, trained_tokens, sampled_tokens)
+        values = (self.epoch, JOB_EVENTS_KEPT, *told)
         crash_point("progress.asked")
         try:
             answer = _run(self._client, PROGRESS, (job_key(self.job_id), job_events_key(self.job_id)), values)
@@ -242,6 +296,26 @@ class Lease:
             self._note(answer, None)
         self.check()
 
+    def tell_checkpoint(self, step: int, metrics: Mapping[str, float], kept: int) -> None:
+        """Say that the state after `step` is kept, beside the `kept` - 1 before it. Redis being away costs the job's
+        owner the news alone."""
+        keys = (job_key(self.job_id), job_events_key(self.job_id), job_checkpoints_key(self.job_id))
+        try:
+            crash_point("tell.asked")
+            _run(self._client, CHECKPOINT, keys, (self.epoch, step, json.dumps(dict(metrics)), kept))
+            crash_point("tell.recorded")
+        except redis.RedisError as error:
+            log.warning("a checkpoint of %s was not recorded: %s", self.job_id, type(error).__name__)
+
+    def park(self) -> None:
+        """Give the job back, its state kept: paused where its owner wants that, else queued for the next worker. Raises
+        LeaseLost, or JobCancelled where that was asked for too."""
+        crash_point("park.asked")
+        answer = self._settled(PARK, (job_key(self.job_id), job_events_key(self.job_id)), ())
+        crash_point("park.recorded")
+        if answer == 2:
+            raise JobCancelled(self.job_id)
+
     def finish_succeeded(self, policy: PolicyRecord, report_json: str) -> None:
         """End the job and register its policy, in one script. Raises LeaseLost, JobCancelled or RedisError, and
         JobFailed where the same weights were deleted before."""
@@ -249,7 +323,7 @@ class Lease:
             *(job_key(self.job_id), job_events_key(self.job_id)),
             *(policy_key(policy.id), POLICIES_INDEX, POLICIES_DELETED),
         )
-        values = ("succeeded", EVENTS_KEPT, policy.model_dump_json(), policy.created_at, policy.id, report_json)
+        values = ("succeeded", JOB_EVENTS_KEPT, policy.model_dump_json(), policy.created_at, policy.id, report_json)
         answer = self._finish(keys, values)
         if answer == 2:
             raise JobCancelled(self.job_id)
@@ -258,15 +332,19 @@ class Lease:
 
     def finish_failed(self, code: str, message: str) -> None:
         keys = (job_key(self.job_id), job_events_key(self.job_id))
-        self._finish(keys, ("failed", EVENTS_KEPT, code, message))
+        self._finish(keys, ("failed", JOB_EVENTS_KEPT, code, message))
 
     def finish_cancelled(self) -> None:
-        self._finish((job_key(self.job_id), job_events_key(self.job_id)), ("cancelled", EVENTS_KEPT))
+        self._finish((job_key(self.job_id), job_events_key(self.job_id)), ("cancelled", JOB_EVENTS_KEPT))
 
     def _finish(self, keys: tuple[str, ...], values: tuple[str | int | float, ...]) -> int:
         crash_point("finish.asked")
-        answer = self._until_redis_answers(lambda: _run(self._client, FINISH, keys, (self.epoch, *values)))
+        answer = self._settled(FINISH, keys, values)
         crash_point("finish.recorded")
+        return answer
+
+    def _settled(self, script: str, keys: tuple[str, ...], values: tuple[str | int | float, ...]) -> int:
+        answer = self._until_redis_answers(lambda: _run(self._client, script, keys, (self.epoch, *values)))
         if answer == 0:
             self._fenced = True
             raise LeaseLost(f"{self.job_id}: epoch {self.epoch} came too late to finish")
@@ -287,10 +365,11 @@ class Lease:
     def _note(self, answer: int, asked_at: float | None) -> None:
         self._fenced = self._fenced or answer == 0
         self._cancelled = self._cancelled or answer == 2
+        self._paused = self._paused or answer == 3
         if answer != 0 and asked_at is not None:
             # Counted from before the question: the answer may have been a long time on its way.
             self._valid_until = max(self._valid_until, asked_at + self._lease_seconds)
-        if self._fenced or self._cancelled:
+        if self._fenced or self._cancelled or self._paused:
             self._wake.set()
 
     def _keep(self) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from bon_algos.steps import BondStep, FreshGroup, OnPolicyStep, RankedGroup, SampledStep
 from worker import checkpoint
 from worker.dataset import FrozenWindow, PromptPool
-from worker.errors import EngineUnavailable, JobHandedBack
+from worker.errors import EngineUnavailable, JobParked
 from worker.lease import Lease
 from worker.patience import patiently
 from worker.progress import Progress
@@ -49,7 +49,9 @@ class Loop:
         checkpoint_steps: int,
         checkpoint_seconds: float,
         patience_seconds: float,
+        evaluation_samples: int,
     ) -> None:
+        """evaluation_samples: that will be drawn after the last step, for an estimate of the time that takes."""
         self._training = training
         self._window = window
         self._lease = lease
@@ -59,27 +61,35 @@ class Loop:
         self._prompts_per_step, self._seed = prompts_per_step, seed
         self._checkpoint_steps, self._checkpoint_seconds = checkpoint_steps, checkpoint_seconds
         self._patience_seconds = patience_seconds
+        self._evaluation_samples = evaluation_samples
         self._fresh: deque[tuple[list[FreshGroup], dict[str, float]]] = deque()
         self._drawer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drawer")
         self._ahead: Future[Ranked] | None = None
+        self._saved_step, self._saved_at = training.done, 0.0
 
     def run(self, steps: int) -> None:
-        training, saved_step, saved_at = self._training, self._training.done, time.monotonic()
-        try:
-            with self._drawer:  # a job that stops waits for the call under way, which notices within half a second
-                while training.done < steps:
-                    self._lease.check()
-                    metrics = self._step(steps)
-                    self._progress.step(training.done, metrics)
-                    is_due = training.done - saved_step >= self._checkpoint_steps
-                    if is_due or training.done == steps or time.monotonic() - saved_at >= self._checkpoint_seconds:
-                        self._measure_live()
-                        self._save()
-                        saved_step, saved_at = training.done, time.monotonic()
-        except JobHandedBack:
-            if training.done > saved_step:
-                self._save()
-            raise
+        """Train until `steps` are done. A job that is parked keeps its state before it stops."""
+        self._saved_step, self._saved_at = self._training.done, time.monotonic()
+        with self._drawer:  # a job that stops waits for the call under way, which notices within half a second
+            try:
+                self._train(steps)
+            except JobParked:
+                if self._training.done > self._saved_step:
+                    self._keep()
+                self._progress.report()  # which is told again that it must stop
+                raise
+
+    def _train(self, steps: int) -> None:
+        training = self._training
+        while training.done < steps:
+            self._lease.check()
+            metrics = self._step(steps)
+            self._count()
+            self._progress.step(training.done, metrics)
+            is_due = training.done - self._saved_step >= self._checkpoint_steps
+            if is_due or training.done == steps or time.monotonic() - self._saved_at >= self._checkpoint_seconds:
+                self._measure_live()
+                self._keep()
 
     def _step(self, steps: int) -> dict[str, float]:
         """One step, with what it needs drawn before; its metrics and times."""
@@ -151,9 +161,20 @@ class Loop:
 
     # --- states ----------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        state = self._training.state({"metrics": self._progress.metrics})
-        checkpoint.save(self._attempt, state, self._lease.confirm)
+    def _keep(self) -> None:
+        """Write the state as it is, and say so."""
+        metrics = self._progress.metrics
+        checkpoint.save(self._attempt, self._training.state({"metrics": metrics}), self._lease.confirm)
+        self._saved_step, self._saved_at = self._training.done, time.monotonic()
+        self._lease.tell_checkpoint(self._training.done, metrics, checkpoint.KEPT)
+
+    def _count(self) -> None:
+        pace = self._rollouts.seconds_per_sample
+        self._progress.count(
+            trained=self._training.tokens,
+            sampled=self._rollouts.tokens,
+            evaluation_seconds=None if pace is None else pace * self._evaluation_samples,
+        )
 
     def _measure_live(self) -> None:
         """How a policy that learns from the ledger does, by one sample each of some held-out prompts; nothing when the

@@ -1,4 +1,4 @@
-"""What the owner of a job sees of it while it runs: phase, step, metrics, time left. Twice a second at most."""
+"""What the owner of a job sees of it while it runs: phase, step, metrics, time left, tokens. Twice a second at most."""
 
 from __future__ import annotations
 
@@ -25,15 +25,25 @@ class Progress:
         self._seconds_per_step: float | None = None
         self._stepped_at: float | None = None
         self._reported_at = 0.0
+        self._trained_tokens = self._sampled_tokens = 0
+        self._evaluation_seconds: float | None = None
+        self._entered_at = time.monotonic()
 
     def enter(self, phase: JobPhase) -> None:
         """A phase begins; always reported."""
         self._phase = phase
-        self._report()
+        self._entered_at = time.monotonic()
+        self.report()
 
     def resume(self, step: int, metrics: Mapping[str, float]) -> None:
         """Steps that an earlier attempt has done."""
         self._step, self._metrics = step, dict(metrics)
+
+    def count(self, *, trained: int, sampled: int, evaluation_seconds: float | None) -> None:
+        """What the next report tells beside: tokens that this attempt has trained on and sampled so far, and how long
+        the evaluation will take, None while nothing tells."""
+        self._trained_tokens, self._sampled_tokens = trained, sampled
+        self._evaluation_seconds = evaluation_seconds
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done; what it did not measure keeps its last value."""
@@ -44,15 +54,32 @@ class Progress:
         self._stepped_at, self._step = now, step
         self._metrics |= metrics
         if step == self._steps or now - self._reported_at >= SECONDS_BETWEEN_REPORTS:
-            self._report()
+            self.report()
 
     @property
     def metrics(self) -> dict[str, float]:
         """The last value of everything that was measured."""
         return dict(self._metrics)
 
-    def _report(self) -> None:
+    @property
+    def _seconds_left(self) -> float | None:
+        """By the pace of the latest steps and of the engine; None while there is none."""
+        evaluation = self._evaluation_seconds or 0.0
+        if self._phase == "training" and self._seconds_per_step is not None:
+            return self._seconds_per_step * (self._steps - self._step) + evaluation
+        if self._phase == "evaluating" and self._evaluation_seconds is not None:
+            return max(0.0, evaluation - (time.monotonic() - self._entered_at))
+        return None
+
+    def report(self) -> None:
+        """Tell where the job is, whenever that was told last."""
         self._reported_at = time.monotonic()
-        per_step = self._seconds_per_step
-        left = None if per_step is None else per_step * (self._steps - self._step)
-        self._lease.progress(self._phase, self._step, self._steps, self._metrics, left)
+        self._lease.progress(
+            self._phase,
+            self._step,
+            self._steps,
+            self._metrics,
+            self._seconds_left,
+            trained_tokens=self._trained_tokens,
+            sampled_tokens=self._sampled_tokens,
+        )

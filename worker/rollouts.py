@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -64,6 +65,10 @@ class Rollouts:
         self._job_prefix = f"{job_id}-"
         self._attempt = attempt
         self._numbers = count()
+        self.tokens = 0
+        """Sampled so far, for training and for judging."""
+        self.seconds_per_sample: float | None = None
+        """Of the latest draw, scoring included; None before the first."""
 
     def unload_leftovers(self, has_ended: Callable[[str], bool]) -> None:
         """Have the engine forget what dead attempts of this job, and those of jobs that have ended, lent to it. An
@@ -95,10 +100,13 @@ class Rollouts:
 
     def draw(self, requests: Sequence[tuple[str, PromptPool, int]]) -> list[list[Rollout]]:
         """(model, prompt, n) each: its scored completions. All are drawn at once, then scored in one go."""
+        started_at = time.monotonic()
         draws = [Draw(model, pool.prompt_ids, pool.sampling, n) for model, pool, n in requests]
         drawn = self.engines.sample(draws)
         pairs = [(pool, one) for (_, pool, _), group in zip(requests, drawn, strict=True) for one in group]
+        self.tokens += sum(len(one.token_ids) for _, one in pairs)
         rollouts = iter(self._score(pairs))
+        self.seconds_per_sample = (time.monotonic() - started_at) / max(1, len(pairs))
         return [[next(rollouts) for _ in group] for group in drawn]
 
     def fresh_groups(

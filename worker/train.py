@@ -76,6 +76,8 @@ class Training:
     ) -> None:
         self.policy = policy
         self.done = 0
+        self.tokens = 0
+        """Of prompts and completions that went forward and backward here, an earlier attempt's not counted."""
         self.step = step
         self._steps, self._warmup_steps, self._seed = steps, warmup_steps, seed
         self._learning_rate, self._max_grad_norm = learning_rate, max_grad_norm
@@ -113,6 +115,7 @@ class Training:
     def _learn_in_parts(
         self, groups: Sequence[Chosen], loss: Callable[[Sequence[Chosen]], StepLoss], rows_tokens: int
     ) -> dict[str, float]:
+        self.tokens += sum(num_tokens(group.tokens.prompt_ids, group.tokens.completion_ids) for group in groups)
         totals: dict[str, float] = {}
         for part in parts_by_tokens([group.tokens for group in groups], rows_tokens):
             share, outcome = len(groups[part]) / len(groups), loss(groups[part])
@@ -131,6 +134,7 @@ class Training:
             groups, self.policy.logprobs, lambda tokens: self.policy.logprobs_wearing(tensors, tokens)
         )
         torch.autograd.backward(outcome.loss)
+        self.tokens += sum(num_tokens(group.prompt_ids, [group.completion_ids]) for group in groups)
         metrics = self._apply(_numbers(outcome))
         if self.done % self.step.anchor_steps == 0:
             anchor.update(self._parameters, self.step.anchor_rate)
@@ -142,12 +146,15 @@ class Training:
         match self.step:
             case BondStep(choose=choose, loss=loss):
                 uniform = self._uniform()
-                outcome = loss(groups, [choose(group.logged, uniform()) for group in groups], *asked)
+                chosen = [choose(group.logged, uniform()) for group in groups]
+                self.tokens += sum(num_tokens((), one.tokens.completion_ids) for one in chosen)
+                outcome = loss(groups, chosen, *asked)
             case SampledStep(loss=loss_of_samples):
                 outcome = loss_of_samples(groups, *asked)
             case _:
                 raise AssertionError("this step is not fed with samples among logged candidates")
         torch.autograd.backward(outcome.loss)
+        self.tokens += sum(num_tokens(group.logged.tokens.prompt_ids, group.completion_ids) for group in groups)
         return self._apply(_numbers(outcome))
 
     def _uniform(self) -> Callable[[], float]:
@@ -225,6 +232,11 @@ def rate_share(done: int, steps: int, warmup_steps: int) -> float:
     """The learning rate after `done` of `steps` steps, as a share of the greatest: rises over the first steps, and
     falls in a straight line towards a tenth, so that the last steps average a small batch's noise away."""
     return min(1.0, (done + 1) / max(1, warmup_steps)) * (1 - 0.9 * done / steps)
+
+
+def num_tokens(prompt_ids: Sequence[int], completion_ids: Sequence[Sequence[int]]) -> int:
+    """Of a prompt, once, and its completions."""
+    return len(prompt_ids) + sum(map(len, completion_ids))
 
 
 def _numbers(outcome: StepLoss) -> dict[str, float]:

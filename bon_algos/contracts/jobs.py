@@ -1,4 +1,4 @@
-"""What a distillation is asked to do beside its method (`methods`), and what it found: job states, reports."""
+"""What a distillation is asked to do beside its method (`methods`), and what it found: phases, reports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
+from bon_algos.contracts.job_states import JobPriority
 from bon_algos.contracts.methods import Method, MethodName
 from bon_algos.contracts.record import FileId, PolicyId, Record, RouteName, Tag
 
@@ -50,6 +51,10 @@ ANY_LAW_METHODS: Final[tuple[MethodName | Literal["interpolation"], ...]] = (
 """They learn from a file's completions whoever wrote them: of some they imitate or compare, whatever law they are draws
 of; of others they use the prompts alone. What the other methods estimate holds for the reference's own draws."""
 
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+JobMetadata = dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]]
+"""The caller's own pairs; OpenAI's limits."""
+
 
 class JobSpec(Record):
     """What `POST /distill` asks for."""
@@ -63,6 +68,11 @@ class JobSpec(Record):
     """The best-of-n that the finished policy stands in for."""
     held_out_fraction: float = Field(0.1, gt=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**63)
+    priority: JobPriority = "normal"
+    """A free worker takes the class that is highest; within one, the job that came first."""
+    suffix: Label | None = None
+    """A label for people; policies are named by their digest."""
+    metadata: JobMetadata = Field(default_factory=dict, max_length=16)
 
     @property
     def policies(self) -> tuple[PolicyId, ...]:
@@ -71,9 +81,7 @@ class JobSpec(Record):
         return (*self.window.policies, *interpolated)
 
 
-JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 JobPhase = Literal["queued", "freezing", "training", "evaluating", "publishing", "done"]
-FINAL_JOB_STATES: Final = ("succeeded", "failed", "cancelled")
 
 
 class Interval(Record):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from hashlib import sha256
+from types import MappingProxyType
 from typing import Final
 
+from bon_algos.contracts.job_states import JobPriority
 from bon_algos.contracts.record import DEFAULT_TENANT
 
 DISTILL_TASK: Final = "bonsai.distill"
-DISTILL_QUEUE: Final = "bonsai-distill"
+DISTILL_QUEUES: Final[Mapping[JobPriority, str]] = MappingProxyType(
+    {"high": "bonsai-distill-1-high", "normal": "bonsai-distill-2-normal", "low": "bonsai-distill-3-low"}
+)
+"""One queue for each class. The names sort as the classes do, which is how a worker tells what comes first."""
 
 LEDGER_STREAM: Final = "bonsai:ledger"
 LEDGER_COUNTS: Final = "bonsai:ledger:counts"
@@ -92,6 +98,11 @@ def job_key(job_id: str) -> str:
 
 def job_events_key(job_id: str) -> str:
     return f"bonsai:job:{job_id}:events"
+
+
+def job_checkpoints_key(job_id: str) -> str:
+    """Hash step -> when its state was kept and its metrics, of the states that the job could go on from."""
+    return f"bonsai:job:{job_id}:checkpoints"
 
 
 def policy_key(policy_id: str) -> str:

@@ -70,7 +70,7 @@ async def finished(client: BonsaiClient, job: Job, look: Callable[[Job], None]) 
         await asyncio.sleep(LOOK_EVERY)
         job = await client.job(job.id)
         look(job)
-    if job.status != "succeeded" or job.policy is None:
+    if job.status != "succeeded" or job.fine_tuned_model is None:
         why = "" if job.error is None else f": {job.error.message} ({job.error.code})"
         raise CircleBroken(f"{job.id} {job.status}{why}")
     return job

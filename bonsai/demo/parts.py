@@ -110,14 +110,14 @@ async def distil(client: BonsaiClient, console: Console) -> Job:
     console.print(f"  {job.id} · method {spec.method.type} · for best of {spec.n}")
     with progress.JobDisplay(console, job) as display:
         job = await finished(client, job, display.update)
-    console.print(f"  Done in {job.seconds or 0:.0f} s.")
+    console.print(f"  Done in {job.details.seconds:.0f} s.")
     screen.show_report(console, job)
     return job
 
 
 async def published(client: BonsaiClient, console: Console, job: Job) -> str:
     """The job's policy once the engine has proved that it serves it."""
-    policy = await served(client, job.policy or "")
+    policy = await served(client, job.fine_tuned_model or "")
     screen.show_policy(console, policy)
     return policy.id
 
@@ -170,7 +170,7 @@ def _measured(
     reference: Pool, policy: Pool, speeds: Sequence[Speed], curve: Curve, policy_id: str, job: Job
 ) -> Measured:
     one, best, distilled = speeds
-    kl = None if job.report is None else job.report.kl_policy_reference
+    kl = None if job.details.report is None else job.details.report.kl_policy_reference
     return Measured(
         policy=policy_id,
         n=N,
@@ -181,7 +181,7 @@ def _measured(
         comparison=compare(policy, reference, N),
         curve=curve,
         method=demo_job().method.type,
-        training_seconds=job.seconds or 0.0,
+        training_seconds=job.details.seconds,
         machine=machine.describe(),
     )
 

@@ -119,12 +119,12 @@ class JobDisplay:
             self._console.print(self._curve())
 
     def update(self, job: Job) -> None:
-        reward = job.metrics.get("reward")
+        reward = job.details.metrics.get("reward")
         # Methods that learn from the ledger measure now and then: what stays exactly equal was not measured again.
         if reward is not None and self._rewards[-1:] != [reward]:
             self._rewards.append(reward)
-            self._kl = job.metrics.get("kl_policy_reference", self._kl)
-            self._win_rate = job.metrics.get("win_rate", self._win_rate)
+            self._kl = job.details.metrics.get("kl_policy_reference", self._kl)
+            self._win_rate = job.details.metrics.get("win_rate", self._win_rate)
         self._job = job
         self._live.update(self._view())
         if not self._console.is_terminal and perf_counter() > self._spoken + LINE_EVERY:
@@ -134,17 +134,19 @@ class JobDisplay:
 
     @property
     def _phase(self) -> str:
-        return f"{self._job.phase or self._job.status:<11}"
+        return f"{self._job.details.phase or self._job.status:<11}"
 
     @property
     def _left(self) -> str:
-        left = self._job.seconds_left
-        at = f"step {self._job.step or 0}/{self._job.steps or '?'}"
+        left = self._job.details.seconds_left
+        at = f"step {self._job.details.step}/{self._job.details.steps or '?'}"
         return at if left is None else f"{at} · {int(left) // 60}:{int(left) % 60:02d} left"
 
     def _view(self) -> RenderableType:
         line = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=self._job.steps or 1, completed=self._job.step or 0, width=28, complete_style="green")
+        bar = ProgressBar(
+            total=self._job.details.steps or 1, completed=self._job.details.step, width=28, complete_style="green"
+        )
         line.add_row(f"  {self._phase}", bar, self._left)
         return Group(line, self._curve())
 

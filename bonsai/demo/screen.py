@@ -61,7 +61,7 @@ def show_candidates(console: Console, choices: Sequence[Choice], golds: Sequence
 
 def show_report(console: Console, job: Job) -> None:
     """What the job found about its own policy, on prompts of the ledger that it did not learn from."""
-    report = job.report
+    report = job.details.report
     if report is None:
         return
     table = Table(box=None, padding=(0, 2), show_header=False)

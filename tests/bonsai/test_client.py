@@ -142,5 +142,5 @@ def test_a_foreign_server_is_named_as_such(body):
 
 
 def test_a_job_is_final_only_in_a_final_state():
-    assert [Job(id="job_1", status=s).is_final for s in ("queued", "running")] == [False, False]
+    assert [Job(id="job_1", status=s).is_final for s in ("queued", "running", "paused")] == [False] * 3
     assert [Job(id="job_1", status=s).is_final for s in ("succeeded", "failed", "cancelled")] == [True, True, True]

@@ -1,4 +1,4 @@
-"""`bonsai dry-run`: what the gateway tells, as a table, and the status of a job that would fail."""
+"""`bonsai distill dry-run`: what the gateway tells, as a table, and the status of a job that would fail."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_the_table_says_why_a_job_would_fail():
 def test_a_spec_that_is_none_and_a_gateway_that_is_none_are_told(tmp_path):
     spec = tmp_path / "spec.json"
     spec.write_text("{}")
-    bad = CliRunner().invoke(main, ["dry-run", str(spec)])
+    bad = CliRunner().invoke(main, ["distill", "dry-run", str(spec)])
     assert bad.exit_code == 2
     assert "method" in bad.output
     spec.write_text(json.dumps({"method": {"type": "bond"}}))
-    away = CliRunner().invoke(main, ["dry-run", str(spec), "--url", "http://127.0.0.1:9"])
+    away = CliRunner().invoke(main, ["distill", "--url", "http://127.0.0.1:9", "dry-run", str(spec)])
     assert away.exit_code == 2

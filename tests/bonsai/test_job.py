@@ -32,10 +32,10 @@ def wait_for_policy(*looks: dict[str, Any]) -> Policy:
 
 @pytest.mark.slow
 def test_a_job_is_watched_until_it_has_succeeded():
-    done = {"status": "succeeded", "step": 2, "steps": 2, "policy": "pol-0123456789abcdef"}
-    job, seen = wait_for_job({"status": "running", "step": 1, "steps": 2}, done)
-    assert job.policy == "pol-0123456789abcdef"
-    assert [look.step for look in seen] == [1, 2]
+    done = {"status": "succeeded", "fine_tuned_model": "pol-0123456789abcdef", "bonsai": {"step": 2, "steps": 2}}
+    job, seen = wait_for_job({"status": "running", "bonsai": {"step": 1, "steps": 2}}, done)
+    assert job.fine_tuned_model == "pol-0123456789abcdef"
+    assert [look.details.step for look in seen] == [1, 2]
 
 
 def test_a_failed_job_breaks_the_circle_with_its_reason():
@@ -46,7 +46,7 @@ def test_a_failed_job_breaks_the_circle_with_its_reason():
 
 def test_a_job_that_published_nothing_breaks_the_circle():
     with pytest.raises(CircleBroken, match="job_1 succeeded"):
-        wait_for_job({"status": "succeeded", "policy": None})
+        wait_for_job({"status": "succeeded", "fine_tuned_model": None})
 
 
 def test_a_policy_counts_once_its_fingerprint_has_passed():

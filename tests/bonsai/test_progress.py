@@ -4,13 +4,14 @@ import io
 
 from rich.console import Console
 
-from bonsai.client import Job
+from bonsai.client import Job, JobDetails
 from bonsai.demo import progress
 
 
 def job(step: int, reward: float | None, kl: float | None = None) -> Job:
     metrics = {"reward": reward, "kl_policy_reference": kl}
-    return Job(id="job_1", status="running", phase="training", step=step, steps=10, metrics=metrics, seconds_left=65)
+    details = JobDetails(phase="training", step=step, steps=10, metrics=metrics, seconds_left=65)
+    return Job(id="job_1", status="running", details=details)
 
 
 def test_a_sparkline_rises_with_its_values():

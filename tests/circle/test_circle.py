@@ -41,7 +41,7 @@ def job(stack: RealStack, replies):
 @pytest.fixture(scope="module")
 def policy(stack: RealStack, job):
     assert job["status"] == "succeeded", job["error"]
-    return stack.served(job["policy"])
+    return stack.served(job["fine_tuned_model"])
 
 
 def test_the_reply_is_the_best_of_what_was_drawn(stack, prompts):
@@ -98,8 +98,9 @@ def test_best_of_n_beats_one_sample_by_gold_as_well(stack, prompts, replies):
 
 def test_the_job_reports_on_held_out_prompts_and_what_it_learned_from(job):
     assert job["status"] == "succeeded", job["error"]
-    assert (job["phase"], job["step"], job["steps"]) == ("done", 30, 30)
-    report = job["report"]
+    details = job["bonsai"]
+    assert (details["phase"], details["step"], details["steps"]) == ("done", 30, 30)
+    report = details["report"]
     assert report["prompts"] >= 2
     assert report["n"] == N
     assert report["reward_gain"]["low"] <= report["reward_gain"]["mean"] <= report["reward_gain"]["high"]
@@ -169,7 +170,7 @@ def test_fresh_samples_from_the_engine_teach_j_bond(stack, replies):
     method = {"type": "jbond", "jbond": {"steps": 6, "prompts_per_step": 8, "lora_rank": 8, "lora_alpha": 16}}
     job = stack.finished(stack.start_job(method, n=2))
     assert job["status"] == "succeeded", job["error"]
-    assert stack.served(job["policy"])["fingerprint"]["passed"]
+    assert stack.served(job["fine_tuned_model"])["fingerprint"]["passed"]
 
 
 def test_every_reward_a_user_saw_is_on_the_record_once(stack):

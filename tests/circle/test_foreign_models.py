@@ -74,4 +74,4 @@ def test_a_distillation_goes_round_with_it(foreign):
     method = {"type": "bon_forward_kl", "bon_forward_kl": {"n": 4, "steps": 4, "prompts_per_step": 4, "lora_rank": 8}}
     job = foreign.finished(foreign.start_job(method, n=4, held_out_fraction=0.3))
     assert job["status"] == "succeeded", job["error"]
-    assert foreign.served(job["policy"])["fingerprint"]["passed"]
+    assert foreign.served(job["fine_tuned_model"])["fingerprint"]["passed"]

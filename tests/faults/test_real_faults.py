@@ -77,8 +77,8 @@ def test_a_killed_worker_takes_its_training_with_it_and_the_job_ends_once_and_th
     wait_until(is_gone(training), "the training process dies with its worker", seconds=5)
 
     job = stack.finished(job_id)
-    assert (job["status"], job["attempts"]) == ("succeeded", 2)
-    assert job["policy"] == undisturbed["policy"]
+    assert (job["status"], job["bonsai"]["attempts"]) == ("succeeded", 2)
+    assert job["fine_tuned_model"] == undisturbed["fine_tuned_model"]
 
 
 def test_a_worker_frozen_past_its_lease_wakes_up_to_find_that_it_may_do_nothing(stack, window, undisturbed):
@@ -94,9 +94,9 @@ def test_a_worker_frozen_past_its_lease_wakes_up_to_find_that_it_may_do_nothing(
     wait_until(is_gone(training), "the sleeper stops", seconds=30)
 
     job = stack.finished(job_id)
-    assert (job["status"], job["policy"]) == ("succeeded", undisturbed["policy"])
+    assert (job["status"], job["fine_tuned_model"]) == ("succeeded", undisturbed["fine_tuned_model"])
     # The only worker of this stack waits for the sleeper: whether the next claim comes before it wakes is a race.
-    assert job["attempts"] in (1, 2)
+    assert job["bonsai"]["attempts"] in (1, 2)
 
 
 def lease_is_over(stack: RealStack, key: str) -> bool:
@@ -111,7 +111,7 @@ def test_a_running_job_is_cancelled_within_a_step_and_publishes_nothing(stack, w
     stack.job_at_step(job_id, 2)
     assert stack.http.post(f"/distill/{job_id}/cancel").status_code in (200, 202)
     job = stack.finished(job_id, seconds=20)
-    assert (job["status"], job["policy"]) == ("cancelled", None)
+    assert (job["status"], job["fine_tuned_model"]) == ("cancelled", None)
     again = stack.http.post(f"/distill/{job_id}/cancel")
     assert (again.status_code, again.json()["error"]["code"]) == (409, "job_finished")
 
@@ -157,7 +157,7 @@ def test_an_answer_that_went_out_before_the_gateway_was_killed_has_its_group_onc
 def test_after_an_engine_restart_the_policies_are_back_without_anyones_hand(stack, undisturbed):
     """The engine forgets its adapters when it dies. Until a policy is proved again it is refused, never answered by
     base weights under its name."""
-    policy = stack.served(undisturbed["policy"])["id"]
+    policy = stack.served(undisturbed["fine_tuned_model"])["id"]
     forced = {"x-bonsai-arm": f"{policy}:1"}
     body = {"prompt": "Review", "max_tokens": 8}
     assert stack.http.post("/generate", json=body, headers=forced).status_code == 200

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from functools import partial
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -27,7 +28,7 @@ RECONCILE_SECONDS = 0.05
 
 def dispatcher(redis: Redis, redis_url: str) -> Dispatcher:
     producer = open_producer(redis_url)
-    return Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=RECONCILE_SECONDS)
+    return Dispatcher(redis, partial(send_job, producer), seconds=RECONCILE_SECONDS)
 
 
 async def submit(redis_url: str) -> str:

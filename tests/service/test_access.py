@@ -67,11 +67,20 @@ MATRIX = {
     ("GET", "/experiments/{route}"): READERS,
     ("PUT", "/experiments/{route}"): "admin operator",
     ("DELETE", "/experiments/{route}"): "admin operator",
-    ("POST", "/distill"): "admin operator trainer",
-    ("GET", "/distill"): READERS,
-    ("GET", "/distill/{job_id}"): READERS,
-    ("GET", "/distill/{job_id}/events"): READERS,
-    ("POST", "/distill/{job_id}/cancel"): "admin operator trainer",
+    **{
+        (method, f"{jobs}{path}"): who
+        for jobs in ("/distill", "/v1/fine_tuning/jobs")
+        for method, path, who in (
+            ("POST", "", "admin operator trainer"),
+            ("GET", "", READERS),
+            ("GET", "/{job_id}", READERS),
+            ("GET", "/{job_id}/events", READERS),
+            ("GET", "/{job_id}/checkpoints", READERS),
+            ("POST", "/{job_id}/pause", "admin operator trainer"),
+            ("POST", "/{job_id}/resume", "admin operator trainer"),
+            ("POST", "/{job_id}/cancel", "admin operator trainer"),
+        )
+    },
     ("GET", "/ledger"): READERS,
     ("POST", "/ledger/erasures"): "admin",
     ("GET", "/ledger/erasures/{erasure_id}"): "admin",
@@ -198,6 +207,7 @@ ROUTED = [
     ("DELETE", "/experiments/%s", b""),
     ("POST", "/policies/pol-1111111111111111/promote", b'{"route":"%s","override_reason":"r"}'),
     ("POST", "/distill", b'{"route":"%s","method":{"type":"bon_sft"}}'),
+    ("POST", "/v1/fine_tuning/jobs", b'{"model":"%s","training_file":"ledger:%s","method":{"type":"bon_sft"}}'),
     ("DELETE", "/routes/%s", b""),
 ]
 

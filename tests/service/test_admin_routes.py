@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis as blocking_redis
 
-from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE, POLICIES_INDEX, Fingerprint, policy_key
+from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES, POLICIES_INDEX, Fingerprint, policy_key
 from bon_algos.contracts.methods import METHOD_NAMES
 from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway, wait_until
 from tests.fixtures.redis import RedisServer
@@ -119,9 +119,9 @@ def test_a_job_is_recorded_dispatched_and_cancelled(world: World):
     accepted = send(world, "POST", "/distill", JOB, **{"Idempotency-Key": "once"})
     assert accepted.status == 202
     job_id = accepted.json["id"]
-    assert accepted.headers["location"] == f"/distill/{job_id}"
+    assert accepted.headers["location"] == f"/v1/fine_tuning/jobs/{job_id}"
     with blocking_redis.Redis.from_url(world.redis_url) as client:
-        queue = f"{BROKER_PREFIX}{DISTILL_QUEUE}"
+        queue = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
         wait_until(lambda: client.llen(queue) == 1)
         message = json.loads(client.lindex(queue, 0) or b"")
     assert json.loads(base64.b64decode(message["body"]))[0] == [job_id]
@@ -132,7 +132,8 @@ def test_a_job_is_recorded_dispatched_and_cancelled(world: World):
     assert [job["id"] for job in world.client.get("/distill?limit=5").json["data"]] == [job_id]
     assert send(world, "POST", f"/distill/{job_id}/cancel").json["status"] == "cancelled"
     assert send(world, "POST", f"/distill/{job_id}/cancel").json["error"]["code"] == "job_finished"
-    assert [event["status"] for event in world.client.get(f"/distill/{job_id}/events").json["data"]] == ["cancelled"]
+    events = world.client.get(f"/distill/{job_id}/events").json["data"]
+    assert [event["data"]["status"] for event in events] == ["queued", "cancelled"]
 
 
 def test_a_route_over_http(world: World):
@@ -150,6 +151,7 @@ def method(name: str = "jbond", **parameters: object) -> dict[str, object]:
 
 
 ARMS = [{"policy": "base", "n": 16, "weight": 5000}, {"policy": "base", "n": 4, "weight": 5000}]
+JOBS = ("/distill", "/v1/fine_tuning/jobs")
 NO_POLICY, NO_JOB = "pol-" + "9" * 16, "job_" + "0" * 32
 BAD: list[tuple[str, str, object, int]] = [
     # reliability.md 8.3, where this API has the field
@@ -189,8 +191,17 @@ BAD: list[tuple[str, str, object, int]] = [
     ("GET", "/distill/*", None, 404),
     ("GET", "/distill/..%2fdefault", None, 404),
     ("GET", f"/distill/{NO_JOB}/events", None, 404),
-    ("GET", f"/distill/{NO_JOB}/events?after=x", None, 422),
-    ("POST", f"/distill/{NO_JOB}/cancel", None, 404),
+    ("GET", f"/distill/{NO_JOB}/events?after=x", None, 404),
+    *(("POST", f"{jobs}/{NO_JOB}/{wish}", None, 404) for jobs in JOBS for wish in ("pause", "resume", "cancel")),
+    *(("GET", f"{jobs}/{NO_JOB}/{part}", None, 404) for jobs in JOBS for part in ("checkpoints", "events?stream=true")),
+    *(("POST", "/distill", {**method(), "priority": priority}, 422) for priority in ("urgent", "", 10**6, None)),
+    *(("POST", "/distill", {**method(), "suffix": suffix}, 422) for suffix in ("../p", "", "x" * 300, "é", "a\nb")),
+    ("POST", "/distill", {**method(), "metadata": {f"k{i}": "v" for i in range(17)}}, 422),
+    ("POST", "/distill", {**method(), "metadata": {"k": "v" * 513}}, 422),
+    *(
+        ("POST", "/distill", {**method(), name: 1}, 422)
+        for name in ("schedule", "webhook", "extra_args", "gpus", "epoch")
+    ),
     ("DELETE", f"/distill/{NO_JOB}", None, 405),
     *(("GET", f"/distill?limit={limit}", None, 422) for limit in ("0", "-1", "101", "1e1", "", "x", "%D9%A1")),
     ("GET", "/distill?after=job_x", None, 422),

@@ -14,7 +14,7 @@ import redis
 from bon_algos.contracts import (
     AUDIT_STREAM,
     BROKER_PREFIX,
-    DISTILL_QUEUE,
+    DISTILL_QUEUES,
     LEDGER_COUNTS,
     OPEN_JOBS,
     POLICIES_INDEX,
@@ -33,7 +33,7 @@ from tests.service import mortal
 from tests.service.records import BASE, STUDENT, policy, route
 
 pytestmark = pytest.mark.slow
-QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUE}"
+QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
 SUBMITTING = [point for point in GATEWAY_POINTS if point.partition(".")[0] in ("submit", "dispatch")]
 TRANSACTING = [point for point in GATEWAY_POINTS if point.startswith("transaction.")]
 LOGGING = [point for point in GATEWAY_POINTS if point.partition(".")[0] in ("spool", "drain")]

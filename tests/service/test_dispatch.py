@@ -7,18 +7,27 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 from redis.asyncio import Redis
 
-from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE, DISTILL_TASK, LEDGER_COUNTS, OPEN_JOBS, job_key
+from bon_algos.contracts import (
+    BROKER_PREFIX,
+    DISTILL_QUEUES,
+    DISTILL_TASK,
+    LEDGER_COUNTS,
+    OPEN_JOBS,
+    JobPriority,
+    job_key,
+)
 from service.dispatch import Dispatcher, broker_url, open_producer, send_job
 from service.jobs import Jobs
 from service.store import open_redis
 from tests.service.records import job_spec
 
 pytestmark = pytest.mark.anyio
-QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUE}"
+QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
 
 
 @pytest.fixture
@@ -40,7 +49,7 @@ class Sender:
         self.sent: list[str] = []
         self.is_away = False
 
-    def __call__(self, job_id: str) -> None:
+    def __call__(self, job_id: str, priority: JobPriority) -> None:
         if self.is_away:
             raise ConnectionRefusedError
         self.sent.append(job_id)
@@ -62,7 +71,7 @@ async def as_if_sent_long_ago(redis: Redis, job_id: str) -> None:
 
 async def test_a_message_carries_the_job_id_alone(redis: Redis, redis_url: str, job_id: str):
     """Read from the broker's own list, as a worker would find it."""
-    send_job(open_producer(redis_url), job_id)
+    send_job(open_producer(redis_url), job_id, "normal")
     message = json.loads(await redis.lindex(QUEUE, 0) or "")
     args, kwargs, _ = json.loads(base64.b64decode(message["body"]))
     assert (message["headers"]["task"], args, kwargs) == (DISTILL_TASK, [job_id], {})
@@ -77,7 +86,7 @@ async def test_a_broker_that_never_answers_costs_seconds(job_id: str):
         silent.listen()
         began = time.monotonic()
         with pytest.raises(Exception, match=r"(?i)time"):
-            send_job(open_producer(f"redis://127.0.0.1:{silent.getsockname()[1]}/0"), job_id)
+            send_job(open_producer(f"redis://127.0.0.1:{silent.getsockname()[1]}/0"), job_id, "normal")
         assert time.monotonic() - began < 10
 
 
@@ -108,7 +117,7 @@ async def test_a_lost_message_is_sent_again(dispatcher: Dispatcher, sender: Send
 async def test_a_message_that_still_waits_is_not_doubled(
     dispatcher: Dispatcher, sender: Sender, redis: Redis, redis_url: str, job_id: str
 ):
-    send_job(open_producer(redis_url), job_id)
+    send_job(open_producer(redis_url), job_id, "normal")
     await as_if_sent_long_ago(redis, job_id)
     assert await dispatcher.reconcile() == {job_id: "wait"}
     assert sender.sent == []
@@ -162,4 +171,45 @@ async def test_only_one_gateway_reconciles(dispatcher: Dispatcher, redis: Redis,
     assert await dispatcher.reconcile() == {job_id: "dispatch"}
     await as_if_sent_long_ago(redis, job_id)
     assert await other.reconcile() == {}
+    assert await dispatcher.reconcile() == {job_id: "dispatch"}
+
+
+@pytest.mark.parametrize("priority", DISTILL_QUEUES)
+async def test_a_job_waits_in_the_queue_of_its_class(redis: Redis, redis_url: str, priority: JobPriority):
+    """And is sent there again, whatever waits in the others."""
+    job_id = (await Jobs(redis, n_cap=64, max_lora_rank=32).submit(job_spec(priority=priority))).job_id
+    for other in DISTILL_QUEUES.keys() - {priority}:
+        send_job(open_producer(redis_url), "job_of_another_class", other)
+    dispatcher = Dispatcher(redis, partial(send_job, open_producer(redis_url)), seconds=5)
+    await dispatcher.wake(job_id)
+    assert await redis.llen(f"{BROKER_PREFIX}{DISTILL_QUEUES[priority]}") == 1
+    await redis.delete(f"{BROKER_PREFIX}{DISTILL_QUEUES[priority]}")
+    await as_if_sent_long_ago(redis, job_id)
+    assert await dispatcher.reconcile() == {job_id: "dispatch"}
+    assert await redis.llen(f"{BROKER_PREFIX}{DISTILL_QUEUES[priority]}") == 1
+
+
+async def test_a_paused_job_is_looked_at_no_more_until_it_is_resumed(
+    dispatcher: Dispatcher, sender: Sender, redis: Redis, job_id: str
+):
+    jobs = Jobs(redis, n_cap=64, max_lora_rank=32)
+    await dispatcher.wake(job_id)
+    await jobs.grant("pause", job_id)
+    assert await dispatcher.reconcile() == {}
+    await jobs.grant("resume", job_id)
+    assert await dispatcher.reconcile() == {job_id: "dispatch"}
+    assert sender.sent == [job_id, job_id]
+
+
+async def test_a_worker_that_dies_while_it_pauses_leaves_a_paused_job(
+    dispatcher: Dispatcher, sender: Sender, redis: Redis, job_id: str
+):
+    await redis.hset(job_key(job_id), mapping={"state": "running", "lease_until": "1", "attempts": 3, "pause": 1})
+    assert await dispatcher.reconcile() == {job_id: "paused"}
+    assert await redis.smembers(OPEN_JOBS) == set()
+    assert sender.sent == []
+
+
+async def test_attempts_that_ended_in_a_pause_are_no_failed_ones(dispatcher: Dispatcher, redis: Redis, job_id: str):
+    await redis.hset(job_key(job_id), mapping={"state": "running", "lease_until": "1", "attempts": 7, "parked": 5})
     assert await dispatcher.reconcile() == {job_id: "dispatch"}

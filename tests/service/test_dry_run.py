@@ -157,21 +157,20 @@ def test_how_long_it_takes_is_known_of_jobs_like_it(world):
     unknown = world.client.post("/distill?dry_run=true", asked).json
     assert (unknown["expected_seconds"], unknown["expected_from_jobs"]) == (None, 0)
     with blocking_redis.Redis.from_url(world.redis_url) as client:
-        made = {"spec": JobSpec.model_validate(asked).model_dump_json(), "tenant": "default", "started_at": 0}
-        ended = [(100, "succeeded", 1), (900, "succeeded", 2), (1, "failed", 1)]
-        for i, (seconds, state, attempts) in enumerate(ended):
-            row = {**made, "finished_at": seconds, "state": state, "attempts": attempts, "created_at": i}
+        made = {"spec": JobSpec.model_validate(asked).model_dump_json(), "tenant": "default"}
+        for i, (seconds, state) in enumerate([(100, "succeeded"), (1, "failed")]):
+            row = {**made, "spent_ms": seconds * 1000, "state": state, "created_at": i}
             client.hset(job_key(f"job_{i:032}"), mapping=row)
             client.zadd(jobs_index(), {f"job_{i:032}": i})
     twice = {"type": "bon_forward_kl", "bon_forward_kl": {"n": 4, "steps": 400}}
     told = world.client.post("/distill?dry_run=true", {**asked, "method": twice}).json
-    # The one that succeeded at once took 100 s for 200 steps.
+    # The one that succeeded took 100 s for 200 steps, in however many attempts.
     assert (told["expected_seconds"], told["expected_from_jobs"]) == (200, 1)
 
 
 @pytest.mark.anyio
 async def test_a_second_one_at_a_time_is_told_to_come_back():
-    runs = DryRuns(None, None, base_policy_id=BASE, reward_model_id=REWARD_MODEL, reward_template_digest="",  # type: ignore[arg-type]
+    runs = DryRuns(None, None, None, base_policy_id=BASE, reward_model_id=REWARD_MODEL, reward_template_digest="",  # type: ignore[arg-type]
                    tokenizer=None)  # type: ignore[arg-type]  # fmt: skip
     async with runs._busy:
         with pytest.raises(Overloaded):

@@ -50,14 +50,8 @@ def key(header: str, body: str = "{}") -> Idempotency | None:
 async def test_a_submitted_job_is_queued_listed_and_open(jobs: Jobs, redis: Redis):
     submitted = await jobs.submit(job_spec(seed=7))
     job = await jobs.get(submitted.job_id)
-    assert (job["status"], job["phase"], job["attempts"], job["policy"], job["error"]) == (
-        "queued",
-        "queued",
-        0,
-        None,
-        None,
-    )
-    assert job["spec"]["seed"] == 7
+    assert (job["status"], job["fine_tuned_model"], job["error"]) == ("queued", None, None)
+    assert (job["bonsai"]["phase"], job["bonsai"]["attempts"], job["bonsai"]["spec"]["seed"]) == ("queued", 0, 7)
     rows, has_more = await jobs.list(10)
     assert ([row["id"] for row in rows], has_more) == ([submitted.job_id], False)
     assert await redis.smembers(OPEN_JOBS) == {submitted.job_id}
@@ -90,7 +84,7 @@ async def test_a_policy_whose_groups_are_wanted_must_be_there(jobs: Jobs, redis:
         await jobs.submit(spec)
     assert refused.value.param == "window.policies[0]"
     await redis.hset(policy_key(STUDENT), "record", policy(STUDENT).model_dump_json())
-    assert (await jobs.get((await jobs.submit(spec)).job_id))["spec"]["window"]["policies"] == [STUDENT]
+    assert (await jobs.get((await jobs.submit(spec)).job_id))["bonsai"]["spec"]["window"]["policies"] == [STUDENT]
 
 
 async def test_the_same_key_and_body_are_one_job(jobs: Jobs, redis: Redis):
@@ -147,19 +141,19 @@ async def test_a_spec_beyond_this_installation_names_the_field(changes: dict[str
 
 async def test_a_queued_job_is_cancelled_at_once(jobs: Jobs, redis: Redis):
     job_id = (await jobs.submit(job_spec())).job_id
-    job = await jobs.cancel(job_id)
-    assert (job["status"], job["phase"]) == ("cancelled", "done")
+    job = await jobs.grant("cancel", job_id)
+    assert (job["status"], job["bonsai"]["phase"]) == ("cancelled", "done")
     assert job["finished_at"] >= job["created_at"]
     assert await redis.smembers(OPEN_JOBS) == set()
     events, _ = await jobs.events(job_id, 10)
-    assert [event["status"] for event in events] == ["cancelled"]
+    assert [event["data"]["status"] for event in events] == ["queued", "cancelled"]
 
 
 async def test_a_running_job_is_asked_to_stop_and_asked_again_is_no_error(jobs: Jobs, redis: Redis):
     job_id = (await jobs.submit(job_spec())).job_id
     await redis.hset(job_key(job_id), "state", "running")
-    assert (await jobs.cancel(job_id))["status"] == "running"
-    assert (await jobs.cancel(job_id))["status"] == "running"
+    assert (await jobs.grant("cancel", job_id))["status"] == "running"
+    assert (await jobs.grant("cancel", job_id))["status"] == "running"
     assert await redis.hget(job_key(job_id), "cancel") == "1"
 
 
@@ -168,14 +162,14 @@ async def test_a_finished_job_cannot_be_cancelled(jobs: Jobs, redis: Redis, stat
     job_id = (await jobs.submit(job_spec())).job_id
     await redis.hset(job_key(job_id), "state", state)
     with pytest.raises(Conflict) as refused:
-        await jobs.cancel(job_id)
+        await jobs.grant("cancel", job_id)
     assert refused.value.code == "job_finished"
     assert (await jobs.get(job_id))["status"] == state
 
 
 @pytest.mark.parametrize("job_id", ["job_" + "0" * 32, "*", "../x", "job_", "j" * 100_000])
 async def test_an_unknown_job_is_not_found(jobs: Jobs, job_id: str):
-    for question in (jobs.get(job_id), jobs.cancel(job_id), jobs.events(job_id, 10)):
+    for question in (jobs.get(job_id), jobs.grant("cancel", job_id), jobs.events(job_id, 10)):
         with pytest.raises(JobNotFound):
             await question
 
@@ -193,15 +187,16 @@ async def test_jobs_are_listed_newest_first_page_by_page(jobs: Jobs):
 
 async def test_events_go_on_after_a_cursor(jobs: Jobs, redis: Redis):
     job_id = (await jobs.submit(job_spec())).job_id
+    await redis.delete(job_events_key(job_id))
     for step in range(5):
         await redis.xadd(job_events_key(job_id), {"phase": "training", "step": step, "metrics": '{"loss": NaN}'})
     first, more = await jobs.events(job_id, 3)
     rest, none = await jobs.events(job_id, 3, after=first[-1]["id"])
-    assert [event["step"] for event in [*first, *rest]] == [0, 1, 2, 3, 4]
+    assert [event["data"]["step"] for event in [*first, *rest]] == [0, 1, 2, 3, 4]
     assert (more, none) == (True, False)
     # JSON has no NaN: the reply could not be rendered with it.
-    assert first[0]["metrics"] == {"loss": None}
-    for cursor in ("abc", "-1-1", "1" * 30 + "-0"):
+    assert first[0]["data"]["metrics"] == {"loss": None}
+    for cursor in ("abc", "-1-1", "1" * 30 + "-0", "9" * 19 + "-0"):
         with pytest.raises(InvalidField):
             await jobs.events(job_id, 3, after=cursor)
 
@@ -216,9 +211,10 @@ async def test_what_a_worker_wrote_is_what_the_caller_sees(jobs: Jobs, redis: Re
         },
     )
     job = await jobs.get(job_id)
-    assert (job["status"], job["step"], job["steps"], job["attempts"]) == ("failed", 3, 10, 3)
-    assert (job["seconds_left"], job["started_at"], job["finished_at"]) == (None, 1.5, 2.5)
-    assert (job["metrics"], job["error"]) == ({"loss": 0.5}, {"code": "x", "message": "y"})
+    seen = job["bonsai"]
+    assert (job["status"], seen["step"], seen["steps"], seen["attempts"]) == ("failed", 3, 10, 3)
+    assert (seen["seconds_left"], seen["started_at"], job["finished_at"]) == (None, 1.5, 2)
+    assert (seen["metrics"], job["error"]) == ({"loss": 0.5}, {"code": "x", "message": "y", "param": None})
 
 
 async def test_redis_away_is_503_and_says_so(own_redis: RedisServer):

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis as blocking_redis
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from bon_algos.contracts import JobSpec
+from bon_algos.contracts import JobSpec, job_checkpoints_key
 from service.access import OPEN_TO_ALL
 from service.app import Gateway, create_app
 from service.errors import GatewayError, InvalidField, problem
@@ -269,10 +270,18 @@ def test_the_control_plane_answers_as_described(world: World):
     ask("GET", "/experiments/{route}", route="default")
     ask("DELETE", "/experiments/{route}", route="default")
     job = ask("POST", "/distill", {"method": {"type": "bon_forward_kl", "bon_forward_kl": {"n": 2}}, "n": 2})["id"]
-    ask("GET", "/distill")
-    ask("GET", "/distill/{job_id}", job_id=job)
+    body = {"model": "default", "training_file": "ledger:default", "method": {"type": "bon_sft", "bon_sft": {"n": 2}}}
+    ask("POST", "/v1/fine_tuning/jobs", body)
+    with blocking_redis.Redis.from_url(world.redis_url) as store:
+        store.hset(job_checkpoints_key(job), "20", json.dumps({"created_at": 1.5, "metrics": {"loss": 0.5}}))
+    for jobs in ("/distill", "/v1/fine_tuning/jobs"):
+        ask("GET", jobs)
+        ask("GET", jobs + "/{job_id}", job_id=job)
+        ask("POST", jobs + "/{job_id}/pause", job_id=job)
+        ask("POST", jobs + "/{job_id}/resume", job_id=job)
+        assert ask("GET", jobs + "/{job_id}/events", job_id=job)["data"]
+        assert ask("GET", jobs + "/{job_id}/checkpoints", job_id=job)["data"]
     ask("POST", "/distill/{job_id}/cancel", job_id=job)
-    assert ask("GET", "/distill/{job_id}/events", job_id=job)["data"]
     ask("POST", "/v1/feedback", {"response": said, "value": True})
     wait_until(lambda: bool(client.get(f"/v1/feedback?response={said}").json["data"]))
     ask("GET", "/v1/feedback", query=f"?response={said}")

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -173,12 +174,12 @@ async def go_through_jobs(redis: Redis, url: str) -> None:
     jobs = Jobs(redis, n_cap=64, max_lora_rank=32)
     submission = Idempotency.of("key", "POST /distill", "")
     first, second, third = [(await jobs.submit(job_spec(), key)).job_id for key in (submission, None, None)]
-    await jobs.cancel(third)
+    await jobs.grant("cancel", third)
     work(url, first, A)
     work(url, second, B)
     await jobs.submit(job_spec())
     producer = open_producer(url)
-    await Dispatcher(redis, lambda job_id: send_job(producer, job_id), seconds=5).reconcile()
+    await Dispatcher(redis, partial(send_job, producer), seconds=5).reconcile()
 
 
 def work(url: str, job_id: str, policy_id: str) -> None:
@@ -188,6 +189,7 @@ def work(url: str, job_id: str, policy_id: str) -> None:
         assert isinstance(epoch, int)
         lease = Lease(client, job_id, epoch, lease_seconds=60, heartbeat_seconds=10)
         lease.progress("training", 1, 2, {"loss": 0.5}, 1.0)
+        lease.tell_checkpoint(1, {"loss": 0.5}, kept=2)
         lease.finish_succeeded(policy(policy_id), "{}")
 
 

@@ -26,6 +26,7 @@ from tests.service.training_files import line, uploaded
 
 TYPED = {"Content-Type": "application/json"}
 ARMS = [{"policy": "base", "n": 2, "weight": 5000}, {"policy": "base", "n": 1, "weight": 5000}]
+JOBS = ("/distill", "/v1/fine_tuning/jobs")
 JOB = {"route": "chat", "n": 2, "method": {"type": "bon_sft", "bon_sft": {"n": 2}}}
 
 
@@ -118,9 +119,18 @@ def foreign(owned: Owned) -> dict[tuple[str, str], tuple[str, object]]:
         ("PUT", "/experiments/{route}"): ("/experiments/chat", {"arms": ARMS}),
         ("DELETE", "/experiments/{route}"): ("/experiments/chat", None),
         ("POST", "/distill"): ("/distill", JOB),
-        ("GET", "/distill/{job_id}"): (f"/distill/{owned.job}", None),
-        ("GET", "/distill/{job_id}/events"): (f"/distill/{owned.job}/events", None),
-        ("POST", "/distill/{job_id}/cancel"): (f"/distill/{owned.job}/cancel", None),
+        ("POST", "/v1/fine_tuning/jobs"): (
+            "/v1/fine_tuning/jobs",
+            {"model": "chat", "training_file": "ledger:chat", "method": JOB["method"]},
+        ),
+        **{
+            (method, f"{jobs}/{{job_id}}{path}"): (f"{jobs}/{owned.job}{path}", None)
+            for jobs in JOBS
+            for method, path in (
+                *(("GET", path) for path in ("", "/events", "/checkpoints")),
+                *(("POST", path) for path in ("/pause", "/resume", "/cancel")),
+            )
+        },
         ("GET", "/ledger/erasures/{erasure_id}"): (f"/ledger/erasures/{ERASURE}", None),
         ("GET", "/v1/files/{file_id}"): (f"/v1/files/{owned.file}", None),
         ("GET", "/v1/files/{file_id}/content"): (f"/v1/files/{owned.file}/content", None),
@@ -134,10 +144,9 @@ ERASURE = erasure_id(subject_digest("acme", "somebody"))
 WITHOUT_OBJECTS = {
     # Lists, of which `test_lists_hold_what_is_ones_own` looks at each.
     ("GET", "/v1/models"), ("GET", "/v1/feedback"), ("GET", "/routes"), ("GET", "/policies"), ("GET", "/distill"),
-    ("GET", "/keys"), ("GET", "/ledger"),
+    ("GET", "/v1/fine_tuning/jobs"), ("GET", "/keys"), ("GET", "/ledger"), ("GET", "/v1/files"),
     # Of a user of the caller's own tenant, whoever else has one of that name.
     ("POST", "/ledger/erasures"),
-    ("GET", "/v1/files"),
     # Of one's own, whatever others have of the same content: test_files.py.
     ("POST", "/v1/files"),
     ("GET", "/tags"), ("GET", "/audit"),
@@ -201,7 +210,7 @@ def test_lists_hold_what_is_ones_own(acme, others, who):
     assert ids(others[who], "/routes") == {"default"}
     assert ids(others[who], "/policies") == {BASE}
     assert ids(others[who], "/v1/models") == {"default", BASE}
-    assert ids(others[who], "/distill") == set()
+    assert ids(others[who], "/distill") == ids(others[who], "/v1/fine_tuning/jobs") == set()
     assert acme.response not in ids(others[who], "/ledger?limit=1000")
     assert acme.response in ids(acme.client, "/ledger?limit=1000")
     assert ids(others[who], f"/v1/feedback?response={acme.response}") == set()

@@ -13,15 +13,15 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from bon_algos.contracts import DISTILL_QUEUE
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.store import open_redis
 from tests.worker.forks import until
 
 COMMAND = (
-    *(sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-c", "1", "-Q", DISTILL_QUEUE),
+    *(sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-c", "1"),
     *("--without-gossip", "--without-mingle", "--loglevel", "INFO"),
 )
 
@@ -99,9 +99,7 @@ def reconciling(redis_url: str, *, seconds: float = 0.5) -> Iterator[None]:
     async def reconcile(stop: asyncio.Event) -> None:
         producer = open_producer(redis_url)
         async with open_redis(redis_url) as client:
-            loop = asyncio.create_task(
-                Dispatcher(client, lambda job_id: send_job(producer, job_id), seconds=seconds).run()
-            )
+            loop = asyncio.create_task(Dispatcher(client, partial(send_job, producer), seconds=seconds).run())
             await stop.wait()
             loop.cancel()
             await asyncio.gather(loop, return_exceptions=True)

@@ -11,6 +11,7 @@ import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import cast
 
@@ -116,9 +117,9 @@ class SmallJob:
         log = self.artefacts / "deliveries.log"
         return deliver(self.job_id, self.environment | environment, log, largest_file)
 
-    def frozen_at(self, point: str):
+    def frozen_at(self, point: str, **environment: str):
         """A delivery whose training has stopped at this place, and the training's process."""
-        delivery = self.deliver(resource.RLIM_INFINITY, **{FREEZE_AT: point})
+        delivery = self.deliver(resource.RLIM_INFINITY, **{FREEZE_AT: point}, **environment)
         training = until(lambda: training_of(delivery), "a training process")
         until(lambda: is_frozen(training) or not delivery.is_alive(), f"frozen at {point}")
         assert is_frozen(training), f"{point} was never passed\n{self.told()}"
@@ -194,6 +195,12 @@ class SmallJob:
         """The final states that the job's events tell of."""
         told = [{_text(k): _text(v) for k, v in entry.items()} for _, entry in self._events()]
         return [entry["state"] for entry in told if entry.get("state") in FINAL_JOB_STATES]
+
+    def reports(self) -> int:
+        """How often the newest attempt has told where it is."""
+        newest_first = (entry for _, entry in reversed(self._events()))
+        own = takewhile(lambda entry: b"attempt" not in entry, newest_first)
+        return sum(b"step" in entry for entry in own)
 
     def leftovers(self) -> list[str]:
         """What lies in the job's directory beside its window and its logs, once the next worker came by."""

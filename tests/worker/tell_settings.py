@@ -42,6 +42,8 @@ def tell(sender: Any, **_: Any) -> None:
         "child_commands": [Path(f"/proc/{one.pid}/cmdline").read_text().split("\0") for one in pool._pool._pool],
         "messages_ahead": sender.qos.value,
         "visibility_timeout": channel.visibility_timeout,
+        "queues": sorted(queue.name for queue in sender.task_consumer.queues),
+        "queue_order": channel.queue_order_strategy,
         "key_prefix": channel.global_keyprefix,
         "health_check_interval": channel.health_check_interval,
         "socket_timeout": polled._sock.gettimeout(),

@@ -3,7 +3,7 @@
 import pytest
 import redis
 
-from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE, DISTILL_TASK, HttpMember, RewardConfig
+from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES, DISTILL_TASK, HttpMember, RewardConfig
 from worker.app import broker_url, create_celery
 from worker.settings import WorkerSettings
 
@@ -36,10 +36,26 @@ def test_only_json_is_accepted_and_a_child_runs_one_job(celery):
 
 
 def test_a_message_lies_under_the_brokers_own_prefix_in_the_queue_of_the_task(celery, redis_url):
-    celery.send_task(DISTILL_TASK, args=["job_1"], queue=DISTILL_QUEUE)
+    celery.send_task(DISTILL_TASK, args=["job_1"], queue=DISTILL_QUEUES["normal"])
     with redis.Redis.from_url(redis_url, decode_responses=True) as client:
-        assert client.llen(f"{BROKER_PREFIX}{DISTILL_QUEUE}") == 1
+        assert client.llen(f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}") == 1
         assert all(key.startswith(BROKER_PREFIX) for key in client.scan_iter())
+
+
+def test_the_highest_class_that_has_something_comes_first(celery):
+    """Through Celery's own consumer: whatever came first, and again after each message."""
+    for priority in ("low", "normal", "high", "low", "high"):
+        celery.send_task(DISTILL_TASK, args=[priority], queue=DISTILL_QUEUES[priority])
+    came = []
+    with celery.connection_for_read() as connection:
+        consumer = celery.amqp.TaskConsumer(connection.channel(), on_message=lambda message: came.append(message))
+        consumer.qos(prefetch_count=1)
+        consumer.consume()
+        for count in range(1, 6):
+            while len(came) < count:
+                connection.drain_events(timeout=5)
+            came[-1].ack()
+    assert [message.decode()[0][0] for message in came] == ["high", "high", "normal", "low", "low"]
 
 
 def test_the_task_has_the_name_the_service_sends(celery):

@@ -10,7 +10,7 @@ import time
 import pytest
 import redis
 
-from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUE, OPEN_JOBS, job_key
+from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES, OPEN_JOBS, job_key
 from bon_algos.crash_points import FREEZE_AT
 from service.dispatch import open_producer, send_job
 from tests.fixtures.fault_proxy import FaultProxy
@@ -18,7 +18,7 @@ from tests.worker.celery_worker import CeleryWorker, reconciling
 from tests.worker.forks import is_frozen, until
 
 pytestmark = pytest.mark.slow
-QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUE}"
+QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
 UNWANTED = "job_9"
 
 
@@ -65,7 +65,7 @@ def test_F33_a_message_that_went_down_with_a_worker_is_sent_again(client, start,
     first = start()
     first.signal(signal.SIGSTOP)
     submit_unwanted(client)
-    send_job(open_producer(redis_url), UNWANTED)
+    send_job(open_producer(redis_url), UNWANTED, "normal")
     until(lambda: client.llen(QUEUE) == 0, "the message is popped")
     first.kill()
     start()

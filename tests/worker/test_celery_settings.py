@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bon_algos.contracts import BROKER_PREFIX
+from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES
 from tests.fixtures.fault_proxy import FaultProxy
 from tests.worker.celery_worker import CeleryWorker
 from tests.worker.forks import until
@@ -37,6 +37,8 @@ def told(shared_redis, tmp_path_factory):
         ("health_check_interval", 5),
         ("visibility_timeout", 3600),
         ("key_prefix", BROKER_PREFIX),
+        ("queues", sorted(DISTILL_QUEUES.values())),
+        ("queue_order", "sorted"),
         ("concurrency", 1),
         ("messages_ahead", 1),
         ("pool", "celery.concurrency.prefork"),

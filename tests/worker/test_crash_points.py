@@ -1,13 +1,18 @@
 """A worker that dies at any write ends its job once, with the policy of a worker that did not. Real processes, a real
 Redis, an engine over HTTP; one job for every place."""
 
+import os
+import signal
+
 import pytest
 
 from bon_algos.crash_points import CRASH_AT, WORKER_POINTS
 from tests.worker.forks import until
+from worker import checkpoint
 
 pytestmark = pytest.mark.slow
 GIVING_BACK = ("release.asked", "release.recorded")
+PARKING = ("park.asked", "park.recorded")
 LATER_PASSES = ("checkpoint.renamed:3", "progress.recorded:3", "adapter.lent:5")
 """Between two states of several, between two reports of steps, and while the finished policy is judged."""
 
@@ -25,7 +30,9 @@ def ends_once_with(job, digest):
     assert job.attempts <= 2
 
 
-@pytest.mark.parametrize("point", [*(point for point in WORKER_POINTS if point not in GIVING_BACK), *LATER_PASSES])
+@pytest.mark.parametrize(
+    "point", [*(point for point in WORKER_POINTS if point not in GIVING_BACK + PARKING), *LATER_PASSES]
+)
 def test_a_worker_killed_at_a_write_costs_the_job_nothing(point, small, undisturbed, engine):
     job = small()
     dies(job, point)
@@ -43,3 +50,21 @@ def test_a_worker_killed_while_it_gives_a_job_back_has_given_it_back(point, smal
     until(lambda: not job.is_held, "the lease runs out")
     job.run_to_its_end()
     ends_once_with(job, undisturbed)
+
+
+@pytest.mark.parametrize("point", PARKING)
+def test_a_worker_killed_while_it_parks_a_job_has_its_state_kept(point, small, undisturbed, engine):
+    """It was asked to stop between two steps. Killed before it said so, it counts as dead."""
+    job = small()
+    worker, training = job.frozen_at("checkpoint.renamed:2", **{CRASH_AT: point})
+    os.kill(training, signal.SIGTERM)
+    os.kill(training, signal.SIGCONT)
+    worker.join(30)
+    assert "ended with -9" in (job.artefacts / "deliveries.log").read_text(), job.told()
+    assert job.state == ("queued" if point == "park.recorded" else "running")
+    kept = checkpoint.newest(job.directory)
+    assert kept is not None
+    assert kept.step >= 2
+    job.run_to_its_end()
+    ends_once_with(job, undisturbed)
+    assert engine.adapters == {}

@@ -26,6 +26,7 @@ from bon_algos.contracts import (
     Window,
     adapter_digest,
     files_key,
+    job_checkpoints_key,
     job_key,
     policy_key,
     report_digest,
@@ -38,7 +39,7 @@ from worker import checkpoint, dataset
 from worker.distillation import Distillation, Workplace
 from worker.durable import sha256_file
 from worker.engine import Engines
-from worker.errors import EngineUnavailable, JobCancelled, JobFailed, LeaseLost
+from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobParked, LeaseLost
 from worker.evaluate import fingerprint
 from worker.job_process import read_tokenizer
 from worker.lease import Lease, claim
@@ -551,6 +552,70 @@ def test_cancellation_is_honoured_within_one_step(job, client):
     with pytest.raises(JobCancelled):
         attempt.train(training, window)
     assert training.done <= 1
+
+
+def test_a_paused_job_keeps_the_state_of_its_last_step_and_goes_on_to_the_same_policy(job, client, tmp_path):
+    """Paused between two states: the step that was under way is the last, and it is kept."""
+    job().run()
+    (expected,) = published(tmp_path)
+    client.delete(job_key(JOB), job_checkpoints_key(JOB))
+    first = job(every=100)
+    learn = first.progress.step
+
+    def asked_at_the_third(step, metrics):
+        if step == 3:
+            client.hset(job_key(JOB), "pause", 1)
+            first.lease.beat()
+        learn(step, metrics)
+
+    first.progress.step = asked_at_the_third
+    with pytest.raises(JobParked):
+        first.run()
+    first.lease.park()
+    kept = checkpoint.newest(first.directory)
+    assert kept is not None
+    assert (state(client), kept.step) == ("paused", 3)
+    assert [*client.hgetall(job_checkpoints_key(JOB))] == [b"3"]
+    client.hset(job_key(JOB), "state", "queued")
+    second = job()
+    second.run()
+    assert published(tmp_path) == [expected]
+    assert client.hget(job_key(JOB), "attempts") == b"2"
+    assert int(client.hget(job_key(JOB), "trained_tokens")) > second.tokens_trained > 0
+
+
+def test_a_job_that_is_paused_while_samples_are_drawn_leaves_nothing_in_the_engine(job, client, engine):
+    attempt = job("bond")
+    learn = attempt.progress.step
+
+    def asked_at_the_second(step, metrics):
+        if step == 2:
+            client.hset(job_key(JOB), "pause", 1)
+            attempt.lease.beat()
+        learn(step, metrics)
+
+    attempt.progress.step = asked_at_the_second
+    with pytest.raises(JobParked):
+        attempt.run()
+    assert engine.adapters == {}
+    kept = checkpoint.newest(attempt.directory)
+    assert kept is not None
+    assert kept.step == 2
+
+
+def test_a_job_that_pauses_before_its_report_trains_no_step_again(job, client):
+    first = job()
+    window = first.freeze()
+    training = first.open_training(window)
+    first.train(training, window)
+    client.hset(job_key(JOB), "pause", 1)
+    with pytest.raises(JobParked):
+        first.evaluate(training.policy, window)
+    first.lease.park()
+    client.hset(job_key(JOB), "state", "queued")
+    second = job()
+    second.run()
+    assert (state(client), second.tokens_trained) == ("succeeded", 0)
 
 
 def test_training_on_the_ledger_needs_no_engine_but_the_report_does(job, client, engine):

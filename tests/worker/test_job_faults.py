@@ -24,17 +24,18 @@ def cancel(job):
     async def asked():
         async with open_redis(job.redis_url) as client:
             await client.hset(f"bonsai:job:{JOB}", "spec", job.spec.model_dump_json())
-            return await Jobs(client, n_cap=64, max_lora_rank=32).cancel(JOB)
+            return await Jobs(client, n_cap=64, max_lora_rank=32).grant("cancel", JOB)
 
     return asyncio.run(asked())
 
 
 def reconcile(job, sent=None):
     """What a gateway's reconciler does in one pass."""
+    woken = [] if sent is None else sent
 
     async def one_pass():
         async with open_redis(job.redis_url) as client:
-            return await Dispatcher(client, [].append if sent is None else sent.append, seconds=0.001).reconcile()
+            return await Dispatcher(client, lambda job_id, _: woken.append(job_id), seconds=0.001).reconcile()
 
     return asyncio.run(one_pass())
 

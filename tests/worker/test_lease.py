@@ -9,9 +9,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from bon_algos.contracts import POLICIES_INDEX, PolicyRecord, job_events_key, job_key, policy_key
+from bon_algos.contracts import (
+    POLICIES_INDEX,
+    PolicyRecord,
+    job_checkpoints_key,
+    job_events_key,
+    job_key,
+    policy_key,
+)
 from worker import lease as leases
-from worker.errors import JobCancelled, JobHandedBack, LeaseLost
+from worker.errors import JobCancelled, JobParked, LeaseLost
 from worker.lease import Lease, claim
 
 JOB = "job_0"
@@ -139,6 +146,60 @@ def test_cancellation_arrives_with_the_next_word_from_redis(client):
     assert field(client, "state") == "cancelled"
 
 
+def test_a_wish_to_pause_stops_the_steps_and_lets_the_state_be_kept(client):
+    """What asks before a state is written is answered: the lease is held until the job is parked."""
+    submit(client)
+    lease = held(client, take(client))
+    client.hset(job_key(JOB), "pause", 1)
+    with pytest.raises(JobParked):
+        lease.progress("training", 1, 10, {}, None)
+    with pytest.raises(JobParked):
+        lease.check()
+    lease.confirm()
+    lease.park()
+    assert (field(client, "state"), field(client, "pause")) == ("paused", None)
+    assert take(client) == "paused"
+
+
+def test_a_job_that_is_to_go_on_before_it_has_stopped_is_queued_again(client):
+    submit(client)
+    lease = held(client, take(client))
+    client.hset(job_key(JOB), mapping={"pause": 1, "dispatched_at": 1})
+    lease.beat()
+    client.hdel(job_key(JOB), "pause")
+    lease.park()
+    assert (field(client, "state"), field(client, "dispatched_at")) == ("queued", None)
+    assert take(client) == 2
+
+
+def test_the_newest_states_are_told_of(client):
+    submit(client)
+    lease = held(client, take(client))
+    for step in (5, 10, 100):
+        lease.tell_checkpoint(step, {"loss": 1 / step}, kept=2)
+    kept = client.hgetall(job_checkpoints_key(JOB))
+    assert {step: json.loads(told)["metrics"]["loss"] for step, told in kept.items()} == {"10": 0.1, "100": 0.01}
+
+
+def test_time_is_spent_while_somebody_works_on_the_job(client):
+    """Until the worker is last heard of, over all attempts; not while the job waits for the next one."""
+    submit(client)
+
+    def as_if_seen(seconds_ago):
+        now = client.time()
+        client.hset(job_key(JOB), "seen_at", now[0] * 1000 + now[1] // 1000 - int(seconds_ago * 1000))
+
+    first = held(client, take(client))
+    as_if_seen(10)
+    first.beat()
+    expire(client)
+    as_if_seen(1000)
+    second = held(client, take(client))
+    as_if_seen(5)
+    second.finish_failed("code", "message")
+    assert 15_000 <= int(field(client, "spent_ms")) < 20_000
+
+
 def test_a_success_that_comes_after_the_cancellation_registers_nothing(client):
     submit(client)
     lease = held(client, take(client))
@@ -192,16 +253,20 @@ def test_who_is_to_leave_may_keep_its_state_first(client):
     lease.leave()
     lease.confirm()
     for stop in (lease.check, lambda: lease.wait(60), lambda: lease.progress("training", 1, 2, {}, None)):
-        with pytest.raises(JobHandedBack):
+        with pytest.raises(JobParked):
             stop()
 
 
-def test_a_job_handed_back_is_woken_for_at_once_and_has_failed_no_attempt(client):
+def test_a_job_whose_worker_leaves_is_queued_and_woken_for_at_once_and_has_failed_no_attempt(client):
     submit(client, dispatched_at=7)
-    assert leases.hand_back(client, JOB, take(client))
-    assert (field(client, "attempts"), field(client, "dispatched_at"), field(client, "last_error")) == ("0", None, None)
+    lease = held(client, take(client))
+    lease.leave()
+    lease.park()
+    fields = ("state", "dispatched_at", "last_error", "attempts", "parked")
+    assert [field(client, name) for name in fields] == ["queued", None, None, "1", "1"]
     assert take(client) == 2
-    assert not leases.hand_back(client, JOB, 1)
+    with pytest.raises(LeaseLost):
+        lease.park()
     assert take(client) == "held"
 
 

@@ -1,0 +1,83 @@
+"""The one state machine of distillation jobs: its states, what may follow on what, and the Lua that moves a job.
+
+Owns: the table below, and the only code that writes a job's state; every script that moves one, the gateway's and the
+worker's, begins with `JOB_LUA`. Does not own: who may ask for a move and when (service/jobs.py, service/dispatch.py,
+worker/lease.py), nor the other fields of a job (docs/redis.md).
+
+    queued ──claim──▶ running ──finish──▶ succeeded, failed, cancelled
+     ▲  │                │ │
+     │  └──pause──▶ paused ◀┘ the worker gave its lease back, or died, after it was asked to pause
+     └────resume────┘
+
+A running job is never moved by its owner's wish alone: `pause` and `cancel` are written beside the state, and whoever
+holds the lease, or finds it dead, moves it. Of both, cancellation wins. A queued or a paused job has no worker, so it
+is moved, or cancelled, at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final, Literal
+
+JobState = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+JobPriority = Literal["high", "normal", "low"]
+
+JOB_MOVES: Final[Mapping[JobState, tuple[JobState, ...]]] = MappingProxyType(
+    {
+        # failed: what it would have learned from was erased.
+        "queued": ("running", "paused", "failed", "cancelled"),
+        # running: another attempt, where the worker of the one before died. queued: given back with its state, because
+        # its worker is to stop, or because it was asked to pause and to go on before it had stopped.
+        "running": ("running", "queued", "paused", "succeeded", "failed", "cancelled"),
+        "paused": ("queued", "failed", "cancelled"),
+        "succeeded": (),
+        "failed": (),
+        "cancelled": (),
+    }
+)
+"""State -> what may follow on it."""
+FINAL_JOB_STATES: Final = tuple(state for state, moves in JOB_MOVES.items() if not moves)
+
+JOB_EVENTS_KEPT: Final = 10_000
+"""Of one job, about."""
+
+_NEXT: Final = ", ".join(f"{state} = ' {' '.join(moves)} '" for state, moves in JOB_MOVES.items())
+
+JOB_LUA: Final = (
+    f"local NEXT, EVENTS_KEPT = {{{_NEXT}}}, {JOB_EVENTS_KEPT}\n"
+    + """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function tell(job, events, ...)
+  local phase = redis.call('HGET', job, 'phase') or 'queued'
+  redis.call('XADD', events, 'MAXLEN', '~', EVENTS_KEPT, '*', 'phase', phase, ...)
+end
+
+local function move(job, events, state, ...)
+  local from = redis.call('HGET', job, 'state')
+  if not string.find(NEXT[from] or '', ' ' .. state .. ' ', 1, true) then
+    error('a job that is ' .. tostring(from) .. ' cannot become ' .. state)
+  end
+  redis.call('HSET', job, 'state', state)
+  if state ~= 'running' then
+    redis.call('HSET', job, 'lease_until', '0')
+    redis.call('HDEL', job, 'pause', 'seconds_left', 'estimated_finish')
+  end
+  if NEXT[state] == '  ' then
+    redis.call('HSET', job, 'phase', 'done', 'finished_at', string.format('%.3f', now / 1000))
+  end
+  tell(job, events, 'state', state, ...)
+end
+
+local function spend(job)
+  local seen = tonumber(redis.call('HGET', job, 'seen_at') or now)
+  redis.call('HINCRBY', job, 'spent_ms', string.format('%d', math.max(0, now - seen)))
+  redis.call('HSET', job, 'seen_at', string.format('%d', now))
+end
+"""
+)
+"""Defines `now`, ms on Redis' clock; `move(job, events, state, …)`, which refuses a move that is not in the table and
+appends an event with further fields; `tell(job, events, …)`, which appends one alone; `spend(job)`, which counts the
+time since the worker was last heard of as spent on the job."""

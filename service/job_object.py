@@ -1,0 +1,162 @@
+"""Jobs, their events and their checkpoints as the API shows them: OpenAI's objects, ours under `bonsai`.
+
+Owns: how a job's hash, an entry of its events and a kept state become JSON. Does not own: reading them (jobs.py), who
+may see them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+from bon_algos.contracts import FINAL_JOB_STATES, InterpolationSpec, JobSpec
+from service.training_file import name_of
+
+SHOWN_REASON: Final = 300
+"""Characters of what an attempt died of that fit into an event's message."""
+
+_STATES: Final = {
+    "queued": "The job is queued.",
+    "running": "Attempt {attempt} has begun.",
+    "paused": "The job is paused; its state is kept.",
+    "succeeded": "The job has succeeded.",
+    "failed": "The job has failed; its error says why.",
+    "cancelled": "The job is cancelled.",
+}
+
+
+def job_object(job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """The job of the API from the hash in Redis."""
+    spec = JobSpec.model_validate_json(fields["spec"])
+    state, is_running = fields["state"], fields["state"] == "running"
+    trained = int(fields.get("trained_tokens", 0))
+    return {
+        "id": job_id,
+        "object": "fine_tuning.job",
+        "status": state,
+        "created_at": _whole(fields, "created_at"),
+        "finished_at": _whole(fields, "finished_at"),
+        "estimated_finish": _whole(fields, "estimated_finish") if is_running else None,
+        "model": fields.get("model") or spec.route,
+        "fine_tuned_model": fields.get("policy_id") or None,
+        "training_file": name_of(spec),
+        "validation_file": None,
+        "result_files": [],
+        "method": {"type": spec.method.type, spec.method.type: spec.method.spec.model_dump(mode="json")},
+        "hyperparameters": _hyperparameters(spec),
+        "seed": spec.seed,
+        "metadata": spec.metadata,
+        "organization_id": fields["tenant"],
+        "trained_tokens": trained if state in FINAL_JOB_STATES else None,
+        "integrations": [],
+        "error": _error_object(fields),
+        "bonsai": {
+            "phase": fields.get("phase", "queued"),
+            "stopping": _stopping(fields) if is_running else None,
+            "step": int(fields.get("step", 0)),
+            "steps": int(fields.get("steps", 0)),
+            "metrics": _metrics(fields),
+            "seconds": int(fields.get("spent_ms", 0)) / 1000,
+            "seconds_left": _number(fields, "seconds_left") if is_running else None,
+            "tokens": {"trained": trained, "sampled": int(fields.get("sampled_tokens", 0))},
+            "attempts": int(fields.get("attempts", 0)),
+            "started_at": _number(fields, "started_at"),
+            "spec": spec.model_dump(mode="json"),
+            "report": json.loads(fields["report"]) if fields.get("report") else None,
+        },
+    }
+
+
+def event_object(event_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    metrics = _metrics(fields)
+    return {
+        "id": event_id,
+        "object": "fine_tuning.job.event",
+        "created_at": int(event_id.split("-")[0]) // 1000,
+        "level": "error" if fields.get("state") == "failed" else "warn" if "given_back" in fields else "info",
+        "message": _message(fields),
+        "type": "metrics" if metrics else "message",
+        "data": {
+            "phase": fields.get("phase"),
+            "status": fields.get("state"),
+            "step": int(fields["step"]) if "step" in fields else None,
+            "metrics": metrics,
+        },
+    }
+
+
+def checkpoint_object(job_id: str, step: str, kept: str) -> dict[str, Any]:
+    """A state that the job could go on from. No engine serves it: its name says whose it is."""
+    found = _read(kept)
+    return _checkpoint(job_id, int(step), int(found["created_at"]), f"{job_id}:step-{step}", found["metrics"])
+
+
+def finished_object(job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """What a job that has succeeded kept: its policy."""
+    step, at = int(fields.get("step", 0)), int(float(fields["finished_at"]))
+    return _checkpoint(job_id, step, at, fields["policy_id"], _metrics(fields))
+
+
+def _checkpoint(job_id: str, step: int, created_at: int, name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "id": f"{job_id}:step-{step}",
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": created_at,
+        "fine_tuned_model_checkpoint": name,
+        "fine_tuning_job_id": job_id,
+        "step_number": step,
+        "metrics": {"step": step, "train_loss": metrics.get("loss"), **metrics},
+    }
+
+
+def _message(fields: Mapping[str, str]) -> str:
+    if (state := fields.get("state")) is not None:
+        return _STATES[state].format(attempt=fields.get("attempt", "?"))
+    if (step := fields.get("checkpoint")) is not None:
+        return f"The state after step {step} is kept."
+    if (reason := fields.get("given_back")) is not None:
+        return f"The attempt ended early: {reason[-SHOWN_REASON:]}"
+    if (wish := fields.get("asked")) is not None:
+        return f"The job was asked to {wish}."
+    if fields.get("phase") == "training" and fields.get("step", "0") != "0":
+        return f"Step {fields['step']} is done."
+    return f"The job is {fields.get('phase')}."
+
+
+def _hyperparameters(spec: JobSpec) -> dict[str, Any]:
+    """In OpenAI's words; how long a job trains is its steps, whatever epochs they make."""
+    method = spec.method.spec
+    if isinstance(method, InterpolationSpec):
+        return {"batch_size": "auto", "learning_rate_multiplier": "auto", "n_epochs": "auto"}
+    default = type(method).model_fields["learning_rate"].default
+    times = round(method.learning_rate / default, 6)
+    return {"batch_size": method.prompts_per_step, "learning_rate_multiplier": times, "n_epochs": "auto"}
+
+
+def _stopping(fields: Mapping[str, str]) -> str | None:
+    """What a running job was asked for and has not come to yet."""
+    return "cancel" if fields.get("cancel") == "1" else "pause" if fields.get("pause") == "1" else None
+
+
+def _error_object(fields: Mapping[str, str]) -> dict[str, str | None] | None:
+    if not fields.get("error_code"):
+        return None
+    return {"code": fields["error_code"], "message": fields.get("error_message", ""), "param": None}
+
+
+def _metrics(fields: Mapping[str, str]) -> dict[str, float | None]:
+    return cast("dict[str, float | None]", _read(fields.get("metrics") or "{}"))
+
+
+def _read(text: str) -> dict[str, Any]:
+    """A metric that is not a number is null: JSON has no NaN."""
+    return cast("dict[str, Any]", json.loads(text, parse_constant=lambda _: None))
+
+
+def _number(fields: Mapping[str, str], name: str) -> float | None:
+    return float(fields[name]) if fields.get(name) else None
+
+
+def _whole(fields: Mapping[str, str], name: str) -> int | None:
+    return int(float(fields[name])) if fields.get(name) else None

@@ -123,7 +123,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             feedback=FeedbackBook(of_bytes, ledger, archive),
             learned=control.learned,
             limits=limits,
-            shadows=await stack.enter_async_context(shadowing(shadows)),
+            shadows=shadows,
             window=settings.max_model_len,
             n_cap=settings.n_cap,
             max_body_bytes=settings.max_body_bytes,
@@ -132,6 +132,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         )
         admit = partial(_admitted, engine, control.publishers, settings)
         await stack.enter_async_context(running_fleet(settings.engines, settings.policy_engines_file, admit))
+        # Ended before the engines are left, which wait for what is under way.
+        await stack.enter_async_context(shadowing(shadows))
         yield Gateway(serving, control)
 
 

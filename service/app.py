@@ -123,16 +123,22 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
             feedback=FeedbackBook(of_bytes, ledger, archive),
             learned=control.learned,
             limits=limits,
-            shadows=await stack.enter_async_context(shadowing(shadows)),
+            shadows=shadows,
             window=settings.max_model_len,
             n_cap=settings.n_cap,
             max_body_bytes=settings.max_body_bytes,
             settings_digest=settings.digest,
             holdout_share=settings.holdout_share,
         )
-        admit = partial(_admitted, engine, control.publishers, settings)
-        await stack.enter_async_context(running_fleet(settings.engines, settings.policy_engines_file, admit))
+        await stack.enter_async_context(_fleet(engine, control.publishers, settings))
+        # Ended before the engines are left, which wait for what is under way.
+        await stack.enter_async_context(shadowing(shadows))
         yield Gateway(serving, control)
+
+
+def _fleet(pool: EnginePool, publishers: Publishers, settings: GatewaySettings) -> AbstractAsyncContextManager[None]:
+    admit = partial(_admitted, pool, publishers, settings)
+    return running_fleet(settings.engines, settings.policy_engines_file, admit)
 
 
 def _limits(settings: GatewaySettings) -> Limits:

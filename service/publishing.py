@@ -70,7 +70,7 @@ def wanted_policies(snapshot: Snapshot, slots: int) -> list[str]:
     wanted: list[str] = []
     for policy_id in _by_need(snapshot):
         policy = snapshot.policies.get(policy_id)
-        usable = policy is not None and policy.manifest is not None and policy.state != "failed" and not policy.tainted
+        usable = policy is not None and policy.kind == "lora" and policy.state != "failed" and not policy.tainted
         if usable and policy_id not in wanted:
             wanted.append(policy_id)
     return wanted[:slots]

@@ -17,7 +17,6 @@ from pathlib import Path
 import redis
 import torch
 
-from bon_algos.algorithms import make_step
 from bon_algos.contracts import (
     DEFAULT_TENANT,
     BonRegressionSpec,
@@ -28,8 +27,9 @@ from bon_algos.contracts import (
     Manifest,
 )
 from bon_algos.logprobs import TokenGroup
-from bon_algos.steps import OnPolicyStep, SequenceLogprobs
-from worker import checkpoint, dataset, mixture
+from bon_algos.steps import SequenceLogprobs
+from worker import checkpoint, dataset, mixture, opening
+from worker.crew import crew
 from worker.dataset import FrozenWindow, PromptPool
 from worker.engine import Engines
 from worker.errors import JobFailed
@@ -44,15 +44,18 @@ from worker.evaluate import (
     require_same_policy,
     samples_needed,
 )
+from worker.full_weights import FullPolicy
 from worker.lease import Lease
 from worker.ledger import groups_newest_first
 from worker.loop import Loop
 from worker.mixture import require_same_sampler
-from worker.models import TrainedPolicy, open_policy
+from worker.models import TrainedPolicy, dtype_of, open_policy
+from worker.opening import TrainingPlan, prepare_torch
 from worker.patience import patiently
 from worker.progress import Progress
 from worker.publish import publish, read_published
 from worker.quantile_model import learned_log_quantiles
+from worker.ranks import ALONE, Parallelism, Ranks
 from worker.rollouts import Rollouts, spread
 from worker.train import Training
 
@@ -77,6 +80,9 @@ class Workplace:
     checkpoint_steps: int
     checkpoint_seconds: float
     engine_patience_seconds: float
+    processes: int = 1
+    """That train together."""
+    parallelism: Parallelism = "data"
 
 
 class Distillation:
@@ -104,17 +110,22 @@ class Distillation:
     def run(self) -> None:
         """Drive the job to its end. Raises what `errors` lists."""
         window, interpolation = self.freeze(), self.spec.method.interpolation
-        if interpolation is None:
-            training = self.open_training(window)
-            window = self.weighed(training.policy, window)
-            self.train(training, self.with_quantiles(training.policy, window))
-            policy = training.policy
-        else:
+        if interpolation is not None:
             policy = self.interpolated(interpolation)
             require_same_reference(policy, window.train)
-        report = self.evaluate(policy, window)
-        self.publish(policy, window, report)
+            self.conclude(policy, window)
+        else:
+            with crew(self.workplace.processes, self.workplace.device.type) as ranks:
+                training = self.open_training(window, ranks)
+                window = self.weighed(training.policy, window)
+                self.train(training, self.with_quantiles(training.policy, window))
+                self.conclude(self.as_served(training.policy), window)
         checkpoint.forget(self.directory)
+
+    def conclude(self, policy: TrainedPolicy, window: FrozenWindow) -> None:
+        # Engines serve adapters: of full weights there is nothing to draw.
+        report = None if isinstance(policy, FullPolicy) else self.evaluate(policy, window)
+        self.publish(policy, window, report)
 
     def freeze(self) -> FrozenWindow:
         self.progress.enter("freezing")
@@ -137,38 +148,52 @@ class Distillation:
             held_out_fraction=spec.held_out_fraction,
         )
 
-    def open_training(self, window: FrozenWindow) -> Training:
-        """The policy with its optimiser, where the newest state left it."""
-        method, place = self.spec.method.algorithm, self.workplace
-        step = make_step(method)
-        state = checkpoint.newest(self.directory)
-        threads = place.torch_threads if state is None else int(state.numbers["threads"])
-        prepare_torch(threads, place.device)
-        policy = open_policy(
-            place.policy_directory,
-            place.base_policy_id,
-            rank=method.lora_rank,
-            alpha=method.lora_alpha,
-            # An average of B is an average of B·A only while A stands still.
-            train_factor_a=not isinstance(step, OnPolicyStep),
-            seed=self.spec.seed,
-            device=place.device,
+    def open_training(self, window: FrozenWindow, ranks: Ranks = ALONE) -> Training:
+        """The policy with its optimiser on every rank, where the newest state left it."""
+        place, state = self.workplace, checkpoint.newest(self.directory)
+        plan = TrainingPlan(
+            spec=self.spec,
+            policy_directory=place.policy_directory,
+            base_policy_id=place.base_policy_id,
+            parent_directory=self.parent_directory(),
+            device_type=place.device.type,
+            threads=place.torch_threads if state is None else int(state.numbers["threads"]),
+            parallelism=place.parallelism,
+            job_directory=self.directory,
+            resumed_step=None if state is None else state.step,
         )
-        training = Training(
-            policy,
-            step,
-            steps=method.steps,
-            learning_rate=method.learning_rate,
-            warmup_steps=method.warmup_steps,
-            max_grad_norm=method.max_grad_norm,
-            seed=self.spec.seed,
-        )
+        if ranks.size > 1:
+            ranks.tell(plan.model_dump(mode="json"))
+        training = opening.open_training(plan, state, ranks)
         if state is not None:
-            training.resume(state)
             self.progress.resume(state.step, state.numbers["metrics"])
             log.info("resumed at step %d", state.step)
-        require_same_reference(policy, window.train)
+        require_same_reference(training.policy, window.train)
         return training
+
+    def parent_directory(self) -> Path | None:
+        """Of the adapter that is trained further. Raises JobFailed for one that the method's adapter cannot hold."""
+        place, method, parent_id = self.workplace, self.spec.method.algorithm, self.spec.training.start_from
+        if parent_id == "base":
+            return None
+        parent = read_published(place.client, place.artefacts, parent_id, place.base_policy_id, self.tenant)
+        if (parent.rank, parent.alpha) != (method.lora_rank, method.lora_alpha):
+            raise JobFailed(
+                "policy_unusable",
+                f"{parent_id} has lora_rank {parent.rank} and lora_alpha {parent.alpha:g}, and the method asks for "
+                f"{method.lora_rank} and {method.lora_alpha:g}: give the method the policy's",
+            )
+        return parent.directory
+
+    def as_served(self, policy: TrainedPolicy) -> TrainedPolicy:
+        """The policy in the precision that an engine serves it in, where it was trained in another."""
+        asked, device = self.spec.training.precision, self.workplace.device
+        if isinstance(policy, FullPolicy) or dtype_of(asked, device) == dtype_of(None, device):
+            return policy
+        method = self.spec.method.algorithm
+        served = self.open_adapter(method.lora_rank, method.lora_alpha)
+        served.load_factors(policy.factors)
+        return served
 
     def weighed(self, policy: TrainedPolicy, window: FrozenWindow) -> FrozenWindow:
         """The window with candidates of other policies weighed as the reference's, where it has any."""
@@ -204,17 +229,22 @@ class Distillation:
     def published(self, policy_id: str) -> TrainedPolicy:
         place = self.workplace
         parent = read_published(place.client, place.artefacts, policy_id, place.base_policy_id, self.tenant)
-        policy = open_policy(
+        policy = self.open_adapter(parent.rank, parent.alpha)
+        policy.load_adapter(parent.directory)
+        return policy
+
+    def open_adapter(self, rank: int, alpha: float) -> TrainedPolicy:
+        """In the engine's precision, to be asked and not to be trained."""
+        place = self.workplace
+        return open_policy(
             place.policy_directory,
             place.base_policy_id,
-            rank=parent.rank,
-            alpha=parent.alpha,
+            rank=rank,
+            alpha=alpha,
             train_factor_a=True,
             seed=self.spec.seed,
             device=place.device,
         )
-        policy.load_adapter(parent.directory)
-        return policy
 
     def train(self, training: Training, window: FrozenWindow) -> None:
         self.progress.enter("training")
@@ -256,26 +286,31 @@ class Distillation:
         sides = zip(pools, drawn[: len(pools)], drawn[len(pools) :], strict=True)
         return [Judged(pool, own, reference) for pool, own, reference in sides]
 
-    def publish(self, policy: TrainedPolicy, window: FrozenWindow, report: EvaluationReport) -> None:
+    def publish(self, policy: TrainedPolicy, window: FrozenWindow, report: EvaluationReport | None) -> None:
         self.progress.enter("publishing")
         adapter = self.attempt / "adapter"
-        policy.save_adapter(adapter)
-        proof = fingerprint(policy, window.held_out)
+        if isinstance(policy, FullPolicy):
+            policy.save(adapter, self.workplace.policy_directory)
+            proof = None
+        else:
+            policy.save_adapter(adapter)
+            proof = fingerprint(policy, window.held_out)
         self.lease.confirm()
         manifest = partial(self.manifest, window.data, report, policy.rank)
         record = publish(self.workplace.artefacts, adapter, proof, manifest)
-        self.lease.finish_succeeded(record, report.model_dump_json())
+        self.lease.finish_succeeded(record, "" if report is None else report.model_dump_json())
 
     def manifest(
-        self, data: DataWindow, report: EvaluationReport, rank: int, digest: str, files: dict[str, str]
+        self, data: DataWindow, report: EvaluationReport | None, rank: int, digest: str, files: dict[str, str]
     ) -> Manifest:
-        place, interpolation = self.workplace, self.spec.method.interpolation
+        place = self.workplace
         return Manifest(
             tenant=self.tenant,
             policy_id=f"pol-{digest[:16]}",
             digest=digest,
+            kind=self.spec.training.weights,
             base_policy_id=place.base_policy_id,
-            parent_policy_id=place.base_policy_id if interpolation is None else interpolation.policy,
+            parent_policy_id=self.parent_policy_id(),
             reward_model_id=place.engines.reward_model_id,
             job_id=self.lease.job_id,
             epoch=self.lease.epoch,
@@ -288,11 +323,12 @@ class Distillation:
             steps=self.steps,
         )
 
-
-def prepare_torch(threads: int, device: torch.device) -> None:
-    """Make a step repeatable: sums split over the same threads, kernels chosen the same way."""
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    def parent_policy_id(self) -> str:
+        """Whose weights these began as."""
+        if self.spec.method.interpolation is not None:
+            return self.spec.method.interpolation.policy
+        start = self.spec.training.start_from
+        return self.workplace.base_policy_id if start == "base" else start
 
 
 def require_same_reference(policy: TrainedPolicy, pools: Sequence[PromptPool]) -> None:

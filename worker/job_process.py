@@ -9,11 +9,9 @@ Exit 0: the job's state is settled, or is somebody else's to settle. Anything el
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
-import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +25,7 @@ from bon_algos.scoring import open_readers
 from worker import lease as leases
 from worker.errors import EngineUnavailable, JobCancelled, JobFailed, LeaseLost
 from worker.lease import Lease
+from worker.lifeline import die_with
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
 REDIS_TIMEOUT_SECONDS = 5.0
 
 
@@ -57,14 +55,6 @@ def main(job_id: str, epoch: int, parent: int) -> int:
     with client, lease:
         settle(client, lease, settings)
     return 0
-
-
-def die_with(parent: int) -> None:
-    """Be killed when the parent dies, however it dies; at once when it already has."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        sys.exit(f"the parent {parent} is gone")
 
 
 def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
@@ -111,6 +101,8 @@ def workplace(client: redis.Redis, engines: Engines, settings: WorkerSettings) -
         checkpoint_steps=settings.checkpoint_steps,
         checkpoint_seconds=settings.checkpoint_seconds,
         engine_patience_seconds=settings.engine_patience_seconds,
+        processes=settings.train_processes,
+        parallelism=settings.train_parallelism,
     )
 
 

@@ -118,6 +118,7 @@ from bon_algos.contracts.serving import (
     Tool,
     ToolCall,
 )
+from bon_algos.contracts.training import OFFLINE_METHODS, Precision, TrainingSetup
 
 __all__ = [
     "ADAPTER_FILES",
@@ -133,6 +134,7 @@ __all__ = [
     "LEDGER_RECORD",
     "LEDGER_STREAM",
     "METHOD_NAMES",
+    "OFFLINE_METHODS",
     "OPEN_JOBS",
     "POLICIES_INDEX",
     "POLICY_ID_PATTERN",
@@ -185,6 +187,7 @@ __all__ = [
     "PolicyId",
     "PolicyRecord",
     "PolicyState",
+    "Precision",
     "PrivateUrl",
     "Record",
     "RewardConfig",
@@ -200,6 +203,7 @@ __all__ = [
     "Tenant",
     "Tool",
     "ToolCall",
+    "TrainingSetup",
     "TrainingSpec",
     "VbonSpec",
     "VllmMember",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from bon_algos.contracts.methods import Method, MethodName
 from bon_algos.contracts.record import PolicyId, Record, RouteName
+from bon_algos.contracts.training import TrainingSetup
 
 
 class Window(Record):
@@ -31,6 +32,7 @@ class JobSpec(Record):
 
     route: RouteName = "default"
     method: Method
+    training: TrainingSetup = TrainingSetup()
     window: Window = Window()
     n: int = Field(16, ge=2, le=4096)
     """The best-of-n that the finished policy stands in for."""

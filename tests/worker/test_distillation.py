@@ -132,6 +132,7 @@ def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, e
     assert manifest.policy_id == policy_id == f"pol-{home.name[:16]}"
     assert (manifest.job_id, manifest.epoch, manifest.spec) == (JOB, 1, attempt.spec)
     assert manifest.data.groups == 24
+    assert manifest.report is not None
     assert manifest.report.prompts == manifest.data.held_out_groups
     assert checkpoint.newest(attempt.directory) is None  # an ended job keeps no states
 

@@ -28,7 +28,7 @@ from bon_algos.contracts import (
 )
 from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import SequenceLogprobs
-from worker import checkpoint, dataset, mixture, opening
+from worker import checkpoint, dataset, mixture
 from worker.crew import crew
 from worker.dataset import FrozenWindow, PromptPool
 from worker.engine import Engines
@@ -50,7 +50,7 @@ from worker.ledger import groups_newest_first
 from worker.loop import Loop
 from worker.mixture import require_same_sampler
 from worker.models import TrainedPolicy, dtype_of, open_policy
-from worker.opening import TrainingPlan, prepare_torch
+from worker.opening import TrainingPlan, begin, prepare_torch
 from worker.patience import patiently
 from worker.progress import Progress
 from worker.publish import publish, read_published
@@ -162,9 +162,7 @@ class Distillation:
             job_directory=self.directory,
             resumed_step=None if state is None else state.step,
         )
-        if ranks.size > 1:
-            ranks.tell(plan.model_dump(mode="json"))
-        training = opening.open_training(plan, state, ranks)
+        training = begin(plan, state, ranks)
         if state is not None:
             self.progress.resume(state.step, state.numbers["metrics"])
             log.info("resumed at step %d", state.step)

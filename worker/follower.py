@@ -20,7 +20,7 @@ from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import FreshGroup, LoggedGroup, RankedGroup
 from worker.errors import Stopped
 from worker.lifeline import die_with
-from worker.opening import TrainingPlan, open_training, state_of
+from worker.opening import BEGIN, TrainingPlan, open_training, state_of
 from worker.ranks import Ranks, join
 from worker.train import Training
 
@@ -50,20 +50,24 @@ CALLS: Final[Mapping[str, Callable[..., object]]] = {
 }
 
 
-def follow(training: Training, ranks: Ranks) -> None:
-    """Make the calls that rank 0 makes, until it says the end."""
+def follow(ranks: Ranks) -> None:
+    """Make the calls that rank 0 makes, until it says the end. The first begins a training."""
+    training: Training | None = None
     while (message := ranks.hear()) is not None:
         name, args, kwargs = message
-        CALLS[name](training, *args, **kwargs)
+        if name == BEGIN:
+            plan = TrainingPlan.model_validate(*args)
+            training = open_training(plan, state_of(plan), ranks)
+        else:
+            CALLS[name](training, *args, **kwargs)
 
 
 def main(rank: int, size: int, device_type: str, meeting: Path, parent: int) -> int:
     die_with(parent)
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s rank {rank} %(name)s %(message)s")
     ranks = join(rank, size, device_type, meeting)
-    plan = TrainingPlan.model_validate(ranks.hear())
     try:
-        follow(open_training(plan, state_of(plan), ranks), ranks)
+        follow(ranks)
     except Stopped as reason:
         log.info("stopped with rank 0: %s", reason)
     torch.distributed.destroy_process_group()

@@ -6,7 +6,7 @@ Owns the way from a plan to a training, on every rank alike. Does not own where 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
@@ -38,7 +38,16 @@ class TrainingPlan(Record):
     """Of the state in the job's directory that is taken up; None: there is none."""
 
 
-def open_training(plan: TrainingPlan, state: TrainingState | None, ranks: Ranks = ALONE) -> Training:
+BEGIN: Final = "begin"
+
+
+def begin(plan: TrainingPlan, state: TrainingState | None, ranks: Ranks) -> Training:
+    """Open the plan's training on this rank, the first, and on all others."""
+    with ranks.tells(BEGIN, plan.model_dump(mode="json")):
+        return open_training(plan, state, ranks)
+
+
+def open_training(plan: TrainingPlan, state: TrainingState | None, ranks: Ranks) -> Training:
     """The policy with its optimiser, where the state left it."""
     method, setup = plan.spec.method.algorithm, plan.spec.training
     prepare_torch(plan.threads, torch.device(plan.device_type))

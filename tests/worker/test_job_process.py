@@ -215,6 +215,49 @@ def test_a_process_that_dies_gives_its_job_back_with_the_end_of_its_log(client, 
     assert "nothing" in client.hget(job_key(JOB), "last_error")
 
 
+def follower_of(process):
+    """The pid of the other rank, once it is there."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: children.read_text().split(), "a second rank")
+    return int(children.read_text().split()[0])
+
+
+def test_ranks_die_together_and_the_next_attempt_ends_as_if_none_had(client, environment, start):
+    """Two processes train. kill -9 of either ends the attempt within seconds, and leaves nobody behind."""
+    environment["BONSAI_TRAIN_PROCESSES"] = "2"
+    artefacts = Path(environment["BONSAI_ARTEFACTS"])
+    submit(client)
+    expected = adapter_of(environment, run_to_its_end(client, start))
+    submit(client)
+    (artefacts / "policies").rename(artefacts / "first")
+    for killed_at, is_first in ((6, False), (22, True)):
+        process = start()
+        until(lambda at=killed_at: step_reached(client) >= at, f"step {killed_at}")
+        follower = follower_of(process)
+        killed, left = (process.pid, follower) if is_first else (follower, process.pid)
+        os.kill(killed, signal.SIGKILL)
+        died_at = time.monotonic()
+        assert process.wait(SECONDS) != 0
+        until(lambda pid=left: not is_alive(pid), "no rank left")
+        assert time.monotonic() - died_at < 10
+        if not is_first:
+            client.hset(job_key(JOB), "lease_until", 0)  # as the task does when its process fails
+    assert adapter_of(environment, run_to_its_end(client, start)) == expected
+    assert client.hget(job_key(JOB), "attempts") == "3"
+
+
+def test_cancellation_reaches_all_ranks(client, environment, start):
+    environment["BONSAI_TRAIN_PROCESSES"] = "2"
+    submit(client)
+    process = start()
+    until(lambda: step_reached(client) >= 1, "the first step")
+    follower = follower_of(process)
+    client.hset(job_key(JOB), "cancel", 1)
+    assert process.wait(SECONDS) == 0
+    assert client.hget(job_key(JOB), "state") == "cancelled"
+    assert not is_alive(follower)
+
+
 def test_a_message_for_a_job_that_is_held_starts_nothing(client, environment, tmp_path):
     submit(client)
     claim(client, JOB, lease_seconds=60, worker="elsewhere:1")

@@ -40,7 +40,7 @@ def check_parent(spec: JobSpec, parent: PolicyRecord) -> None:
     method, written = spec.method.algorithm, parent.manifest
     if written is None:
         return
-    held = {"lora_rank": written.lora_rank}
+    held: dict[str, float] = {"lora_rank": written.lora_rank}
     if written.spec.method.interpolation is None:
         held["lora_alpha"] = written.spec.method.algorithm.lora_alpha
     for name, value in held.items():

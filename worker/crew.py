@@ -17,22 +17,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
+import torch
 import torch.distributed
 
+from worker.errors import JobFailed, Stopped
 from worker.ranks import ALONE, Ranks, join
 
 log = logging.getLogger(__name__)
 
 LOST_A_RANK = 70
-"""Exit code of a job's process whose follower died; EX_SOFTWARE."""
+"""Exit code of a job's process that ends with its ranks; EX_SOFTWARE."""
 
 
 @contextmanager
 def crew(size: int, device_type: str) -> Iterator[Ranks]:
-    """The ranks of a job, this process the first; the others wait for a plan, and are gone with the block."""
+    """The ranks of a job, this process the first; the others wait for a plan, and are gone with the block.
+    Raises JobFailed where there are fewer devices."""
     if size == 1:
         yield ALONE
         return
+    if device_type == "cuda" and torch.cuda.device_count() < size:
+        seen = torch.cuda.device_count()
+        raise JobFailed("too_few_devices", f"BONSAI_TRAIN_PROCESSES is {size} and the worker sees {seen} CUDA devices")
     is_over = Event()
     with tempfile.TemporaryDirectory(prefix="bonsai-ranks-") as directory:
         meeting = Path(directory) / "meeting"
@@ -43,6 +49,12 @@ def crew(size: int, device_type: str) -> Iterator[Ranks]:
             ranks = join(0, size, device_type, meeting)
             yield ranks
             ranks.tell(None)
+        except Stopped:
+            raise
+        except Exception:
+            # Most often a rank died. What else would wait for it must not hold up the next attempt.
+            log.exception("training with %d ranks broke off", size)
+            os._exit(LOST_A_RANK)
         finally:
             is_over.set()
             for process in followers:

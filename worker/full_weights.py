@@ -27,6 +27,8 @@ SHARD_SIZE = "5GB"
 class FullPolicy(TrainedPolicy):
     """All weights in training, in float32; the reference is a copy of them."""
 
+    is_adapter = False
+
     def __init__(self, model: PreTrainedModel, ranks: Ranks = ALONE) -> None:
         self.model = model
         self.ranks = ranks

@@ -146,7 +146,7 @@ class Loop:
     # --- states ----------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self._training.logged_step is not None:
+        if self._training.logged_step is not None and self._training.policy.is_adapter:
             self._progress.step(self._training.done, self._measure_live())
         state = self._training.state({"metrics": self._progress.metrics})
         checkpoint.save(self._attempt, state, self._lease.confirm)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,6 +43,9 @@ ROWS_TOKENS = 16_384
 
 class TrainedPolicy:
     """A base model with one adapter in training. All parameters that train are float32."""
+
+    is_adapter: ClassVar = True
+    """Whether an engine can load it beside the base model."""
 
     def __init__(
         self,

@@ -19,17 +19,15 @@ pytestmark = pytest.mark.slow
 
 STEPS = 5
 COMMON = {"steps": STEPS, "prompts_per_step": 4, "lora_rank": 8, "learning_rate": 1e-2, "warmup_steps": 2}
-METHODS = {
-    name: Method(type=name, **{name: COMMON | own})
-    for name, own in {
-        "bon_forward_kl": {"n": 8},
-        "bon_sft": {"n": 8},
-        "bonbon_consistent": {"n": 8},
-        "offline_bond": {"n": 8, "averaged_steps": 3, "interpolation": 0.9},
-        "jbond": {"anchor_rate": 0.3},
-        "vbon": {"n": 8},
-    }.items()
+OWN: dict[str, dict[str, float]] = {
+    "bon_forward_kl": {"n": 8},
+    "bon_sft": {"n": 8},
+    "bonbon_consistent": {"n": 8},
+    "offline_bond": {"n": 8, "averaged_steps": 3, "interpolation": 0.9},
+    "jbond": {"anchor_rate": 0.3},
+    "vbon": {"n": 8},
 }
+METHODS = {name: Method.model_validate({"type": name, name: COMMON | own}) for name, own in OWN.items()}
 LEAN = TrainingSetup(accumulation=2, gradient_checkpointing=True)
 FULL = TrainingSetup(weights="full")
 LEAN_FULL = TrainingSetup(weights="full", accumulation=2, gradient_checkpointing=True)

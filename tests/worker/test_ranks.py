@@ -4,6 +4,7 @@ do over NCCL is the `gpu` test's."""
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bon_algos.contracts import JobSpec, Method, TrainingSetup
 from bon_algos.logprobs import TokenGroup
@@ -116,6 +117,16 @@ def test_weights_are_spread_and_the_step_is_the_same(method, setup, tiny_policy,
             rtol=0,
             atol=1e-4,
         )
+
+
+def test_a_head_that_is_the_embeddings_is_spread_with_nothing(tiny_policy, tiny_window, tmp_path, pair):
+    config = LlamaConfig.from_pretrained(tiny_policy, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    alone = finished(planned(tmp_path / "tied", tmp_path, "bon_sft", FULL), tiny_window)
+    both = finished(planned(tmp_path / "tied", tmp_path, "bon_sft", FULL, parallelism="fsdp"), tiny_window, pair)
+    with pair.tells("factors"):
+        assert_close(both.policy.factors, alone.policy.factors)
 
 
 @pytest.mark.parametrize("first", ["alone", "spread"])

@@ -128,12 +128,18 @@ async def open_control(
             artefacts=artefacts,
             max_body_bytes=max_body_bytes,
         )
-        with suppress(StoreUnavailable, StoreFull):
-            # The first request is held against the keys there are, where Redis says which.
-            await key_ring.refresh()
-        loops = [catalogue.run(), key_ring.run(), control.dispatcher.run(), control.learned.run()]
-        async with running_loops(*loops):
+        async with _running(control):
             yield control
+
+
+@asynccontextmanager
+async def _running(control: Control) -> AsyncGenerator[None]:
+    with suppress(StoreUnavailable, StoreFull):
+        # The first request is held against the keys there are, where Redis says which.
+        await control.key_ring.refresh()
+    parts = (control.catalogue, control.key_ring, control.dispatcher, control.learned)
+    async with running_loops(*(part.run() for part in parts)):
+        yield
 
 
 def _default_route(base_policy: str, reward_model: str, *, n_cap: int, max_tokens: int) -> Route:

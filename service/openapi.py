@@ -31,7 +31,8 @@ from service.errors import (
     Unparseable,
     UnsupportedMediaType,
 )
-from service.operations import OPERATIONS, Operation, Parameter
+from service.operation import Operation, Parameter
+from service.operations import OPERATIONS
 from service.replies import TEXT, WHOLE, Named, Schema, maybe, members
 from service.schemas import Schemas
 

@@ -7,13 +7,10 @@ Owns: one row for each route. Does not own: what a row says of every operation a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final
 
-from pydantic import BaseModel
-
-from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, JobSpec, PolicyReport
-from service import job_replies, ledger_replies, replies, training_replies
+from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, PolicyReport
+from service import ledger_replies, replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.erasures import ErasureRequest
 from service.errors import (
@@ -24,11 +21,8 @@ from service.errors import (
     EngineRefused,
     EngineUnavailable,
     ExperimentNotFound,
-    FileNotFound,
     Forbidden,
-    GatewayError,
     InvalidField,
-    JobNotFound,
     KeyNotFound,
     NotAcceptable,
     NotFound,
@@ -45,81 +39,27 @@ from service.errors import (
 )
 from service.experiment_store import ExperimentRequest
 from service.feedback import FeedbackRequest
-from service.file_form import FileForm
-from service.fine_tuning_body import FineTuningRequest
 from service.generation import GenerateRequest
-from service.idempotency import HEADER, MAX_LENGTH
 from service.keys import KeyRequest
 from service.ledger_query import DEFAULT_LIMIT as PAGE_ROWS
 from service.ledger_query import FIELDS
 from service.ledger_query import MAX_LIMIT as PAGE_LIMIT
 from service.openai_bodies import ChatBody, CompletionBody
-from service.replies import Schema
+from service.operation import ONCE, PAGE, Body, Operation, header, query
 from service.report_files import FORMATS
-from service.routes.admin import DEFAULT_LIMIT, MAX_LIMIT
 from service.routes.generate import MAX_UNIT_LENGTH
 from service.routes.ledger import MAX_NAME
 from service.routes.policies import PromoteRequest
 from service.routing import RouteRequest
-
-Nulls = Literal["as declared", "refused", "left out", "left out at the top"]
-"""What a null does to a member that may be left out: what its type says, an error, or the same as leaving it out;
-the last of the body's own members alone."""
-
-
-class Body(NamedTuple):
-    model: type[BaseModel]
-    example: Mapping[str, Any]
-    nulls: Nulls = "as declared"
-    media_type: str = "application/json"
-
-
-class Parameter(NamedTuple):
-    name: str
-    place: Literal["query", "header"]
-    schema: Mapping[str, Any]
-    description: str
-
-
-class Operation(NamedTuple):
-    summary: str
-    replies: Mapping[int, Schema]
-    """Of success, and what answers in no error's form."""
-    body: Body | None = None
-    parameters: tuple[Parameter, ...] = ()
-    errors: tuple[type[GatewayError], ...] = ()
-    """Beside those of every operation."""
-    headers: tuple[str, ...] = ()
-    """That what was made (201, 202) comes with, beside those of every reply."""
-    streams: bool = False
-    """A success may be a stream of events instead."""
-    media: tuple[str, ...] = ()
-    """Other forms of a success, for who asks for them."""
-    media_type: str = "application/json"
-    """Of a success."""
-
-
-def _query(name: str, description: str, **schema: Any) -> Parameter:
-    return Parameter(name, "query", MappingProxyType(schema), description)
-
-
-def _header(name: str, description: str, **schema: Any) -> Parameter:
-    return Parameter(name, "header", MappingProxyType({"type": "string", **schema}), description)
-
+from service.training_operations import TRAINING_OPERATIONS
 
 MAX_SECONDS: Final = 1e12
-LIMIT: Final = _query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)
-AFTER: Final = _query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
-PAGE: Final = (LIMIT, AFTER)
-ONCE: Final = _header(
-    HEADER, "The same request is carried out once in 24 h.", minLength=1, maxLength=MAX_LENGTH, pattern="^[!-~]+$"
-)
-ARM: Final = _header(
+ARM: Final = header(
     "x-bonsai-arm",
     "POLICY:N, forces an arm; for admins and operators.",
     pattern=f"^(base|live|{POLICY_ID_PATTERN.strip('^$')}):[0-9]{{1,6}}$",
 )
-UNIT: Final = _header(
+UNIT: Final = header(
     "x-bonsai-unit",
     "Whom an experiment's arm sticks to.",
     minLength=1,
@@ -142,43 +82,12 @@ COMPLETING: Final = (
     StoreFull,
 )
 
-JOB_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
-    ("GET", ""): Operation("All jobs", {200: replies.listed(job_replies.JOB)}, parameters=PAGE, errors=(InvalidField,)),
-    ("GET", "/{job_id}"): Operation("A job", {200: job_replies.JOB}, errors=(JobNotFound, InvalidField)),
-    ("GET", "/{job_id}/events"): Operation(
-        "What a job went through, or goes through, oldest first",
-        {200: replies.listed(job_replies.EVENT), 204: None},
-        parameters=(
-            *PAGE,
-            _query("stream", "As with `Accept: text/event-stream`.", type="string", enum=["true", "false"]),
-            _header("Last-Event-ID", "Of a stream: the id behind which it goes on.", pattern="^[0-9]+-[0-9]+$"),
-        ),
-        errors=(JobNotFound, InvalidField, RateLimited, Overloaded),
-        streams=True,
-    ),
-    ("GET", "/{job_id}/checkpoints"): Operation(
-        "The states of its training that are kept",
-        {200: replies.listed(job_replies.CHECKPOINT)},
-        parameters=PAGE,
-        errors=(JobNotFound, InvalidField),
-    ),
-    **{
-        ("POST", f"/{{job_id}}/{wish}"): Operation(
-            f"{wish.capitalize()} a job",
-            {200: job_replies.JOB},
-            errors=(JobNotFound, Conflict, StoreFull, InvalidField),
-        )
-        for wish in ("pause", "resume", "cancel")
-    },
-}
-"""Under each of the two names that jobs have."""
-
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/generate"): Operation(
         "The best of n completions",
         {200: replies.GENERATION},
         Body(GenerateRequest, {"prompt": "A good review begins:", "n": 4, "max_tokens": 16}, nulls="refused"),
-        (_query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, ONCE),
+        (query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, ONCE),
         COMPLETING,
     ),
     ("POST", "/v1/completions"): Operation(
@@ -224,8 +133,8 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "The feedback that counts",
         {200: replies.listed(replies.FEEDBACK)},
         parameters=(
-            _query("response", "The id of a reply; this or session.", type="string"),
-            _query("session", "`metadata.session` of some requests; this or response.", type="string"),
+            query("response", "The id of a reply; this or session.", type="string"),
+            query("session", "`metadata.session` of some requests; this or response.", type="string"),
         ),
         errors=(NotFound, InvalidField),
     ),
@@ -240,9 +149,9 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "What best-of-k would have earned, k from 1 to n",
         {200: replies.CURVE},
         parameters=(
-            _query("groups", "The newest.", type="integer", minimum=1, maximum=MOST_GROUPS, default=DEFAULT_GROUPS),
-            _query("n", "Left out: the most frequent n.", type="integer", minimum=2),
-            _query("loss", "Share of the gain.", type="number", minimum=0, maximum=1, default=DEFAULT_LOSS),
+            query("groups", "The newest.", type="integer", minimum=1, maximum=MOST_GROUPS, default=DEFAULT_GROUPS),
+            query("n", "Left out: the most frequent n.", type="integer", minimum=2),
+            query("loss", "Share of the gain.", type="number", minimum=0, maximum=1, default=DEFAULT_LOSS),
         ),
         errors=(RouteNotFound, Conflict, InvalidField),
     ),
@@ -272,8 +181,8 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "The whole report of a policy on held-out prompts",
         {200: PolicyReport, 304: None},
         parameters=(
-            _query("format", "Left out: the one that Accept likes best.", type="string", enum=[*FORMATS]),
-            _header("If-None-Match", "An ETag: 304 while the report is that one."),
+            query("format", "Left out: the one that Accept likes best.", type="string", enum=[*FORMATS]),
+            header("If-None-Match", "An ETag: 304 while the report is that one."),
         ),
         errors=(PolicyNotFound, ReportNotFound, NotAcceptable, InvalidField),
         headers=("ETag",),
@@ -289,65 +198,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         (ONCE,),
         (PolicyNotFound, RouteNotFound, Conflict, StoreFull),
     ),
-    ("POST", "/distill"): Operation(
-        "Submit a distillation, or be told what it would learn from",
-        {202: job_replies.JOB, 200: training_replies.DRY_RUN},
-        Body(
-            JobSpec,
-            {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
-        ),
-        (_query("dry_run", "Nothing is submitted: the reply is of the data.", type="boolean", default=False), ONCE),
-        (RouteNotFound, PolicyNotFound, FileNotFound, Overloaded, StoreFull),
-        headers=("Location",),
-    ),
-    ("POST", "/v1/fine_tuning/jobs"): Operation(
-        "Submit a distillation as OpenAI's clients do",
-        {200: job_replies.JOB},
-        Body(
-            FineTuningRequest,
-            {"model": "default", "training_file": "ledger:default", "method": {"type": "bond", "bond": {"steps": 200}}},
-            nulls="left out at the top",
-        ),
-        (ONCE,),
-        (RouteNotFound, PolicyNotFound, StoreFull),
-        headers=("Location",),
-    ),
-    **{
-        (method, f"{prefix}{path}"): operation
-        for prefix in ("/distill", "/v1/fine_tuning/jobs")
-        for (method, path), operation in JOB_OPERATIONS.items()
-    },
-    ("POST", "/v1/files"): Operation(
-        "Upload what jobs can learn from",
-        {200: training_replies.FILE},
-        Body(
-            FileForm,
-            {"purpose": "fine-tune", "file": '{"prompt": "1+1=", "completions": ["2", "3"], "rewards": [1.0, 0.0]}'},
-            media_type="multipart/form-data",
-        ),
-        errors=(Conflict, StoreFull),
-    ),
-    ("GET", "/v1/files"): Operation(
-        "All files",
-        {200: replies.listed(training_replies.FILE)},
-        parameters=(
-            _query("purpose", "Only files for this; there is one.", type="string"),
-            _query("limit", "Rows.", type="integer", minimum=1, maximum=10_000, default=1000),
-            AFTER,
-            _query("order", "By the time of their upload.", enum=["asc", "desc"], default="desc"),
-        ),
-        errors=(InvalidField,),
-    ),
-    ("GET", "/v1/files/{file_id}"): Operation("A file", {200: training_replies.FILE}, errors=(FileNotFound,)),
-    ("GET", "/v1/files/{file_id}/content"): Operation(
-        "What is in a file",
-        {200: training_replies.CONTENT},
-        errors=(FileNotFound,),
-        media_type="application/octet-stream",
-    ),
-    ("DELETE", "/v1/files/{file_id}"): Operation(
-        "Delete a file", {200: training_replies.DELETED_FILE}, errors=(FileNotFound, Conflict, StoreFull)
-    ),
+    **TRAINING_OPERATIONS,
     ("PUT", "/experiments/{route}"): Operation(
         "Start an experiment or raise a weight",
         {200: replies.EXPERIMENT},
@@ -390,19 +241,17 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "What was logged, newest first",
         {200: ledger_replies.LEDGER_PAGE},
         parameters=(
-            _query("route", "Of this route.", type="string", pattern=ROUTE_PATTERN),
-            _query("policy", "Drawn or answered by this policy.", type="string", pattern=POLICY_ID_PATTERN),
-            _query(
-                "since", "Made at or after, seconds since the epoch.", type="number", minimum=0, maximum=MAX_SECONDS
-            ),
-            _query("until", "Made at or before.", type="number", minimum=0, maximum=MAX_SECONDS),
-            _query("user", "Asked for by this user.", type="string", minLength=1, maxLength=MAX_NAME),
-            _query("session", "Of this session.", type="string", minLength=1, maxLength=MAX_NAME),
-            _query("has_feedback", "Whether somebody said something about it.", type="boolean"),
-            _query("min_reward", "Of what was served.", type="number", minimum=-MAX_SECONDS, maximum=MAX_SECONDS),
-            _query("limit", "Rows.", type="integer", minimum=1, maximum=PAGE_LIMIT, default=PAGE_ROWS),
-            _query("cursor", "`next_cursor` of the page before, with the same filters.", type="string", minLength=1),
-            _query("fields", f"Some of {', '.join(FIELDS)}, with commas between.", type="string", minLength=1),
+            query("route", "Of this route.", type="string", pattern=ROUTE_PATTERN),
+            query("policy", "Drawn or answered by this policy.", type="string", pattern=POLICY_ID_PATTERN),
+            query("since", "Made at or after, seconds since the epoch.", type="number", minimum=0, maximum=MAX_SECONDS),
+            query("until", "Made at or before.", type="number", minimum=0, maximum=MAX_SECONDS),
+            query("user", "Asked for by this user.", type="string", minLength=1, maxLength=MAX_NAME),
+            query("session", "Of this session.", type="string", minLength=1, maxLength=MAX_NAME),
+            query("has_feedback", "Whether somebody said something about it.", type="boolean"),
+            query("min_reward", "Of what was served.", type="number", minimum=-MAX_SECONDS, maximum=MAX_SECONDS),
+            query("limit", "Rows.", type="integer", minimum=1, maximum=PAGE_LIMIT, default=PAGE_ROWS),
+            query("cursor", "`next_cursor` of the page before, with the same filters.", type="string", minLength=1),
+            query("fields", f"Some of {', '.join(FIELDS)}, with commas between.", type="string", minLength=1),
         ),
         errors=(InvalidField,),
     ),

@@ -27,7 +27,7 @@ from bon_algos.contracts import (
 )
 from service.access import GATEWAY, Caller
 from service.audit import audit_entry
-from service.errors import Conflict, PolicyNotFound, RouteNotFound
+from service.errors import Conflict, InvalidField, PolicyNotFound, RouteNotFound
 from service.idempotency import Idempotency
 from service.store import transact
 
@@ -156,7 +156,7 @@ def policy_object(policy: PolicyRecord, routes: Iterable[Route], served: frozens
         "fingerprint": None if policy.fingerprint is None else policy.fingerprint.model_dump(mode="json"),
         "base_policy": policy.id if manifest is None else manifest.base_policy_id,
         "job": None if manifest is None else manifest.job_id,
-        "report": None if manifest is None else manifest.report.model_dump(mode="json"),
+        "report": None if manifest is None or manifest.report is None else manifest.report.model_dump(mode="json"),
         "manifest": None if manifest is None else manifest.model_dump(mode="json"),
     }
 
@@ -170,6 +170,13 @@ def _named(routes: dict[str, Route], name: str) -> Route:
 def _require_promotable(policy: PolicyRecord, route: Route, served: frozenset[str]) -> None:
     if policy.kind == "base":
         raise Conflict("a base policy answers by best-of-n: roll the route back instead", code="policy_is_base")
+    if policy.kind == "full":
+        raise InvalidField(
+            "engines serve adapters beside their model: full weights are for export, and a job with training.weights "
+            "lora makes what can be promoted",
+            param="policy",
+            code="export_only",
+        )
     if route.live_policy == policy.id:
         raise Conflict("the policy is live on this route already", code="already_live")
     if policy.state == "failed" or policy.tainted:

@@ -80,7 +80,7 @@ def wanted_policies(snapshot: Snapshot) -> list[str]:
 
 
 def _is_usable(policy: PolicyRecord) -> bool:
-    return policy.manifest is not None and policy.state != "failed" and not policy.tainted
+    return policy.kind == "lora" and policy.state != "failed" and not policy.tainted
 
 
 def _by_need(snapshot: Snapshot) -> Iterator[str]:

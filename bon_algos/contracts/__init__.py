@@ -158,6 +158,7 @@ from bon_algos.contracts.serving import (
     Tool,
     ToolCall,
 )
+from bon_algos.contracts.training import OFFLINE_METHODS, Precision, TrainingSetup
 
 __all__ = [
     "ADAPTER_FILES",
@@ -181,6 +182,7 @@ __all__ = [
     "LEDGER_RECORD",
     "LEDGER_STREAM",
     "METHOD_NAMES",
+    "OFFLINE_METHODS",
     "OPEN_JOBS",
     "POLICIES_INDEX",
     "POLICY_ID_PATTERN",
@@ -255,6 +257,7 @@ __all__ = [
     "PolicyRecord",
     "PolicyReport",
     "PolicyState",
+    "Precision",
     "PrivateUrl",
     "Record",
     "Refusals",
@@ -281,6 +284,7 @@ __all__ = [
     "Tool",
     "ToolCall",
     "TrainingRow",
+    "TrainingSetup",
     "TrainingSpec",
     "Trouble",
     "VbonSpec",

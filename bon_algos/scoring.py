@@ -98,7 +98,7 @@ class VllmReader:
         """Too long is a failure, never cut; so is a conversation that the model's template refuses.
 
         What surely fits goes out as text, and the engine makes the same tokens of it: to count them here as well would
-        cost as much as all the rest of a request (docs/decisions/0013).
+        cost as much as all the rest of a request (docs/decisions/0014).
         """
         scores, texts = [], {}
         for (prompt, messages), same_prompt in groupby(enumerate(completions), key=lambda one: one[1][:2]):

@@ -244,7 +244,7 @@ def test_a_second_reward_model_is_a_process_of_its_own_that_the_worker_is_told(
     make_plan: MakePlan, tmp_path: Path, rewards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     specs = specs_of(make_plan(judge_function="rewards:reward"), tmp_path)
-    assert list(specs) == ["redis", "policy", "reward", "judge", "gateway", "worker"]
+    assert list(specs) == ["redis", "policy", "reward", "judge", "gateway", "worker", "compactor"]
     argv = specs["judge"].argv
     assert argv[1:4] == ("-m", "bonsai.function_reward", "rewards:reward")
     for name, value in specs["worker"].environment.items():

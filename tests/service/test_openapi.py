@@ -139,10 +139,17 @@ def query_read(endpoint: Callable[..., object]) -> set[str]:
     for call in calls(endpoint):
         match call.func:
             case ast.Name(id="query_parameters"):
-                names |= set(ast.literal_eval(call.args[1]))
+                names |= set(_value_of(call.args[1], endpoint))
             case ast.Name(id="page_of"):
                 names |= query_read(page_of)
     return names
+
+
+def _value_of(argument: ast.expr, endpoint: Callable[..., Any]) -> tuple[str, ...]:
+    """Written out, or the name of a constant."""
+    if isinstance(argument, ast.Name):
+        return tuple(endpoint.__globals__[argument.id])
+    return tuple(ast.literal_eval(argument))
 
 
 @pytest.mark.parametrize("named", OPERATIONS, ids=" ".join)

@@ -16,20 +16,17 @@ from typing import Any, Final, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
 import aiohttp
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from bon_algos.contracts import (
-    FINAL_JOB_STATES,
-    DataReport,
-    EvaluationReport,
     FingerprintResult,
     Interval,
     JobSpec,
-    JobState,
     Manifest,
     PolicyReport,
     PolicyState,
 )
+from bonsai.job_replies import DryRun, Job, JobEvent, JobPage, Reply
 
 _Reply = TypeVar("_Reply", bound=BaseModel)
 
@@ -61,12 +58,6 @@ class RequestRefused(BonsaiError):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.status} {self.code})"
-
-
-class Reply(BaseModel):
-    """Part of a reply; what else stands there is ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Choice(Reply):
@@ -114,61 +105,6 @@ class Generation(Reply):
     usage: Usage
     choices: tuple[Choice, ...] = ()
     warnings: tuple[str, ...] = ()
-
-
-class JobError(Reply):
-    code: str
-    message: str
-
-
-class JobDetails(Reply):
-    """What OpenAI's object has no member for."""
-
-    phase: str | None = None
-    stopping: str | None = None
-    """What a running job was asked for and has not come to yet."""
-    step: int = 0
-    steps: int = 0
-    metrics: dict[str, float | None] = Field(default_factory=dict)
-    seconds: float = 0.0
-    """That workers have spent on it, over all attempts."""
-    seconds_left: float | None = None
-    attempts: int = 0
-    report: EvaluationReport | None = None
-
-
-class Job(Reply):
-    id: str
-    status: JobState
-    created_at: int | None = None
-    fine_tuned_model: str | None = None
-    """The policy that came out."""
-    error: JobError | None = None
-    details: JobDetails = Field(default=JobDetails(), validation_alias=AliasChoices("bonsai", "details"))
-
-    @property
-    def is_final(self) -> bool:
-        return self.status in FINAL_JOB_STATES
-
-
-class JobPage(Reply):
-    data: tuple[Job, ...]
-    has_more: bool
-
-
-class JobEvent(Reply):
-    id: str
-    created_at: int
-    level: str
-    message: str
-
-
-class DryRun(Reply):
-    """What a job would learn from."""
-
-    data: DataReport
-    expected_seconds: float | None
-    expected_from_jobs: int
 
 
 class Policy(Reply):

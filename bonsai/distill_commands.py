@@ -13,7 +13,8 @@ from typing import IO, TYPE_CHECKING, Literal
 import click
 
 if TYPE_CHECKING:
-    from bonsai.client import BonsaiClient, Job
+    from bonsai.client import BonsaiClient
+    from bonsai.job_replies import Job
 
 Work = Callable[["BonsaiClient"], Awaitable[None]]
 

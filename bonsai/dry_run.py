@@ -19,7 +19,7 @@ from bon_algos.contracts import DataReport, JobSpec
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bonsai.client import DryRun
+    from bonsai.job_replies import DryRun
 
 BARS = " ▁▂▃▄▅▆▇█"
 

@@ -77,6 +77,10 @@ def _require_testable(policy: PolicyRecord, route: Route, snapshot: Snapshot, pa
         raise InvalidField(
             f"the policy is {'tainted' if policy.tainted else policy.state}", param=param, code="policy_unusable"
         )
+    if policy.kind == "full":
+        raise InvalidField(
+            "the policy has full weights, for export: no engine serves it", param=param, code="export_only"
+        )
     base = policy.id if policy.manifest is None else policy.manifest.base_policy_id
     if base != route.base_policy:
         raise InvalidField("the policy stands on another base than the route", param=param)

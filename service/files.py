@@ -23,7 +23,7 @@ from redis.asyncio import Redis
 from starlette.requests import Request
 
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import FINAL_JOB_STATES, OPEN_JOBS, FileRecord, files_key, job_key
+from bon_algos.contracts import FINAL_JOB_STATES, FileRecord, files_key, job_key, jobs_index
 from service.errors import Conflict, FileNotFound
 from service.file_check import Findings, check_apart
 from service.file_form import FileForm, Received, receive
@@ -43,16 +43,20 @@ redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 return ARGV[2]
 """
 
-# KEYS: files of the tenant, open jobs. ARGV: file id, tenant, the prefix of a job's key, then the final states. Returns
-# the record that is deleted, "" when there is none, or the id of a job that has not ended and learns from it.
+# KEYS: files and jobs of the tenant. ARGV: file id, the prefix of a job's key, then the final states. Returns the
+# record that is deleted, "" when there is none, or the id of a job that has not ended and learns from it. Not of the
+# open jobs alone: a paused one is none of them.
 _DELETE: Final = """
 local record = redis.call('HGET', KEYS[1], ARGV[1])
 if not record then return '' end
-for _, job in ipairs(redis.call('SMEMBERS', KEYS[2])) do
-  local row = redis.call('HMGET', ARGV[3] .. job, 'spec', 'tenant', 'state')
-  local is_final = false
-  for i = 4, #ARGV do is_final = is_final or row[3] == ARGV[i] end
-  if row[1] and row[2] == ARGV[2] and not is_final and cjson.decode(row[1]).training_file == ARGV[1] then return job end
+local is_final = {}
+for i = 3, #ARGV do is_final[ARGV[i]] = true end
+for _, job in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+  local state = redis.call('HGET', ARGV[2] .. job, 'state')
+  if state and not is_final[state] then
+    local spec = redis.call('HGET', ARGV[2] .. job, 'spec')
+    if spec and cjson.decode(spec).training_file == ARGV[1] then return job end
+  end
 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 return record
@@ -161,7 +165,7 @@ class Files:
             said = cast(
                 str,
                 await self._delete(
-                    keys=[files_key(tenant), OPEN_JOBS], args=[file_id, tenant, job_key(""), *FINAL_JOB_STATES]
+                    keys=[files_key(tenant), jobs_index(tenant)], args=[file_id, job_key(""), *FINAL_JOB_STATES]
                 ),
             )
         if not said:

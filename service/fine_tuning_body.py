@@ -10,7 +10,17 @@ from typing import Any, Final, Literal, cast
 
 from pydantic import BaseModel, Field, ValidationError
 
-from bon_algos.contracts import JobMetadata, JobPriority, JobSpec, Label, Method, Record, TrainingSpec, Window
+from bon_algos.contracts import (
+    JobMetadata,
+    JobPriority,
+    JobSpec,
+    Label,
+    Method,
+    Record,
+    TrainingSetup,
+    TrainingSpec,
+    Window,
+)
 from service.catalogue import Snapshot
 from service.errors import InvalidField, RouteNotFound
 from service.json_body import field_error
@@ -39,6 +49,7 @@ class OwnMembers(Record):
     window: Window = Window()
     held_out_fraction: float = Field(0.1, gt=0, lt=1)
     priority: JobPriority = "normal"
+    training: TrainingSetup = TrainingSetup()
 
 
 class FineTuningRequest(Record):

@@ -43,6 +43,7 @@ from service.idempotency import KEPT_SECONDS, Idempotency
 from service.job_object import checkpoint_object, event_object, finished_object, job_object
 from service.job_scripts import SCRIPTS, SUBMIT, Wish, refusal
 from service.store import translated
+from service.training_checks import check_parent, check_training, require_adapter
 
 GROUPS_NEEDED: Final = 4
 """Two prompts to learn from and two held out: below that no split of the ledger can be trained and judged."""
@@ -220,9 +221,18 @@ class Jobs:
         if spec.method.interpolation is not None:
             asked.append((spec.method.interpolation.policy, "method.interpolation.policy"))
         for policy, param in asked:
-            row = cast("str | None", await self._redis.hget(policy_key(policy), "record"))
-            if row is None or not _is_seen_by(tenant, PolicyRecord.model_validate_json(row)):
-                raise PolicyNotFound(f"no such policy: {policy}", param=param)
+            require_adapter(await self._policy(policy, param, tenant), param)
+        if spec.training.start_from != "base":
+            parent = await self._policy(spec.training.start_from, "training.start_from", tenant)
+            require_adapter(parent, "training.start_from")
+            check_parent(spec, parent)
+
+    async def _policy(self, policy: str, param: str, tenant: str) -> PolicyRecord:
+        row = cast("str | None", await self._redis.hget(policy_key(policy), "record"))
+        record = None if row is None else PolicyRecord.model_validate_json(row)
+        if record is None or not _is_seen_by(tenant, record):
+            raise PolicyNotFound(f"no such policy: {policy}", param=param)
+        return record
 
 
 def check_spec(spec: JobSpec, *, n_cap: int, max_lora_rank: int, now: float) -> None:
@@ -233,6 +243,7 @@ def check_spec(spec: JobSpec, *, n_cap: int, max_lora_rank: int, now: float) -> 
         _at_most(f"method.{method}.n", parameters.n, n_cap)
     if not isinstance(parameters, InterpolationSpec):
         _at_most(f"method.{method}.lora_rank", parameters.lora_rank, max_lora_rank)
+    check_training(spec)
     since, until = spec.window.since, spec.window.until
     if spec.window.policies:
         _check_other_policies(spec)

@@ -31,8 +31,8 @@ from service.errors import (
     Unparseable,
     UnsupportedMediaType,
 )
+from service.operation import Operation, Parameter
 from service.operations import OPERATIONS as OTHERS
-from service.operations import Operation, Parameter
 from service.registry_operations import REGISTRY_OPERATIONS
 from service.replies import TEXT, WHOLE, Named, Schema, maybe, members
 from service.schemas import Schemas

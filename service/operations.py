@@ -8,13 +8,10 @@ a reply (replies.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final
 
-from pydantic import BaseModel
-
-from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, JobSpec, PolicyReport
-from service import job_replies, ledger_replies, replies, training_replies
+from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, PolicyReport
+from service import ledger_replies, replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.erasures import ErasureRequest
 from service.errors import (
@@ -25,11 +22,8 @@ from service.errors import (
     EngineRefused,
     EngineUnavailable,
     ExperimentNotFound,
-    FileNotFound,
     Forbidden,
-    GatewayError,
     InvalidField,
-    JobNotFound,
     KeyNotFound,
     NotAcceptable,
     NotFound,
@@ -46,74 +40,20 @@ from service.errors import (
 )
 from service.experiment_store import ExperimentRequest
 from service.feedback import FeedbackRequest
-from service.file_form import FileForm
-from service.fine_tuning_body import FineTuningRequest
 from service.generation import GenerateRequest
-from service.idempotency import HEADER, MAX_LENGTH
 from service.keys import KeyRequest
 from service.ledger_query import DEFAULT_LIMIT as PAGE_ROWS
 from service.ledger_query import FIELDS
 from service.ledger_query import MAX_LIMIT as PAGE_LIMIT
 from service.openai_bodies import ChatBody, CompletionBody
-from service.replies import Schema
+from service.operation import ONCE, PAGE, Body, Operation, header, query
 from service.report_files import FORMATS
-from service.routes.admin import DEFAULT_LIMIT, MAX_LIMIT
 from service.routes.generate import MAX_UNIT_LENGTH
 from service.routes.ledger import MAX_NAME
 from service.routing import RouteRequest
-
-Nulls = Literal["as declared", "refused", "left out", "left out at the top"]
-"""What a null does to a member that may be left out: what its type says, an error, or the same as leaving it out;
-the last of the body's own members alone."""
-
-
-class Body(NamedTuple):
-    model: type[BaseModel]
-    example: Mapping[str, Any]
-    nulls: Nulls = "as declared"
-    media_type: str = "application/json"
-
-
-class Parameter(NamedTuple):
-    name: str
-    place: Literal["query", "header"]
-    schema: Mapping[str, Any]
-    description: str
-
-
-class Operation(NamedTuple):
-    summary: str
-    replies: Mapping[int, Schema]
-    """Of success, and what answers in no error's form."""
-    body: Body | None = None
-    parameters: tuple[Parameter, ...] = ()
-    errors: tuple[type[GatewayError], ...] = ()
-    """Beside those of every operation."""
-    headers: tuple[str, ...] = ()
-    """That a success comes with, beside those of every reply; `Location` only what was made (201, 202)."""
-    streams: bool = False
-    """A success may be a stream of events instead."""
-    also: tuple[str, ...] = ()
-    """Media types that a success may have instead."""
-    media_type: str = "application/json"
-    """Of a success."""
-
-
-def query(name: str, description: str, **schema: Any) -> Parameter:
-    return Parameter(name, "query", MappingProxyType(schema), description)
-
-
-def header(name: str, description: str, **schema: Any) -> Parameter:
-    return Parameter(name, "header", MappingProxyType({"type": "string", **schema}), description)
-
+from service.training_operations import TRAINING_OPERATIONS
 
 MAX_SECONDS: Final = 1e12
-LIMIT: Final = query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)
-AFTER: Final = query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
-PAGE: Final = (LIMIT, AFTER)
-ONCE: Final = header(
-    HEADER, "The same request is carried out once in 24 h.", minLength=1, maxLength=MAX_LENGTH, pattern="^[!-~]+$"
-)
 ARM: Final = header(
     "x-bonsai-arm",
     "POLICY:N, forces an arm; for admins and operators.",
@@ -141,37 +81,6 @@ COMPLETING: Final = (
     DeadlineExceeded,
     StoreFull,
 )
-
-JOB_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
-    ("GET", ""): Operation("All jobs", {200: replies.listed(job_replies.JOB)}, parameters=PAGE, errors=(InvalidField,)),
-    ("GET", "/{job_id}"): Operation("A job", {200: job_replies.JOB}, errors=(JobNotFound, InvalidField)),
-    ("GET", "/{job_id}/events"): Operation(
-        "What a job went through, or goes through, oldest first",
-        {200: replies.listed(job_replies.EVENT), 204: None},
-        parameters=(
-            *PAGE,
-            query("stream", "As with `Accept: text/event-stream`.", type="string", enum=["true", "false"]),
-            header("Last-Event-ID", "Of a stream: the id behind which it goes on.", pattern="^[0-9]+-[0-9]+$"),
-        ),
-        errors=(JobNotFound, InvalidField, RateLimited, Overloaded),
-        streams=True,
-    ),
-    ("GET", "/{job_id}/checkpoints"): Operation(
-        "The states of its training that are kept",
-        {200: replies.listed(job_replies.CHECKPOINT)},
-        parameters=PAGE,
-        errors=(JobNotFound, InvalidField),
-    ),
-    **{
-        ("POST", f"/{{job_id}}/{wish}"): Operation(
-            f"{wish.capitalize()} a job",
-            {200: job_replies.JOB},
-            errors=(JobNotFound, Conflict, StoreFull, InvalidField),
-        )
-        for wish in ("pause", "resume", "cancel")
-    },
-}
-"""Under each of the two names that jobs have."""
 
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/generate"): Operation(
@@ -275,65 +184,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         headers=("ETag",),
         also=tuple(media for media in FORMATS.values() if media != "application/json"),
     ),
-    ("POST", "/distill"): Operation(
-        "Submit a distillation, or be told what it would learn from",
-        {202: job_replies.JOB, 200: training_replies.DRY_RUN},
-        Body(
-            JobSpec,
-            {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
-        ),
-        (query("dry_run", "Nothing is submitted: the reply is of the data.", type="boolean", default=False), ONCE),
-        (RouteNotFound, PolicyNotFound, FileNotFound, Overloaded, StoreFull),
-        headers=("Location",),
-    ),
-    ("POST", "/v1/fine_tuning/jobs"): Operation(
-        "Submit a distillation as OpenAI's clients do",
-        {200: job_replies.JOB},
-        Body(
-            FineTuningRequest,
-            {"model": "default", "training_file": "ledger:default", "method": {"type": "bond", "bond": {"steps": 200}}},
-            nulls="left out at the top",
-        ),
-        (ONCE,),
-        (RouteNotFound, PolicyNotFound, StoreFull),
-        headers=("Location",),
-    ),
-    **{
-        (method, f"{prefix}{path}"): operation
-        for prefix in ("/distill", "/v1/fine_tuning/jobs")
-        for (method, path), operation in JOB_OPERATIONS.items()
-    },
-    ("POST", "/v1/files"): Operation(
-        "Upload what jobs can learn from",
-        {200: training_replies.FILE},
-        Body(
-            FileForm,
-            {"purpose": "fine-tune", "file": '{"prompt": "1+1=", "completions": ["2", "3"], "rewards": [1.0, 0.0]}'},
-            media_type="multipart/form-data",
-        ),
-        errors=(Conflict, StoreFull),
-    ),
-    ("GET", "/v1/files"): Operation(
-        "All files",
-        {200: replies.listed(training_replies.FILE)},
-        parameters=(
-            query("purpose", "Only files for this; there is one.", type="string"),
-            query("limit", "Rows.", type="integer", minimum=1, maximum=10_000, default=1000),
-            AFTER,
-            query("order", "By the time of their upload.", enum=["asc", "desc"], default="desc"),
-        ),
-        errors=(InvalidField,),
-    ),
-    ("GET", "/v1/files/{file_id}"): Operation("A file", {200: training_replies.FILE}, errors=(FileNotFound,)),
-    ("GET", "/v1/files/{file_id}/content"): Operation(
-        "What is in a file",
-        {200: training_replies.CONTENT},
-        errors=(FileNotFound,),
-        media_type="application/octet-stream",
-    ),
-    ("DELETE", "/v1/files/{file_id}"): Operation(
-        "Delete a file", {200: training_replies.DELETED_FILE}, errors=(FileNotFound, Conflict, StoreFull)
-    ),
+    **TRAINING_OPERATIONS,
     ("PUT", "/experiments/{route}"): Operation(
         "Start an experiment or raise a weight",
         {200: replies.EXPERIMENT},

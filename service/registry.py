@@ -21,7 +21,7 @@ from bon_algos.contracts import (
     policy_key,
     route_key,
 )
-from service.errors import Conflict, PolicyNotFound, RouteNotFound
+from service.errors import Conflict, InvalidField, PolicyNotFound, RouteNotFound
 from service.experiment_store import FORMER_STATISTICS_SECONDS
 from service.idempotency import Idempotency
 
@@ -113,6 +113,13 @@ def require_fit(policy: PolicyRecord, route: Route, served: frozenset[str]) -> N
     do about it."""
     if policy.kind == "base":
         raise Conflict("a base policy answers by best-of-n: roll the route back instead", code="policy_is_base")
+    if policy.kind == "full":
+        raise InvalidField(
+            "engines serve adapters beside their model: full weights are for export, and a job with training.weights "
+            "lora makes what can be promoted",
+            param="policy",
+            code="export_only",
+        )
     if policy.state == "failed" or policy.tainted:
         raise Conflict("the policy failed its fingerprint or is tainted: distil another one", code="policy_unusable")
     if policy.state == "retired":

@@ -21,7 +21,7 @@ from service.errors import (
     TagNotFound,
 )
 from service.lineage import FORMS, MEDIA_TYPES
-from service.operations import LIMIT, ONCE, PAGE, Body, Operation, Parameter, header, query
+from service.operation import LIMIT, ONCE, PAGE, Body, Operation, Parameter, header, query
 from service.policies import PolicyChange
 from service.preconditions import HEADER, MAX_LENGTH
 from service.registration import RegistrationRequest

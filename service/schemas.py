@@ -20,7 +20,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
 from service.openai_messages import SCHEMA_MEMBERS
-from service.operations import Body
+from service.operation import Body
 from service.replies import Named, Shown, maybe, members
 
 SCHEMAS: Final = "#/components/schemas/"

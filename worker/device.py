@@ -20,19 +20,19 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_TRIES = 1.0
 
 
-def lock_of(artefacts: Path, device: torch.device) -> Path | None:
-    """Of the device itself, whatever number a process knows it by; None for a CPU, which the system shares out."""
+def locks_of(artefacts: Path, device: torch.device, processes: int) -> list[Path]:
+    """Of the devices on which so many processes train, whatever numbers they know them by, in the order in which every
+    job takes them; none for a CPU, which the system shares out."""
     if device.type != "cuda":
-        return None
-    return artefacts / "devices" / f"{torch.cuda.get_device_properties(device).uuid}.lock"
+        return []
+    used = range(min(processes, torch.cuda.device_count()))
+    names = sorted(str(torch.cuda.get_device_properties(number).uuid) for number in used)
+    return [artefacts / "devices" / f"{name}.lock" for name in names]
 
 
 @contextmanager
-def sole_use(lock: Path | None, wait: Callable[[float], None]) -> Iterator[None]:
+def sole_use(lock: Path, wait: Callable[[float], None]) -> Iterator[None]:
     """Hold the lock while the block runs. `wait` lets time pass until it is free, and raises when the job must stop."""
-    if lock is None:
-        yield
-        return
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -9,16 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import redis
-import torch
-
-from archive.reading import Archive
 from bon_algos.acceptance import Requirements
-from bon_algos.algorithms import make_step
 from bon_algos.contracts import (
     DEFAULT_TENANT,
     BonRegressionSpec,
@@ -30,13 +24,12 @@ from bon_algos.contracts import (
     PolicyId,
     PolicyReport,
 )
-from bon_algos.logprobs import TokenGroup
 from bon_algos.order import mean_interval
 from bon_algos.scoring import Completion, Score
-from bon_algos.steps import OnPolicyStep, SequenceLogprobs
+from bon_algos.steps import SequenceLogprobs
 from worker import attempts, checkpoint, dataset, erased_windows, mixture, uploads
+from worker.crew import crew
 from worker.dataset import FrozenWindow, PromptPool
-from worker.engine import Engines
 from worker.erasures import Erasures
 from worker.errors import JobFailed
 from worker.evaluate import (
@@ -45,11 +38,11 @@ from worker.evaluate import (
     Judged,
     fingerprint,
     kl_by_prompt,
-    logprob_difference,
     report_of,
     require_same_policy,
     samples_needed,
 )
+from worker.full_weights import FullPolicy
 from worker.job_process import read_tokenizer
 from worker.judge import second_opinion
 from worker.lease import Lease
@@ -57,41 +50,21 @@ from worker.ledger import feedback_on, groups_newest_first
 from worker.lineage import lineage
 from worker.loop import Loop
 from worker.mixture import require_same_sampler
-from worker.models import TrainedPolicy, open_policy
+from worker.models import TrainedPolicy, dtype_of, open_policy
+from worker.opening import TrainingPlan, begin, prepare_torch
 from worker.patience import patiently
 from worker.progress import Progress
 from worker.publish import publish, read_published
 from worker.quantile_model import learned_log_quantiles
+from worker.ranks import ALONE, Ranks
 from worker.report import Evidence, Subject, held_out, policy_report
 from worker.report_files import write_report
 from worker.rollouts import Rollouts, spread
+from worker.serving_check import MAX_SERVING_DIFFERENCE, require_same_reference
 from worker.train import Training
+from worker.workplace import Workplace
 
 log = logging.getLogger(__name__)
-
-SERVING_CHECK_PROMPTS = 8
-MAX_SERVING_DIFFERENCE = 1e-2
-"""Nats per token, mean, between logged log-probs of the reference and the trainer's: more is another model."""
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """What a job may touch; built once, at the process edge."""
-
-    client: redis.Redis
-    engines: Engines
-    judge: Engines | None
-    """The second reward model's, for the report."""
-    artefacts: Path
-    policy_directory: Path
-    base_policy_id: str
-    device: torch.device
-    torch_threads: int
-    checkpoint_steps: int
-    checkpoint_seconds: float
-    engine_patience_seconds: float
-    archive: Archive
-    """Where groups are that the stream has no more."""
 
 
 class Distillation:
@@ -118,17 +91,22 @@ class Distillation:
     def run(self) -> None:
         """Drive the job to its end. Raises what `errors` lists."""
         window, interpolation = self.freeze(), self.spec.method.interpolation
-        if interpolation is None:
-            training = self.open_training(window)
-            window = self.weighed(training.policy, window)
-            self.train(training, self.with_quantiles(training.policy, window))
-            policy = training.policy
-        else:
+        if interpolation is not None:
             policy = self.interpolated(interpolation)
             require_same_reference(policy, window.train)
-        evidence = self.evaluate(policy, window)
-        self.publish(policy, window, evidence)
+            self.conclude(policy, window)
+        else:
+            with crew(self.workplace.processes, self.workplace.device.type) as ranks:
+                training = self.open_training(window, ranks)
+                window = self.weighed(training.policy, window)
+                self.train(training, self.with_quantiles(training.policy, window))
+                self.conclude(self.as_served(training.policy), window)
         attempts.forget(self.directory)
+
+    def conclude(self, policy: TrainedPolicy, window: FrozenWindow) -> None:
+        # Engines serve adapters: of full weights there is nothing to draw.
+        evidence = None if isinstance(policy, FullPolicy) else self.evaluate(policy, window)
+        self.publish(policy, window, evidence)
 
     def freeze(self) -> FrozenWindow:
         self.progress.enter("freezing")
@@ -155,8 +133,10 @@ class Distillation:
     @property
     def parent_policy_id(self) -> PolicyId:
         """Whose weights the job begins with."""
-        interpolation = self.spec.method.interpolation
-        return self.workplace.base_policy_id if interpolation is None else interpolation.policy
+        interpolation, start = self.spec.method.interpolation, self.spec.training.start_from
+        if interpolation is not None:
+            return interpolation.policy
+        return self.workplace.base_policy_id if start == "base" else start
 
     def wanted(self) -> Requirements:
         place = self.workplace
@@ -187,38 +167,50 @@ class Distillation:
 
         yield from uploads.groups_of(path, record, self.wanted(), tokenizer, score, self.spec.window.max_groups)
 
-    def open_training(self, window: FrozenWindow) -> Training:
-        """The policy with its optimiser, where the newest state left it."""
-        method, place = self.spec.method.algorithm, self.workplace
-        step = make_step(method)
-        state = checkpoint.newest(self.directory)
-        threads = place.torch_threads if state is None else int(state.numbers["threads"])
-        prepare_torch(threads, place.device)
-        policy = open_policy(
-            place.policy_directory,
-            place.base_policy_id,
-            rank=method.lora_rank,
-            alpha=method.lora_alpha,
-            # An average of B is an average of B·A only while A stands still.
-            train_factor_a=not isinstance(step, OnPolicyStep),
-            seed=self.spec.seed,
-            device=place.device,
+    def open_training(self, window: FrozenWindow, ranks: Ranks = ALONE) -> Training:
+        """The policy with its optimiser on every rank, where the newest state left it."""
+        place, state = self.workplace, checkpoint.newest(self.directory)
+        plan = TrainingPlan(
+            spec=self.spec,
+            policy_directory=place.policy_directory,
+            base_policy_id=place.base_policy_id,
+            parent_directory=self.parent_directory(),
+            device_type=place.device.type,
+            threads=place.torch_threads if state is None else int(state.numbers["threads"]),
+            parallelism=place.parallelism,
+            job_directory=self.directory,
+            resumed_step=None if state is None else state.step,
         )
-        training = Training(
-            policy,
-            step,
-            steps=method.steps,
-            learning_rate=method.learning_rate,
-            warmup_steps=method.warmup_steps,
-            max_grad_norm=method.max_grad_norm,
-            seed=self.spec.seed,
-        )
+        training = begin(plan, state, ranks)
         if state is not None:
-            training.resume(state)
             self.progress.resume(state.step, state.numbers["metrics"])
             log.info("resumed at step %d", state.step)
-        require_same_reference(policy, window.train)
+        require_same_reference(training.policy, window.train)
         return training
+
+    def parent_directory(self) -> Path | None:
+        """Of the adapter that is trained further. Raises JobFailed for one that the method's adapter cannot hold."""
+        place, method, parent_id = self.workplace, self.spec.method.algorithm, self.spec.training.start_from
+        if parent_id == "base":
+            return None
+        parent = read_published(place.client, place.artefacts, parent_id, place.base_policy_id, self.tenant)
+        if (parent.rank, parent.alpha) != (method.lora_rank, method.lora_alpha):
+            raise JobFailed(
+                "policy_unusable",
+                f"{parent_id} has lora_rank {parent.rank} and lora_alpha {parent.alpha:g}, and the method asks for "
+                f"{method.lora_rank} and {method.lora_alpha:g}: give the method the policy's",
+            )
+        return parent.directory
+
+    def as_served(self, policy: TrainedPolicy) -> TrainedPolicy:
+        """The policy in the precision that an engine serves it in, where it was trained in another."""
+        asked, device = self.spec.training.precision, self.workplace.device
+        if isinstance(policy, FullPolicy) or dtype_of(asked, device) == dtype_of(None, device):
+            return policy
+        method = self.spec.method.algorithm
+        served = self.open_adapter(method.lora_rank, method.lora_alpha)
+        served.load_factors(policy.factors)
+        return served
 
     def weighed(self, policy: TrainedPolicy, window: FrozenWindow) -> FrozenWindow:
         """The window with candidates of other policies weighed as the reference's, where it has any."""
@@ -261,17 +253,22 @@ class Distillation:
     def published(self, policy_id: str) -> TrainedPolicy:
         place = self.workplace
         parent = read_published(place.client, place.artefacts, policy_id, place.base_policy_id, self.tenant)
-        policy = open_policy(
+        policy = self.open_adapter(parent.rank, parent.alpha)
+        policy.load_adapter(parent.directory)
+        return policy
+
+    def open_adapter(self, rank: int, alpha: float) -> TrainedPolicy:
+        """In the engine's precision, to be asked and not to be trained."""
+        place = self.workplace
+        return open_policy(
             place.policy_directory,
             place.base_policy_id,
-            rank=parent.rank,
-            alpha=parent.alpha,
+            rank=rank,
+            alpha=alpha,
             train_factor_a=True,
             seed=self.spec.seed,
             device=place.device,
         )
-        policy.load_adapter(parent.directory)
-        return policy
 
     def train(self, training: Training, window: FrozenWindow) -> None:
         self.progress.enter("training")
@@ -318,26 +315,33 @@ class Distillation:
         sides = zip(pools, drawn[: len(pools)], drawn[len(pools) :], strict=True)
         return [Judged(pool, own, reference) for pool, own, reference in sides]
 
-    def publish(self, policy: TrainedPolicy, window: FrozenWindow, evidence: Evidence) -> None:
+    def publish(self, policy: TrainedPolicy, window: FrozenWindow, evidence: Evidence | None) -> None:
         self.progress.count(trained=self.tokens_trained, sampled=self.rollouts.tokens, evaluation_seconds=None)
         self.progress.enter("publishing")
         adapter = self.attempt / "adapter"
-        policy.save_adapter(adapter)
-        proof = fingerprint(policy, window.held_out)
+        if isinstance(policy, FullPolicy):
+            policy.save(adapter, self.workplace.policy_directory)
+            proof = None
+        else:
+            policy.save_adapter(adapter)
+            proof = fingerprint(policy, window.held_out)
         manifest = partial(self.manifest, window, evidence, policy.rank)
         record = publish(self.workplace.artefacts, adapter, proof, manifest, self.lease.confirm)
-        self.lease.finish_succeeded(record, evidence.summary.model_dump_json())
+        self.lease.finish_succeeded(record, "" if evidence is None else evidence.summary.model_dump_json())
 
     def manifest(
-        self, window: FrozenWindow, evidence: Evidence, rank: int, digest: str, files: dict[str, str]
+        self, window: FrozenWindow, evidence: Evidence | None, rank: int, digest: str, files: dict[str, str]
     ) -> Manifest:
         """The manifest, and the whole report that it names, which is written first."""
-        place, created_at = self.workplace, time.time()
-        report = self.report(f"pol-{digest[:16]}", window, evidence, created_at)
+        place, created_at, policy_id = self.workplace, time.time(), f"pol-{digest[:16]}"
+        written: dict[str, str] = {}
+        if evidence is not None:
+            written = write_report(place.artefacts, self.report(policy_id, window, evidence, created_at))
         return Manifest(
             tenant=self.tenant,
-            policy_id=report.policy_id,
+            policy_id=policy_id,
             digest=digest,
+            kind=self.spec.training.weights,
             base_policy_id=place.base_policy_id,
             parent_policy_id=self.parent_policy_id,
             reward_model_id=place.engines.reward_model_id,
@@ -346,9 +350,9 @@ class Distillation:
             created_at=created_at,
             spec=self.spec,
             data=window.data,
-            report=evidence.summary,
+            report=None if evidence is None else evidence.summary,
             files=files,
-            report_files=write_report(place.artefacts, report),
+            report_files=written,
             lora_rank=rank,
             steps=self.steps,
         )
@@ -369,29 +373,6 @@ class Distillation:
             reward_members=place.engines.num_reward_members,
         )
         trained = self.lineage.trained | {pool.prompt_ids for pool in window.train}
-        prompts = held_out(evidence.judged, trained, self.lineage.ancestors, self.lineage.unknown)
-        return policy_report(about, prompts, evidence)
-
-
-def prepare_torch(threads: int, device: torch.device) -> None:
-    """Make a step repeatable: sums split over the same threads, kernels chosen the same way."""
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
-
-
-def require_same_reference(policy: TrainedPolicy, pools: Sequence[PromptPool]) -> None:
-    """Compare some logged log-probs with the trainer's own of the reference, once.
-
-    Raises JobFailed when they are another model's: weights, tokenizer or precision differ between serving and
-    training, and nothing that is learned would be what is served.
-    """
-    drawn = [(pool, one) for pool in spread(pools, SERVING_CHECK_PROMPTS) for one in pool.drawn_by_reference[:1]]
-    checked = [(pool, one) for pool, one in drawn if one.token_logprobs]
-    if not checked:  # a file does not tell, or others drew everything, and `require_same_sampler` looks at those
-        return
-    groups = [TokenGroup(pool.prompt_ids, [one.token_ids]) for pool, one in checked]
-    seen = [[one.token_logprobs] for _, one in checked]
-    difference = logprob_difference(policy, groups, seen, reference=True)
-    if not difference <= MAX_SERVING_DIFFERENCE:
-        message = f"logged log-probs differ from the trainer's by {difference:.2e} nats per token"
-        raise JobFailed("train_serve_mismatch", f"{message}; at most {MAX_SERVING_DIFFERENCE:.0e} is rounding")
+        return policy_report(
+            about, held_out(evidence.judged, trained, self.lineage.ancestors, self.lineage.unknown), evidence
+        )

@@ -9,7 +9,6 @@ Exit 0: the job's state is settled, or is somebody else's to settle. Anything el
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -29,15 +28,15 @@ from worker import lease as leases
 from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobParked, LeaseLost
 from worker.job_record import keep
 from worker.lease import Lease
+from worker.lifeline import die_with
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    from worker.distillation import Workplace
     from worker.engine import Engines
+    from worker.workplace import Workplace
 
 log = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
 REDIS_TIMEOUT_SECONDS = 5.0
 
 
@@ -62,14 +61,6 @@ def main(job_id: str, epoch: int, parent: int) -> int:
     return 0
 
 
-def die_with(parent: int) -> None:
-    """Be killed when the parent dies, however it dies; at once when it already has."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        sys.exit(f"the parent {parent} is gone")
-
-
 def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     """Run the job and write down how it ended. What is no reason of ours to stop goes on to the parent."""
     keep(client, settings.artefacts, lease.job_id)
@@ -92,7 +83,7 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
 
 
 def run(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
-    from worker.device import lock_of, sole_use
+    from worker.device import locks_of, sole_use
     from worker.distillation import Distillation
     from worker.engine import Engines
 
@@ -109,7 +100,8 @@ def run(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
         second = settings.judge_reward_model
         judge = None if second is None else opened.enter_context(engines_with(second))
         place = workplace(client, engines, judge, settings)
-        opened.enter_context(sole_use(lock_of(place.artefacts, place.device), lease.wait))
+        for lock in locks_of(place.artefacts, place.device, place.processes):
+            opened.enter_context(sole_use(lock, lease.wait))
         Distillation(spec, lease, place, owner).run()
 
 
@@ -129,7 +121,7 @@ def workplace(client: redis.Redis, engines: Engines, judge: Engines | None, sett
 
     from archive.reading import Archive
     from archive.storage import archive_url
-    from worker.distillation import Workplace
+    from worker.workplace import Workplace
 
     return Workplace(
         client=client,
@@ -144,6 +136,8 @@ def workplace(client: redis.Redis, engines: Engines, judge: Engines | None, sett
         checkpoint_seconds=settings.checkpoint_seconds,
         engine_patience_seconds=settings.engine_patience_seconds,
         archive=Archive.at(archive_url(settings.archive, settings.artefacts)),
+        processes=settings.train_processes,
+        parallelism=settings.train_parallelism,
     )
 
 

@@ -179,7 +179,7 @@ class Loop:
     def _measure_live(self) -> None:
         """How a policy that learns from the ledger does, by one sample each of some held-out prompts; nothing when the
         engine is away: this training needs none."""
-        if self._training.logged_step is None:
+        if self._training.logged_step is None or not self._training.policy.is_adapter:
             return
         pools = spread(self._window.held_out, LIVE_PROMPTS)
         try:

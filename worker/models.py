@@ -13,17 +13,24 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bon_algos.contracts import Precision
 from bon_algos.logprobs import TokenGroup, completion_states, sequence_logprobs, token_logprobs
 from bon_algos.token_kl import TokenTerms, token_terms
 from worker.durable import staged
+from worker.ranks import ALONE, Ranks, together
+from worker.sharding import layers_of, like, local, shard, whole
 
 ADAPTER_NAME = "default"
 SERVED_HEADS = ("llama", "qwen3")
@@ -37,8 +44,22 @@ ROWS_TOKENS = 16_384
 class TrainedPolicy:
     """A base model with one adapter in training. All parameters that train are float32."""
 
-    def __init__(self, model: PeftModel, base_policy_id: str, *, rank: int, alpha: float, train_factor_a: bool) -> None:
+    is_adapter: ClassVar = True
+    """Whether an engine can load it beside the base model."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        base_policy_id: str,
+        *,
+        rank: int,
+        alpha: float,
+        train_factor_a: bool,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """ranks: that the model's weights are spread over."""
         self.model = model
+        self.ranks = ranks
         self._base_policy_id = base_policy_id
         self._rank, self._alpha = rank, alpha
         self._factors = {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
@@ -58,13 +79,13 @@ class TrainedPolicy:
     @property
     def factors(self) -> dict[str, Tensor]:
         """A and B of every layer, copied: the adapter's whole state."""
-        return {name: parameter.detach().clone() for name, parameter in self._factors.items()}
+        return {name: whole(parameter.detach()).clone() for name, parameter in self._factors.items()}
 
     @torch.no_grad()
     def load_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Take up a saved state. KeyError when a factor is missing."""
         for name, parameter in self._factors.items():
-            parameter.copy_(factors[name])
+            local(parameter).copy_(local(like(parameter, factors[name])))
 
     def load_adapter(self, directory: Path) -> None:
         """Take up the adapter of `save_adapter`; a layer that had none gets one that adds nothing. KeyError for factors
@@ -88,19 +109,21 @@ class TrainedPolicy:
         """log π of completions; differentiable. For each group (N,), nats."""
         return sequence_logprobs(self.model, groups)
 
+    @together
     def reference_logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
         """log π_ref of completions, no gradient. For each group (N,), nats."""
-        return self.logprobs_wearing(self._zero_b(), groups)
+        return self.logprobs_wearing(self._reference(), groups)
 
+    @together
     def prompt_features(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """What the reference makes of each prompt: its last hidden state at the last token. (B, hidden size)."""
         groups = [TokenGroup(prompt, [[0]]) for prompt in prompts]  # whatever follows, the prompt's end predicts it
-        with torch.no_grad(), self._wearing(self._zero_b()):
+        with torch.no_grad(), self._wearing(self._reference()):
             return torch.cat([completion_states(self.model, groups[p]).hidden_TD for p in parts_by_tokens(groups)])
 
     def token_terms(self, groups: Sequence[TokenGroup]) -> list[TokenTerms]:
         """What policy and reference say of every token; differentiable."""
-        return token_terms(self.model, groups, lambda: self._wearing(self._zero_b()))
+        return token_terms(self.model, groups, lambda: self._wearing(self._reference()))
 
     def logprobs_wearing(self, factors: Mapping[str, Tensor], groups: Sequence[TokenGroup]) -> list[Tensor]:
         """log-probs with some factors replaced, no gradient. For each group (N,), nats."""
@@ -111,30 +134,39 @@ class TrainedPolicy:
                 for logprob_N in sequence_logprobs(self.model, groups[part])
             ]
 
+    @together
     def token_logprobs(self, groups: Sequence[TokenGroup], *, reference: bool) -> list[list[list[float]]]:
         """log-prob of every token of every completion, under the policy or its reference; nats."""
-        with torch.no_grad(), self._wearing(self._zero_b() if reference else {}):
+        with torch.no_grad(), self._wearing(self._reference() if reference else {}):
             return [
                 [logprob_L.tolist() for logprob_L in group]
                 for part in parts_by_tokens(groups)
                 for group in token_logprobs(self.model, groups[part])
             ]
 
-    def _zero_b(self) -> dict[str, Tensor]:
+    def _reference(self) -> dict[str, Tensor]:
+        """What the reference has in the place of factors: this rank's part."""
         return {name: torch.zeros_like(p) for name, p in self._factors.items() if ".lora_B." in name}
 
     @contextmanager
     def _wearing(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
         # Through .data: a graph that is waiting for its backward pass holds the parameters themselves, and a
-        # write into them would spoil it; by the time it runs they are what they were.
-        own = {name: self._factors[name].data for name in factors}
+        # write into them would spoil it; by the time it runs they are what they were. It holds no parts of what is
+        # spread over ranks, which cannot be exchanged: those are written into.
+        spread = [name for name in factors if isinstance(self._factors[name], DTensor)]
+        parts = {name: local(self._factors[name]).clone() for name in spread}
+        own = {name: self._factors[name].data for name in factors if name not in parts}
         try:
-            for name, tensor in factors.items():
-                self._factors[name].data = tensor.to(own[name])
+            for name in parts:
+                local(self._factors[name].detach()).copy_(factors[name])
+            for name, data in own.items():
+                self._factors[name].data = factors[name].to(data)
             yield
         finally:
-            for name, tensor in own.items():
-                self._factors[name].data = tensor
+            for name, part in parts.items():
+                local(self._factors[name].detach()).copy_(part)
+            for name, data in own.items():
+                self._factors[name].data = data
 
     def save_adapter(self, directory: Path, replaced: Mapping[str, Tensor] | None = None) -> None:
         """Write the adapter in PEFT's format; `replaced` overrides factors (the anchor's B).
@@ -166,6 +198,27 @@ class TrainedPolicy:
         }
 
 
+def open_base(
+    directory: Path, device: torch.device, dtype: torch.dtype, *, gradient_checkpointing: bool = False
+) -> PreTrainedModel:
+    """The base model from a local directory. Layers that are checkpointed are computed again in the backward pass."""
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    # Some models bring dropout; log-probs of a policy are those that an engine computes.
+    base.to(device).eval()
+    if gradient_checkpointing:
+        # transformers' own switch works in training mode alone.
+        for layer in layers_of(base.get_decoder()):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return base
+
+
+def dtype_of(precision: Precision | None, device: torch.device) -> torch.dtype:
+    """Of the base model's weights, where a job may have asked for one."""
+    if precision is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if precision == "float32" else torch.bfloat16
+
+
 def open_policy(
     directory: Path,
     base_policy_id: str,
@@ -175,22 +228,31 @@ def open_policy(
     train_factor_a: bool,
     seed: int,
     device: torch.device,
+    precision: Precision | None = None,
+    gradient_checkpointing: bool = False,
+    ranks: Ranks = ALONE,
 ) -> TrainedPolicy:
-    """The base model from a local directory with a new adapter on every linear layer that the engine can adapt.
+    """The base model with a new adapter on every linear layer that the engine can adapt.
 
-    The seed settles A; B is zero, so the policy begins as its reference. float32 on CPU, bf16 weights under a
-    float32 adapter on CUDA.
+    The seed settles A; B is zero, so the policy begins as its reference. The adapter is float32 whatever the base's
+    precision. ranks: over which the base's weights are spread.
     """
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    base.to(device)
+    is_spread = ranks.size > 1
+    base = open_base(
+        directory,
+        torch.device("cpu") if is_spread else device,
+        dtype_of(precision, device),
+        gradient_checkpointing=gradient_checkpointing,
+    )
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=adapted_layers(base), task_type="CAUSAL_LM")
     with unwarned_of_tied_embeddings():
         model = get_peft_model(base, config, adapter_name=ADAPTER_NAME)
-    # No dropout exists in LoRA's configuration above, but some base models bring their own.
     model.eval()
-    return TrainedPolicy(model, base_policy_id, rank=rank, alpha=alpha, train_factor_a=train_factor_a)
+    policy = TrainedPolicy(model, base_policy_id, rank=rank, alpha=alpha, train_factor_a=train_factor_a, ranks=ranks)
+    if is_spread:
+        shard(model, ranks.size, device)
+    return policy
 
 
 @contextmanager

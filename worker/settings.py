@@ -47,6 +47,10 @@ class WorkerSettings(BrokerSettings):
     """Part of what makes a run repeatable bit for bit: sums are split by thread."""
     device: Literal["cpu", "cuda"] | None = None
     """None: CUDA when there is one."""
+    train_processes: int = Field(1, ge=1, le=64)
+    """That train one job together on this machine: on CUDA, one for each device that the worker sees."""
+    train_parallelism: Literal["data", "fsdp"] = "data"
+    """data: every process holds the whole model. fsdp: its weights are spread over the processes."""
     engine_patience_seconds: float = Field(600.0, gt=0)
     """How long a job waits, inside its lease, for an engine that does not answer."""
 

@@ -2,6 +2,7 @@
 
 Owns the order of prompts, the optimiser and what a checkpoint contains. Does not own losses (`bon_algos`),
 samples (`rollouts`), files (`checkpoint`) or reporting: they are passed in.
+Several ranks make a step together (`ranks`): each goes through its share of the groups, and all end with one gradient.
 
 Everything that decides a step (its prompts, its learning rate) is a function of the seed and the number of the
 step, so a run that was interrupted makes the same steps as one that was not.
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bon_algos.anchor import EmaAnchor
 from bon_algos.steps import (
@@ -27,16 +29,17 @@ from bon_algos.steps import (
     OnPolicyStep,
     RankedGroup,
     SampledStep,
+    SequenceLogprobs,
     Step,
     StepLoss,
     WeighedGroup,
 )
 from worker.checkpoint import TrainingState
 from worker.errors import JobFailed
-from worker.models import TrainedPolicy, parts_by_tokens
-
-TRAINING_ROWS_TOKENS = 8_192
-"""Tokens, padding included, of one forward and backward pass over logged groups."""
+from worker.models import TrainedPolicy
+from worker.passes import TRAINING_ROWS_TOKENS, Plan, Rehearsal
+from worker.ranks import ALONE, Ranks, together
+from worker.sharding import clip_to_norm, is_sharded, like, local, part_like, whole
 
 Item = TypeVar("Item")
 Chosen = TypeVar("Chosen", ChosenGroup, WeighedGroup)
@@ -73,16 +76,25 @@ class Training:
         warmup_steps: int,
         max_grad_norm: float,
         seed: int,
+        accumulation: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.policy = policy
+        self.ranks = ranks
         self.done = 0
         self.tokens = 0
         """Of prompts and completions that went forward and backward here, an earlier attempt's not counted."""
         self.step = step
         self._steps, self._warmup_steps, self._seed = steps, warmup_steps, seed
         self._learning_rate, self._max_grad_norm = learning_rate, max_grad_norm
+        self._accumulation = accumulation
         self._parameters = policy.trained
-        self._optimiser = torch.optim.AdamW(self._parameters.values(), lr=learning_rate, weight_decay=0.0)
+        self._is_sharded = is_sharded(self._parameters.values())
+        # Parameters that are spread over ranks and others do not mix in one kernel.
+        foreach = False if self._is_sharded else None
+        self._optimiser = torch.optim.AdamW(
+            self._parameters.values(), lr=learning_rate, weight_decay=0.0, foreach=foreach
+        )
         self.anchor = EmaAnchor(self._parameters) if isinstance(step, OnPolicyStep) else None
         self._mean: dict[str, Tensor] = {}
 
@@ -97,6 +109,7 @@ class Training:
             case OnPolicyStep() | SampledStep():
                 return None
 
+    @together
     def learn_logged(self, groups: Sequence[LoggedGroup], rows_tokens: int = TRAINING_ROWS_TOKENS) -> dict[str, float]:
         """One step on logged groups, in parts of at most `rows_tokens` padded tokens; its metrics."""
         uniform = self._uniform()
@@ -117,52 +130,67 @@ class Training:
     ) -> dict[str, float]:
         self.tokens += sum(num_tokens(group.tokens.prompt_ids, group.tokens.completion_ids) for group in groups)
         totals: dict[str, float] = {}
-        for part in parts_by_tokens([group.tokens for group in groups], rows_tokens):
-            share, outcome = len(groups[part]) / len(groups), loss(groups[part])
+        plan = Plan(self.ranks, self._accumulation, rows_tokens)
+        for part, share in plan.passes([group.tokens for group in groups]):
+            outcome = loss(groups[part])
             torch.autograd.backward(outcome.loss * share)
             for name, value in _numbers(outcome).items():
                 totals[name] = totals.get(name, 0.0) + share * value
-        return self._apply(totals)
+        sums = torch.tensor(list(totals.values()), dtype=torch.float64)
+        self.ranks.add_up([sums])
+        return self._apply(dict(zip(totals, sums.tolist(), strict=True)))
 
+    def _learn_at_once(
+        self, loss: Callable[[SequenceLogprobs, SequenceLogprobs], StepLoss], other: SequenceLogprobs
+    ) -> dict[str, float]:
+        """A step whose prompts share a baseline. `other` are the log-probs, without gradient, that it asks for besides
+        the policy's."""
+        if self.ranks.size == self._accumulation == 1:
+            outcome = loss(self.policy.logprobs, other)
+            torch.autograd.backward(outcome.loss)
+        else:
+            plan = Plan(self.ranks, self._accumulation)
+            rehearsal = Rehearsal(plan, self.policy.logprobs)
+            outcome = loss(rehearsal, partial(plan.logprobs, other))
+            torch.autograd.backward(outcome.loss)
+            rehearsal.backward()
+        return self._apply(_numbers(outcome))
+
+    @together
     def learn_fresh(self, groups: Sequence[FreshGroup]) -> dict[str, float]:
         """One step on fresh groups; the anchor follows. Its metrics."""
         assert isinstance(self.step, OnPolicyStep)
         anchor = self.anchor
         assert anchor is not None
-        tensors = anchor.tensors
-        outcome = self.step.loss(
-            groups, self.policy.logprobs, lambda tokens: self.policy.logprobs_wearing(tensors, tokens)
-        )
-        torch.autograd.backward(outcome.loss)
         self.tokens += sum(num_tokens(group.prompt_ids, [group.completion_ids]) for group in groups)
-        metrics = self._apply(_numbers(outcome))
+        loss, anchor_logprobs = self.step.loss, partial(self.policy.logprobs_wearing, anchor.tensors)
+        metrics = self._learn_at_once(lambda policy, of_anchor: loss(groups, policy, of_anchor), anchor_logprobs)
         if self.done % self.step.anchor_steps == 0:
             anchor.update(self._parameters, self.step.anchor_rate)
         return metrics
 
+    @together
     def learn_ranked(self, groups: Sequence[RankedGroup]) -> dict[str, float]:
         """One step on fresh samples among logged candidates; its metrics."""
-        asked = (self.policy.logprobs, self.policy.reference_logprobs)
+        reference_logprobs = self.policy.reference_logprobs
+        self.tokens += sum(num_tokens(group.logged.tokens.prompt_ids, group.completion_ids) for group in groups)
         match self.step:
             case BondStep(choose=choose, loss=loss):
                 uniform = self._uniform()
                 chosen = [choose(group.logged, uniform()) for group in groups]
                 self.tokens += sum(num_tokens((), one.tokens.completion_ids) for one in chosen)
-                outcome = loss(groups, chosen, *asked)
+                return self._learn_at_once(partial(loss, groups, chosen), reference_logprobs)
             case SampledStep(loss=loss_of_samples):
-                outcome = loss_of_samples(groups, *asked)
+                return self._learn_at_once(partial(loss_of_samples, groups), reference_logprobs)
             case _:
                 raise AssertionError("this step is not fed with samples among logged candidates")
-        torch.autograd.backward(outcome.loss)
-        self.tokens += sum(num_tokens(group.logged.tokens.prompt_ids, group.completion_ids) for group in groups)
-        return self._apply(_numbers(outcome))
 
     def _uniform(self) -> Callable[[], float]:
         """Numbers from [0, 1) that are this step's alone."""
         return random.Random(f"{self._seed}/{self.done}/candidates").random
 
     def _apply(self, metrics: dict[str, float]) -> dict[str, float]:
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm))
+        norm = self._clipped_norm()
         if not torch.isfinite(torch.tensor([norm, metrics["loss"]])).all():
             numbers = f"loss {metrics['loss']}, gradient norm {norm}"
             raise JobFailed("loss_not_finite", f"step {self.done + 1}: {numbers}")
@@ -174,6 +202,14 @@ class Training:
         self._average()
         return {**metrics, "grad_norm": norm}
 
+    def _clipped_norm(self) -> float:
+        """Of the gradient of all ranks, before it is clipped. What is spread was summed on its way back."""
+        parameters = self._parameters.values()
+        if self.ranks.size > 1:
+            self.ranks.add_up([_gradient(parameter) for parameter in parameters if not is_sharded([parameter])])
+        clip = clip_to_norm if self._is_sharded else torch.nn.utils.clip_grad_norm_
+        return float(clip(parameters, self._max_grad_norm))
+
     def _average(self) -> None:
         """Let the mean over the last steps follow, where the method wants one."""
         match self.step:
@@ -184,16 +220,18 @@ class Training:
             case _:
                 return
         if count == 1:
-            self._mean = self.policy.factors
+            self._mean = {name: local(parameter.detach()).clone() for name, parameter in self._parameters.items()}
         elif count > 1:
-            for name, factor in self.policy.factors.items():
-                self._mean[name] += (factor - self._mean[name]) / count
+            for name, parameter in self._parameters.items():
+                self._mean[name] += (local(parameter.detach()) - self._mean[name]) / count
 
+    @together
     def finish(self) -> None:
         """After the last step: the policy becomes the mean of its last steps, and goes back some of the way to the
         reference, where the method wants that."""
-        if self._mean:
-            self.policy.load_factors(self._mean)
+        with torch.no_grad():
+            for name, mean in self._mean.items():
+                local(self._parameters[name]).copy_(mean)
         if isinstance(self.step, OfflineBondStep):
             self.policy.interpolate(self.step.interpolation)
 
@@ -201,28 +239,30 @@ class Training:
 
     def state(self, numbers: Mapping[str, object]) -> TrainingState:
         """All that the next step depends on: how many threads share its sums, too. `numbers` are the caller's."""
-        tensors = {f"policy/{name}": tensor for name, tensor in self.policy.factors.items()}
-        for index, entry in self._optimiser.state_dict()["state"].items():
-            tensors.update({f"optimiser/{index}/{name}": value for name, value in entry.items()})
-        tensors.update({f"mean/{name}": tensor for name, tensor in self._mean.items()})
+        with self.policy.ranks.tells("state"):
+            tensors = {f"policy/{name}": tensor for name, tensor in self.policy.factors.items()}
+            for name, parameter in self._parameters.items():
+                for field, value in self._optimiser.state.get(parameter, {}).items():
+                    tensors[f"optimiser/{name}/{field}"] = whole(value)
+            tensors |= {f"mean/{name}": whole(part_like(self._parameters[name], t)) for name, t in self._mean.items()}
         if self.anchor is not None:
             tensors.update({f"anchor/{name}": tensor for name, tensor in self.anchor.tensors.items()})
         tensors["random/cpu"] = torch.get_rng_state()
         return TrainingState(self.done, tensors, {**numbers, "threads": torch.get_num_threads()})
 
     def resume(self, state: TrainingState) -> None:
-        """Go on from a state. KeyError or ValueError when it is another job's."""
+        """Go on from a state; every rank does. KeyError or ValueError when it is another job's."""
         tensors = state.tensors
         self.policy.load_factors(_under("policy/", tensors))
-        optimiser = self._optimiser.state_dict()
-        entries: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under("optimiser/", tensors).items():
-            index, field = name.split("/")
-            entries.setdefault(int(index), {})[field] = tensor
-        self._optimiser.load_state_dict({**optimiser, "state": entries})
-        device = next(iter(self._parameters.values())).device
-        self._mean = {name: tensor.to(device) for name, tensor in _under("mean/", tensors).items()}
+        for place, tensor in _under("optimiser/", tensors).items():
+            name, _, field = place.rpartition("/")
+            parameter = self._parameters[name]
+            # The number of steps stays on the CPU, where the optimiser keeps it.
+            self._optimiser.state[parameter][field] = tensor if field == "step" else like(parameter, tensor)
+        means = _under("mean/", tensors).items()
+        self._mean = {name: local(like(self._parameters[name], tensor)).clone() for name, tensor in means}
         if self.anchor is not None:
+            device = next(iter(self._parameters.values())).device
             self.anchor = EmaAnchor({name: t.to(device) for name, t in _under("anchor/", tensors).items()})
         torch.set_rng_state(tensors["random/cpu"])
         self.done = state.step
@@ -237,6 +277,13 @@ def rate_share(done: int, steps: int, warmup_steps: int) -> float:
 def num_tokens(prompt_ids: Sequence[int], completion_ids: Sequence[Sequence[int]]) -> int:
     """Of a prompt, once, and its completions."""
     return len(prompt_ids) + sum(map(len, completion_ids))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Zero for what no pass of this rank reached."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _numbers(outcome: StepLoss) -> dict[str, float]:

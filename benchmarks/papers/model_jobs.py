@@ -22,7 +22,6 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import bon_algos
 import worker
@@ -42,6 +41,7 @@ from bon_algos.steps import (
     RankedGroup,
     SampledStep,
 )
+from worker.full_weights import FullPolicy
 from worker.models import ADAPTER_NAME, TrainedPolicy, open_policy
 from worker.quantile_model import learned_log_quantiles
 from worker.train import Training, batch_of
@@ -83,27 +83,10 @@ class Job(Record):
 # --- the policy ------------------------------------------------------------------------------------------
 
 
-class WholePolicy(TrainedPolicy):
-    """All weights in training; the reference is a copy of them."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self._factors = dict(model.named_parameters())
-        self._before = {name: parameter.detach().clone() for name, parameter in self._factors.items()}
-
-    def _zero_b(self) -> dict[str, Tensor]:
-        return self._before
-
-    @torch.no_grad()
-    def interpolate(self, share: float) -> None:
-        for name, parameter in self._factors.items():
-            parameter.lerp_(self._before[name], 1 - share)
-
-
 def weights_of(policy: TrainedPolicy, replaced: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The plain model's weights that make this policy, or the one with some factors replaced; copied."""
     factors = {**policy.factors, **(replaced or {})}
-    if isinstance(policy, WholePolicy):
+    if isinstance(policy, FullPolicy):
         return factors
     config = policy.model.peft_config[ADAPTER_NAME]
     weights = {}
@@ -197,7 +180,7 @@ def train(bench: Bench, ledger: Ledger, job: Job, look: Callable[[TrainedPolicy,
     spec, feeder = job.method.algorithm, Feeder(bench, ledger, job)
     step = make_step(spec) if job.targets == "counted" else _targeted(bench, ledger, job)
     if job.all_weights:
-        policy: TrainedPolicy = WholePolicy(plain_model())
+        policy: TrainedPolicy = FullPolicy(plain_model())
     else:
         policy = open_policy(
             model_lab.POLICY,

@@ -168,6 +168,7 @@ from bon_algos.contracts.serving import (
     Tool,
     ToolCall,
 )
+from bon_algos.contracts.training import OFFLINE_METHODS, Precision, TrainingSetup
 
 __all__ = [
     "ADAPTER_FILES",
@@ -192,6 +193,7 @@ __all__ = [
     "LEDGER_STREAM",
     "METHOD_NAMES",
     "MOST_DESCRIPTION",
+    "OFFLINE_METHODS",
     "OPEN_JOBS",
     "POLICIES_DELETED",
     "POLICIES_INDEX",
@@ -272,6 +274,7 @@ __all__ = [
     "PolicyRecord",
     "PolicyReport",
     "PolicyState",
+    "Precision",
     "PrivateUrl",
     "Record",
     "Refusals",
@@ -299,6 +302,7 @@ __all__ = [
     "Tool",
     "ToolCall",
     "TrainingRow",
+    "TrainingSetup",
     "TrainingSpec",
     "Trial",
     "Trouble",

@@ -9,6 +9,7 @@ from pydantic import Field
 from bon_algos.contracts.job_states import JobPriority
 from bon_algos.contracts.methods import Method, MethodName
 from bon_algos.contracts.record import FileId, PolicyId, Record, RouteName, Tag
+from bon_algos.contracts.training import TrainingSetup
 
 FeedbackName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 """Which question feedback answers."""
@@ -61,6 +62,7 @@ class JobSpec(Record):
 
     route: RouteName = "default"
     method: Method
+    training: TrainingSetup = TrainingSetup()
     window: Window = Window()
     training_file: FileId | None = None
     """Learn from this file (`/v1/files`) instead of the ledger; of the window `max_groups` and `policies` count."""

@@ -35,7 +35,8 @@ class Manifest(Record):
     policy_id: PolicyId
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
     """sha256 over the adapter's files; the directory has this name."""
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "full"] = "lora"
+    """lora: an adapter in PEFT's format. full: a model directory of transformers, for export alone."""
     base_policy_id: PolicyId
     parent_policy_id: PolicyId
     reward_model_id: str | None
@@ -46,12 +47,14 @@ class Manifest(Record):
     spec: JobSpec | None
     data: DataWindow | None
     report: EvaluationReport | None
+    """None too for full weights: a report is drawn from an engine, and none serves them."""
     imported: Imported | None = None
     files: dict[str, str]
     """File name to sha256."""
     report_files: dict[str, str] = Field(default_factory=dict)
     """File name to sha256, in `reports/<report_digest of these>`: the whole report. Empty where none was written."""
     lora_rank: int
+    """0 for full weights."""
     steps: int
 
     @property
@@ -120,7 +123,7 @@ class PolicyRecord(Record):
 
     id: PolicyId
     tenant: str = DEFAULT_TENANT
-    kind: Literal["base", "lora"]
+    kind: Literal["base", "lora", "full"]
     state: PolicyState
     created_at: float
     n_equivalent: int = 1

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Final
 
 from bon_algos.contracts import BondSpec, JobSpec, Method, OfflineBondSpec
-from bonsai.client import BonsaiClient, Job, Policy
+from bonsai.client import BonsaiClient, Policy
 from bonsai.demo.prompts import training_prompts
+from bonsai.job_replies import Job
 
 N: Final = 16
 """The best-of-n that one sample of the distilled policy stands in for."""

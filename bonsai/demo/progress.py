@@ -20,7 +20,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from bonsai.client import Job
+from bonsai.job_replies import Job
 
 WIDTH = 100
 LINE_EVERY = 15.0

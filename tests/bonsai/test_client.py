@@ -7,7 +7,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from bonsai.client import GatewayUnreachable, Job, RequestRefused, UnreadableReply, open_client
+from bonsai.client import GatewayUnreachable, RequestRefused, UnreadableReply, open_client
+from bonsai.job_replies import Job
 from tests.bonsai.scripted_gateway import ScriptedGateway
 
 

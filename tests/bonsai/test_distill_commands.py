@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from bon_algos.contracts import LEDGER_COUNTS, job_key
 from bonsai.cli import main
 from tests.fixtures.gateway import World, engine, reward, world
-from tests.service.records import REPORT, STUDENT, policy
+from tests.service.records import STUDENT, policy, report
 from worker.lease import Lease, claim
 
 __all__ = ["engine", "reward", "world"]
@@ -60,7 +60,7 @@ def test_events_are_followed_to_the_end(ask: Ask, store: blocking_redis.Redis, j
         assert isinstance(epoch, int)
         lease = Lease(store, job_id, epoch, lease_seconds=60, heartbeat_seconds=60)
         lease.progress("training", 3, 3, {"loss": 0.5}, None)
-        lease.finish_succeeded(policy(STUDENT), REPORT.model_dump_json())
+        lease.finish_succeeded(policy(STUDENT), report().model_dump_json())
 
     worker = Thread(target=work)
     worker.start()

@@ -11,8 +11,8 @@ from bon_algos.acceptance import Requirements, choose
 from bon_algos.contracts import DataReport
 from bon_algos.data_report import data_report
 from bonsai.cli import main
-from bonsai.client import DryRun
 from bonsai.dry_run import table
+from bonsai.job_replies import DryRun
 from tests.worker import world
 
 

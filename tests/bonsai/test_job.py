@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from bonsai.client import Job, Policy
+from bonsai.client import Policy
 from bonsai.demo.job import CircleBroken, demo_job, finished, served
+from bonsai.job_replies import Job
 from tests.bonsai.scripted_gateway import ScriptedGateway
 
 FINGERPRINT = {"tokens": 300, "mean_abs_difference": 1e-5, "mean_abs_base_distance": 0.4}

@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
-from bonsai.client import Job, JobDetails
 from bonsai.demo import progress
+from bonsai.job_replies import Job, JobDetails
 
 
 def job(step: int, reward: float | None, kl: float | None = None) -> Job:

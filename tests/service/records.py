@@ -40,12 +40,13 @@ def job_spec(**changes: object) -> JobSpec:
     return JobSpec.model_validate({"method": Method(type="bon_forward_kl"), **changes})
 
 
-POINT = Interval(mean=0, low=0, high=0)
-REPORT = EvaluationReport(
-    prompts=2, samples_per_prompt=2, reward_policy=POINT, reward_reference=POINT, reward_best_of_n=POINT,
-    reward_gain=POINT, n=16, gain_share=0, win_rate=POINT, kl_policy_reference=POINT, mean_tokens_policy=1,
-    mean_tokens_reference=1,
-)  # fmt: skip
+def report() -> EvaluationReport:
+    point = Interval(mean=0, low=0, high=0)
+    return EvaluationReport(
+        prompts=2, samples_per_prompt=2, reward_policy=point, reward_reference=point, reward_best_of_n=point,
+        reward_gain=point, n=16, gain_share=0, win_rate=point, kl_policy_reference=point, mean_tokens_policy=1,
+        mean_tokens_reference=1,
+    )  # fmt: skip
 
 
 def manifest(policy_id: str = STUDENT, files: dict[str, str] = FILES, digest: str | None = None) -> Manifest:
@@ -55,7 +56,7 @@ def manifest(policy_id: str = STUDENT, files: dict[str, str] = FILES, digest: st
     return Manifest(
         policy_id=policy_id, digest=digest or adapter_digest(files), base_policy_id=BASE, parent_policy_id=BASE,
         reward_model_id=REWARD_MODEL, job_id="job_1", epoch=1, created_at=0.0, spec=job_spec(), data=data,
-        report=REPORT, files=files, lora_rank=8, steps=1,
+        report=report(), files=files, lora_rank=8, steps=1,
     )  # fmt: skip
 
 

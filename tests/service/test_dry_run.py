@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import redis as blocking_redis
 
+from archive.reading import Archive
+from archive.storage import archive_url
 from bon_algos.acceptance import Requirements, choose
 from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, DataReport, JobSpec, job_key, jobs_index
 from service.dry_run import DryRuns
@@ -17,8 +19,10 @@ from tests.fixtures.gateway import World, wait_until
 from tests.service.records import BASE, REWARD_MODEL, group
 from tests.service.training_files import line, uploaded
 from tests.worker.world import deliver
+from worker.compaction import Compaction, Limits
 
 PROMPTS = 40
+BATCHES_OF_TEN = Limits(entries=10, bytes=2**20, seconds=600.0, hot_groups=2, hot_seconds=0.0)
 
 
 def logged(world: World, **changes: object) -> None:
@@ -180,3 +184,16 @@ async def test_a_second_one_at_a_time_is_told_to_come_back():
 def test_another_tenants_groups_are_not_read(world):
     logged(world, tenant="acme")
     assert dry(world)["groups_read"] == 0
+
+
+def test_what_the_stream_has_no_more_is_read_from_the_archive(world, tmp_path):
+    logged(world)
+    before = dry(world)
+    with blocking_redis.Redis.from_url(world.redis_url) as client:
+        archive = Archive.at(archive_url("", tmp_path / "artefacts"))
+        compaction = Compaction(client, archive, BATCHES_OF_TEN, confirm=lambda: None)
+        compaction.open()
+        while compaction.step(wait_seconds=0.01) is not None:
+            pass
+        assert client.xlen(LEDGER_STREAM) == 10  # The newest batch is hot.
+    assert dry(world) == before

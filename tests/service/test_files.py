@@ -12,7 +12,7 @@ import openai
 import pytest
 import redis as blocking_redis
 
-from bon_algos.contracts import job_key
+from bon_algos.contracts import job_key, jobs_index
 from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until
 from tests.service.bad_training_data import NO_FORMAT, SERVED
 from tests.service.training_files import BOUNDARY, FORM, form, line, part, uploaded
@@ -96,11 +96,13 @@ def test_the_same_content_is_the_same_file_of_each_tenant(world, tmp_path):
 def test_a_file_that_a_job_learns_from_is_not_deleted(world):
     file = uploaded(world.client, line()).json["id"]
     job = world.client.post("/distill", {**SPEC, "training_file": file})
-    assert (job.status, job.json["spec"]["training_file"]) == (202, file)
+    assert (job.status, job.json["training_file"]) == (202, file)
     refused = world.client.request("DELETE", f"/v1/files/{file}")
     assert refused.status == 409
     assert refused.json["error"]["code"] == "file_in_use"
     assert job.json["id"] in refused.json["detail"]
+    assert world.client.post(f"/distill/{job.json['id']}/pause", {}).json["status"] == "paused"
+    assert world.client.request("DELETE", f"/v1/files/{file}").status == 409
     assert world.client.post(f"/distill/{job.json['id']}/cancel", {}).status == 200
     assert world.client.request("DELETE", f"/v1/files/{file}").status == 200
     assert refusal(world.client.post("/distill", {**SPEC, "training_file": file}), 404) == "training_file"
@@ -112,6 +114,8 @@ def test_another_tenants_job_holds_no_file(world):
     job = world.client.post("/distill", {**SPEC, "training_file": file}).json["id"]
     with blocking_redis.Redis.from_url(world.redis_url) as store:
         store.hset(job_key(job), "tenant", "acme")
+        store.zrem(jobs_index(), job)
+        store.zadd(jobs_index("acme"), {job: 1})
     assert world.client.request("DELETE", f"/v1/files/{file}").status == 200
 
 
@@ -211,3 +215,17 @@ def test_a_client_that_goes_away_leaves_nothing(world, tmp_path):
         connection.sendall(head(world.client, "Content-Length: 5000") + form(PURPOSE, FILE)[:50])
         wait_until(lambda: len(stored(tmp_path)) == 1)
     wait_until(lambda: stored(tmp_path) == [])
+
+
+def test_openais_body_names_a_file_and_may_ask_what_it_would_teach(world):
+    file = uploaded(world.client, b"".join(line(prompt=f"p{i}") for i in range(8))).json["id"]
+    asked = {"model": "default", "training_file": file, "method": SPEC["method"]}
+    told = world.client.post("/v1/fine_tuning/jobs?dry_run=true", asked)
+    assert (told.status, told.json["object"]) == (200, "bonsai.dry_run")
+    assert (told.json["spec"]["training_file"], told.json["data"]["groups_read"]) == (file, 8)
+    assert world.client.get("/distill").json["data"] == []
+    job = world.client.post("/v1/fine_tuning/jobs", asked)
+    assert (job.status, job.json["training_file"], job.json["bonsai"]["spec"]["training_file"]) == (200, file, file)
+    assert refusal(world.client.post("/v1/fine_tuning/jobs", {**asked, "training_file": "f-1"}), 422) == "training_file"
+    gone = {**asked, "training_file": "file-" + "0" * 32}
+    assert refusal(world.client.post("/v1/fine_tuning/jobs", gone), 404) == "training_file"

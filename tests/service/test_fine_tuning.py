@@ -12,7 +12,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES, job_key
 from tests.fixtures.gateway import World, wait_until
-from tests.service.records import BASE, REPORT, STUDENT, policy
+from tests.service.records import BASE, STUDENT, policy, report
 from worker.lease import Lease, claim
 
 METHOD: Any = {"type": "bon_forward_kl", "bon_forward_kl": {"n": 2, "steps": 40}}
@@ -117,7 +117,7 @@ def test_tokens_and_time_are_those_of_all_attempts(client: openai.OpenAI, store:
     store.hset(job_key(job_id), "lease_until", 1)
     second = taken(store, job_id)
     second.progress("training", 9, 40, {}, None, trained_tokens=50, sampled_tokens=5)
-    second.finish_succeeded(policy(STUDENT), REPORT.model_dump_json())
+    second.finish_succeeded(policy(STUDENT), report().model_dump_json())
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert (job.status, job.fine_tuned_model, job.trained_tokens) == ("succeeded", STUDENT, 250)
     seen = own(job)

@@ -26,9 +26,10 @@ from service.idempotency import Idempotency
 from service.jobs import Jobs, check_spec
 from service.store import open_redis
 from tests.fixtures.redis import RedisServer
-from tests.service.records import STUDENT, job_spec, policy
+from tests.service.records import BASE, STUDENT, job_spec, policy
 
 pytestmark = pytest.mark.anyio
+INTERPOLATION = Method.model_validate({"type": "interpolation", "interpolation": {"policy": STUDENT}})
 
 
 @pytest.fixture
@@ -87,6 +88,40 @@ async def test_a_policy_whose_groups_are_wanted_must_be_there(jobs: Jobs, redis:
     assert (await jobs.get((await jobs.submit(spec)).job_id))["bonsai"]["spec"]["window"]["policies"] == [STUDENT]
 
 
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"lora_rank": 16}, "method.bon_forward_kl.lora_rank"),
+        ({"lora_alpha": 16}, "method.bon_forward_kl.lora_alpha"),
+        ({}, None),
+    ],
+)
+async def test_a_policy_to_begin_with_must_fit_the_methods_adapter(
+    jobs: Jobs, redis: Redis, asked: dict[str, float], param: str | None
+):
+    method = {"type": "bon_forward_kl", "bon_forward_kl": asked}
+    spec = job_spec(method=method, training={"start_from": STUDENT})
+    with pytest.raises(PolicyNotFound) as missing:
+        await jobs.submit(spec)
+    assert missing.value.param == "training.start_from"
+    await redis.hset(policy_key(STUDENT), "record", policy(STUDENT).model_dump_json())
+    if param is None:
+        assert (await jobs.get((await jobs.submit(spec)).job_id))["status"] == "queued"
+        return
+    with pytest.raises(InvalidField, match="give the method the policy's") as refused:
+        await jobs.submit(spec)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize("policy_id", [STUDENT, BASE])
+async def test_a_policy_to_begin_with_has_an_adapter(jobs: Jobs, redis: Redis, policy_id: str):
+    full = policy(policy_id) if policy_id == BASE else policy(policy_id).model_copy(update={"kind": "full"})
+    await redis.hset(policy_key(policy_id), "record", full.model_dump_json())
+    with pytest.raises(InvalidField, match="name a LoRA policy") as refused:
+        await jobs.submit(job_spec(training={"start_from": policy_id}))
+    assert refused.value.param == "training.start_from"
+
+
 async def test_the_same_key_and_body_are_one_job(jobs: Jobs, redis: Redis):
     first = await jobs.submit(job_spec(), key("k"))
     await redis.delete(LEDGER_COUNTS)  # A replay is answered whatever has become of the ledger since.
@@ -131,6 +166,10 @@ async def test_a_key_that_is_no_key_is_unparseable(header: str):
             },
             "window.policies",
         ),
+        ({"training": {"weights": "full"}, "method": Method(type="jbond")}, "training.weights"),
+        ({"training": {"weights": "full", "start_from": STUDENT}}, "training.start_from"),
+        ({"training": {"accumulation": 17}}, "training.accumulation"),
+        ({"training": {"precision": "float32"}, "method": INTERPOLATION}, "training"),
     ],
 )
 async def test_a_spec_beyond_this_installation_names_the_field(changes: dict[str, object], param: str):

@@ -15,6 +15,7 @@ from service.catalogue import Catalogue, Snapshot
 from service.errors import Conflict, InvalidField, PolicyNotFound, RouteNotFound
 from service.idempotency import Idempotency
 from service.policies import Policies, policy_object
+from service.publishing import wanted_policies
 from service.routing import RouteRequest, Routes
 from service.store import open_redis
 from tests.service.records import BASE, PASSED, REWARD_MODEL, manifest, numbered, policy, route
@@ -117,6 +118,18 @@ async def test_what_may_not_go_live_says_what_to_do(
     assert refused.value.code == code
     assert (await snapshot_of(redis)).route("default").live_policy is None
     assert await redis.xlen(AUDIT_STREAM) == 0
+
+
+async def test_full_weights_are_for_export(redis: Redis):
+    full = policy(A, written=manifest(A).model_copy(update={"kind": "full", "report": None}))
+    full = full.model_copy(update={"kind": "full"})
+    await register(redis, full)
+    with pytest.raises(InvalidField, match="for export") as refused:
+        await Policies(redis).promote(A, "default", "r", SERVED)
+    assert (refused.value.status, refused.value.code) == (422, "export_only")
+    assert wanted_policies(await snapshot_of(redis)) == []
+    shown = policy_object(full, [], SERVED)
+    assert (shown["kind"], shown["report"]) == ("full", None)
 
 
 async def test_promoting_needs_a_reason_a_policy_and_a_route(policies: Policies):

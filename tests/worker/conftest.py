@@ -14,6 +14,14 @@ from tests.worker.stub_engine import StubEngine, save_tokenizer
 from worker.dataset import freeze
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests for GPUs exist where there are two."""
+    if torch.cuda.device_count() < 2:
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory):
     """Directory of a random Llama."""

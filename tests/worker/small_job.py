@@ -155,7 +155,8 @@ class SmallJob:
 
     @property
     def attempts(self) -> int:
-        return int(self.value("attempts") or 0)
+        """Those that did not end in the job being given back with its state."""
+        return int(self.value("attempts") or 0) - int(self.value("parked") or 0)
 
     @property
     def is_held(self) -> bool:

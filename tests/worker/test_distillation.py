@@ -4,12 +4,14 @@ model, an engine over HTTP in which faults can be planted."""
 import hashlib
 import json
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import redis
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from archive.reading import Archive
 from bon_algos.contracts import (
@@ -23,6 +25,7 @@ from bon_algos.contracts import (
     Method,
     PolicyRecord,
     PolicyReport,
+    TrainingSetup,
     Window,
     adapter_digest,
     files_key,
@@ -32,11 +35,12 @@ from bon_algos.contracts import (
     report_digest,
 )
 from bon_algos.importance import effective_sample_size
+from bon_algos.logprobs import sequence_logprobs
 from bon_algos.scoring import Completion, open_readers
 from tests.worker import world
 from tests.worker.stub_engine import save_tokenizer
 from worker import checkpoint, dataset
-from worker.distillation import Distillation, Workplace
+from worker.distillation import Distillation
 from worker.durable import sha256_file
 from worker.engine import Engines
 from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobParked, LeaseLost
@@ -45,6 +49,7 @@ from worker.job_process import read_tokenizer
 from worker.lease import Lease, claim
 from worker.models import open_policy
 from worker.publish import publish
+from worker.workplace import Workplace
 
 pytestmark = pytest.mark.slow
 
@@ -87,10 +92,18 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         policies=(),
         tenant="default",
         training_file=None,
+        training=None,
     ):
         given = parameters or OWN_PARAMETERS.get(method, FORWARD)
-        asked, window = Method(type=method, **{method: given}), Window(policies=policies)
-        spec = JobSpec(method=asked, window=window, n=8, held_out_fraction=0.3, seed=4, training_file=training_file)
+        spec = JobSpec(
+            method=Method(type=method, **{method: given}),
+            training=TrainingSetup(**(training or {})),
+            window=Window(policies=policies),
+            training_file=training_file,
+            n=8,
+            held_out_fraction=0.3,
+            seed=4,
+        )
         if not client.exists(job_key(job_id)):
             client.hset(job_key(job_id), mapping={"state": "queued", "epoch": 0, "attempts": 0})
         epoch = claim(client, job_id, lease_seconds=lease_seconds, worker="here:1")
@@ -155,6 +168,7 @@ def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, e
     assert manifest.data is not None
     assert manifest.report is not None
     assert manifest.data.groups == 24
+    assert manifest.report is not None
     assert manifest.report.prompts == manifest.data.held_out_groups
     whole = report_of(manifest, tmp_path)
     assert (whole.policy_id, whole.win_rate_reference) == (policy_id, manifest.report.win_rate)
@@ -358,6 +372,86 @@ def test_a_tenants_job_learns_from_its_own_and_what_it_makes_is_its_own(job, cli
     assert record.manifest.data.groups == len(tiny_groups)
     with pytest.raises(JobFailed, match="no distilled policy"):
         job("interpolation", {"policy": made, "share": 0.25}, job_id="job_3").run()
+
+
+def test_a_published_policy_is_trained_further_and_known_as_the_parent(job, client, tmp_path):
+    """It begins as the parent, bit for bit, and the base is its reference still."""
+    job().run()
+    parent = client.hget(job_key(JOB), "policy_id").decode()
+    home = next((tmp_path / "policies").iterdir())
+    child = job("bon_sft", FORWARD, job_id="job_2", training={"start_from": parent})
+    window = child.freeze()
+    begun = child.open_training(window).policy
+    for name, factor in load_file(home / "adapter_model.safetensors").items():
+        torch.testing.assert_close(begun.factors[name.replace(".weight", ".default.weight")], factor, rtol=0, atol=0)
+    groups = [pool.logged_group for pool in window.train]
+    reference = torch.cat(begun.reference_logprobs([group.tokens for group in groups]))
+    logged = torch.tensor([logprob for group in groups for logprob in group.reference_logprobs])
+    torch.testing.assert_close(reference, logged, rtol=0, atol=1e-3)
+    child.run()
+    manifest = manifest_of(client, "job_2")
+    assert (manifest.parent_policy_id, manifest.base_policy_id) == (parent, world.BASE)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [({"lora_alpha": 16}, "asks for 8 and 16"), ({"lora_rank": 16}, "16 and 32")]
+)
+def test_an_adapter_of_another_shape_is_not_trained_further(job, client, asked, said):
+    job().run()
+    parent = client.hget(job_key(JOB), "policy_id").decode()
+    with pytest.raises(JobFailed, match=f"{said}.*give the method the policy's"):
+        job(parameters=FORWARD | asked, job_id="job_2", training={"start_from": parent}).run()
+
+
+def test_full_weights_are_published_as_a_model_that_transformers_opens(job, client, engine, tmp_path, tiny_window):
+    """Nobody draws from them, and their log-probs are the trainer's."""
+    attempt = job("bon_sft", FORWARD, training={"weights": "full"})
+    window = attempt.freeze()
+    training = attempt.open_training(window)
+    attempt.train(training, window)
+    engine.is_away = True
+    attempt.conclude(training.policy, window)
+    assert state(client) == "succeeded"
+    assert client.hget(job_key(JOB), "report") == b""
+    manifest = manifest_of(client, JOB)
+    home = tmp_path / "policies" / manifest.digest
+    assert (manifest.kind, manifest.report, manifest.lora_rank) == ("full", None, 0)
+    assert manifest.files == {path.name: sha256_file(path) for path in home.iterdir() if path.name != "manifest.json"}
+    assert {"config.json", "model.safetensors"} <= manifest.files.keys()
+    groups = [pool.logged_group.tokens for pool in tiny_window.held_out]
+    with torch.no_grad():
+        exported = sequence_logprobs(AutoModelForCausalLM.from_pretrained(home).eval(), groups)
+        own = training.policy.logprobs(groups)
+        assert max(float((a - b).abs().max()) for a, b in zip(exported, own, strict=True)) < 1e-5
+        reference = training.policy.reference_logprobs(groups)
+        assert max(float((a - b).abs().max()) for a, b in zip(exported, reference, strict=True)) > 1e-2
+    child = job("interpolation", {"policy": manifest.policy_id, "share": 0.5}, job_id="job_2")
+    with pytest.raises(JobFailed, match="full weights, which are for export"):
+        child.run()
+
+
+def test_what_was_trained_in_bfloat16_is_judged_and_proven_as_the_engine_serves_it(job, client):
+    setup = {"precision": "bfloat16", "gradient_checkpointing": True, "accumulation": 2}
+    job("bond", training=setup).run()
+    assert state(client) == "succeeded"
+
+
+@pytest.mark.parametrize(("method", "parallelism"), [("bon_forward_kl", "data"), ("vbon", "fsdp")])
+def test_a_job_of_two_processes_ends_as_one_of_one(job, client, tmp_path, method, parallelism):
+    """What samples of the engine settle is not compared."""
+    job(method).run()
+    (alone,) = published(tmp_path)
+    attempt = job(method, job_id="job_2")
+    attempt.workplace = replace(attempt.workplace, processes=2, parallelism=parallelism)
+    attempt.run()
+    one, two = (
+        load_file(tmp_path / "policies" / digest / "adapter_model.safetensors")
+        for digest in (alone, manifest_of(client, "job_2").digest)
+    )
+    assert one.keys() == two.keys()
+    if method == "bon_forward_kl":
+        for name, factor in one.items():
+            torch.testing.assert_close(two[name], factor, rtol=0, atol=1e-4)
 
 
 def test_only_a_published_policy_with_its_own_files_is_interpolated(job, client, tmp_path):

@@ -96,15 +96,14 @@ def test_F43_a_job_whose_worker_is_asked_to_stop_goes_on_elsewhere_and_has_lost_
     os.kill(training, signal.SIGTERM)
     os.kill(training, signal.SIGCONT)
     worker.join(30)
-    assert (worker.exitcode, job.state, job.is_held) == (0, "queued", False), job.told()
-    assert job.attempts - int(job.value("parked") or 0) == 0
+    assert (worker.exitcode, job.state, job.is_held, job.attempts) == (0, "queued", False, 0), job.told()
     kept = checkpoint.newest(job.directory)
     assert kept is not None
     assert kept.step >= job.step
     job.run_to_its_end(deliveries=1)
     assert f"resumed at step {kept.step}" in (job.directory / "2.log").read_text()
     assert job.the_policy().manifest.digest == undisturbed
-    assert (job.ends(), job.leftovers()) == (["succeeded"], [])
+    assert (job.attempts, job.ends(), job.leftovers()) == (1, ["succeeded"], [])
 
 
 def test_F44_what_a_newer_gateway_adds_to_a_jobs_record_is_passed_over(small, undisturbed):

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import redis
+import torch
+from safetensors.torch import load
 
 from bon_algos.contracts import JobSpec, Method, job_key
 from tests.worker import world
 from worker import checkpoint, tasks
+from worker.crew import LOST_A_RANK
 from worker.job_process import read_tokenizer
 from worker.lease import claim
 
@@ -213,6 +216,55 @@ def test_a_process_that_dies_gives_its_job_back_with_the_end_of_its_log(client, 
     assert client.hget(job_key(JOB), "lease_until") == "0"
     assert "training process ended with 1" in client.hget(job_key(JOB), "last_error")
     assert "nothing" in client.hget(job_key(JOB), "last_error")
+
+
+def children_of(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def follower_of(process):
+    """The pid of the second rank."""
+    (pid,) = children_of(process)
+    return pid
+
+
+def test_a_rank_that_dies_ends_the_attempt_and_the_next_ends_where_one_process_does(client, environment, start):
+    """kill -9 of the second of two processes: the first is gone within seconds, and another attempt goes on."""
+    artefacts = Path(environment["BONSAI_ARTEFACTS"])
+    submit(client)
+    expected = load(adapter_of(environment, run_to_its_end(client, start)))
+    submit(client)
+    (artefacts / "policies").rename(artefacts / "first")
+    environment["BONSAI_TRAIN_PROCESSES"] = "2"
+    process = start()
+    until(lambda: step_reached(client) >= 6, "step 6")
+    os.kill(follower_of(process), signal.SIGKILL)
+    died_at = time.monotonic()
+    assert process.wait(SECONDS) == LOST_A_RANK
+    assert time.monotonic() - died_at < 20
+    client.hset(job_key(JOB), "lease_until", 0)  # as the task does when its process fails
+    found = load(adapter_of(environment, run_to_its_end(client, start)))
+    assert client.hget(job_key(JOB), "attempts") == "2"
+    for name, factor in expected.items():
+        torch.testing.assert_close(found[name], factor, rtol=0, atol=1e-4)
+
+
+def test_all_ranks_end_with_the_first_and_when_the_job_is_cancelled(client, environment, start):
+    environment["BONSAI_TRAIN_PROCESSES"] = "2"
+    submit(client)
+    process = start()
+    until(lambda: step_reached(client) >= 1, "the first step")
+    follower = follower_of(process)
+    os.kill(process.pid, signal.SIGKILL)
+    until(lambda: not is_alive(follower), "no second rank")
+    client.hset(job_key(JOB), "lease_until", 0)
+    process = start()
+    until(lambda: len(children_of(process)) == 1, "a second rank")
+    follower = follower_of(process)
+    client.hset(job_key(JOB), "cancel", 1)
+    assert process.wait(SECONDS) == 0
+    assert client.hget(job_key(JOB), "state") == "cancelled"
+    assert not is_alive(follower)
 
 
 def test_a_message_for_a_job_that_is_held_starts_nothing(client, environment, tmp_path):

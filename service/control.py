@@ -7,7 +7,7 @@ and their loops. Does not own: HTTP, the engines, which join and leave `publishe
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -91,10 +91,8 @@ async def open_control(
     n_cap: int,
     default_max_tokens: int,
     reconcile_seconds: float,
-    max_loras: int,
     max_lora_rank: int,
-    fingerprint_tolerance: float,
-    prove_seconds: float,
+    open_publishers: Callable[[Catalogue, Policies], Publishers],
     learning_seconds: float,
     max_body_bytes: int,
     pepper: bytes,
@@ -126,15 +124,7 @@ async def open_control(
             training=training,
             streams=JobStreams(redis_that_waits),
             dispatcher=Dispatcher(redis, partial(send_job, producer), seconds=reconcile_seconds),
-            publishers=Publishers(
-                catalogue,
-                policies,
-                artefacts=artefacts,
-                slots=max_loras,
-                max_lora_rank=max_lora_rank,
-                tolerance=fingerprint_tolerance,
-                prove_every=prove_seconds,
-            ),
+            publishers=open_publishers(catalogue, policies),
             curves=Curves(redis_of_bytes),
             learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
             keys=Keys(redis, key_ring, pepper, admin, default),

@@ -81,9 +81,11 @@ def test_openais_hyperparameters_are_the_methods_own(client: openai.OpenAI):
 
 def test_a_job_is_paused_and_resumed_while_it_waits(client: openai.OpenAI, store: blocking_redis.Redis):
     job_id = client.fine_tuning.jobs.create(**ASKED).id
+    queue = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
+    wait_until(lambda: store.llen(queue) == 1)
     assert str(client.fine_tuning.jobs.pause(job_id).status) == "paused"
     assert claim(store, job_id, lease_seconds=60, worker="here:1") == "paused"
-    store.delete(*[f"{BROKER_PREFIX}{queue}" for queue in DISTILL_QUEUES.values()])
+    store.delete(queue)
     assert client.fine_tuning.jobs.resume(job_id).status == "queued"
     wait_until(lambda: store.llen(f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}") == 1)
 

@@ -77,7 +77,7 @@ def said_by_engine(stack: RealStack, directory: Path) -> torch.Tensor:
         try:
             tokens = [*PROMPT, *COMPLETION]
             asked = [forced_token_request("exported", tokens[:i], tokens[i]) for i in range(len(PROMPT), len(tokens))]
-            replies = [engine.post("/v1/completions", json=body).json() for body in asked]
+            replies = [engine.post("/v1/completions", json=body).content for body in asked]
         finally:
             engine.post("/v1/unload_lora_adapter", json={"lora_name": "exported"})
     return torch.tensor([parse_forced_token(reply, token) for reply, token in zip(replies, COMPLETION, strict=True)])

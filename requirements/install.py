@@ -103,6 +103,8 @@ class Environment:
         return self.stamp.read_text().splitlines() if self.stamp.exists() else []
 
     def _create(self, device: str) -> None:
+        if self.path.is_symlink():
+            raise SetupError(".venv is a link, and set-up would empty what it points to; remove the link")
         # The scripts of a virtual environment name its path, so one that was moved or copied is of no use.
         made_for_another = self._stamped()[:2] not in ([], self._made_for(device))
         if not made_for_another and self.python.exists() and self._output(*PIP, "--version"):

@@ -6,6 +6,7 @@ one the lock describes. Does not install.
 
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -227,6 +228,18 @@ def make(*arguments: str) -> str:
     return subprocess.run(
         ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=20
     ).stdout
+
+
+def test_an_environment_behind_a_link_is_another_checkouts_and_is_left_alone(tmp_path):
+    for name in ("theirs", "ours"):
+        (tmp_path / name).mkdir()
+    theirs, ours = small_checkout(tmp_path / "theirs"), small_checkout(tmp_path / "ours")
+    (theirs.path / "kept").touch()
+    shutil.rmtree(ours.path)
+    ours.path.symlink_to(theirs.path)
+    with pytest.raises(install.SetupError, match="is a link"):
+        ours.fill("cpu")
+    assert (theirs.path / "kept").exists()
 
 
 def test_make_alone_lists_every_target():

@@ -49,11 +49,10 @@ from service.openai_bodies import ChatBody, CompletionBody
 from service.operation import ONCE, PAGE, Body, Operation, header, query
 from service.report_files import FORMATS
 from service.routes.generate import MAX_UNIT_LENGTH
-from service.routes.ledger import MAX_NAME
+from service.routes.ledger import MAX_NAME, MOST
 from service.routing import RouteRequest
 from service.training_operations import TRAINING_OPERATIONS
 
-MAX_SECONDS: Final = 1e12
 ARM: Final = header(
     "x-bonsai-arm",
     "POLICY:N, forces an arm; for admins and operators.",
@@ -229,12 +228,12 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         parameters=(
             query("route", "Of this route.", type="string", pattern=ROUTE_PATTERN),
             query("policy", "Drawn or answered by this policy.", type="string", pattern=POLICY_ID_PATTERN),
-            query("since", "Made at or after, seconds since the epoch.", type="number", minimum=0, maximum=MAX_SECONDS),
-            query("until", "Made at or before.", type="number", minimum=0, maximum=MAX_SECONDS),
+            query("since", "Made at or after, seconds since the epoch.", type="number", minimum=0, maximum=MOST),
+            query("until", "Made at or before.", type="number", minimum=0, maximum=MOST),
             query("user", "Asked for by this user.", type="string", minLength=1, maxLength=MAX_NAME),
             query("session", "Of this session.", type="string", minLength=1, maxLength=MAX_NAME),
             query("has_feedback", "Whether somebody said something about it.", type="boolean"),
-            query("min_reward", "Of what was served.", type="number", minimum=-MAX_SECONDS, maximum=MAX_SECONDS),
+            query("min_reward", "Of what was served.", type="number", minimum=-MOST, maximum=MOST),
             query("limit", "Rows.", type="integer", minimum=1, maximum=PAGE_LIMIT, default=PAGE_ROWS),
             query("cursor", "`next_cursor` of the page before, with the same filters.", type="string", minLength=1),
             query("fields", f"Some of {', '.join(FIELDS)}, with commas between.", type="string", minLength=1),

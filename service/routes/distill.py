@@ -58,7 +58,8 @@ async def create(request: Request) -> JSONResponse:
 
 
 async def _told(request: Request, spec: JobSpec) -> JSONResponse:
-    """What a job would learn from, which is not submitted."""
+    """What a job would learn from, which is not submitted: a key is looked at and not used up."""
+    idempotency_of(request, "")
     control, caller = control_of(request), caller_of(request)
     _route_for(request, spec)
     await control.jobs.check(spec, caller.tenant)

@@ -20,6 +20,8 @@ from service.routes.admin import checked_name, control_of, count_of
 
 PARAMETERS: Final = (*FILTERS, "limit", "cursor", "fields")
 MAX_NAME: Final = 512
+MOST: Final = 1e12
+"""Of a number: of seconds or of a reward."""
 _NUMBER: Final = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,18})?")
 router = APIRouter(prefix="/ledger")
 
@@ -59,7 +61,7 @@ async def receipt(request: Request, erasure_id: str) -> JSONResponse:
 
 def read_query(given: Mapping[str, str]) -> LedgerQuery:
     """Raises InvalidField."""
-    since, until = _number(given, "since"), _number(given, "until")
+    since, until = _number(given, "since", at_least=0), _number(given, "until", at_least=0)
     if since is not None and until is not None and since > until:
         raise InvalidField("since must not be after until", param="since")
     return LedgerQuery(
@@ -70,18 +72,20 @@ def read_query(given: Mapping[str, str]) -> LedgerQuery:
         user=_name(given, "user"),
         session=_name(given, "session"),
         has_feedback=_flag(given, "has_feedback"),
-        min_reward=_number(given, "min_reward"),
+        min_reward=_number(given, "min_reward", at_least=-MOST),
         limit=count_of(given, "limit", DEFAULT_LIMIT, at_most=MAX_LIMIT),
         fields=_fields(given),
     )
 
 
-def _number(given: Mapping[str, str], name: str) -> float | None:
+def _number(given: Mapping[str, str], name: str, at_least: float) -> float | None:
     text = given.get(name)
     if text is None:
         return None
     if not _NUMBER.fullmatch(text):
         raise InvalidField(f"{name} must be a plain decimal number", param=name)
+    if not at_least <= float(text) <= MOST:
+        raise InvalidField(f"{name} must be from {at_least:g} to {MOST:g}", param=name)
     return float(text)
 
 

@@ -204,9 +204,10 @@ class SmallJob:
         return sum(b"step" in entry for entry in own)
 
     def leftovers(self) -> list[str]:
-        """What lies in the job's directory beside its window and its logs, once the next worker came by."""
+        """What lies in the job's directory beside its window, its record and its logs, once the next worker came by."""
         sweep(self.client, self.artefacts)
-        return [name for name in os.listdir(self.directory) if name != "window" and not name.endswith(".log")]
+        kept = ("window", "job.json")
+        return [name for name in os.listdir(self.directory) if name not in kept and not name.endswith(".log")]
 
     def _events(self):
         return self.client.xrange(job_events_key(self.job_id))

@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 import click
+
+from bonsai.gateway_address import GatewayAddress, asks_gateway
 
 if TYPE_CHECKING:
     from bonsai.client import BonsaiClient
@@ -20,23 +23,17 @@ Work = Callable[["BonsaiClient"], Awaitable[None]]
 
 
 @click.group()
-@click.option(
-    "--url",
-    envvar="BONSAI_URL",
-    default="http://127.0.0.1:8000",
-    show_default=True,
-    help="Of the gateway. Its key is taken from the environment variable BONSAI_API_KEY.",
-)
+@asks_gateway
 @click.pass_context
-def distill(context: click.Context, url: str) -> None:
+def distill(context: click.Context, url: str, directory: Path) -> None:
     """Distillation jobs: learn to need only one sample."""
-    context.obj = url
+    context.obj = GatewayAddress(url, directory)
 
 
 @distill.command()
 @click.argument("spec", type=click.File("r"))
 @click.pass_obj
-def submit(url: str, spec: IO[str]) -> None:
+def submit(gateway: GatewayAddress, spec: IO[str]) -> None:
     """Submit the job that the JSON in SPEC asks for, the body of POST /distill; - reads it from standard input."""
     from pydantic import ValidationError
 
@@ -50,39 +47,39 @@ def submit(url: str, spec: IO[str]) -> None:
     async def work(client: BonsaiClient) -> None:
         _say(await client.distill(asked))
 
-    _run(url, work)
+    _run(gateway, work)
 
 
 @distill.command("list")
 @click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
 @click.option("--after", metavar="JOB", help="Those that were submitted before this one.")
 @click.pass_obj
-def list_jobs(url: str, limit: int, after: str | None) -> None:
+def list_jobs(gateway: GatewayAddress, limit: int, after: str | None) -> None:
     """The newest jobs, a line each."""
 
     async def work(client: BonsaiClient) -> None:
         for job in (await client.jobs(limit=limit, after=after)).data:
             _say(job)
 
-    _run(url, work)
+    _run(gateway, work)
 
 
 @distill.command()
 @click.argument("job_id")
 @click.pass_obj
-def show(url: str, job_id: str) -> None:
+def show(gateway: GatewayAddress, job_id: str) -> None:
     """A job as JSON: progress, metrics, report."""
 
     async def work(client: BonsaiClient) -> None:
         click.echo((await client.job(job_id)).model_dump_json(indent=1))
 
-    _run(url, work)
+    _run(gateway, work)
 
 
 @distill.command()
 @click.argument("job_id")
 @click.pass_obj
-def events(url: str, job_id: str) -> None:
+def events(gateway: GatewayAddress, job_id: str) -> None:
     """What a job went through and goes through, until it has ended."""
     from datetime import UTC, datetime
 
@@ -91,18 +88,18 @@ def events(url: str, job_id: str) -> None:
             at = datetime.fromtimestamp(event.created_at, UTC).strftime("%H:%M:%S")
             click.echo(f"{at}  {event.level:<5}  {event.message}")
 
-    _run(url, work)
+    _run(gateway, work)
 
 
 def _wish(wish: Literal["pause", "resume", "cancel"], told: str) -> None:
     @distill.command(wish, help=told)
     @click.argument("job_id")
     @click.pass_obj
-    def command(url: str, job_id: str) -> None:
+    def command(gateway: GatewayAddress, job_id: str) -> None:
         async def work(client: BonsaiClient) -> None:
             _say(await client.ask_job(wish, job_id))
 
-        _run(url, work)
+        _run(gateway, work)
 
 
 _wish("pause", "Have a job stop after the step it is at, and keep its state.")
@@ -118,16 +115,16 @@ def _say(job: Job) -> None:
     click.echo("  ".join(column for column in columns if column))
 
 
-def _run(url: str, work: Work) -> None:
+def _run(gateway: GatewayAddress, work: Work) -> None:
     """Status 1 and the reason, where the gateway refuses or is not there."""
-    from bonsai.client import BonsaiError, open_client
+    from bonsai.client import BonsaiError
 
     async def all_of_it() -> None:
-        async with open_client(url) as client:
+        async with gateway.open_client() as client:
             await work(client)
 
     try:
         asyncio.run(all_of_it())
-    except BonsaiError as error:
+    except (BonsaiError, OSError, ValueError) as error:
         click.echo(f"failed {error}", err=True)
         sys.exit(1)

@@ -6,7 +6,6 @@ Owns: the command and the table. Does not own: the numbers (service/dry_run.py).
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bon_algos.contracts import DataReport, JobSpec
+from bonsai.gateway_address import GatewayAddress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,14 +26,8 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 @click.command("dry-run")
 @click.argument("spec_file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option(
-    "--key-file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    default=None,
-    help="Holds an API key; default: BONSAI_API_KEY, else .bonsai/admin.key.",
-)
 @click.pass_obj
-def dry_run_command(url: str, spec_file: Path, key_file: Path | None) -> None:
+def dry_run_command(gateway: GatewayAddress, spec_file: Path) -> None:
     """What a job would learn from. SPEC_FILE is the body of POST /distill; nothing is submitted.
 
     Status 1 when the job would fail.
@@ -46,8 +40,8 @@ def dry_run_command(url: str, spec_file: Path, key_file: Path | None) -> None:
     console = Console()
     try:
         spec = JobSpec.model_validate_json(spec_file.read_bytes())
-        told = asyncio.run(_told(spec, url, _key(key_file)))
-    except (ValidationError, BonsaiError, OSError) as error:
+        told = asyncio.run(_told(spec, gateway))
+    except (ValidationError, BonsaiError, OSError, ValueError) as error:
         console.print("failed", style="bold red", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -55,19 +49,9 @@ def dry_run_command(url: str, spec_file: Path, key_file: Path | None) -> None:
     sys.exit(1 if told.data.would_fail else 0)
 
 
-async def _told(spec: JobSpec, url: str, key: str | None) -> DryRun:
-    from bonsai.client import open_client
-
-    async with open_client(url, api_key=key) as client:
+async def _told(spec: JobSpec, gateway: GatewayAddress) -> DryRun:
+    async with gateway.open_client() as client:
         return await client.dry_run(spec)
-
-
-def _key(file: Path | None) -> str | None:
-    """None: the client looks into its environment."""
-    if file is None and not os.environ.get("BONSAI_API_KEY"):
-        own = Path(".bonsai/admin.key")
-        file = own if own.exists() else None
-    return None if file is None else file.read_text().strip()
 
 
 def table(told: DryRun) -> Table:

@@ -6,13 +6,14 @@ Owns: what a user can say and how the answer looks. Does not own: the answer (`G
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from bonsai.gateway_address import GatewayAddress, asks_gateway
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,27 +22,17 @@ if TYPE_CHECKING:
 
 
 @click.command("engines")
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Of the gateway.")
-@click.option(
-    "--dir",
-    "directory",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path(".bonsai"),
-    show_default=True,
-    help="Of the stack, whose administrator's key is used where BONSAI_API_KEY is not set.",
-)
+@asks_gateway
 def engines_command(url: str, directory: Path) -> None:
     """The policy engines: their state, and which policies each is to hold, holds and has proved."""
     from rich.console import Console
 
-    from bonsai.client import BonsaiError, open_client
-    from service.api_key import read_admin_key
+    from bonsai.client import BonsaiError
 
     console = Console()
 
     async def ask() -> list[Engine]:
-        key = os.environ.get("BONSAI_API_KEY") or read_admin_key(directory / "admin.key")
-        async with open_client(url, api_key=key, timeout_seconds=10.0) as client:
+        async with GatewayAddress(url, directory).open_client(timeout_seconds=10.0) as client:
             return await client.engines()
 
     try:

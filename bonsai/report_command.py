@@ -6,13 +6,14 @@ Everything that is not an option is imported when it runs.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import click
+
+from bonsai.gateway_address import GatewayAddress, asks_gateway
 
 if TYPE_CHECKING:
     from bon_algos.contracts import PolicyReport
@@ -26,15 +27,7 @@ FILES: Final[dict[str, Literal["json", "markdown", "png"]]] = {
 
 @click.command("report")
 @click.argument("policy")
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Of the gateway.")
-@click.option(
-    "--dir",
-    "directory",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path(".bonsai"),
-    show_default=True,
-    help="Of the running stack, whose administrator's key is used; BONSAI_API_KEY goes before it.",
-)
+@asks_gateway
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -51,7 +44,7 @@ def report_command(policy: str, url: str, directory: Path, out: Path | None, sho
     console = Console()
     out = out or (directory / "reports" / policy if shows else None)
     try:
-        report = asyncio.run(fetched(url, _key(directory), policy, out))
+        report = asyncio.run(fetched(GatewayAddress(url, directory), policy, out))
     except (BonsaiError, OSError, ValueError) as error:
         console.print("failed", style="bold red", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
@@ -66,24 +59,16 @@ def report_command(policy: str, url: str, directory: Path, out: Path | None, sho
         click.launch(str(out / "report.png"))
 
 
-async def fetched(url: str, key: str | None, policy: str, out: Path | None) -> PolicyReport:
+async def fetched(gateway: GatewayAddress, policy: str, out: Path | None) -> PolicyReport:
     """The report; its files in `out`, whose parents are made. Raises BonsaiError, OSError or ValueError."""
     from bon_algos.contracts import POLICY_ID_PATTERN
-    from bonsai.client import open_client
 
     if re.fullmatch(POLICY_ID_PATTERN, policy) is None:
         raise ValueError("a policy's id is pol- and 16 hex digits; GET /policies lists them")
-    async with open_client(url, api_key=key) as client:
+    async with gateway.open_client() as client:
         report = await client.report(policy)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             for name, form in FILES.items():
                 (out / name).write_bytes(await client.report_file(policy, form))
     return report
-
-
-def _key(directory: Path) -> str | None:
-    """None leaves it to BONSAI_API_KEY. Raises OSError or ValueError where there is neither that nor a stack's."""
-    from service.api_key import read_admin_key
-
-    return None if os.environ.get("BONSAI_API_KEY") else read_admin_key(directory / "admin.key")

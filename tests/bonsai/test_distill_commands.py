@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -89,3 +90,9 @@ def test_a_spec_that_is_none_is_not_sent(ask: Ask):
     result = ask("submit", "-", input='{"method": {"type": "ppo"}}')
     assert result.exit_code == 2
     assert "method.type" in result.output
+
+
+def test_without_a_key_it_says_where_it_looked_for_one(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(main, ["distill", "--dir", str(tmp_path), "list"], env={"BONSAI_API_KEY": ""})
+    assert shown.exit_code == 1
+    assert "admin.key" in shown.output

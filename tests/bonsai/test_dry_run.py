@@ -53,5 +53,7 @@ def test_a_spec_that_is_none_and_a_gateway_that_is_none_are_told(tmp_path):
     assert bad.exit_code == 2
     assert "method" in bad.output
     spec.write_text(json.dumps({"method": {"type": "bond"}}))
-    away = CliRunner().invoke(main, ["distill", "--url", "http://127.0.0.1:9", "dry-run", str(spec)])
+    away = CliRunner().invoke(
+        main, ["distill", "--url", "http://127.0.0.1:9", "dry-run", str(spec)], env={"BONSAI_API_KEY": "sk-none"}
+    )
     assert away.exit_code == 2

@@ -9,6 +9,7 @@ import torch
 
 from bon_algos.acceptance import Requirements
 from tests.worker import small_job, world
+from tests.worker.distilled import client, job
 from tests.worker.small_job import SmallJob
 from tests.worker.stub_engine import StubEngine, save_tokenizer
 from worker.dataset import freeze
@@ -20,6 +21,9 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+__all__ = ["client", "job"]
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +83,8 @@ def small(redis_url, engine, tiny_policy, reward_directory, small_groups, tmp_pa
         return job
 
     yield submitted
-    for client in clients:
-        client.close()
+    for opened in clients:
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,15 @@ The gateway that checks a file and the worker that learns from it read its rows 
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+from bon_algos.acceptance import Requirements
 from bon_algos.chat import ChatTokenizer, TemplateRefused
 from bon_algos.contracts import (
     Arm,
     Candidate,
     CandidateGroup,
+    FileRecord,
     PolicyId,
     RowCompletion,
     RowSampling,
@@ -39,6 +41,19 @@ class Source(NamedTuple):
     longest_completion: int
     """Of the file, tokens; what a completion might have had, where a row does not tell."""
     created_at: float
+
+    @classmethod
+    def of(cls, record: FileRecord, wanted: Requirements) -> Self:
+        """Of a file that was checked, for what a job wants of it."""
+        return cls(
+            record.id,
+            wanted.reference_policy,
+            wanted.reward_model,
+            wanted.reward_template_digest,
+            record.window,
+            record.longest_completion,
+            record.created_at,
+        )
 
 
 def sampler_of(file_id: str) -> PolicyId:

@@ -64,8 +64,9 @@ def main() -> int:
         # The server raises the signal again when everything has been shut down in order: that is a clean end.
         signal.signal(stopping, _leave)
     app = create_app(partial(open_gateway, settings))
-    Server(server_config(app, settings), app.state.draining).run()
-    return 0
+    server = Server(server_config(app, settings), app.state.draining)
+    server.run()
+    return int(server.has_failed)
 
 
 if __name__ == "__main__":

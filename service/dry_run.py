@@ -148,15 +148,7 @@ class DryRuns:
     def _take_rows(self, reading: _Reading, record: FileRecord, path: Path) -> None:
         """As `worker.uploads.groups_of` reads them."""
         wanted = reading.wanted
-        source = Source(
-            record.id,
-            wanted.reference_policy,
-            wanted.reward_model,
-            wanted.reward_template_digest,
-            record.window,
-            record.longest_completion,
-            record.created_at,
-        )
+        source = Source.of(record, wanted)
         with path.open("rb") as stream:
             rows = islice(rows_of(stream, record.format), reading.max_groups)
             while reading.has_room and (page := list(islice(rows, PAGE_ROWS))):

@@ -38,6 +38,8 @@ class Server(uvicorn.Server):
         self._draining = draining
         self._seconds = config.timeout_graceful_shutdown or 0
         self._latest = math.inf
+        self.has_failed = False
+        """What runs beside the requests ended with an error: nothing would ever be right again in this process."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """What lives as long as the process is left out of every later search for garbage: such a search holds up all
@@ -57,11 +59,14 @@ class Server(uvicorn.Server):
         self._latest = monotonic() + self._seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; true ends the loop, and then uvicorn shuts down."""
+        """Called ten times a second; true ends the loop, and then uvicorn shuts down. uvicorn itself goes on answering
+        when its lifespan fails."""
         left = self._latest - monotonic()
         if self._draining.has_begun and (self._draining.num_open == 0 or left <= 0):
             self.config.timeout_graceful_shutdown = max(0, math.ceil(left))
             self.should_exit = True
+        if not self._draining.has_begun and (self.lifespan.error_occurred or self.lifespan.shutdown_failed):
+            self.has_failed = self.should_exit = True
         return await super().on_tick(counter)
 
 

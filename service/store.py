@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.driver_info import DriverInfo
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from bon_algos.crash_points import crash_point
 from service.errors import StoreFull, StoreUnavailable
 
 T = TypeVar("T")
+DRIVER: Final = DriverInfo()
+"""Made once: redis-py would read a file of its package for every new connection, and fail where there is no descriptor
+left for that."""
 
 
 def open_redis(url: str, *, connect_seconds: float = 1.0, reply_seconds: float = 2.0, in_bytes: bool = False) -> Redis:
@@ -31,6 +35,7 @@ def open_redis(url: str, *, connect_seconds: float = 1.0, reply_seconds: float =
         socket_connect_timeout=connect_seconds,
         socket_timeout=reply_seconds,
         retry=Retry(NoBackoff(), 0),
+        driver_info=DRIVER,
     )
 
 

@@ -59,15 +59,7 @@ def groups_of(
     """The groups of the first `max_groups` rows. Raises JobFailed for a file that was read for another policy."""
     if tokenizer.template_digest != record.policy_template_digest:
         raise JobFailed("file_of_another_policy", f"{record.id} was read with another tokenizer: upload it again")
-    source = Source(
-        record.id,
-        wanted.reference_policy,
-        wanted.reward_model,
-        wanted.reward_template_digest,
-        record.window,
-        record.longest_completion,
-        record.created_at,
-    )
+    source = Source.of(record, wanted)
     with path.open("rb") as stream:
         rows = islice(rows_of(stream, record.format), max_groups)
         read = (group_of(TrainingRow.model_validate_json(row.document), row.line, source, tokenizer) for row in rows)

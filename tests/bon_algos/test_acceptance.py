@@ -9,23 +9,7 @@ from hypothesis import strategies as st
 from bon_algos.acceptance import Requirements, choose, split_sides
 from bon_algos.contracts import Feedback, FeedbackFilter, JobSpec, Sampling
 from tests.worker import world
-
-STUDENT = "pol-" + "0" * 16
-WANTED = Requirements(
-    reference_policy=world.BASE,
-    reward_model=world.REWARD_MODEL,
-    reward_template_digest=world.TEMPLATE,
-    num_candidates=2,
-)
-
-
-def fit_groups(num_prompts, per_prompt=1, rewards=(0.0, 1.0)):
-    return [
-        world.group(f"g{prompt}-{i}", [0, 2 + prompt], rewards, created_at=1000.0 + i)
-        for prompt in range(num_prompts)
-        for i in range(per_prompt)
-    ]
-
+from tests.worker.fit_groups import STUDENT, WANTED, fit_groups
 
 # --- fitness ---------------------------------------------------------------------------------------------
 

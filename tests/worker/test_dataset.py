@@ -2,30 +2,15 @@
 
 import pytest
 
-from bon_algos.acceptance import INCOMPLETE_PENALTY, Requirements, choose
+from bon_algos.acceptance import INCOMPLETE_PENALTY, choose
 from bon_algos.acceptance import pool as pools_of
 from bon_algos.contracts import Sampling
 from bon_algos.order import best_of_n_weights
 from tests.worker import world
+from tests.worker.fit_groups import STUDENT, WANTED, fit_groups
 from worker import dataset
 from worker.dataset import freeze, prompt_pool
 from worker.errors import JobFailed
-
-STUDENT = "pol-" + "0" * 16
-WANTED = Requirements(
-    reference_policy=world.BASE,
-    reward_model=world.REWARD_MODEL,
-    reward_template_digest=world.TEMPLATE,
-    num_candidates=2,
-)
-
-
-def fit_groups(num_prompts, per_prompt=1, rewards=(0.0, 1.0)):
-    return [
-        world.group(f"g{prompt}-{i}", [0, 2 + prompt], rewards, created_at=1000.0 + i)
-        for prompt in range(num_prompts)
-        for i in range(per_prompt)
-    ]
 
 
 def pool(groups, sides, reference):

@@ -257,7 +257,6 @@ class CircleDriver:
         update = {
             "live_policy": policy,
             "kl_base": circle.kl_base if turn.kl_base is None else turn.kl_base,
-            "num_promoted": circle.num_promoted + 1,
             "refusals": 0,
             "since": facts.now,
             "counted": facts.counted,

@@ -12,6 +12,7 @@ The gate is the paired report on held-out prompts. What is decided is written in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -28,7 +29,6 @@ from bon_algos.contracts import (
     Turn,
     TurnOutcome,
 )
-from bon_algos.order import kl_bound
 
 DAY_SECONDS: Final = 86_400.0
 JUDGED_FROM: Final = 10
@@ -188,10 +188,19 @@ def _whether_to_gain(spec: CircleSpec, fresh: FreshGroups) -> Decision:
 
 
 def foreseen_kl(circle: Circle) -> float:
-    """KL to the first reference after one more turn: what was measured of the live policy, and what the drift law adds.
-    Best-of-n of what is best-of-m of the base is best-of-m·n of it."""
-    m = circle.spec.n**circle.num_promoted
-    return circle.kl_base + kl_bound(circle.spec.n * m) - kl_bound(m)
+    """KL to the first reference after one more turn, nats. The drift law: best-of-m has x − 1 + e^−x, where x = log m,
+    and best-of-n of it x + log n in the place of x. What was measured of the live policy says at which x it stands."""
+    x = _log_size(circle.kl_base) + math.log(circle.spec.n)
+    return x - 1 + math.exp(-x)
+
+
+def _log_size(kl: float) -> float:
+    """The x ≥ 0 with x − 1 + e^−x = kl, which rises with x; by halving, to 1e-9."""
+    low, high = 0.0, max(0.0, kl) + 1
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle - 1 + math.exp(-middle) < kl else (low, middle)
+    return low
 
 
 # --- its job ---------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from service.access import Caller
 from service.audit import AuditChain
 from service.circle_rules import DAY_SECONDS, foreseen_kl
 from service.errors import CircleNotFound, Conflict, InvalidField, RouteNotFound
+from service.registry import read_policy
 from service.store import transact, translated
 from service.trials import CANARY_MOST
 
@@ -57,7 +58,7 @@ class Circles:
                 raise RouteNotFound("no such route", param="route")
             route = Route.model_validate_json(row)
             circle = (
-                Circle(route=name, tenant=by.tenant, spec=spec, live_policy=route.live_policy, since=0.0)
+                Circle(route=name, tenant=by.tenant, spec=spec, since=0.0, **await _stands_at(pipe, route))
                 if former is None
                 else former.model_copy(update={"spec": spec, "version": former.version + 1})
             )
@@ -96,7 +97,7 @@ class Circles:
                 raise Conflict("the circle runs already", code="circle_runs")
             fresh: dict[str, object] = {"status": "running", "reason": "", "refusals": 0}
             if route.live_policy != circle.live_policy:
-                fresh |= {"since": time(), "counted": await _counted(pipe, route), "live_policy": route.live_policy}
+                fresh |= {"since": time(), "counted": await _counted(pipe, route), **await _stands_at(pipe, route)}
             return await _changed(pipe, circle, "circle_start", by, fresh)
 
         return await transact(self._redis, (circle_key(name, by.tenant), route_key(name, by.tenant)), change)
@@ -187,6 +188,17 @@ async def _read_both(pipe: Pipeline, name: str, tenant: str) -> tuple[Circle, Ro
     if circle is None or row is None:
         raise CircleNotFound("the route has no circle: PUT /routes/{route}/circle begins one")
     return circle, Route.model_validate_json(row)
+
+
+async def _stands_at(pipe: Pipeline, route: Route) -> dict[str, Any]:
+    """The circle's fields of the live policy; of one without a report nobody knows how far it has drifted: 0."""
+    live = route.live_policy
+    if live is None:
+        return {"live_policy": None, "kl_base": 0.0}
+    written = (await read_policy(pipe, live, route.tenant)).manifest
+    report = None if written is None else written.report
+    kl = 0.0 if report is None else (report.kl_policy_base or report.kl_policy_reference).mean
+    return {"live_policy": live, "kl_base": max(0.0, kl)}
 
 
 async def _counted(pipe: Pipeline, route: Route) -> int:

@@ -150,6 +150,5 @@ class Circle(Record):
     """Those that are over, the newest last; `TURNS_KEPT` at most."""
     num_turns: int = 0
     """Ever begun."""
-    num_promoted: int = 0
     kl_base: float = 0.0
-    """Of the live policy to the first reference, as last measured."""
+    """Of the live policy to the first reference, as its report measured it; nats per completion."""

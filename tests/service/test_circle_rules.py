@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
 
 from bon_algos.contracts import Circle, CircleSpec, Interval, Trial, Turn
+from bon_algos.order import kl_bound
 from service.circle_rules import (
     DAY_SECONDS,
     Begin,
@@ -119,12 +119,10 @@ def test_a_circle_stops_by_itself(changes, said):
     assert said in decision.reason
 
 
-def test_the_drift_law_adds_what_best_of_n_of_best_of_m_adds():
-    """Best-of-4 of best-of-4 is best-of-16: log 16 − 15/16 nats in all."""
-    assert foreseen_kl(circle()) == pytest.approx(math.log(4) - 3 / 4)
-    assert foreseen_kl(circle(num_promoted=1, kl_base=math.log(4) - 3 / 4)) == pytest.approx(math.log(16) - 15 / 16)
-    measured = foreseen_kl(circle(num_promoted=1, kl_base=1.0))
-    assert measured == pytest.approx(1.0 + math.log(4) - 15 / 16 + 3 / 4)
+@pytest.mark.parametrize("m", [1, 2, 4, 16, 4096])
+def test_by_the_drift_law_best_of_4_of_best_of_m_is_best_of_4m(m):
+    """log n − (n − 1)/n nats (`order.kl_bound`); m is known by the KL that was measured."""
+    assert foreseen_kl(circle(kl_base=kl_bound(m))) == pytest.approx(kl_bound(4 * m), abs=1e-6)
 
 
 # --- its job ---------------------------------------------------------------------------------------------

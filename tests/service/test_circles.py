@@ -21,8 +21,8 @@ from bon_algos.contracts import (
     Circle,
     CircleSpec,
     Interval,
-    Manifest,
     PolicyRecord,
+    PolicyReport,
     Turn,
     circle_key,
     experiment_stats_key,
@@ -43,6 +43,7 @@ from service.routing import Routes
 from service.store import open_redis
 from service.trials import Trials
 from tests.service.records import BASE, PASSED, REWARD_MODEL, group, job_spec, manifest, numbered, policy, route
+from tests.service.records import report as summary_report
 from tests.service.test_redis_model import deliver
 from tests.service.test_reports import a_report
 from worker.lease import Lease, claim
@@ -111,19 +112,19 @@ class Turning:
         for name in files:
             (place / name).write_bytes(content)
         start = "base" if turn.parent == BASE else turn.parent
-        spec = job_spec(
-            training={"start_from": start, "reference": "start"}, method={"type": "offline_bond", "offline_bond": {}}
-        )
-        written: Manifest = manifest(policy_id, digest=hashlib.sha256(policy_id.encode()).hexdigest()).model_copy(
-            update={
-                "report_files": files,
-                "parent_policy_id": turn.parent,
-                "job_id": turn.job_id,
-                "spec": spec,
-                "lora_rank": spec.method.algorithm.lora_rank,
-            }
-        )
-        return policy(policy_id, written=written)
+        asked = {"type": "offline_bond", "offline_bond": {}}
+        spec = job_spec(training={"start_from": start, "reference": "start"}, method=asked)
+        drift = PolicyReport.model_validate_json(content).kl_policy_base
+        told = {
+            "report": summary_report().model_copy(update={"kl_policy_base": drift}),
+            "report_files": files,
+            "parent_policy_id": turn.parent,
+            "job_id": turn.job_id,
+            "spec": spec,
+            "lora_rank": spec.method.algorithm.lora_rank,
+        }
+        plain = manifest(policy_id, digest=hashlib.sha256(policy_id.encode()).hexdigest())
+        return policy(policy_id, written=plain.model_copy(update=told))
 
     async def prove(self, policy_id: str) -> None:
         """An engine serves it."""

@@ -176,6 +176,7 @@ class Dispatcher:
 
     async def _reconcile_one(self, job_id: str) -> Action:
         queue = DISTILL_QUEUES[await self._priority(job_id)]
+        crash_point("reconcile.asked")
         action = cast(
             Action,
             await self._inspect(
@@ -183,6 +184,7 @@ class Dispatcher:
                 args=[job_id, int(self._seconds * 2000), MAX_ATTEMPTS],
             ),
         )
+        crash_point("reconcile.recorded")
         if action == "dispatch":
             log.info("job %s is woken again", job_id)
             await self._deliver(job_id)

@@ -15,13 +15,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import redis
-
 from worker import attempts, lease
+from worker.connection import open_redis
 
 log = logging.getLogger(__name__)
 
-REDIS_TIMEOUT_SECONDS = 5.0
 LOG_TAIL_BYTES = 1800
 """Fits, with the exit code, into what a released lease keeps."""
 
@@ -38,9 +36,10 @@ def distill(
 
     run: trains (job, epoch, log) in a process and returns its exit code; `run_job_process` unless told.
     """
-    with redis.Redis.from_url(redis_url, socket_timeout=REDIS_TIMEOUT_SECONDS) as client:
+    # The second is not connected before the job has ended: over a link that was idle for so long nothing may pass.
+    with open_redis(redis_url, lease_seconds) as once, open_redis(redis_url, lease_seconds, tries_again=True) as client:
         worker = f"{socket.gethostname()}:{os.getpid()}"
-        epoch = lease.claim(client, job_id, lease_seconds=lease_seconds, worker=worker)
+        epoch = lease.claim(once, job_id, lease_seconds=lease_seconds, worker=worker)
         if isinstance(epoch, str):
             log.info("job %s is not to be run: %s", job_id, epoch)
         else:

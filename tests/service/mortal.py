@@ -12,10 +12,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, cast, get_args
+from typing import Any, cast
 
 from redis.asyncio import Redis
 from starlette.requests import Request
@@ -152,22 +151,28 @@ async def log(redis_url: str, directory: Path, *, appends: bool = True) -> None:
     spool.close()
 
 
-SCENARIOS: Final[Mapping[str, Callable[[str, Path], Awaitable[object]]]] = {
-    "submit": lambda url, _: submit(url),
-    **{wanted: lambda url, _, wanted=wanted: wish(wanted, url) for wanted in get_args(Wish)},
-    "reconcile": lambda url, _: reconcile(url),
-    "upload": upload,
-    "forget": forget,
-    "begin": begin,
-    "promote": lambda url, _: promote(url),
-    "delete": delete,
-    "answer": lambda url, _: answer(url),
-    "log": log,
-}
-
-
-async def play(scenario: str, redis_url: str, directory: str) -> None:
-    await SCENARIOS[scenario](redis_url, Path(directory))
+async def play(scenario: str, redis_url: str, directory: Path) -> None:
+    match scenario:
+        case "submit":
+            await submit(redis_url)
+        case "pause" | "resume" | "cancel":
+            await wish(scenario, redis_url)
+        case "reconcile":
+            await reconcile(redis_url)
+        case "upload":
+            await upload(redis_url, directory)
+        case "forget":
+            await forget(redis_url, directory)
+        case "begin":
+            await begin(redis_url, directory)
+        case "promote":
+            await promote(redis_url)
+        case "delete":
+            await delete(redis_url, directory)
+        case "answer":
+            await answer(redis_url)
+        case "log":
+            await log(redis_url, directory)
 
 
 def fork(point: str, scenario: str, redis_url: str, directory: str) -> int:
@@ -176,7 +181,7 @@ def fork(point: str, scenario: str, redis_url: str, directory: str) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     os.environ[CRASH_AT] = point
     try:
-        asyncio.run(play(scenario, redis_url, directory))
+        asyncio.run(play(scenario, redis_url, Path(directory)))
     except BaseException:
         traceback.print_exc()
     finally:

@@ -233,6 +233,7 @@ def test_a_deletion_that_was_begun_ends_with_the_next_sweep(point, client, redis
 
 @pytest.mark.parametrize("point", ANSWERING)
 def test_a_reply_that_was_promised_is_kept_or_may_be_asked_for_anew_soon(point, client, redis_url, dies):
+    assert mortal.IDEMPOTENCY is not None
     dies("answer", point)
     if point == "reply.promised":
         assert 0 < client.ttl(mortal.IDEMPOTENCY.key) <= mortal.SECONDS_TO_ANSWER + SLACK_SECONDS

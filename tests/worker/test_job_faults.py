@@ -14,6 +14,7 @@ from bon_algos.crash_points import CRASH_AT
 from service.dispatch import Dispatcher
 from service.jobs import Jobs
 from service.store import open_redis
+from tests.fixtures.fault_proxy import FaultProxy
 from tests.worker.forks import is_alive, training_of, until
 from worker import attempts, checkpoint
 
@@ -46,6 +47,19 @@ JOB = "job_" + "0" * 32
 def ends_once_with(job, digest):
     assert job.the_policy().manifest.digest == digest
     assert (job.ends(), job.leftovers()) == (["succeeded"], [])
+
+
+@pytest.mark.parametrize("point", ["window.written", "checkpoint.written:2"])
+def test_F18_links_that_go_silent_under_a_job_cost_it_nothing(point, small, undisturbed, own_redis):
+    """While it reads, and while it trains."""
+    with FaultProxy(own_redis.socket) as proxy:
+        job = small(redis_url=own_redis.url, settings={"REDIS_URL": proxy.url})
+        worker, training = job.frozen_at(point)
+        proxy.go_silent()
+        os.kill(training, signal.SIGCONT)
+        worker.join(60)
+        ends_once_with(job, undisturbed)
+        assert job.attempts == 1
 
 
 def test_F34_a_message_delivered_twice_late_and_after_the_end_has_no_second_effect(small, undisturbed):

@@ -26,7 +26,8 @@ from bon_algos.contracts import DEFAULT_TENANT, JobSpec, RewardConfig, job_key
 from bon_algos.scoring import open_readers
 from worker import lease as leases
 from worker.connection import open_redis
-from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobParked, LeaseLost
+from worker.durable import full_disk_told
+from worker.errors import DiskFull, EngineUnavailable, JobCancelled, JobFailed, JobParked, LeaseLost
 from worker.job_record import keep
 from worker.lease import Lease
 from worker.lifeline import die_with
@@ -65,7 +66,8 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     """Run the job and write down how it ended. What is no reason of ours to stop goes on to the parent."""
     keep(client, settings.artefacts, lease.job_id)
     try:
-        run(client, lease, settings)
+        with full_disk_told():
+            run(client, lease, settings)
     except JobFailed as failure:
         log.error("job failed: %s", failure)
         lease.finish_failed(failure.code, failure.message)
@@ -77,8 +79,8 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
             lease.park()
     except LeaseLost as loss:
         log.warning("stopped, nothing more is written: %s", loss)
-    except EngineUnavailable as away:
-        leases.release(client, lease.job_id, lease.epoch, str(away))
+    except (DiskFull, EngineUnavailable) as hindrance:
+        leases.release(client, lease.job_id, lease.epoch, str(hindrance))
     keep(client, settings.artefacts, lease.job_id)
 
 

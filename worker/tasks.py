@@ -44,12 +44,20 @@ def distill(
             log.info("job %s is not to be run: %s", job_id, epoch)
         else:
             log_file = artefacts / "jobs" / job_id / f"{epoch}.log"
-            exit_code = (run or run_job_process)(job_id, epoch, log_file)
-            if exit_code != 0:
-                reason = f"training process ended with {exit_code}\n{tail(log_file)}"
+            reason = _drive(run or run_job_process, job_id, epoch, log_file)
+            if reason is not None:
                 log.error("job %s, epoch %d: %s", job_id, epoch, reason)
                 lease.release(client, job_id, epoch, reason)
         attempts.sweep(client, artefacts)
+
+
+def _drive(run: Callable[[str, int, Path], int], job_id: str, epoch: int, log_file: Path) -> str | None:
+    """Why the job is to be given back, if it is."""
+    try:
+        exit_code = run(job_id, epoch, log_file)
+    except OSError as error:
+        return f"no training process could be started: {error}"
+    return None if exit_code == 0 else f"training process ended with {exit_code}\n{tail(log_file)}"
 
 
 def run_job_process(job_id: str, epoch: int, log_file: Path) -> int:

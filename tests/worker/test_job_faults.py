@@ -14,11 +14,20 @@ from bon_algos.crash_points import CRASH_AT
 from service.dispatch import Dispatcher
 from service.jobs import Jobs
 from service.store import open_redis
+from tests.fixtures.disk import own_disk
 from tests.fixtures.fault_proxy import FaultProxy
 from tests.worker.forks import is_alive, training_of, until
 from worker import attempts, checkpoint
 
 pytestmark = pytest.mark.slow
+ROOM_FOR_A_POLICY = 150_000
+"""Bytes: for all but its report's figure."""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    with own_disk(tmp_path) as disk:
+        yield disk
 
 
 def cancel(job):
@@ -145,13 +154,40 @@ def test_F38_a_torn_state_costs_the_steps_since_the_one_before(file, small, undi
     ends_once_with(job, undisturbed)
 
 
-def test_F38_a_disk_that_is_full_when_a_state_is_written_costs_an_attempt(small, undisturbed):
-    job = small()
-    assert job.run(largest_file=40_000) == 0
-    assert "training process ended with 1" in job.value("last_error")
-    assert not list(job.directory.glob("*/step-*"))
+@pytest.mark.parametrize(
+    ("phase", "point", "room"),
+    [
+        ("freezing", "progress.recorded", 0),
+        ("training", "checkpoint.renamed", 0),
+        ("publishing", "adapter.lent:5", 0),
+        ("publishing", "adapter.lent:5", ROOM_FOR_A_POLICY),
+    ],
+    ids=["window", "state", "policy", "report"],
+)
+def test_F38_a_disk_that_is_full_costs_an_attempt(phase, point, room, small, undisturbed, engine, small_disk):
+    """Nothing half-written has a name; once there is room the job ends well."""
+    job = small(artefacts=small_disk.directory)
+    worker, training = job.frozen_at(point)
+    small_disk.fill(training, room)
+    os.kill(training, signal.SIGCONT)
+    worker.join(60)
+    assert (worker.exitcode, job.state, job.is_held) == (0, "running", False)
+    assert job.value("last_error").startswith("no room on the disk: "), job.told()
+    assert job.value("phase") == phase
+    assert (job.client.zcard(POLICIES_INDEX), job.published(), engine.adapters) == (0, [], {})
+    assert not list((job.artefacts / "reports").glob("*"))
+    small_disk.empty()
     job.run_to_its_end()
     ends_once_with(job, undisturbed)
+    assert job.attempts == 2
+
+
+def test_F38_where_no_process_can_be_started_the_job_is_given_back_with_the_reason(small):
+    job = small()
+    (job.artefacts / "jobs").write_text("in the way")
+    job.run()
+    assert "no training process could be started" in job.value("last_error")
+    assert not job.is_held
 
 
 def test_F39_a_policy_of_a_cancelled_job_is_registered_by_nobody_and_swept_in_the_end(small):

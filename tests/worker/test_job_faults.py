@@ -17,6 +17,7 @@ from service.store import open_redis
 from tests.fixtures.disk import own_disk
 from tests.fixtures.fault_proxy import FaultProxy
 from tests.worker.forks import is_alive, training_of, until
+from tests.worker.small_job import LEASE_SECONDS
 from worker import attempts, checkpoint
 
 pytestmark = pytest.mark.slow
@@ -69,6 +70,36 @@ def test_F18_links_that_go_silent_under_a_job_cost_it_nothing(point, small, undi
         worker.join(60)
         ends_once_with(job, undisturbed)
         assert job.attempts == 1
+
+
+@pytest.mark.parametrize(("hours", "attempts"), [(-1, 1), (1, 2)])
+def test_F26_a_clock_that_jumps_costs_a_running_job_at_most_a_hand_over(
+    hours, attempts, small, undisturbed, clocked_redis
+):
+    """An hour later its lease is over, and who takes it up is the owner; an hour earlier it is as it was."""
+    job = small(redis_url=clocked_redis.url)
+    first, training = job.frozen_at("checkpoint.renamed:2")
+    clocked_redis.set_clock(3600 * hours)
+    second = job.deliver()
+    until(lambda: job.attempts == 2 or not second.is_alive(), "a second worker had its answer")
+    os.kill(training, signal.SIGCONT)
+    for delivery in (first, second):
+        delivery.join(60)
+    ends_once_with(job, undisturbed)
+    assert job.attempts == attempts
+
+
+def test_F26_a_worker_that_dies_as_the_clock_is_set_back_is_replaced_within_its_lease(
+    small, undisturbed, clocked_redis
+):
+    job = small(redis_url=clocked_redis.url)
+    worker, _ = job.frozen_at("checkpoint.renamed:2")
+    clocked_redis.set_clock(-3600)
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: reconcile(job) == {job.job_id: "dispatch"}, "woken again", seconds=2 * LEASE_SECONDS)
+    job.run_to_its_end()
+    ends_once_with(job, undisturbed)
+    assert job.attempts == 2
 
 
 def test_F34_a_message_delivered_twice_late_and_after_the_end_has_no_second_effect(small, undisturbed):

@@ -52,6 +52,7 @@ from worker.loop import Loop
 from worker.mixture import require_same_sampler
 from worker.models import TrainedPolicy, dtype_of, open_policy
 from worker.opening import TrainingPlan, begin, prepare_torch
+from worker.own_draws import own_draws
 from worker.patience import patiently
 from worker.progress import Progress
 from worker.publish import publish, read_published
@@ -104,9 +105,7 @@ class Distillation:
         attempts.forget(self.directory)
 
     def conclude(self, policy: TrainedPolicy, window: FrozenWindow) -> None:
-        # Engines serve adapters: of full weights there is nothing to draw.
-        evidence = None if isinstance(policy, FullPolicy) else self.evaluate(policy, window)
-        self.publish(policy, window, evidence)
+        self.publish(policy, window, self.evaluate(policy, window))
 
     def freeze(self) -> FrozenWindow:
         self.progress.enter("freezing")
@@ -302,20 +301,32 @@ class Distillation:
             self.lease.wait,
             place.engine_patience_seconds,
         )
-        difference = require_same_policy(policy, judged, MAX_LOGPROB_DIFFERENCE[place.device.type])
-        log.info("engine and trainer differ by %.1e nats per token", difference)
+        if policy.is_adapter:
+            difference = require_same_policy(policy, judged, MAX_LOGPROB_DIFFERENCE[place.device.type])
+            log.info("engine and trainer differ by %.1e nats per token", difference)
         kl_B = kl_by_prompt(policy, judged)
         opinion = second_opinion(place.judge, judged, self.lease.wait, place.engine_patience_seconds)
         return Evidence(judged, kl_B, report_of(judged, mean_interval(kl_B), self.spec.n), opinion)
 
     def draw_judged(self, policy: TrainedPolicy, pools: Sequence[PromptPool], num_samples: int) -> list[Judged]:
+        if isinstance(policy, FullPolicy):
+            return self.draw_judged_of(policy, pools, num_samples)
         with self.rollouts.served(policy) as name:
             names = (name, self.workplace.base_policy_id)
             drawn = self.rollouts.draw([(model, pool, num_samples) for model in names for pool in pools])
         sides = zip(pools, drawn[: len(pools)], drawn[len(pools) :], strict=True)
         return [Judged(pool, own, reference) for pool, own, reference in sides]
 
-    def publish(self, policy: TrainedPolicy, window: FrozenWindow, evidence: Evidence | None) -> None:
+    def draw_judged_of(self, policy: FullPolicy, pools: Sequence[PromptPool], num_samples: int) -> list[Judged]:
+        """Of a policy that no engine serves: it draws for itself, its reference from the engine."""
+        place = self.workplace
+        tokenizer = read_tokenizer(place.policy_directory)
+        drawn = own_draws(policy, pools, num_samples, tokenizer, seed=self.spec.seed, check=self.lease.check)
+        own = self.rollouts.scored(pools, drawn)
+        reference = self.rollouts.draw([(place.base_policy_id, pool, num_samples) for pool in pools])
+        return [Judged(*row) for row in zip(pools, own, reference, strict=True)]
+
+    def publish(self, policy: TrainedPolicy, window: FrozenWindow, evidence: Evidence) -> None:
         self.progress.count(trained=self.tokens_trained, sampled=self.rollouts.tokens, evaluation_seconds=None)
         self.progress.enter("publishing")
         adapter = self.attempt / "adapter"
@@ -327,16 +338,14 @@ class Distillation:
             proof = fingerprint(policy, window.held_out)
         manifest = partial(self.manifest, window, evidence, policy.rank)
         record = publish(self.workplace.artefacts, adapter, proof, manifest, self.lease.confirm)
-        self.lease.finish_succeeded(record, "" if evidence is None else evidence.summary.model_dump_json())
+        self.lease.finish_succeeded(record, evidence.summary.model_dump_json())
 
     def manifest(
-        self, window: FrozenWindow, evidence: Evidence | None, rank: int, digest: str, files: dict[str, str]
+        self, window: FrozenWindow, evidence: Evidence, rank: int, digest: str, files: dict[str, str]
     ) -> Manifest:
         """The manifest, and the whole report that it names, which is written first."""
         place, created_at, policy_id = self.workplace, time.time(), f"pol-{digest[:16]}"
-        written: dict[str, str] = {}
-        if evidence is not None:
-            written = write_report(place.artefacts, self.report(policy_id, window, evidence, created_at))
+        written = write_report(place.artefacts, self.report(policy_id, window, evidence, created_at))
         return Manifest(
             tenant=self.tenant,
             policy_id=policy_id,
@@ -350,7 +359,7 @@ class Distillation:
             created_at=created_at,
             spec=self.spec,
             data=window.data,
-            report=None if evidence is None else evidence.summary,
+            report=evidence.summary,
             files=files,
             report_files=written,
             lora_rank=rank,
@@ -361,6 +370,7 @@ class Distillation:
         place, spec = self.workplace, self.spec
         about = Subject(
             policy_id=policy_id,
+            kind=spec.training.weights,
             base_policy_id=place.base_policy_id,
             parent_policy_id=self.parent_policy_id,
             job_id=self.lease.job_id,

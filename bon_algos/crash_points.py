@@ -5,8 +5,9 @@ for the first, or the K-th, time: no handler runs, nothing is flushed, as after 
 it stops there instead (SIGSTOP), as on a machine that is suspended, until somebody sends SIGCONT. Without the variables
 a place is two looks into the environment.
 
-Owns the list of places: one on either side of every write that outlives a process. Which write, its module says; that
-each place is reached and survived, tests/faults says. Here because gateway and worker share nothing else.
+Owns the list of places: one on either side of every write that outlives a process, save for those that say when
+something was last seen, which the next one replaces. Which write, its module says; that each place is reached and
+survived, the two test_crash_points say. Here because gateway and worker share nothing else.
 """
 
 from __future__ import annotations
@@ -49,10 +50,24 @@ WorkerPoint = Literal[
 GatewayPoint = Literal[
     "submit.asked",
     "submit.recorded",
+    "wish.asked",
+    "wish.recorded",
     "dispatch.marked",
     "dispatch.sent",
+    "reconcile.asked",
+    "reconcile.recorded",
+    "file.settled",
+    "file.recorded",
+    "file.forgotten",
+    "seed.asked",
+    "seed.committed",
     "transaction.asked",
     "transaction.committed",
+    "deletion.renamed",
+    "journal.written",
+    "journal.renamed",
+    "reply.promised",
+    "reply.kept",
     "spool.written",
     "drain.delivered",
     "drain.acknowledged",

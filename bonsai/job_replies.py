@@ -56,11 +56,22 @@ class JobPage(Reply):
     has_more: bool
 
 
+class EventData(Reply):
+    phase: str | None = None
+
+
 class JobEvent(Reply):
     id: str
+    """`<ms since the epoch>-<number>`."""
     created_at: int
     level: str
     message: str
+    data: EventData = EventData()
+
+    @property
+    def phase(self) -> str | None:
+        """That the job is in, from then on."""
+        return self.data.phase
 
 
 class DryRun(Reply):

@@ -34,6 +34,7 @@ from bon_algos.contracts import (
     policy_key,
     route_key,
 )
+from bon_algos.crash_points import crash_point
 from service.errors import PolicyNotFound, RouteNotFound, StoreFull, StoreUnavailable
 from service.store import translated
 
@@ -180,7 +181,9 @@ class Catalogue:
             pipe.set(route_key(route.name), route.model_dump_json(), nx=True)
             pipe.sadd(ROUTES_INDEX, of_tenant(route.tenant, route.name))
             pipe.set(REGISTRY, f"reg_{uuid7().hex}", nx=True)
+            crash_point("seed.asked")
             await pipe.execute()
+            crash_point("seed.committed")
 
     async def _read(self) -> dict[str, Any]:
         """The snapshot's fields that Redis tells."""

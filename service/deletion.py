@@ -42,6 +42,7 @@ from bon_algos.contracts import (
     policy_key,
     report_digest,
 )
+from bon_algos.crash_points import crash_point
 from service.access import Caller
 from service.artefacts import MANIFEST_FILE
 from service.audit import AuditChain
@@ -119,6 +120,7 @@ def remove_files(artefacts: Path, deleted: Collection[str]) -> None:
         elif f"pol-{directory.name[:16]}" in deleted:
             with suppress(FileNotFoundError):  # another gateway was here first
                 directory.rename(policies / f"{RENAMED}{directory.name}.{secrets.token_hex(4)}")
+                crash_point("deletion.renamed")
     for doomed in policies.glob(f"{RENAMED}*"):
         _remove_report(artefacts, doomed)
         shutil.rmtree(doomed, ignore_errors=True)

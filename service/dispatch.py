@@ -40,6 +40,7 @@ log = logging.getLogger("bonsai.dispatch")
 
 # KEYS: job, open jobs, the job's events, the broker's list of waiting messages of its priority. ARGV: job id, ms a
 # message may take, most attempts. A claim that ended in a pause counts as no attempt.
+# A message that is to be sent in the future was sent before the clock was set back.
 # A queued job is sent again only while no message waits at all: behind a long job every further copy would cost
 # a worker start. Returns what the caller is to do or to log.
 _INSPECT: Final = (
@@ -50,22 +51,23 @@ local function settle(state, action)
   redis.call('SREM', KEYS[2], ARGV[1])
   return action
 end
-local fields = {'state', 'dispatched_at', 'lease_until', 'attempts', 'cancel', 'last_error', 'pause', 'parked'}
+local fields = {'state', 'dispatched_at', 'attempts', 'cancel', 'last_error', 'pause', 'parked'}
 local job = redis.call('HMGET', KEYS[1], unpack(fields))
 local state = job[1]
 if state ~= 'queued' and state ~= 'running' then return settle(nil, 'settled') end
 if state == 'running' then
-  if tonumber(job[3] or 0) > now then return 'wait' end
-  if job[5] == '1' then return settle('cancelled', 'cancelled') end
-  if job[7] == '1' then return settle('paused', 'paused') end
-  local attempts = tonumber(job[4] or 0) - tonumber(job[8] or 0)
+  if is_held(KEYS[1]) then return 'wait' end
+  if job[4] == '1' then return settle('cancelled', 'cancelled') end
+  if job[6] == '1' then return settle('paused', 'paused') end
+  local attempts = tonumber(job[3] or 0) - tonumber(job[7] or 0)
   if attempts >= tonumber(ARGV[3]) then
-    local reason = 'given up after ' .. attempts .. ' attempts: ' .. (job[6] or 'their workers died')
+    local reason = 'given up after ' .. attempts .. ' attempts: ' .. (job[5] or 'their workers died')
     redis.call('HSET', KEYS[1], 'error_code', 'dead_letter', 'error_message', reason)
     return settle('failed', 'failed')
   end
 end
-if now - tonumber(job[2] or 0) < tonumber(ARGV[2]) then return 'wait' end
+local since = now - tonumber(job[2] or 0)
+if since >= 0 and since < tonumber(ARGV[2]) then return 'wait' end
 if redis.call('LLEN', KEYS[4]) > 0 then return 'wait' end
 redis.call('HSET', KEYS[1], 'dispatched_at', string.format('%.0f', now))
 return 'dispatch'
@@ -167,6 +169,7 @@ class Dispatcher:
 
     async def _reconcile_one(self, job_id: str) -> Action:
         queue = DISTILL_QUEUES[await self._priority(job_id)]
+        crash_point("reconcile.asked")
         action = cast(
             Action,
             await self._inspect(
@@ -174,6 +177,7 @@ class Dispatcher:
                 args=[job_id, int(self._seconds * 2000), MAX_ATTEMPTS],
             ),
         )
+        crash_point("reconcile.recorded")
         if action == "dispatch":
             log.info("job %s is woken again", job_id)
             await self._deliver(job_id)

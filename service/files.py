@@ -24,6 +24,7 @@ from starlette.requests import Request
 
 from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import FINAL_JOB_STATES, FileRecord, files_key, job_key, jobs_index
+from bon_algos.crash_points import crash_point
 from service.errors import Conflict, FileNotFound
 from service.file_check import Findings, check_apart
 from service.file_form import FileForm, Received, receive
@@ -94,6 +95,7 @@ class Files:
                 findings = await check_apart(Path(target.name), self._tokenizer, self._window, self._policy_directory)
                 record = self._record(received, findings, tenant)
                 await asyncio.to_thread(_settle, target.fileno(), target.name, self._artefacts / record.path)
+                crash_point("file.settled")
             finally:
                 Path(target.name).unlink(missing_ok=True)
         return await self.keep(record)
@@ -109,6 +111,7 @@ class Files:
                     keys=[files_key(record.tenant)], args=[record.id, record.model_dump_json(), MAX_FILES]
                 ),
             )
+        crash_point("file.recorded")
         if not kept:
             own.unlink()
             raise Conflict(f"there are {MAX_FILES} files already: delete some first", code="too_many_files")
@@ -172,6 +175,7 @@ class Files:
             raise FileNotFound("no such file")
         if not said.startswith("{"):
             raise Conflict(f"{said} learns from this file: cancel it first, or wait for its end", code="file_in_use")
+        crash_point("file.forgotten")
         with suppress(FileNotFoundError):
             (self._artefacts / FileRecord.model_validate_json(said).path).unlink()
 

@@ -38,14 +38,22 @@ return ''
 """
 )
 
-# The three below. KEYS: job, events, open jobs. ARGV: job id, tenant. Return 'done' when the job was moved, 'asked'
-# when its worker will be told, else what stands in the way: 'unknown' to the tenant, the job's state, or 'cancelling'.
+# The three below. KEYS: job, events, open jobs, idempotency key. ARGV: job id, tenant, digest of the request or ""
+# without an idempotency key, its life in seconds. Return 'done' when the job was moved, 'asked' when its worker will be
+# told, 'digest answer' of the earlier request that was granted, else what stands in the way: 'unknown' to the tenant,
+# the job's state, or 'cancelling'.
 _OWNED: Final = (
     JOB_LUA
     + """
 local job = redis.call('HMGET', KEYS[1], 'tenant', 'state', 'cancel', 'pause')
 if job[1] ~= ARGV[2] then return 'unknown' end
 local state, cancelling, pausing = job[2], job[3] == '1', job[4] == '1'
+local earlier = ARGV[3] ~= '' and redis.call('GET', KEYS[4])
+if earlier then return earlier end
+local function granted(answer)
+  if ARGV[3] ~= '' then redis.call('SET', KEYS[4], ARGV[3] .. ' ' .. answer, 'EX', ARGV[4]) end
+  return answer
+end
 local function ask(wish)
   redis.call('HSET', KEYS[1], wish, 1)
   tell(KEYS[1], KEYS[2], 'asked', wish)
@@ -58,12 +66,12 @@ SCRIPTS: Final[Mapping[Wish, str]] = {
 if state == 'queued' then
   move(KEYS[1], KEYS[2], 'paused')
   redis.call('SREM', KEYS[3], ARGV[1])
-  return 'done'
+  return granted('done')
 end
 if state ~= 'running' then return state end
 if cancelling then return 'cancelling' end
 if not pausing then ask('pause') end
-return 'asked'
+return granted('asked')
 """,
     "resume": _OWNED
     + """
@@ -71,12 +79,12 @@ if state == 'paused' then
   redis.call('HDEL', KEYS[1], 'dispatched_at')
   move(KEYS[1], KEYS[2], 'queued')
   redis.call('SADD', KEYS[3], ARGV[1])
-  return 'done'
+  return granted('done')
 end
 if state ~= 'running' or not pausing or cancelling then return state end
 redis.call('HDEL', KEYS[1], 'pause')
 tell(KEYS[1], KEYS[2], 'asked', 'resume')
-return 'asked'
+return granted('asked')
 """,
     "cancel": _OWNED
     + """
@@ -84,11 +92,11 @@ if state == 'queued' or state == 'paused' then
   redis.call('HSET', KEYS[1], 'cancel', 1)
   move(KEYS[1], KEYS[2], 'cancelled')
   redis.call('SREM', KEYS[3], ARGV[1])
-  return 'done'
+  return granted('done')
 end
 if state ~= 'running' then return state end
 if not cancelling then ask('cancel') end
-return 'asked'
+return granted('asked')
 """,
 }
 _VERBS: Final[Mapping[Wish, str]] = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}

@@ -163,14 +163,23 @@ class Jobs:
             kept = cast("dict[str, str]", await self._redis.hgetall(job_checkpoints_key(job_id)))
         return [checkpoint_object(job_id, step, kept[step]) for step in sorted(kept, key=int, reverse=True)]
 
-    async def grant(self, wish: Wish, job_id: str, tenant: str = DEFAULT_TENANT) -> dict[str, Any]:
+    async def grant(
+        self, wish: Wish, job_id: str, tenant: str = DEFAULT_TENANT, idempotency: Idempotency | None = None
+    ) -> dict[str, Any]:
         """Pause, resume or cancel: at once where no worker has the job, else its worker is asked to. The job, after.
-        Raises JobNotFound, and Conflict when the state of the job forbids it."""
+        Raises JobNotFound, Conflict when the state of the job forbids it, and InvalidField for an idempotency key that
+        was used for another request."""
         _require_job_id(job_id)
+        key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
         with translated():
+            crash_point("wish.asked")
             answer = await self._wishes[wish](
-                keys=[job_key(job_id), job_events_key(job_id), OPEN_JOBS], args=[job_id, tenant]
+                keys=[job_key(job_id), job_events_key(job_id), OPEN_JOBS, key],
+                args=[job_id, tenant, digest, KEPT_SECONDS],
             )
+            crash_point("wish.recorded")
+        if idempotency is not None and " " in answer:
+            answer = idempotency.answer(answer)
         if (refused := refusal(wish, cast(str, answer))) is not None:
             raise refused
         return await self.get(job_id, tenant)

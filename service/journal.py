@@ -19,6 +19,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from bon_algos.contracts import SCHEMA_VERSION, Experiment, PolicyRecord, Record, Route
+from bon_algos.crash_points import crash_point
 from service.catalogue import Catalogue, Snapshot
 
 FILE: Final = Path("registry") / "journal.json"
@@ -128,7 +129,9 @@ def _write(file: Path, text: str) -> None:
             content.write(text)
             content.flush()
             os.fsync(content.fileno())
+        crash_point("journal.written")
         aside.replace(file)
+        crash_point("journal.renamed")
     finally:
         aside.unlink(missing_ok=True)
     directory = os.open(file.parent, os.O_RDONLY)

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, cast
 
 from redis.asyncio import Redis
 
+from bon_algos.crash_points import crash_point
 from service.errors import Conflict, GatewayError
 from service.idempotency import KEPT_SECONDS, Idempotency
 from service.store import translated
@@ -49,6 +50,7 @@ class Replays:
         with translated():
             is_first = await self._redis.set(asked.key, f"{asked.digest} ", nx=True, ex=round(seconds) + SLACK_SECONDS)
             kept = None if is_first else cast("str | None", await self._redis.get(asked.key))
+        crash_point("reply.promised")
         if is_first:
             return await self._kept(asked, make)
         answer = "" if kept is None else asked.answer(kept)
@@ -65,6 +67,7 @@ class Replays:
             raise
         answer = f"{asked.digest} {json.dumps(reply._asdict())}"
         await self._written(lambda: self._redis.set(asked.key, answer, ex=KEPT_SECONDS))
+        crash_point("reply.kept")
         return reply
 
     async def _written(self, write: Callable[[], Awaitable[Any]]) -> None:

@@ -51,6 +51,7 @@ JOB_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         ("POST", f"/{{job_id}}/{wish}"): Operation(
             f"{wish.capitalize()} a job",
             {200: job_replies.JOB},
+            parameters=(ONCE,),
             errors=(JobNotFound, Conflict, StoreFull, InvalidField),
         )
         for wish in ("pause", "resume", "cancel")

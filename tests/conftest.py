@@ -12,7 +12,7 @@ import pytest
 
 from tests.fixtures.real_stack import RealStack, real_stack
 
-pytest_plugins = ["tests.fixtures.redis"]
+pytest_plugins = ["tests.fixtures.redis", "tests.fixtures.clock"]
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -16,10 +16,11 @@ import redis
 
 from bon_algos.contracts import COMPACTOR_LEASE
 
-# KEYS: lease. ARGV: token, ms. Takes the lease, or extends our own.
+# KEYS: lease. ARGV: token, ms. Takes the lease, or extends our own. One that ends later than any could is of before the
+# clock was set back: whose it was may be dead for long, and asks before every effect if it is not.
 _TAKE: Final = """
 local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
+if holder and holder ~= ARGV[1] and redis.call('PTTL', KEYS[1]) <= tonumber(ARGV[2]) then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """

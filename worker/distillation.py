@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -30,13 +29,12 @@ from bon_algos.scoring import Completion, Score
 from bon_algos.steps import SequenceLogprobs
 from worker import attempts, checkpoint, dataset, erased_windows, mixture, uploads
 from worker.crew import crew
-from worker.dataset import FrozenWindow, PromptPool
+from worker.dataset import FrozenWindow
 from worker.erasures import Erasures
 from worker.errors import JobFailed
 from worker.evaluate import (
     MAX_LOGPROB_DIFFERENCE,
     MAX_PROMPTS,
-    Judged,
     fingerprint,
     kl_by_prompt,
     report_of,
@@ -46,6 +44,7 @@ from worker.evaluate import (
 from worker.full_weights import FullPolicy
 from worker.job_process import read_tokenizer
 from worker.judge import second_opinion
+from worker.judged_draws import Drawing, draw_judged
 from worker.lease import Lease
 from worker.ledger import feedback_on, groups_newest_first
 from worker.lineage import lineage
@@ -105,9 +104,7 @@ class Distillation:
         attempts.forget(self.directory)
 
     def conclude(self, policy: TrainedPolicy, window: FrozenWindow) -> None:
-        # Engines serve adapters: of full weights there is nothing to draw.
-        evidence = None if isinstance(policy, FullPolicy) else self.evaluate(policy, window)
-        self.publish(policy, window, evidence)
+        self.publish(policy, window, self.evaluate(policy, window))
 
     def freeze(self) -> FrozenWindow:
         self.progress.enter("freezing")
@@ -301,35 +298,21 @@ class Distillation:
         place = self.workplace
         pools = spread(window.held_out, MAX_PROMPTS)
         num_samples = samples_needed(self.spec.n)
+        drawing = Drawing(self.rollouts, place.base_policy_id, place.policy_directory, self.spec.seed, self.lease.check)
         judged = patiently(
-            lambda: self.draw_judged(policy, pools, num_samples),
+            lambda: draw_judged(policy, pools, num_samples, drawing),
             self.lease.wait,
             place.engine_patience_seconds,
         )
-        difference = require_same_policy(policy, judged, MAX_LOGPROB_DIFFERENCE[place.device.type])
-        log.info("engine and trainer differ by %.1e nats per token", difference)
+        if policy.is_adapter:
+            difference = require_same_policy(policy, judged, MAX_LOGPROB_DIFFERENCE[place.device.type])
+            log.info("engine and trainer differ by %.1e nats per token", difference)
         kl_B = kl_by_prompt(judged, policy.reference_logprobs)
         drift = None if policy.start is None else mean_interval(kl_by_prompt(judged, policy.base_logprobs))
         opinion = second_opinion(place.judge, judged, self.lease.wait, place.engine_patience_seconds)
         return Evidence(judged, kl_B, report_of(judged, mean_interval(kl_B), self.spec.n, drift), opinion)
 
-    def draw_judged(self, policy: TrainedPolicy, pools: Sequence[PromptPool], num_samples: int) -> list[Judged]:
-        with self.rollouts.served(policy) as name, self.reference_served(policy) as reference:
-            drawn = self.rollouts.draw([(model, pool, num_samples) for model in (name, reference) for pool in pools])
-        sides = zip(pools, drawn[: len(pools)], drawn[len(pools) :], strict=True)
-        return [Judged(pool, own, reference) for pool, own, reference in sides]
-
-    @contextmanager
-    def reference_served(self, policy: TrainedPolicy) -> Iterator[str]:
-        """The name under which the engine serves the reference. A published one is lent once more: what engines hold
-        for routes may change meanwhile."""
-        if policy.start is None:
-            yield self.workplace.base_policy_id
-        else:
-            with self.rollouts.served(policy, policy.start) as name:
-                yield name
-
-    def publish(self, policy: TrainedPolicy, window: FrozenWindow, evidence: Evidence | None) -> None:
+    def publish(self, policy: TrainedPolicy, window: FrozenWindow, evidence: Evidence) -> None:
         self.progress.count(trained=self.tokens_trained, sampled=self.rollouts.tokens, evaluation_seconds=None)
         self.progress.enter("publishing")
         adapter = self.attempt / "adapter"
@@ -341,16 +324,14 @@ class Distillation:
             proof = fingerprint(policy, window.held_out)
         manifest = partial(self.manifest, window, evidence, policy.rank)
         record = publish(self.workplace.artefacts, adapter, proof, manifest, self.lease.confirm)
-        self.lease.finish_succeeded(record, "" if evidence is None else evidence.summary.model_dump_json())
+        self.lease.finish_succeeded(record, evidence.summary.model_dump_json())
 
     def manifest(
-        self, window: FrozenWindow, evidence: Evidence | None, rank: int, digest: str, files: dict[str, str]
+        self, window: FrozenWindow, evidence: Evidence, rank: int, digest: str, files: dict[str, str]
     ) -> Manifest:
         """The manifest, and the whole report that it names, which is written first."""
         place, created_at, policy_id = self.workplace, time.time(), f"pol-{digest[:16]}"
-        written: dict[str, str] = {}
-        if evidence is not None:
-            written = write_report(place.artefacts, self.report(policy_id, window, evidence, created_at))
+        written = write_report(place.artefacts, self.report(policy_id, window, evidence, created_at))
         return Manifest(
             tenant=self.tenant,
             policy_id=policy_id,
@@ -364,7 +345,7 @@ class Distillation:
             created_at=created_at,
             spec=self.spec,
             data=window.data,
-            report=None if evidence is None else evidence.summary,
+            report=evidence.summary,
             files=files,
             report_files=written,
             lora_rank=rank,
@@ -375,6 +356,7 @@ class Distillation:
         place, spec = self.workplace, self.spec
         about = Subject(
             policy_id=policy_id,
+            kind=spec.training.weights,
             base_policy_id=place.base_policy_id,
             parent_policy_id=self.parent_policy_id,
             reference_policy_id=spec.reference_policy(place.base_policy_id),

@@ -1,10 +1,11 @@
-"""Directories that are whole or absent: written aside, synced, renamed.
+"""Directories that are whole or absent: written aside, synced, renamed; and what it means that there is no room.
 
 Owns the order of system calls that survives a kill and a power cut. Does not own what is written.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -12,9 +13,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError
 
 from bon_algos.crash_points import WorkerPoint, crash_point
+from worker.errors import DiskFull
 
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk, a quota, the size that a file may have here."""
 Points = tuple[WorkerPoint, WorkerPoint]
 """Passed when all is written and synced, and when it has its name."""
 
@@ -63,6 +70,22 @@ def rename_unless_there(aside: Path, final: Path) -> bool:
         if not final.exists():  # no loss against another who came between the look and the rename
             raise
     return False
+
+
+@contextmanager
+def full_disk_told() -> Iterator[None]:
+    """Raises DiskFull for what could not be written in the block because there was no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise DiskFull(f"no room on the disk: {error}") from error
+    except SafetensorError as error:
+        # It has no number but the one in its text.
+        if not any(f"(os error {number})" in str(error) for number in NO_ROOM):
+            raise
+        raise DiskFull(f"no room on the disk: {error}") from error
 
 
 def _pass(points: Points | None, which: int) -> None:

@@ -5,6 +5,7 @@ Stopped
 ├── JobCancelled          its owner asked for it: state `cancelled`
 ├── JobParked             its owner wants it to pause, or its worker is to stop: given back, once its state is kept
 ├── LeaseLost             somebody else may hold the job: write nothing more, report nothing
+├── DiskFull              nothing more can be written: give the job back for another attempt
 └── EngineUnavailable     an engine does not answer: wait, then give the job back for another attempt
 """
 
@@ -36,6 +37,10 @@ class JobParked(Stopped):
 
 class LeaseLost(Stopped):
     """Fenced by a newer epoch, or no heartbeat got through for a whole lease."""
+
+
+class DiskFull(Stopped):
+    """There is no room, or no more of a quota; the text says what the system said."""
 
 
 class EngineUnavailable(Stopped):

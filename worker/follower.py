@@ -43,6 +43,7 @@ CALLS: Final[Mapping[str, Callable[..., object]]] = {
     "state": lambda training: training.state({}),
     "factors": lambda training: training.policy.factors,
     "reference_logprobs": lambda training, rows: training.policy.reference_logprobs(_tokens(rows)),
+    "sampled": lambda training, prompts, n, most, seed: training.policy.sampled(prompts, n, most, seed=seed),
     "prompt_features": lambda training, prompts: training.policy.prompt_features(prompts),
     "base_logprobs": lambda training, rows: training.policy.base_logprobs(_tokens(rows)),
     "token_logprobs": lambda training, rows, of: training.policy.token_logprobs(_tokens(rows), of=of),

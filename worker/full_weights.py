@@ -1,22 +1,23 @@
 """A policy all of whose weights train: for export, since engines load adapters and no second model.
 
-Owns what its reference is, and its files: a model directory of transformers. Does not own log-probs, training or
-publishing: it is a `TrainedPolicy` to all of them.
+Owns what its reference is, its files, a model directory of transformers, and sampling it, which no engine does. Does
+not own log-probs, training or publishing: it is a `TrainedPolicy` to all of them.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from bon_algos.contracts import Precision
 from worker.durable import staged
 from worker.models import TrainedPolicy, open_base
-from worker.ranks import ALONE, Ranks
+from worker.ranks import ALONE, Ranks, together
 from worker.sharding import local, shard
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -44,6 +45,35 @@ class FullPolicy(TrainedPolicy):
     def interpolate(self, share: float) -> None:
         for name, parameter in self._factors.items():
             local(parameter).lerp_(self._before[name], 1 - share)
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """The tokens that end a sequence."""
+        said = self.model.config.eos_token_id
+        return said if isinstance(said, list) else [] if said is None else [said]
+
+    @together
+    def sampled(self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, *, seed: int) -> list[list[list[int]]]:
+        """n completions of each prompt at temperature 1, from all of the law: (B, n, at most max_tokens) token ids, of
+        which those behind an end mean nothing. Where the weights are spread, every rank draws the same."""
+        torch.manual_seed(seed)
+        pad, longest = self.end_ids[0] if self.end_ids else 0, max(map(len, prompts))
+        device = self.model.get_output_embeddings().weight.device
+        rows = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        seen = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        law = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, num_return_sequences=n,
+            max_new_tokens=max_tokens, eos_token_id=list(self.end_ids) or None, pad_token_id=pad,
+        )  # fmt: skip
+        with torch.no_grad():
+            drawn = self.model.generate(
+                torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(seen, device=device),
+                generation_config=law,
+                synced_gpus=self.ranks.size > 1,
+            )
+        completions = drawn[:, longest:].tolist()
+        return [completions[place : place + n] for place in range(0, len(completions), n)]
 
     def save(self, directory: Path, base_directory: Path) -> None:
         """Write a model directory that transformers opens, with the base model's tokenizer; the same weights give the

@@ -25,7 +25,9 @@ from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import DEFAULT_TENANT, JobSpec, RewardConfig, job_key
 from bon_algos.scoring import open_readers
 from worker import lease as leases
-from worker.errors import EngineUnavailable, JobCancelled, JobFailed, JobParked, LeaseLost
+from worker.connection import open_redis
+from worker.durable import full_disk_told
+from worker.errors import DiskFull, EngineUnavailable, JobCancelled, JobFailed, JobParked, LeaseLost
 from worker.job_record import keep
 from worker.lease import Lease
 from worker.lifeline import die_with
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REDIS_TIMEOUT_SECONDS = 5.0
-
 
 def main(job_id: str, epoch: int, parent: int) -> int:
     die_with(parent)
@@ -47,16 +47,17 @@ def main(job_id: str, epoch: int, parent: int) -> int:
     # Read by libraries when they are loaded, which happens below.
     os.environ |= {"OMP_NUM_THREADS": str(settings.torch_threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    client = redis.Redis.from_url(settings.redis_url, socket_timeout=REDIS_TIMEOUT_SECONDS)
+    client = open_redis(settings.redis_url, settings.lease_seconds, tries_again=True)
+    held_by = open_redis(settings.redis_url, settings.lease_seconds)
     lease = Lease(
-        client,
+        held_by,
         job_id,
         epoch,
         lease_seconds=settings.lease_seconds,
         heartbeat_seconds=settings.heartbeat_seconds,
     )
     signal.signal(signal.SIGTERM, lambda *_: lease.leave())
-    with client, lease:
+    with client, held_by, lease:
         settle(client, lease, settings)
     return 0
 
@@ -65,7 +66,8 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     """Run the job and write down how it ended. What is no reason of ours to stop goes on to the parent."""
     keep(client, settings.artefacts, lease.job_id)
     try:
-        run(client, lease, settings)
+        with full_disk_told():
+            run(client, lease, settings)
     except JobFailed as failure:
         log.error("job failed: %s", failure)
         lease.finish_failed(failure.code, failure.message)
@@ -77,8 +79,8 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
             lease.park()
     except LeaseLost as loss:
         log.warning("stopped, nothing more is written: %s", loss)
-    except EngineUnavailable as away:
-        leases.release(client, lease.job_id, lease.epoch, str(away))
+    except (DiskFull, EngineUnavailable) as hindrance:
+        leases.release(client, lease.job_id, lease.epoch, str(hindrance))
     keep(client, settings.artefacts, lease.job_id)
 
 

@@ -60,17 +60,17 @@ CLAIM: Final = (
     JOB_LUA
     + _ASKED
     + """
-local job = redis.call('HMGET', KEYS[1], 'state', 'lease_until', 'trained_tokens', 'sampled_tokens')
+local job = redis.call('HMGET', KEYS[1], 'state', 'trained_tokens', 'sampled_tokens')
 if job[1] == 'paused' then return -4 end
 if job[1] ~= 'queued' and job[1] ~= 'running' then return -1 end
-if job[1] == 'running' and tonumber(job[2] or '0') > now then return -2 end
+if job[1] == 'running' and is_held(KEYS[1]) then return -2 end
 if asked('cancel') then move(KEYS[1], KEYS[2], 'cancelled') return -3 end
 if asked('pause') then move(KEYS[1], KEYS[2], 'paused') return -4 end
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 local attempt = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
 redis.call('HSETNX', KEYS[1], 'started_at', string.format('%.3f', now / 1000))
 redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[1]), 'worker', ARGV[2],
-  'seen_at', string.format('%d', now), 'trained_before', job[3] or '0', 'sampled_before', job[4] or '0')
+  'seen_at', string.format('%d', now), 'trained_before', job[2] or '0', 'sampled_before', job[3] or '0')
 move(KEYS[1], KEYS[2], 'running', 'attempt', attempt)
 return epoch
 """
@@ -81,7 +81,7 @@ BEAT: Final = (
     JOB_LUA
     + _ASKED
     + _FENCE
-    + "redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[2]))\nspend(KEYS[1])\n"
+    + "spend(KEYS[1])\nredis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[2]))\n"
     + _WHAT_IS_ASKED
 )
 """KEYS job. ARGV epoch, lease ms. -> 0 fenced, 1 kept, 2 kept and to be cancelled, 3 kept and to be paused."""

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from bon_algos.contracts import FrontierPoint, HeldOut, Interval, PolicyReport, Refusals, Rewards
 
 HELD_OUT = "held-out prompts of the route"
+_KINDS = {"lora": "A LoRA adapter for", "full": "A whole model, all of whose weights were trained from those of"}
 
 
 def model_card(report: PolicyReport) -> str:
@@ -35,9 +36,9 @@ def _front_matter(report: PolicyReport) -> str:
     ]
     return ModelCardData(
         base_model=report.base_policy_id,
-        library_name="peft",
+        library_name="peft" if report.kind == "lora" else "transformers",
         pipeline_tag="text-generation",
-        tags=["lora", "best-of-n", "distillation", report.method],
+        tags=[*(["lora"] if report.kind == "lora" else []), "best-of-n", "distillation", report.method],
         model_name=report.policy_id,
         eval_results=results,
     ).to_yaml()
@@ -56,9 +57,9 @@ def _text(report: PolicyReport) -> Iterator[str]:
     n, cost = report.n, report.cost
     yield f"# {report.policy_id}\n"
     yield (
-        f"A LoRA adapter for `{report.base_policy_id}`, distilled by `{report.method}` from best-of-{n} of the route "
-        f"`{report.route}`, so that one sample stands in for the best of {n}. All numbers are from prompts that were "
-        "held out; the record with every digit is `report.json`.\n"
+        f"{_KINDS[report.kind]} `{report.base_policy_id}`, distilled by `{report.method}` from best-of-{n} of the "
+        f"route `{report.route}`, so that one sample stands in for the best of {n}. All numbers are from prompts that "
+        "were held out; the record with every digit is `report.json`.\n"
     )
     if report.reference_policy_id not in (None, report.base_policy_id):
         yield f"The reference is `{report.reference_policy_id}`, which it was trained further from.\n"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Subject(NamedTuple):
     """Whose report it is."""
 
     policy_id: str
+    kind: Literal["lora", "full"]
     base_policy_id: str
     parent_policy_id: str
     reference_policy_id: str

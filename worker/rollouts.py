@@ -102,11 +102,15 @@ class Rollouts:
         """(model, prompt, n) each: its scored completions. All are drawn at once, then scored in one go."""
         started_at = time.monotonic()
         draws = [Draw(model, pool.prompt_ids, pool.sampling, n) for model, pool, n in requests]
-        drawn = self.engines.sample(draws)
-        pairs = [(pool, one) for (_, pool, _), group in zip(requests, drawn, strict=True) for one in group]
+        rollouts = self.scored([pool for _, pool, _ in requests], self.engines.sample(draws))
+        self.seconds_per_sample = (time.monotonic() - started_at) / max(1, sum(map(len, rollouts)))
+        return rollouts
+
+    def scored(self, pools: Sequence[PromptPool], drawn: Sequence[Sequence[Candidate]]) -> list[list[Rollout]]:
+        """What was drawn of each prompt, scored in one go."""
+        pairs = [(pool, one) for pool, group in zip(pools, drawn, strict=True) for one in group]
         self.tokens += sum(len(one.token_ids) for _, one in pairs)
         rollouts = iter(self._score(pairs))
-        self.seconds_per_sample = (time.monotonic() - started_at) / max(1, len(pairs))
         return [[next(rollouts) for _ in group] for group in drawn]
 
     def fresh_groups(

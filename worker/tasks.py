@@ -15,13 +15,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import redis
-
 from worker import attempts, lease
+from worker.connection import open_redis
 
 log = logging.getLogger(__name__)
 
-REDIS_TIMEOUT_SECONDS = 5.0
 LOG_TAIL_BYTES = 1800
 """Fits, with the exit code, into what a released lease keeps."""
 
@@ -38,19 +36,28 @@ def distill(
 
     run: trains (job, epoch, log) in a process and returns its exit code; `run_job_process` unless told.
     """
-    with redis.Redis.from_url(redis_url, socket_timeout=REDIS_TIMEOUT_SECONDS) as client:
+    # The second is not connected before the job has ended: over a link that was idle for so long nothing may pass.
+    with open_redis(redis_url, lease_seconds) as once, open_redis(redis_url, lease_seconds, tries_again=True) as client:
         worker = f"{socket.gethostname()}:{os.getpid()}"
-        epoch = lease.claim(client, job_id, lease_seconds=lease_seconds, worker=worker)
+        epoch = lease.claim(once, job_id, lease_seconds=lease_seconds, worker=worker)
         if isinstance(epoch, str):
             log.info("job %s is not to be run: %s", job_id, epoch)
         else:
             log_file = artefacts / "jobs" / job_id / f"{epoch}.log"
-            exit_code = (run or run_job_process)(job_id, epoch, log_file)
-            if exit_code != 0:
-                reason = f"training process ended with {exit_code}\n{tail(log_file)}"
+            reason = _drive(run or run_job_process, job_id, epoch, log_file)
+            if reason is not None:
                 log.error("job %s, epoch %d: %s", job_id, epoch, reason)
                 lease.release(client, job_id, epoch, reason)
         attempts.sweep(client, artefacts)
+
+
+def _drive(run: Callable[[str, int, Path], int], job_id: str, epoch: int, log_file: Path) -> str | None:
+    """Why the job is to be given back, if it is."""
+    try:
+        exit_code = run(job_id, epoch, log_file)
+    except OSError as error:
+        return f"no training process could be started: {error}"
+    return None if exit_code == 0 else f"training process ended with {exit_code}\n{tail(log_file)}"
 
 
 def run_job_process(job_id: str, epoch: int, log_file: Path) -> int:

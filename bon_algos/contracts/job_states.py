@@ -71,13 +71,25 @@ local function move(job, events, state, ...)
   tell(job, events, 'state', state, ...)
 end
 
+local function is_held(job)
+  local said = redis.call('HMGET', job, 'lease_until', 'seen_at')
+  local ends, ahead = tonumber(said[1] or 0), tonumber(said[2] or 0) - now
+  if ahead > 0 then
+    ends = math.max(0, ends - ahead)
+    redis.call('HSET', job, 'lease_until', string.format('%d', ends), 'seen_at', string.format('%d', now))
+  end
+  return ends > now
+end
+
 local function spend(job)
+  is_held(job)
   local seen = tonumber(redis.call('HGET', job, 'seen_at') or now)
-  redis.call('HINCRBY', job, 'spent_ms', string.format('%d', math.max(0, now - seen)))
+  redis.call('HINCRBY', job, 'spent_ms', string.format('%d', now - seen))
   redis.call('HSET', job, 'seen_at', string.format('%d', now))
 end
 """
 )
 """Defines `now`, ms on Redis' clock; `move(job, events, state, …)`, which refuses a move that is not in the table and
-appends an event with further fields; `tell(job, events, …)`, which appends one alone; `spend(job)`, which counts the
-time since the worker was last heard of as spent on the job."""
+appends an event with further fields; `tell(job, events, …)`, which appends one alone; `is_held(job)`, whether its lease
+is alive: where the clock was set back since the worker was last heard of, what was left of the lease then is left of it
+now; `spend(job)`, which counts the time since the worker was last heard of as spent on the job."""

@@ -47,7 +47,6 @@ class Manifest(Record):
     spec: JobSpec | None
     data: DataWindow | None
     report: EvaluationReport | None
-    """None too for full weights: a report is drawn from an engine, and none serves them."""
     imported: Imported | None = None
     files: dict[str, str]
     """File name to sha256."""

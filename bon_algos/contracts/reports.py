@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import sha256
-from typing import Final
+from typing import Final, Literal
 
 from bon_algos.contracts.jobs import Interval
 from bon_algos.contracts.record import SCHEMA_VERSION, PolicyId, Record, RouteName
@@ -133,6 +133,8 @@ class PolicyReport(Record):
 
     schema_version: int = SCHEMA_VERSION
     policy_id: PolicyId
+    kind: Literal["lora", "full"] = "lora"
+    """lora: an adapter, drawn by the engine that would serve it. full: all weights, drawn by the model itself."""
     base_policy_id: PolicyId
     parent_policy_id: PolicyId
     reference_policy_id: PolicyId | None = None

@@ -33,7 +33,7 @@ class TrainingSetup(Record):
 
     weights: Literal["lora", "full"] = "lora"
     """lora: an adapter that engines load beside the base model. full: all weights, for export: no engine serves them,
-    so they are trained by `OFFLINE_METHODS` alone, and not evaluated on fresh samples."""
+    so they are trained by `OFFLINE_METHODS` alone, and evaluated on samples that their own model draws."""
     start_from: str = Field("base", pattern=r"^(base|pol-[0-9a-f]{16})$")
     """A published policy whose adapter is trained further; it must have the method's rank and alpha. An anchor begins
     as the policy does."""

@@ -159,7 +159,7 @@ async def _granted(request: Request, wish: Wish, job_id: str) -> JSONResponse:
     control = control_of(request)
     query_parameters(request, ())
     await _seen(request, job_id)
-    granted = await control.jobs.grant(wish, job_id, caller_of(request).tenant)
+    granted = await control.jobs.grant(wish, job_id, caller_of(request).tenant, idempotency_of(request))
     wake = BackgroundTask(control.dispatcher.wake, job_id) if granted["status"] == "queued" else None
     return JSONResponse(granted, background=wake)
 

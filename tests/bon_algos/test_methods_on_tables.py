@@ -1,8 +1,10 @@
-"""Every method taken some steps on a table: rewards are seen only by their order."""
+"""Every method taken some steps on a table: rewards are seen only by their order, and seeds agree."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -52,14 +54,20 @@ SPECS = [
 BASE_REWARD_K = torch.tensor([0.3, 1.0, -0.5, 1.0, 2.0, 0.1], dtype=torch.float64)
 
 
-def train_on_a_table(spec, reward_K: Tensor) -> Tensor:
-    """20 steps of 8 prompts over six outcomes, sampled with one seed. (8, 6) logits."""
-    generator = torch.Generator().manual_seed(0)
+REFERENCE_PK = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+
+
+def train_on_a_table(spec, reward_K: Tensor, *, seed: int = 0, seed_from_half: int | None = None) -> Tensor:
+    """20 steps of 8 prompts over six outcomes, sampled with one seed, or with another from the tenth step. (8, 6)
+    logits."""
+    generator = torch.Generator().manual_seed(seed)
     step, rewards = make_step(spec), reward_K.tolist()
-    reference_PK = torch.randn(8, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
+    reference_PK = REFERENCE_PK
     logit_PK = reference_PK.clone().requires_grad_()
     anchor = EmaAnchor({"logits": logit_PK})
     for number in range(20):
+        if number == 10 and seed_from_half is not None:
+            generator.manual_seed(seed_from_half)
         anchor_PK = anchor.tensors["logits"].double().log_softmax(-1)
         policy = table(logit_PK.log_softmax(-1))
         match step:
@@ -118,3 +126,22 @@ def test_training_sees_rewards_only_by_their_order(spec):
 def test_rloo_alone_takes_rewards_on_their_own_scale():
     trained_PK = train_on_a_table(RlooSpec(), BASE_REWARD_K)
     assert not torch.equal(train_on_a_table(RlooSpec(), BASE_REWARD_K.exp()), trained_PK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [BondSpec(n=4), JBondSpec(anchor_rate=0.1)], ids=lambda spec: type(spec).__name__)
+def test_a_job_that_draws_for_itself_agrees_with_other_seeds_interrupted_or_not(spec):
+    """What an engine draws is never the same again. A job whose second half draws anew, as that of a killed one does,
+    earns what its like do: within the 99 % t interval for one more of ten seeds. That interval does not hold what it
+    began with."""
+
+    def earned(seed: int, **more: int) -> float:
+        law_PK = train_on_a_table(spec, BASE_REWARD_K, seed=seed, **more).softmax(-1)
+        return float((law_PK @ BASE_REWARD_K).mean())
+
+    seeds = np.array([earned(seed) for seed in range(1, 11)])
+    half_width = scipy.stats.t.ppf(0.995, len(seeds) - 1) * seeds.std(ddof=1) * np.sqrt(1 + 1 / len(seeds))
+    low, high = seeds.mean() - half_width, seeds.mean() + half_width
+    for seed in (11, 12):
+        assert low < earned(seed, seed_from_half=100 + seed) < high
+    assert float((REFERENCE_PK.exp() @ BASE_REWARD_K).mean()) < low

@@ -6,6 +6,7 @@ import pytest
 from benchmarks import circle
 from bon_algos.contracts import Interval
 from bonsai.demo import measure
+from bonsai.job_replies import JobEvent
 
 RNG = np.random.default_rng(0)
 PROMPTS = tuple(f"prompt {row}" for row in range(40))
@@ -18,12 +19,14 @@ def pool(reward_BM: np.ndarray) -> measure.Pool:
 REFERENCE = pool(RNG.normal(size=(40, 64)))
 
 
-def seed(number: int, *, better: float, kl: float = 2.0, seconds: float = 100.0) -> circle.Seed:
+def seed(
+    number: int, *, better: float, kl: float = 2.0, seconds: float = 100.0, evaluating: float = 10.0
+) -> circle.Seed:
     """A policy whose reward is that of the reference plus a constant."""
     policy = pool(REFERENCE.reward[:, :32] + better)
     drift = Interval(mean=kl, low=kl, high=kl)
     quality = measure.quality_of_one(policy, REFERENCE, drift)
-    return circle.Seed(number, policy, quality, measure.compare(policy, REFERENCE, 16), seconds, 1e-5, 1.0)
+    return circle.Seed(number, policy, quality, measure.compare(policy, REFERENCE, 16), seconds, evaluating, 1e-5, 1.0)
 
 
 def broken(*seeds: circle.Seed) -> list[str]:
@@ -47,6 +50,23 @@ def test_a_policy_that_drifts_or_trains_too_long_is_found_out():
     assert broken(seed(0, better=2, kl=3.67)) == []
     assert broken(seed(0, better=2, kl=3.68)) == ["KL to the reference, nats, worst seed"]
     assert broken(seed(0, better=2, seconds=361)) == ["training and evaluation, seconds, slowest seed"]
+
+
+def test_an_evaluation_that_takes_more_than_a_fifth_of_the_job_is_found_out():
+    assert broken(seed(0, better=2, evaluating=20.0)) == []
+    assert broken(seed(0, better=2), seed(1, better=2, evaluating=20.1)) == ["of these for the evaluation, worst seed"]
+
+
+def test_a_phase_lasts_from_each_event_that_tells_of_it_to_the_next():
+    """Ten steps at half a second, an evaluation of three seconds, its second attempt of one."""
+    told = [("training", 0), ("training", 5000), ("evaluating", 5500), ("training", 8500), ("evaluating", 9000)]
+    events = [
+        JobEvent.model_validate(
+            {"id": f"{at}-0", "created_at": at // 1000, "level": "info", "message": "", "data": {"phase": phase}}
+        )
+        for phase, at in [*told, ("done", 10_000)]
+    ]
+    assert circle.seconds_of("evaluating", events) == pytest.approx(4.0)
 
 
 def test_gold_that_falls_is_found_out():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import json
 import subprocess
 import sys
-from pathlib import Path
+from hashlib import sha256
 
 import pytest
 import redis
@@ -17,30 +17,52 @@ from bon_algos.contracts import (
     DISTILL_QUEUES,
     LEDGER_COUNTS,
     OPEN_JOBS,
+    POLICIES_DELETED,
     POLICIES_INDEX,
+    REGISTRY,
     ROUTES_INDEX,
+    FileRecord,
     PolicyRecord,
     Route,
+    files_key,
+    job_events_key,
     job_key,
     jobs_index,
     policy_key,
     route_key,
 )
-from bon_algos.crash_points import CRASH_AT, GATEWAY_POINTS
-from service.store import open_redis
+from bon_algos.crash_points import GATEWAY_POINTS
+from service.errors import Conflict
+from service.journal import FILE, read_journal
+from service.replays import SLACK_SECONDS
 from tests.fixtures.gateway import read_ledger, wait_until
 from tests.service import mortal
+from tests.service.published import write_policy
 from tests.service.records import BASE, STUDENT, policy, route
 
 pytestmark = pytest.mark.slow
 QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
-SUBMITTING = [point for point in GATEWAY_POINTS if point.partition(".")[0] in ("submit", "dispatch")]
-TRANSACTING = [point for point in GATEWAY_POINTS if point.startswith("transaction.")]
-LOGGING = [point for point in GATEWAY_POINTS if point.partition(".")[0] in ("spool", "drain")]
+
+
+def places(*prefixes: str) -> list[str]:
+    return [point for point in GATEWAY_POINTS if point.partition(".")[0] in prefixes]
+
+
+SUBMITTING = places("submit", "dispatch")
+WISHING = places("wish")
+RECONCILING = places("reconcile")
+UPLOADING, FORGETTING = ["file.settled", "file.recorded"], ["file.forgotten"]
+BEGINNING = places("seed", "journal")
+TRANSACTING = places("transaction")
+DELETING = places("deletion")
+ANSWERING = places("reply")
+LOGGING = places("spool", "drain")
 
 
 def test_every_place_is_somebodys():
-    assert [*SUBMITTING, *TRANSACTING, *LOGGING] == list(GATEWAY_POINTS)
+    tested = [*SUBMITTING, *WISHING, *RECONCILING, *UPLOADING, *FORGETTING, *BEGINNING]
+    tested += [*TRANSACTING, *DELETING, *ANSWERING, *LOGGING]
+    assert sorted(tested) == sorted(GATEWAY_POINTS)
 
 
 @pytest.fixture
@@ -50,26 +72,40 @@ def client(redis_url):
         yield connection
 
 
-def dies(scenario: str, point: str, redis_url: str, directory: Path) -> None:
-    command = [sys.executable, "-m", "tests.service.mortal", scenario, redis_url, str(directory)]
-    done = subprocess.run(command, env=os.environ | {CRASH_AT: point}, capture_output=True, text=True)
-    assert done.returncode == -9, f"{point} was never passed: {done.stderr}"
+@pytest.fixture(scope="module")
+def mortals(tmp_path_factory):
+    """Where processes that are to die come from."""
+    told = tmp_path_factory.mktemp("mortals") / "stderr"
+    command = [sys.executable, "-m", "tests.service.mortal"]
+    with (
+        told.open("w") as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        yield process, told
 
 
-async def reconciled(redis_url: str) -> None:
-    async with open_redis(redis_url) as connection:
-        await mortal.dispatcher(connection, redis_url).reconcile()
+@pytest.fixture
+def dies(mortals, redis_url, tmp_path):
+    """dies(scenario, point): a process that plays the scenario is killed at this place."""
+    process, told = mortals
+
+    def played(scenario: str, point: str) -> None:
+        process.stdin.write(json.dumps([point, scenario, redis_url, str(tmp_path)]) + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "-9\n", f"{point} was never passed: {told.read_text()}"
+
+    return played
 
 
 @pytest.mark.parametrize("point", SUBMITTING)
-def test_F32_a_job_is_there_once_and_somebody_is_woken_for_it(point, client, redis_url, tmp_path):
+def test_F32_a_job_is_there_once_and_somebody_is_woken_for_it(point, client, redis_url, dies):
     """The caller, who saw the connection break, asks again with the same key; the next gateway's reconciler runs."""
-    dies("submit", point, redis_url, tmp_path)
+    dies("submit", point)
     recorded = client.zrange(jobs_index("default"), 0, -1)
     assert len(recorded) == (0 if point == "submit.asked" else 1)
     if recorded:
         # Before the caller asks again, if ever: no message depends on that.
-        wait_until(lambda: asyncio.run(reconciled(redis_url)) or client.llen(QUEUE) > 0)
+        wait_until(lambda: asyncio.run(mortal.reconcile(redis_url)) or client.llen(QUEUE) > 0)
     job_id = asyncio.run(mortal.submit(redis_url))
     assert recorded in ([], [job_id])
     assert client.zrange(jobs_index("default"), 0, -1) == [job_id]
@@ -77,8 +113,138 @@ def test_F32_a_job_is_there_once_and_somebody_is_woken_for_it(point, client, red
     assert client.llen(QUEUE) >= 1
 
 
+@pytest.fixture
+def a_job(client, redis_url):
+    """a_job(state, …) -> a job with these fields."""
+
+    def submitted(**fields):
+        job_id = asyncio.run(mortal.submit(redis_url))
+        client.hset(job_key(job_id), mapping=fields)
+        if fields.get("state") == "paused":
+            client.srem(OPEN_JOBS, job_id)
+        return job_id
+
+    return submitted
+
+
+WISHES = [
+    ("pause", {"state": "queued"}, ("paused", None, None), 0),
+    ("pause", {"state": "running"}, ("running", "1", None), 1),
+    ("resume", {"state": "paused"}, ("queued", None, None), 1),
+    ("resume", {"state": "running", "pause": "1"}, ("running", None, None), 1),
+    ("cancel", {"state": "queued"}, ("cancelled", None, "1"), 0),
+    ("cancel", {"state": "paused"}, ("cancelled", None, "1"), 0),
+    ("cancel", {"state": "running"}, ("running", None, "1"), 1),
+]
+
+
+@pytest.mark.parametrize(("wanted", "before", "after", "is_open"), WISHES)
+@pytest.mark.parametrize("point", WISHING)
+def test_a_wish_is_granted_as_a_whole_or_not_at_all_and_asked_for_again_is_granted(
+    point, wanted, before, after, is_open, client, redis_url, a_job, dies
+):
+    """The caller, who saw the connection break, asks again with the same key, whatever came of the first time."""
+    job_id = a_job(**before)
+    told = client.xlen(job_events_key(job_id))
+
+    def stands() -> tuple[object, ...]:
+        fields = client.hmget(job_key(job_id), "state", "pause", "cancel")
+        return tuple(fields), client.sismember(OPEN_JOBS, job_id), client.xlen(job_events_key(job_id)) - told
+
+    untouched, granted = stands(), (after, is_open, 1)
+    dies(wanted, point)
+    assert stands() == (granted if point == "wish.recorded" else untouched)
+    seen = asyncio.run(mortal.wish(wanted, redis_url))
+    assert (seen["status"], stands()) == (after[0], granted)
+
+
+DEAD = {"state": "running", "lease_until": "0", "dispatched_at": "0", "epoch": "3"}
+
+
+@pytest.mark.parametrize(
+    ("before", "state"),
+    [
+        (DEAD | {"attempts": "1"}, "running"),
+        (DEAD | {"attempts": "3"}, "failed"),
+        (DEAD | {"attempts": "1", "cancel": "1"}, "cancelled"),
+        (DEAD | {"attempts": "1", "pause": "1"}, "paused"),
+    ],
+    ids=["woken", "given up", "cancelled", "paused"],
+)
+@pytest.mark.parametrize("point", RECONCILING)
+def test_what_a_reconciler_began_the_next_one_ends(point, before, state, client, redis_url, a_job, dies):
+    job_id = a_job(**before)
+    client.delete(QUEUE)
+    dies("reconcile", point)
+    wait_until(lambda: asyncio.run(mortal.reconcile(redis_url)) or is_settled(client, job_id))
+    assert client.hget(job_key(job_id), "state") == state
+    ends = [fields["state"] for _, fields in client.xrange(job_events_key(job_id)) if "state" in fields]
+    assert ends == ["queued", *([state] if state != "running" else [])]
+
+
+def is_settled(client, job_id):
+    """Somebody is woken for it, or nobody need be."""
+    return client.llen(QUEUE) > 0 or not client.sismember(OPEN_JOBS, job_id)
+
+
+@pytest.mark.parametrize("point", UPLOADING)
+def test_a_file_is_known_once_its_content_is_safe_and_is_one_file(point, client, redis_url, tmp_path, dies):
+    dies("upload", point)
+    assert client.hlen(files_key()) == (point == "file.recorded")
+    file_id = asyncio.run(mortal.upload(redis_url, tmp_path))
+    assert client.hkeys(files_key()) == [file_id]
+    record = FileRecord.model_validate_json(client.hget(files_key(), file_id))
+    assert sha256((tmp_path / record.path).read_bytes()).hexdigest() == record.digest
+
+
+@pytest.mark.parametrize("point", FORGETTING)
+def test_a_file_that_is_half_deleted_is_none(point, client, redis_url, tmp_path, dies):
+    file_id = asyncio.run(mortal.upload(redis_url, tmp_path))
+    dies("forget", point)
+    assert client.hlen(files_key()) == 0
+    assert asyncio.run(mortal.upload(redis_url, tmp_path)) == file_id
+
+
+@pytest.mark.parametrize("point", BEGINNING)
+def test_a_registry_and_its_journal_begin_once(point, client, redis_url, tmp_path, dies):
+    dies("begin", point)
+    name, text = client.get(REGISTRY), (tmp_path / FILE).read_bytes() if (tmp_path / FILE).exists() else None
+    assert (name is None) == (point == "seed.asked")
+    assert (text is None) == (point != "journal.renamed")
+    asyncio.run(mortal.begin(redis_url, tmp_path))
+    journal = read_journal(tmp_path)
+    assert journal is not None
+    assert journal.registry == client.get(REGISTRY) == (name or journal.registry)
+    assert [one.id for one in journal.policies] == [BASE]
+
+
+@pytest.mark.parametrize("point", DELETING)
+def test_a_deletion_that_was_begun_ends_with_the_next_sweep(point, client, redis_url, tmp_path, dies):
+    written = write_policy(tmp_path)
+    known = policy(written.policy_id, written=written)
+    client.hset(policy_key(known.id), mapping={"record": known.model_dump_json(), "version": 1})
+    client.zadd(POLICIES_INDEX, {known.id: 0})
+    dies("delete", point)
+    assert client.zrange(POLICIES_DELETED, 0, -1) == [known.id]
+    assert not (tmp_path / "policies" / written.digest).exists()
+    asyncio.run(mortal.sweep(redis_url, tmp_path))
+    assert list((tmp_path / "policies").iterdir()) == []
+
+
+@pytest.mark.parametrize("point", ANSWERING)
+def test_a_reply_that_was_promised_is_kept_or_may_be_asked_for_anew_soon(point, client, redis_url, dies):
+    assert mortal.IDEMPOTENCY is not None
+    dies("answer", point)
+    if point == "reply.promised":
+        assert 0 < client.ttl(mortal.IDEMPOTENCY.key) <= mortal.SECONDS_TO_ANSWER + SLACK_SECONDS
+        with pytest.raises(Conflict, match="under way"):
+            asyncio.run(mortal.answer(redis_url))
+        client.delete(mortal.IDEMPOTENCY.key)
+    assert asyncio.run(mortal.answer(redis_url)).body == {"id": "resp_1"}
+
+
 @pytest.mark.parametrize("point", TRANSACTING)
-def test_a_promotion_happened_as_a_whole_or_not_at_all_and_is_audited_once(point, client, redis_url, tmp_path):
+def test_a_promotion_happened_as_a_whole_or_not_at_all_and_is_audited_once(point, client, redis_url, dies):
     for record in (policy(BASE), policy(STUDENT)):
         client.hset(policy_key(record.id), mapping={"record": record.model_dump_json(), "version": 1})
         client.zadd(POLICIES_INDEX, {record.id: record.created_at})
@@ -90,7 +256,7 @@ def test_a_promotion_happened_as_a_whole_or_not_at_all_and_is_audited_once(point
         state = PolicyRecord.model_validate_json(client.hget(policy_key(STUDENT), "record")).state
         return live, state, client.xlen(AUDIT_STREAM)
 
-    dies("promote", point, redis_url, tmp_path)
+    dies("promote", point)
     promoted = (STUDENT, "live", 1)
     assert stands() == (promoted if point == "transaction.committed" else (None, "candidate", 0))
     asyncio.run(mortal.promote(redis_url))
@@ -98,8 +264,8 @@ def test_a_promotion_happened_as_a_whole_or_not_at_all_and_is_audited_once(point
 
 
 @pytest.mark.parametrize("point", LOGGING)
-def test_a_group_on_the_disk_is_delivered_once_by_whoever_comes_next(point, client, redis_url, tmp_path):
-    dies("log", point, redis_url, tmp_path)
+def test_a_group_on_the_disk_is_delivered_once_by_whoever_comes_next(point, client, redis_url, tmp_path, dies):
+    dies("log", point)
     asyncio.run(mortal.log(redis_url, tmp_path, appends=False))
     assert [record.id for record in read_ledger(redis_url)] == ["resp_1"]
     assert client.hget(LEDGER_COUNTS, "default") == "101"

@@ -24,6 +24,7 @@ from bon_algos.contracts import (
 from service.dispatch import Dispatcher, broker_url, open_producer, send_job
 from service.jobs import Jobs
 from service.store import open_redis
+from tests.fixtures.clock import ClockedRedis
 from tests.service.records import job_spec
 
 pytestmark = pytest.mark.anyio
@@ -213,3 +214,16 @@ async def test_a_worker_that_dies_while_it_pauses_leaves_a_paused_job(
 async def test_attempts_that_ended_in_a_pause_are_no_failed_ones(dispatcher: Dispatcher, redis: Redis, job_id: str):
     await redis.hset(job_key(job_id), mapping={"state": "running", "lease_until": "1", "attempts": 7, "parked": 5})
     assert await dispatcher.reconcile() == {job_id: "dispatch"}
+
+
+async def test_F26_whatever_was_before_the_clock_was_set_back_is_over(clocked_redis: ClockedRedis, sender: Sender):
+    """A reconciler that died then, and a message that was lost then, are not waited for an hour long."""
+    async with open_redis(clocked_redis.url) as redis:
+        await redis.hset(LEDGER_COUNTS, "default", "100")
+        job_id = (await Jobs(redis, n_cap=64, max_lora_rank=32).submit(job_spec())).job_id
+        one, other = (Dispatcher(redis, sender, seconds=30) for _ in range(2))
+        assert await one.reconcile() == {job_id: "dispatch"}
+        assert await other.reconcile() == {}
+        clocked_redis.set_clock(-3600)
+        assert await other.reconcile() == {job_id: "dispatch"}
+        assert await other.reconcile() == {job_id: "wait"}

@@ -174,6 +174,18 @@ def test_a_job_that_is_being_cancelled_is_not_paused(client: openai.OpenAI, stor
         client.fine_tuning.jobs.pause(job_id)
 
 
+def test_a_wish_with_an_idempotency_key_is_granted_again_and_no_other_with_it(client: openai.OpenAI):
+    """As a client that lost the reply asks again; without the key a paused job is not paused."""
+    job, once = client.fine_tuning.jobs.create(**ASKED), {"Idempotency-Key": "once"}
+    jobs = client.fine_tuning.jobs
+    assert [jobs.pause(job.id, extra_headers=once).status for _ in range(2)] == ["paused", "paused"]
+    assert jobs.resume(job.id).status == "queued"
+    assert jobs.pause(job.id, extra_headers=once).status == "queued"
+    with pytest.raises(openai.UnprocessableEntityError) as conflict:
+        jobs.cancel(job.id, extra_headers=once)
+    assert conflict.value.code == "idempotency_conflict"
+
+
 def test_the_same_idempotency_key_is_the_same_job(client: openai.OpenAI):
     once = {"Idempotency-Key": "once"}
     first = client.fine_tuning.jobs.create(**ASKED, extra_headers=once)

@@ -77,6 +77,7 @@ def evidence(judged, n, *, kl=None, opinion: Opinion | NoOpinion | None = None):
 def subject(n, **fields):
     values = {
         "policy_id": "pol-" + "1" * 16,
+        "kind": "lora",
         "base_policy_id": world.BASE,
         "parent_policy_id": world.BASE,
         "reference_policy_id": world.BASE,

@@ -21,6 +21,7 @@ from bon_algos.importance import effective_sample_size
 from bon_algos.logprobs import sequence_logprobs
 from tests.worker import world
 from tests.worker.distilled import FORWARD, JOB, answered_by, manifest_of, published, report_of, state
+from tests.worker.stub_engine import save_tokenizer
 from worker import checkpoint
 from worker.durable import sha256_file
 from worker.errors import JobFailed
@@ -157,19 +158,25 @@ def test_an_adapter_of_another_shape_is_not_trained_further(job, client, asked, 
         job(parameters=FORWARD | asked, job_id="job_2", training={"start_from": parent}).run()
 
 
-def test_full_weights_are_published_as_a_model_that_transformers_opens(job, client, engine, tmp_path, tiny_window):
-    """Nobody draws from them, and their log-probs are the trainer's."""
+def test_full_weights_are_published_as_a_model_that_transformers_opens(
+    job, client, engine, tmp_path, tiny_policy, tiny_window
+):
+    """They draw for themselves: no engine is asked for anything but the reference. Their report is like any."""
+    save_tokenizer(tiny_policy)
     attempt = job("bon_sft", FORWARD, training={"weights": "full"})
     window = attempt.freeze()
     training = attempt.open_training(window)
     attempt.train(training, window)
-    engine.is_away = True
     attempt.conclude(training.policy, window)
     assert state(client) == "succeeded"
-    assert client.hget(job_key(JOB), "report") == b""
+    assert {request["model"] for request in engine.requests} == {world.BASE}
     manifest = manifest_of(client, JOB)
     home = tmp_path / "policies" / manifest.digest
-    assert (manifest.kind, manifest.report, manifest.lora_rank) == ("full", None, 0)
+    assert (manifest.kind, manifest.lora_rank) == ("full", 0)
+    whole = report_of(manifest, tmp_path)
+    assert (whole.kind, whole.policy_id) == ("full", manifest.policy_id)
+    assert whole.reward.policy == manifest.report.reward_policy != manifest.report.reward_reference
+    assert whole.kl_policy_reference.mean > 0.01
     assert manifest.files == {path.name: sha256_file(path) for path in home.iterdir() if path.name != "manifest.json"}
     assert {"config.json", "model.safetensors"} <= manifest.files.keys()
     groups = [pool.logged_group.tokens for pool in tiny_window.held_out]

@@ -14,10 +14,21 @@ from bon_algos.crash_points import CRASH_AT
 from service.dispatch import Dispatcher
 from service.jobs import Jobs
 from service.store import open_redis
+from tests.fixtures.disk import own_disk
+from tests.fixtures.fault_proxy import FaultProxy
 from tests.worker.forks import is_alive, training_of, until
+from tests.worker.small_job import LEASE_SECONDS
 from worker import attempts, checkpoint
 
 pytestmark = pytest.mark.slow
+ROOM_FOR_A_POLICY = 150_000
+"""Bytes: for all but its report's figure."""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    with own_disk(tmp_path) as disk:
+        yield disk
 
 
 def cancel(job):
@@ -46,6 +57,49 @@ JOB = "job_" + "0" * 32
 def ends_once_with(job, digest):
     assert job.the_policy().manifest.digest == digest
     assert (job.ends(), job.leftovers()) == (["succeeded"], [])
+
+
+@pytest.mark.parametrize("point", ["window.written", "checkpoint.written:2"])
+def test_F18_links_that_go_silent_under_a_job_cost_it_nothing(point, small, undisturbed, own_redis):
+    """While it reads, and while it trains."""
+    with FaultProxy(own_redis.socket) as proxy:
+        job = small(redis_url=own_redis.url, settings={"REDIS_URL": proxy.url})
+        worker, training = job.frozen_at(point)
+        proxy.go_silent()
+        os.kill(training, signal.SIGCONT)
+        worker.join(60)
+        ends_once_with(job, undisturbed)
+        assert job.attempts == 1
+
+
+@pytest.mark.parametrize(("hours", "attempts"), [(-1, 1), (1, 2)])
+def test_F26_a_clock_that_jumps_costs_a_running_job_at_most_a_hand_over(
+    hours, attempts, small, undisturbed, clocked_redis
+):
+    """An hour later its lease is over, and who takes it up is the owner; an hour earlier it is as it was."""
+    job = small(redis_url=clocked_redis.url)
+    first, training = job.frozen_at("checkpoint.renamed:2")
+    clocked_redis.set_clock(3600 * hours)
+    second = job.deliver()
+    until(lambda: job.attempts == 2 or not second.is_alive(), "a second worker had its answer")
+    os.kill(training, signal.SIGCONT)
+    for delivery in (first, second):
+        delivery.join(60)
+    ends_once_with(job, undisturbed)
+    assert job.attempts == attempts
+
+
+def test_F26_a_worker_that_dies_as_the_clock_is_set_back_is_replaced_within_its_lease(
+    small, undisturbed, clocked_redis
+):
+    job = small(redis_url=clocked_redis.url)
+    worker, _ = job.frozen_at("checkpoint.renamed:2")
+    clocked_redis.set_clock(-3600)
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: reconcile(job) == {job.job_id: "dispatch"}, "woken again", seconds=2 * LEASE_SECONDS)
+    job.run_to_its_end()
+    ends_once_with(job, undisturbed)
+    assert job.attempts == 2
 
 
 def test_F34_a_message_delivered_twice_late_and_after_the_end_has_no_second_effect(small, undisturbed):
@@ -131,13 +185,40 @@ def test_F38_a_torn_state_costs_the_steps_since_the_one_before(file, small, undi
     ends_once_with(job, undisturbed)
 
 
-def test_F38_a_disk_that_is_full_when_a_state_is_written_costs_an_attempt(small, undisturbed):
-    job = small()
-    assert job.run(largest_file=40_000) == 0
-    assert "training process ended with 1" in job.value("last_error")
-    assert not list(job.directory.glob("*/step-*"))
+@pytest.mark.parametrize(
+    ("phase", "point", "room"),
+    [
+        ("freezing", "progress.recorded", 0),
+        ("training", "checkpoint.renamed", 0),
+        ("publishing", "adapter.lent:5", 0),
+        ("publishing", "adapter.lent:5", ROOM_FOR_A_POLICY),
+    ],
+    ids=["window", "state", "policy", "report"],
+)
+def test_F38_a_disk_that_is_full_costs_an_attempt(phase, point, room, small, undisturbed, engine, small_disk):
+    """Nothing half-written has a name; once there is room the job ends well."""
+    job = small(artefacts=small_disk.directory)
+    worker, training = job.frozen_at(point)
+    small_disk.fill(training, room)
+    os.kill(training, signal.SIGCONT)
+    worker.join(60)
+    assert (worker.exitcode, job.state, job.is_held) == (0, "running", False)
+    assert job.value("last_error").startswith("no room on the disk: "), job.told()
+    assert job.value("phase") == phase
+    assert (job.client.zcard(POLICIES_INDEX), job.published(), engine.adapters) == (0, [], {})
+    assert not list((job.artefacts / "reports").glob("*"))
+    small_disk.empty()
     job.run_to_its_end()
     ends_once_with(job, undisturbed)
+    assert job.attempts == 2
+
+
+def test_F38_where_no_process_can_be_started_the_job_is_given_back_with_the_reason(small):
+    job = small()
+    (job.artefacts / "jobs").write_text("in the way")
+    job.run()
+    assert "no training process could be started" in job.value("last_error")
+    assert not job.is_held
 
 
 def test_F39_a_policy_of_a_cancelled_job_is_registered_by_nobody_and_swept_in_the_end(small):

@@ -119,6 +119,18 @@ def test_weights_are_spread_and_the_step_is_the_same(method, setup, tiny_policy,
         )
 
 
+def test_full_weights_that_are_spread_draw_what_they_would_alone(tiny_policy, tiny_window, tmp_path, pair):
+    """Of draws with the same seed nearly all: rounding may turn one."""
+    prompts = [[0, 2], [0, 3, 4, 5]]
+    policies = [
+        opened(planned(tiny_policy, tmp_path, "bon_sft", FULL, parallelism=how), ranks).policy
+        for how, ranks in (("data", ALONE), ("fsdp", pair))
+    ]
+    alone, spread = ([row for rows in one.sampled(prompts, 20, 6, seed=0) for row in rows] for one in policies)
+    assert sum(own == other for own, other in zip(alone, spread, strict=True)) >= 38
+    assert len({tuple(row) for row in alone}) > 30
+
+
 def test_a_head_that_is_the_embeddings_is_spread_with_nothing(tiny_policy, tiny_window, tmp_path, pair):
     config = LlamaConfig.from_pretrained(tiny_policy, tie_word_embeddings=True)
     torch.manual_seed(0)

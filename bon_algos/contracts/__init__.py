@@ -57,6 +57,7 @@ from bon_algos.contracts.methods import (
 from bon_algos.contracts.names import (
     AUDIT_STREAM,
     BROKER_PREFIX,
+    COMPACTOR_EPOCH,
     COMPACTOR_LEASE,
     DISTILL_QUEUES,
     DISTILL_TASK,
@@ -175,6 +176,7 @@ __all__ = [
     "ANY_LAW_METHODS",
     "AUDIT_STREAM",
     "BROKER_PREFIX",
+    "COMPACTOR_EPOCH",
     "COMPACTOR_LEASE",
     "DEFAULT_TENANT",
     "DISTILL_QUEUES",

@@ -32,7 +32,7 @@ def place(redis_url, tmp_path):
         world.deliver(client, *(group(number) for number in (1, 2, 3)), group(4, route="other"))
         said = feedback(group(1), comment="good")
         client.hset(feedback_key(said.group_id or ""), said.question, said.model_dump_json())
-        compaction = Compaction(client, Archive.at(str(directory)), LIMITS, confirm=lambda: None)
+        compaction = Compaction(client, Archive.at(str(directory)), LIMITS)
         compaction.open()
         while compaction.step(wait_seconds=0.01) is not None:
             pass
@@ -83,7 +83,7 @@ def test_a_dry_run_says_what_would_go_and_changes_nothing(place, tmp_path):
 
 
 def test_retention_is_carried_out_under_the_lease_alone(place, redis_url):
-    with redis.Redis.from_url(redis_url) as client, ArchiveLease(client, 60):
+    with redis.Redis.from_url(redis_url) as client, ArchiveLease(client, Archive.at(place[3]), 60):
         done = run("retention", *place, "--retention", '{"text": 1}')
         assert done.exit_code == 1
         assert "another process writes into the archive" in done.output

@@ -9,8 +9,8 @@ import pytest
 import redis
 
 from archive.reading import Archive, Question
+from archive.repair import sweep
 from archive.tables import SegmentSet
-from archive.writing import sweep
 from bon_algos.contracts import LEDGER_CONSUMERS, LEDGER_STREAM
 from tests.archive.records import Died, Fate, MortalRedis, MortalStorage, archive_at, feedback, group, packed
 from tests.worker import world
@@ -28,7 +28,7 @@ def client(redis_url):
 
 
 def compaction(client, archive, limits=AT_ONCE):
-    made = Compaction(client, archive, limits, confirm=lambda: None)
+    made = Compaction(client, archive, limits)
     made.open()
     return made
 

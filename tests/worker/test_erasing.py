@@ -62,7 +62,7 @@ def of(user, number, **fields):
 @pytest.fixture
 def place(client, tmp_path):
     """Three users' groups: the older in the archive, the newer in the stream. Directory, and the compaction."""
-    compaction = Compaction(client, archive_at(tmp_path / "ledger"), AT_ONCE, confirm=lambda: None)
+    compaction = Compaction(client, archive_at(tmp_path / "ledger"), AT_ONCE)
     compaction.open()
     ada, bob, eve = ((of(user, number), of(user, number + 10)) for number, user in enumerate((ADA, "bob", "eve")))
     world.deliver(client, ada[0], bob[0], eve[0], feedback(bob[0], 1, author=ADA, comment=f"{ADA} was here"))
@@ -89,7 +89,7 @@ def asked(client, user=ADA, at=None, tenant="default"):
 
 def erase(client, directory, compaction):
     compaction.flush()
-    eraser = Eraser(client, archive_at(directory / "ledger"), directory, confirm=lambda: None)
+    eraser = Eraser(client, archive_at(directory / "ledger"), directory)
     return eraser.work()
 
 
@@ -187,7 +187,7 @@ def test_L22_killed_in_the_middle_it_is_done_by_the_next(client, place):
         archive = Archive(MortalStorage(directory / "ledger", fate))
         try:
             with fate.dying_at(deaths % 3, after=True):
-                Eraser(client, archive, directory, confirm=lambda: None).work()
+                Eraser(client, archive, directory).work()
             break
         except Died:
             deaths += 1

@@ -9,6 +9,8 @@ from time import time
 import pytest
 import redis
 
+from archive.fence import ALONE
+from archive.merging import merge
 from archive.reading import Question
 from bon_algos.acceptance import Requirements
 from bon_algos.contracts import (
@@ -131,6 +133,24 @@ def test_nothing_of_a_user_is_left_and_all_of_the_others_is(client, place):
     for user in (b"bob", b"eve"):
         assert left.count(b"I am " + user) >= 2
     assert client.exists(idempotency_key("2"))
+
+
+def test_what_was_merged_holds_nothing_either(client, place):
+    """Neither the file, nor those it was made of, nor one that nobody could name."""
+    directory, compaction = place
+    archive = archive_at(directory / "ledger")
+    asked(client)
+    batches = archive.manifest.read(archive.manifest.days()[0]).batches
+    assert len(batches) > 1
+    merge(archive, batches, ALONE, now=time())
+    (first, *_) = (one for one in batches[0].segments if one.kind == "groups")
+    archive.storage.put("groups/tenant=default/notes.parquet", archive.storage.get(first.path or ""))
+    (receipt,) = erase(client, directory, compaction)
+    assert receipt.state == "proven"
+    left = everywhere(client, directory)
+    assert ADA.encode() not in left
+    assert left.count(b"I am bob") >= 2
+    assert archive.storage.names("_quarantine") == []
 
 
 def test_L21_again_finds_nothing_more(client, place):

@@ -23,7 +23,7 @@ from worker.merging import Merging
 LIMITS = Limits(entries=2, bytes=2**20, seconds=0.0, hot_groups=0, hot_seconds=0.0)
 EVERYTHING = Question(("groups", "outcomes", "feedback", "exposures"))
 MERGES = MergeLimits(bytes=2**20)
-HOURS = [round(1000 * (NOON + 3600 * number)) for number in range(3)]
+HOURS = [round(1000 * (NOON + 3600 * number)) for number in (0, 1, 24)]
 """Of what is there before, of what the first writer works on, and of what comes meanwhile."""
 
 
@@ -51,14 +51,16 @@ def deliver(client, first_ms, *records):
         client.xadd(LEDGER_STREAM, dict(entry.fields), id=str(entry.id))
 
 
-def work(client, archive):
-    """All that a compactor does, once. Raises Overtaken."""
+def work(client, archive, *, changes=True):
+    """All that a compactor does, once; changes: of what is there already, too. Raises Overtaken."""
     with ArchiveLease(client, archive, 60) as lease:
         sweep(archive, lease, partial(is_in_stream, client))
         compaction = Compaction(client, archive, LIMITS, lease)
         compaction.open()
         while compaction.step(wait_seconds=0.01) is not None:
             pass
+        if not changes:
+            return
         for batch in list(archive.manifest.batches_newest_first()):
             rewrite(archive, batch, partial(without, "gone"), lease)
         merging = Merging(archive, MERGES, lease, grace_seconds=-1.0)
@@ -74,10 +76,10 @@ def without(prompt, segment, rows):
 
 
 def taken_over(client, directory, *records):
-    """The lease ran out; more arrives; another does its work, and has not ended."""
+    """The lease ran out; more arrives; another writes that, and leaves what is there as it is."""
     client.delete(COMPACTOR_LEASE)
     deliver(client, HOURS[2], *records)
-    work(client, archive_at(directory))
+    work(client, archive_at(directory), changes=False)
 
 
 def archived(archive):

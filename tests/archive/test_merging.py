@@ -14,11 +14,12 @@ from archive.reading import Archive, Question
 from archive.repair import sweep
 from archive.retention import Retention, apply
 from archive.retention import due as due_to_go
+from archive.tables import SegmentSet
 from archive.writing import rewrite, write_batch
 from tests.archive.records import DAY, NOON, Died, Fate, MortalStorage, archive_at, entries, feedback, group
 from tests.worker import world
 
-KINDS = ("groups", "outcomes", "feedback", "exposures")
+KINDS: tuple[SegmentSet, ...] = ("groups", "outcomes", "feedback", "exposures")
 EVERYTHING = Question(KINDS)
 HOUR = 3600.0
 LIMITS = Limits(bytes=2**20)
@@ -30,7 +31,7 @@ def batch_at(seconds, number):
     return entries(first, other, feedback(first, number), world.outcome(other, [1.0, 2.0, 3.0]))
 
 
-def fill(archive, *times):
+def fill(archive: Archive, *times: float) -> Archive:
     for place, seconds in enumerate(times):
         write_batch(archive, batch_at(seconds, 10 * place))
     return archive
@@ -167,12 +168,12 @@ def test_superseded_files_stay_for_a_time(archive):
 
 def test_a_damaged_segment_stays_out_and_stops_nobody(archive, tmp_path):
     (first, second) = runs(archive)
-    damaged = first[1].segments[0].path
+    damaged = first[1].segments[0].path or ""
     (tmp_path / damaged).write_bytes(b"PAR1")
     with pytest.raises(Unmergeable) as refused:
         merge(archive, first, ALONE, now=0.0)
     newest = batches(archive)[-1]
-    again = due(archive.manifest.read(newest.day).batches, newest, LIMITS, frozenset([refused.value.path]))
+    again = due(archive.manifest.read(newest.day).batches, newest, LIMITS, frozenset([damaged]))
     assert refused.value.path == damaged
     assert again == [second]
 

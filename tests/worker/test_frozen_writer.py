@@ -8,11 +8,11 @@ from typing import cast
 import pytest
 import redis
 
-from archive.fence import Overtaken
+from archive.fence import Alone, Overtaken
 from archive.merging import Limits as MergeLimits
 from archive.reading import Archive, Question
 from archive.repair import sweep
-from archive.writing import rewrite
+from archive.writing import rewrite, write_batch
 from bon_algos.contracts import COMPACTOR_LEASE, LEDGER_CONSUMERS, LEDGER_STREAM
 from tests.archive.records import NOON, Fate, MortalRedis, MortalStorage, archive_at, entries, feedback, group
 from tests.worker import world
@@ -158,3 +158,24 @@ def test_what_was_not_acknowledged_is_not_by_one_that_was_overtaken(client, tmp_
             assert client.xpending(LEDGER_STREAM, LEDGER_CONSUMERS)["pending"] == 1
             with pytest.raises(Overtaken):
                 old.trim()
+
+
+class Late:
+    """A writer that is told only at the end that it was overtaken."""
+
+    epoch = 1
+
+    def confirm(self):
+        raise Overtaken
+
+
+def test_what_is_written_late_is_written_beside_what_counts(tmp_path):
+    """Of the same stretch, from which somebody was erased meanwhile."""
+    archive = archive_at(tmp_path)
+    first, second = entries(group(1), group(2))
+    write_batch(archive, [first, second._replace(fields={})], Alone(epoch=2))
+    with pytest.raises(Overtaken):
+        write_batch(archive, [first, second], Late())
+    assert archived(archive) == [group(1)]
+    assert len(sweep(archive, Alone(epoch=3)).deleted) == 1
+    assert archived(archive) == [group(1)]

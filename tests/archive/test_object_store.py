@@ -105,11 +105,11 @@ def test_interrupted_at_any_request_the_next_pass_makes_it_whole(archive, store)
 
 
 def test_merging_interrupted_at_any_request_loses_no_row(archive, store):
-    for number in range(0, 30, 3):
+    for number in (12, 22):
         for name in archive.storage.names(""):
             archive.storage.delete(name)
         for first_ms in (MS, MS + 60_000):
-            write_batch(archive, entries(*RECORDS, first_ms=first_ms))
+            write_batch(archive, entries(group(0), first_ms=first_ms))
         write_batch(archive, entries(group(2), first_ms=MS + 3_600_000))
         before = list(archive.records(EVERYTHING))
         store.fail_after(number)
@@ -122,7 +122,7 @@ def test_merging_interrupted_at_any_request_loses_no_row(archive, store):
             merge_and_tidy(archive)
         store.fail_after(None)
         assert list(archive.records(EVERYTHING)) == before
-        assert len(archive.storage.names("groups")) == 3
+        assert len(archive.storage.names("groups")) == 2
 
 
 def merge_and_tidy(archive):

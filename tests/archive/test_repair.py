@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from archive.fence import ALONE
+from archive.fence import ALONE, Alone
 from archive.manifest import DayManifest
 from archive.merging import Limits, due, merge
 from archive.names import FileName, Stretch
@@ -62,8 +62,7 @@ def test_a_lost_day_is_found_again(archive, tmp_path):
     lost.unlink()
     with pytest.raises(OSError, match="No such file"):
         stored(archive)
-    next_writer = type("Next", (), {"epoch": 1, "confirm": lambda self: None})()
-    sweep(archive, next_writer, lambda stretch: False)
+    sweep(archive, Alone(epoch=1), lambda stretch: False)
     assert stored(archive) == before
 
 
@@ -74,6 +73,20 @@ def test_an_archive_without_any_manifest_is_found_again(archive, tmp_path):
         path.unlink()
     sweep(archive, ALONE, lambda stretch: False)
     assert (stored(archive), batches(archive)) == (before, known)
+
+
+def test_an_archive_from_before_there_were_roots_is_taken_up_as_it_is(archive, tmp_path):
+    before, known = stored(archive), batches(archive)
+    for path in (tmp_path / "_manifest").iterdir():
+        if path.name.startswith("root"):
+            path.unlink()
+        else:
+            path.rename(path.with_name(f"{path.name.partition('.')[0]}.json"))
+    assert (stored(archive), batches(archive)) == (before, known)
+    assert sweep(archive, Alone(epoch=1)) == ((), (), ())
+    late = group(9, created_at=NOON + 200)
+    write_batch(archive, entries(late, first_ms=known[-1].last.ms + 1), Alone(epoch=1))
+    assert [one.record for one in stored(archive)] == [late, *(one.record for one in before)]
 
 
 def test_what_the_stream_still_has_is_written_again_and_not_taken_for_whole(archive):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from heapq import merge
 from typing import Final
 
 import pyarrow as pa
@@ -17,11 +18,12 @@ from pydantic import ValidationError
 
 from archive.manifest import Batch, Manifest, Segment
 from archive.storage import Storage, open_storage
-from archive.tables import SegmentSet, Stored, read_table, stored
+from archive.tables import SegmentSet, Stored, backwards, read_table, stored
 from bon_algos.ledger_entries import EntryId
 
 READS: Final = 3
 """Of a segment whose checksum is not that of the manifest: a connection may have cut it short."""
+ROWS_AT_ONCE: Final = 64
 DELIVERY_SLACK_SECONDS: Final = 86_400.0
 """A spool that waited for Redis delivers late: an entry's own id may be this much younger than its record."""
 SKEW_SECONDS: Final = 60.0
@@ -83,36 +85,44 @@ class Archive:
 
     def load(self, segment: Segment, columns: Sequence[str] | None = None) -> pa.Table:
         """Raises DamagedSegment, FileNotFoundError where it was rewritten since the manifest was read, OSError."""
+        return read_table(self._content(segment), columns)
+
+    def _content(self, segment: Segment) -> bytes:
         for _ in range(READS):
             content = self.storage.get(segment.path or "")
             if sha256(content).hexdigest() == segment.sha256:
-                return read_table(content, columns)
+                return content
         raise DamagedSegment(f"segment {segment.path} does not match its checksum")
 
     def records(self, question: Question) -> Iterator[Stored]:
         """What is wanted, newest entry first. A damaged segment is logged and passed over. Raises OSError."""
+        missing = ""
+        while True:
+            try:
+                for one in self._as_it_stands(question):
+                    question = replace(question, before=one.entry)
+                    yield one
+            except FileNotFoundError as error:
+                if str(error) == missing:
+                    raise
+                # Rewritten or merged in the meantime: the manifest says where it is now.
+                missing = str(error)
+            else:
+                return
+
+    def _as_it_stands(self, question: Question) -> Iterator[Stored]:
         for batch in self.manifest.batches_newest_first():
             if question.is_past(batch):
                 return
             if question.may_be_in(batch):
-                yield from self._of_batch(batch, question)
+                wanted = [segment for segment in batch.segments if question.can_be_in(segment)]
+                found = (self._newest_first(segment, question.before) for segment in wanted)
+                yield from filter(question.is_met, merge(*found, key=lambda one: one.entry, reverse=True))
 
-    def _of_batch(self, batch: Batch, question: Question) -> Iterator[Stored]:
-        wanted = [segment for segment in batch.segments if question.can_be_in(segment)]
+    def _newest_first(self, segment: Segment, before: EntryId | None) -> Iterator[Stored]:
+        """A few rows at a time: of a large segment a reader may want no more than the end."""
         try:
-            found = [one for segment in wanted for one in self._of_segment(segment)]
-        except FileNotFoundError:
-            # Rewritten in the meantime: the manifest says where it is now.
-            now = next((one for one in self.manifest.read(batch.day).batches if one.first == batch.first), None)
-            if now is None or now == batch:
-                raise
-            yield from self._of_batch(now, question)
-            return
-        yield from sorted(filter(question.is_met, found), key=lambda one: one.entry, reverse=True)
-
-    def _of_segment(self, segment: Segment) -> list[Stored]:
-        try:
-            return stored(segment.kind, self.load(segment), segment.tenant, segment.route)
+            for table in backwards(self._content(segment), before, ROWS_AT_ONCE):
+                yield from reversed(stored(segment.kind, table, segment.tenant, segment.route))
         except (DamagedSegment, ValidationError, pa.ArrowInvalid) as error:
             log.error("%s is passed over: %s", segment.path, type(error).__name__)
-            return []

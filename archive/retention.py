@@ -19,6 +19,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from archive.fence import ALONE, Fence
 from archive.manifest import Batch, Segment
 from archive.reading import Archive
 from archive.tables import without_text, without_tokens
@@ -122,7 +123,7 @@ def apply(
     kept: Kept,
     *,
     forgotten: Callable[[Segment, Sequence[Mapping[str, Any]]], None] = lambda segment, rows: None,
-    confirm: Callable[[], None] = lambda: None,
+    fence: Fence = ALONE,
 ) -> None:
     """Carry it out. forgotten: told the rows that lost something. Raises OSError; again is the same."""
     for batch in {one.batch.first: one.batch for one in dues}.values():
@@ -139,11 +140,10 @@ def apply(
             forgotten(segment, changed)
             return _after(rows, changed, classes), (*segment.lacks, *classes)
 
-        rewrite(archive, batch, change, confirm=confirm)
+        rewrite(archive, batch, change, fence)
     gone = {one.segment for one in dues if "aggregates" in one.classes}
     for day in {one.batch.day for one in dues if "aggregates" in one.classes}:
-        confirm()
-        forget_totals(archive, day, gone)
+        forget_totals(archive, day, gone, fence)
 
 
 def _after(

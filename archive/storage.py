@@ -29,6 +29,10 @@ class Storage:
         self._root = root.rstrip("/")
         self._is_local = isinstance(filesystem, fs.LocalFileSystem)
 
+    def address(self, name: str) -> str:
+        """Of a file, for others who read it."""
+        return f"{'' if self._is_local else 's3://'}{self._root}/{name}"
+
     def put(self, name: str, content: bytes) -> None:
         """Write a file, or put another content in its place, so that a reader sees one or the other."""
         if self._is_local:

@@ -10,7 +10,8 @@ or tokens says that their time was up: such a group is read as one that was not 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, cast
 
 import pyarrow as pa
@@ -124,26 +125,70 @@ def row_of(entry: EntryId, document: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """One file. Log-probs go byte by byte: those of a float32 engine have four bytes that are all alike."""
+def parquet_bytes(tables: Iterable[pa.Table]) -> bytes:
+    """One file of some tables of one schema, of which it holds no more at a time than it must. Log-probs go byte by
+    byte: those of a float32 engine have four bytes that are all alike. ValueError without a table."""
+    sink, writer = pa.BufferOutputStream(), None
+    for table in _in_groups(tables):
+        writer = writer or _writer(sink, table.schema)
+        writer.write_table(table, row_group_size=ROWS_IN_A_GROUP)
+    if writer is None:
+        raise ValueError("a file needs a table")
+    writer.close()
+    return cast(bytes, sink.getvalue().to_pybytes())
+
+
+def _writer(sink: pa.BufferOutputStream, schema: pa.Schema) -> parquet.ParquetWriter:
     logprobs = "candidates.list.element.logprobs.list.element"
-    is_of_groups = "candidates" in table.column_names
-    plain = [one for one in _leaves(table.schema) if one != logprobs]
-    sink = pa.BufferOutputStream()
-    parquet.write_table(
-        table,
+    return parquet.ParquetWriter(
         sink,
-        row_group_size=ROWS_IN_A_GROUP,
+        schema,
         compression="zstd",
         compression_level=COMPRESSION_LEVEL,
-        use_dictionary=plain,
-        column_encoding={logprobs: "BYTE_STREAM_SPLIT"} if is_of_groups else None,
+        use_dictionary=[one for one in _leaves(schema) if one != logprobs],
+        column_encoding={logprobs: "BYTE_STREAM_SPLIT"} if "candidates" in schema.names else None,
     )
-    return cast(bytes, sink.getvalue().to_pybytes())
+
+
+def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables that fill groups, but for the last."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(map(len, held)) >= ROWS_IN_A_GROUP:
+            whole = pa.concat_tables(held)
+            cut = len(whole) - len(whole) % ROWS_IN_A_GROUP
+            yield whole.slice(0, cut)
+            held = [whole.slice(cut)]
+    if held:
+        yield pa.concat_tables(held)
 
 
 def read_table(content: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     return parquet.ParquetFile(pa.BufferReader(content)).read(columns=None if columns is None else list(columns))
+
+
+def backwards(content: bytes, before: EntryId | None, rows: int) -> Iterator[pa.Table]:
+    """The last rows of a file first, so many at a time and each time in the stream's order. before: without the entries
+    from this one on."""
+    file = parquet.ParquetFile(pa.BufferReader(content))
+    for number in reversed(range(file.num_row_groups)):
+        if before is not None and _first_ms(file, number) > before.ms:
+            continue
+        group = file.read_row_group(number)
+        end = len(group) if before is None else bisect_left(_places(group), before)
+        for start in reversed(range(0, end, rows)):
+            yield group.slice(start, min(rows, end - start))
+
+
+def _first_ms(file: parquet.ParquetFile, number: int) -> int:
+    statistics = file.metadata.row_group(number).column(0).statistics
+    return 0 if statistics is None else int(statistics.min)
+
+
+def _places(table: pa.Table) -> list[tuple[int, int]]:
+    """Of each row in the stream."""
+    return list(zip(table.column("entry_ms").to_pylist(), table.column("entry_seq").to_pylist(), strict=True))
 
 
 def table_of(kind: SegmentSet, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -194,9 +239,6 @@ def _without(row: dict[str, Any], names: Sequence[str], of_candidates: Sequence[
         **{name: None for name in names if name in row},
         **({"candidates": [{**one, **gone} for one in row["candidates"]]} if "candidates" in row else {}),
     }
-
-
-Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple, Self
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
 
-from pydantic import ValidationError
+from pydantic_core import from_json
 
 from bon_algos.contracts import LEDGER_RECORD, CandidateGroup, Exposure, Feedback, Outcome, Record
 
@@ -41,9 +42,22 @@ class UnreadableRecord(ValueError):
 
 def record_of(fields: Fields) -> CandidateGroup | Exposure | Feedback | Outcome:
     """Raises UnreadableRecord."""
-    try:
+    with _translated():
         return LEDGER_RECORD.validate_json(zlib.decompress(fields[b"data"]))
-    except (ValidationError, zlib.error, KeyError) as error:
+
+
+def record_and_document(fields: Fields) -> tuple[CandidateGroup | Exposure | Feedback | Outcome, dict[str, Any]]:
+    """The record, and the JSON that it was read from. Raises UnreadableRecord."""
+    with _translated():
+        document = from_json(zlib.decompress(fields[b"data"]))
+        return LEDGER_RECORD.validate_python(document), document
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, zlib.error, KeyError) as error:
         raise UnreadableRecord(f"a record of the ledger cannot be read: {type(error).__name__}") from None
 
 

@@ -10,7 +10,7 @@ names is only acknowledged. The stream loses nothing that the manifest does not 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
@@ -18,17 +18,25 @@ from typing import Final, cast
 
 import redis
 
+from archive.fence import ALONE, Fence, Overtaken
 from archive.manifest import Batch
+from archive.names import Stretch
 from archive.reading import Archive
 from archive.writing import Entry, write_batch
-from bon_algos.contracts import LEDGER_CONSUMERS, LEDGER_STREAM
+from bon_algos.contracts import COMPACTOR_EPOCH, LEDGER_CONSUMERS, LEDGER_STREAM
 from bon_algos.ledger_entries import EntryId
 from worker.erasures import Erasures
 
 CONSUMER: Final = "one"
 """There is one at a time: whoever holds the lease goes on where the last one was."""
 PAGE_ENTRIES: Final = 200
+IDS_IN_A_COMMAND: Final = 1000
 SHORTEST_WAIT_MS: Final = 1
+# KEYS: epoch, stream. ARGV: our epoch, a command, what it is told beside the stream. -> -1 where it is not ours.
+_AS_WRITER: Final = """
+if tonumber(redis.call('GET', KEYS[1]) or '0') ~= tonumber(ARGV[1]) then return -1 end
+return redis.call(ARGV[2], KEYS[2], unpack(ARGV, 3))
+"""
 log = logging.getLogger("bonsai.compactor")
 
 
@@ -51,12 +59,11 @@ class Limits:
 class Compaction:
     """Of one stream into one archive; for one thread, under the lease."""
 
-    def __init__(self, client: redis.Redis, archive: Archive, limits: Limits, confirm: Callable[[], None]) -> None:
-        """confirm: raises when the lease is lost; called before every effect that somebody else could repeat."""
+    def __init__(self, client: redis.Redis, archive: Archive, limits: Limits, fence: Fence = ALONE) -> None:
         self._client = client
         self._archive = archive
         self._limits = limits
-        self._confirm = confirm
+        self._fence = fence
         self._entries: list[Entry] = []
         self._bytes = 0
         self._since = 0.0
@@ -72,7 +79,7 @@ class Compaction:
             after = page[-1].id
             done = [entry.id for entry in page if entry.id <= position or not entry.fields]
             if done:
-                self._client.xack(LEDGER_STREAM, LEDGER_CONSUMERS, *map(str, done))
+                self._acknowledge(done)
             self._take([entry for entry in page if entry.id > position and entry.fields])
 
     def step(self, wait_seconds: float = 1.0) -> Batch | None:
@@ -91,8 +98,8 @@ class Compaction:
         if not self._entries:
             return None
         self._drop_erased()
-        batch = write_batch(self._archive, self._entries, confirm=self._confirm)
-        self._client.xack(LEDGER_STREAM, LEDGER_CONSUMERS, *(str(entry.id) for entry in self._entries))
+        batch = write_batch(self._archive, self._entries, self._fence)
+        self._acknowledge([entry.id for entry in self._entries])
         self._entries, self._bytes = [], 0
         self.trim()
         return batch
@@ -112,8 +119,7 @@ class Compaction:
         cut = self._cut()
         if cut is None:
             return 0
-        self._confirm()
-        return self._client.xtrim(LEDGER_STREAM, minid=str(cut), approximate=False)
+        return self._as_writer("XTRIM", "MINID", str(cut))
 
     def _cut(self) -> EntryId | None:
         """The first entry that stays; None before the first batch. Whole batches are hot or not."""
@@ -121,17 +127,29 @@ class Compaction:
         young = EntryId(now_ms - round(limits.hot_seconds * 1000), 0)
         behind: EntryId | None = None
         cut, groups = EntryId(0, 0), 0
-        for batch in self._archive.manifest.batches_newest_first():
+        for part in (part for batch in self._archive.manifest.batches_newest_first() for part in reversed(batch.parts)):
             if behind is None:
-                cut = behind = EntryId(batch.last.ms, batch.last.seq + 1)
-            if groups >= limits.hot_groups and batch.last < young:
+                cut = behind = EntryId(part.last.ms, part.last.seq + 1)
+            if groups >= limits.hot_groups and part.last < young:
                 break
-            cut, groups = batch.first, groups + batch.groups
+            cut, groups = part.first, groups + part.groups
         if behind is None:
             return None
         if limits.longest_seconds is None:
             return cut
         return max(cut, min(behind, EntryId(max(0, now_ms - round(limits.longest_seconds * 1000)), 0)))
+
+    def _acknowledge(self, entries: Sequence[EntryId]) -> None:
+        for start in range(0, len(entries), IDS_IN_A_COMMAND):
+            self._as_writer("XACK", LEDGER_CONSUMERS, *map(str, entries[start : start + IDS_IN_A_COMMAND]))
+
+    def _as_writer(self, command: str, *arguments: str) -> int:
+        """A command on the stream, if nobody has written into the archive since we did. Raises Overtaken."""
+        keys = (COMPACTOR_EPOCH, LEDGER_STREAM)
+        answer = cast(int, self._client.eval(_AS_WRITER, len(keys), *keys, self._fence.epoch, command, *arguments))
+        if answer < 0:
+            raise Overtaken("another process writes into the archive, or did")
+        return answer
 
     @property
     def _is_full(self) -> bool:
@@ -153,3 +171,8 @@ class Compaction:
         """By the clock that made the entries' ids."""
         seconds, microseconds = self._client.time()
         return seconds + microseconds / 1e6
+
+
+def is_in_stream(client: redis.Redis, stretch: Stretch) -> bool:
+    """Whether any entry of it is still there."""
+    return bool(client.xrange(LEDGER_STREAM, str(stretch.first), str(stretch.last), count=1))

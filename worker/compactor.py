@@ -1,7 +1,8 @@
 """The process that moves the ledger into its archive: `python -m worker.compactor`.
 
 Owns: its loop, and what it does when Redis or the store is away. Does not own: what a batch is (compaction.py), what
-goes when (retaining.py), erasures (erasing.py). Started twice, one works and the other waits for the lease.
+is merged (merging.py), what goes when (retaining.py), erasures (erasing.py). Started twice, one works and the other
+waits for the lease.
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ import logging
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Final
 
 import redis
 
+from archive.fence import Overtaken
+from archive.merging import Limits as MergeLimits
 from archive.reading import Archive
+from archive.repair import sweep
 from archive.retention import Retention
 from archive.storage import archive_url
-from archive.writing import sweep
-from worker.archive_lease import ArchiveLease, ArchiveLeaseLost
-from worker.compaction import Compaction, Limits
+from worker.archive_lease import ArchiveLease
+from worker.compaction import Compaction, Limits, is_in_stream
 from worker.erasing import Eraser
+from worker.merging import Merging
+from worker.merging import limits_of as merges_of
 from worker.retaining import Retaining
 from worker.settings import CompactorSettings
 
@@ -31,6 +37,7 @@ STANDBY: Final = "the compactor waits: another process writes into the archive"
 """What `bonsai up` looks for in the log, one or the other."""
 STANDBY_SECONDS: Final = 5.0
 ERASURE_SECONDS: Final = 2.0
+MERGE_SECONDS: Final = 60.0
 FIRST_PAUSE_SECONDS: Final = 0.5
 LONGEST_PAUSE_SECONDS: Final = 30.0
 REDIS_TIMEOUT_SECONDS: Final = 10.0
@@ -47,6 +54,7 @@ class Compactor:
         artefacts: Path,
         limits: Limits,
         retention: Retention,
+        merges: MergeLimits,
         *,
         lease_seconds: float,
         retention_seconds: float,
@@ -57,6 +65,7 @@ class Compactor:
         self._artefacts = artefacts
         self._limits = limits
         self._retention = retention
+        self._merges = merges
         self._lease_seconds = lease_seconds
         self._retention_seconds = retention_seconds
 
@@ -67,7 +76,7 @@ class Compactor:
             began = monotonic()
             try:
                 self._hold(stopping)
-            except ArchiveLeaseLost:
+            except Overtaken:
                 log.info(STANDBY)
                 stopping.wait(STANDBY_SECONDS)
             except (redis.RedisError, OSError) as error:
@@ -79,26 +88,37 @@ class Compactor:
 
     def _hold(self, stopping: threading.Event) -> None:
         """Work while the lease is ours."""
-        with ArchiveLease(self._client, self._lease_seconds) as lease:
-            for name in sweep(self._archive):
-                log.error("%s is in no manifest, and is left where it is", name)
-            compaction = Compaction(self._client, self._archive, self._limits, lease.confirm)
-            eraser = Eraser(self._client, self._archive, self._artefacts, lease.confirm)
-            retaining = Retaining(self._client, self._archive, self._artefacts, self._retention)
+        with ArchiveLease(self._client, self._archive, self._lease_seconds) as lease:
+            sweep(self._archive, lease, partial(is_in_stream, self._client))
+            compaction = Compaction(self._client, self._archive, self._limits, lease)
+            eraser = Eraser(self._client, self._archive, self._artefacts, lease)
+            merging = Merging(self._archive, self._merges, lease)
             compaction.open()
             log.info(READY)
-            erase_at = retain_at = monotonic()
+            erase_at = retain_at = merge_at = monotonic()
             while not stopping.is_set():
                 if (batch := compaction.step()) is not None:
                     log.info("%d entries up to %s are in the archive", batch.entries, batch.last)
                 if monotonic() >= erase_at:
                     self._erase(eraser, compaction)
                     erase_at = monotonic() + ERASURE_SECONDS
+                if monotonic() >= merge_at and not self._merge(merging):
+                    merge_at = monotonic() + MERGE_SECONDS
                 if monotonic() >= retain_at:
-                    for one in retaining.carry_out(lease.confirm):
+                    retaining = Retaining(self._client, self._archive, self._artefacts, self._retention)
+                    for one in retaining.carry_out(lease):
                         log.info("%s lost %s", one.segment.path, ", ".join(one.classes))
                     compaction.trim()
                     retain_at = monotonic() + self._retention_seconds
+
+    @staticmethod
+    def _merge(merging: Merging) -> bool:
+        """Make one batch of some; whether there may be more."""
+        if (batch := merging.step()) is None:
+            merging.tidy()
+            return False
+        log.info("%d batches up to %s are one", len(batch.merged), batch.last)
+        return True
 
     @staticmethod
     def _erase(eraser: Eraser, compaction: Compaction) -> None:
@@ -122,6 +142,7 @@ def main() -> int:
             settings.artefacts,
             limits_of(settings),
             settings.retention,
+            merges_of(settings.merge_bytes, settings.retention.shortest_of_all),
             lease_seconds=settings.lease_seconds,
             retention_seconds=settings.retention_seconds,
         )

@@ -9,18 +9,23 @@ A subject is a digest of tenant and user, so that the request to forget a name d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import inf
 from pathlib import Path
 from time import time
 from typing import Any, Final, cast
 
 import redis
 
+from archive.fence import ALONE, Fence
 from archive.manifest import Segment
+from archive.merging import remove_superseded
 from archive.reading import Archive, DamagedSegment
+from archive.repair import QUARANTINE, sweep
 from archive.tables import SET_OF, read_table, stored, table_of
-from archive.writing import rewrite, sweep
+from archive.writing import rewrite
 from bon_algos.contracts import (
     ERASURES,
     LEDGER_STREAM,
@@ -36,6 +41,7 @@ from bon_algos.contracts import (
     target_of,
 )
 from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
+from worker.compaction import is_in_stream
 from worker.erased_windows import fail_jobs, taint
 from worker.erasures import Erasures, LedgerRecord, is_of, user_of
 from worker.sources import delete_content, read_sources, windows
@@ -78,12 +84,12 @@ class _Removed:
 class Eraser:
     """Carries out erasures."""
 
-    def __init__(self, client: redis.Redis, archive: Archive, artefacts: Path, confirm: Callable[[], None]) -> None:
-        """client: one that answers in bytes. confirm: raises when somebody else may write by now."""
+    def __init__(self, client: redis.Redis, archive: Archive, artefacts: Path, fence: Fence = ALONE) -> None:
+        """client: one that answers in bytes."""
         self._client = client
         self._archive = archive
         self._artefacts = artefacts
-        self._confirm = confirm
+        self._fence = fence
 
     def has_work(self) -> bool:
         return any(one.state != "proven" for one in Erasures.read(self._client).by_subject.values())
@@ -217,8 +223,17 @@ class Eraser:
             return kept, segment.lacks
 
         for batch in list(self._archive.manifest.batches_newest_first()):
-            rewrite(self._archive, batch, change, confirm=self._confirm)
-        sweep(self._archive)
+            rewrite(self._archive, batch, change, self._fence)
+        for day in self._archive.manifest.days():
+            remove_superseded(self._archive, day, inf, self._fence)
+        sweep(self._archive, self._fence, partial(is_in_stream, self._client))
+        for name in self._quarantined():
+            if self._holds(erasure, traces.groups, name):
+                self._archive.storage.delete(name)
+
+    def _quarantined(self) -> list[str]:
+        """What no manifest could name goes as a whole."""
+        return self._archive.storage.names(QUARANTINE)
 
     def _is_row_concerned(self, erasure: Erasure, traces: _Traces, segment: Segment, row: dict[str, Any]) -> bool:
         if segment.kind == "unreadable":
@@ -304,11 +319,8 @@ class Eraser:
         return found + sum(served_id(one.group_id) in groups for one in sources)
 
     def _files(self) -> Sequence[str]:
-        return [
-            name
-            for kind in ("groups", "feedback", "outcomes", "exposures")
-            for name in self._archive.storage.names(kind)
-        ]
+        kinds = ("groups", "feedback", "outcomes", "exposures")
+        return [*(name for kind in kinds for name in self._archive.storage.names(kind)), *self._quarantined()]
 
     def _holds(self, erasure: Erasure, groups: set[str], name: str) -> bool:
         if f"/tenant={erasure.tenant}/" not in name:

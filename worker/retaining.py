@@ -5,14 +5,16 @@ Owns: asking Redis and the frozen windows. Does not own: times and rows (`archiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import time
 from typing import Any, cast
 
 import redis
 
+from archive.fence import Fence
 from archive.manifest import Segment
 from archive.reading import Archive
 from archive.retention import Due, Retention, apply, due
@@ -22,7 +24,7 @@ from worker.sources import pinned
 
 @dataclass(frozen=True)
 class Retaining:
-    """The retention of one archive."""
+    """One pass of the retention of one archive."""
 
     client: redis.Redis
     archive: Archive
@@ -33,20 +35,24 @@ class Retaining:
         """What would go now."""
         return due(self.archive, self.retention, time())
 
+    @cached_property
+    def _pinned(self) -> frozenset[str]:
+        return pinned(self.artefacts)
+
     def kept(self, segment: Segment, rows: Sequence[Mapping[str, Any]]) -> frozenset[str]:
         """Groups among the rows that are kept whatever their age."""
         ids = [group for row in rows if (group := row.get("group_id", row.get("id"))) is not None]
         found: set[str] = set()
         if "pinned" in self.retention.keep:
-            found |= set(ids) & pinned(self.artefacts)
+            found |= set(ids) & self._pinned
         if "feedback" in self.retention.keep:
             found |= self._with_feedback(ids)
         return frozenset(found)
 
-    def carry_out(self, confirm: Callable[[], None]) -> list[Due]:
-        """Raises OSError, RedisError; again is the same."""
+    def carry_out(self, fence: Fence) -> list[Due]:
+        """Raises Overtaken, OSError, RedisError; again is the same."""
         dues = self.plan()
-        apply(self.archive, dues, self.retention, self.kept, forgotten=self._forget_answers, confirm=confirm)
+        apply(self.archive, dues, self.retention, self.kept, forgotten=self._forget_answers, fence=fence)
         return dues
 
     def _with_feedback(self, ids: Sequence[str]) -> set[str]:

@@ -77,6 +77,8 @@ class CompactorSettings(BrokerSettings):
     hot_seconds: float = Field(3600.0, ge=0)
     """What stays in Redis: at least the newest groups, and all that are younger. Curves, strategies and `bonsai replay`
     look at no other."""
+    merge_bytes: int = Field(64 * 2**20, ge=1)
+    """Of a file that small ones are merged into, at most."""
     retention: Retention = Retention()
     """As JSON, days by class of content: `{"text": 30, "tokens": 30, "scores": 365}`."""
     retention_seconds: float = Field(3600.0, gt=0)

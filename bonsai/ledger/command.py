@@ -1,4 +1,4 @@
-"""The commands `bonsai ledger export` and `bonsai ledger retention`: what a user can say, and what is printed."""
+"""The commands `bonsai ledger …`: what a user can say, and what is printed."""
 
 from __future__ import annotations
 
@@ -62,15 +62,65 @@ def export_command(
     click.echo(f"{counts.groups} groups and {counts.feedback} pieces of feedback in {target}")
 
 
-@ledger_command.command("retention")
+@ledger_command.command("segments")
 @_where
 @click.option(
+    "--paths",
+    "kind",
+    type=click.Choice(["groups", "outcomes", "feedback", "exposures", "unreadable"]),
+    help="Only say where the files of one kind are, each on a line: for those who read them themselves.",
+)
+def segments_command(directory: Path, redis_url: str | None, archive: str, kind: Any) -> None:
+    """Show what files the archive consists of."""
+    from rich.console import Console
+
+    from bonsai.ledger.segments import addresses, overview
+
+    with _place(directory, redis_url, archive) as place:
+        if kind is None:
+            Console().print(overview(place.archive))
+        for address in addresses(place.archive, kind) if kind is not None else ():
+            click.echo(address)
+
+
+_retention = click.option(
     "--retention",
     envvar="BONSAI_RETENTION",
     default="{}",
     metavar="JSON",
     help="Days by class, as the compactor has it.",
 )
+
+
+@ledger_command.command("merge")
+@_where
+@_retention
+@click.option(
+    "--bytes",
+    "target_bytes",
+    envvar="BONSAI_MERGE_BYTES",
+    type=click.IntRange(min=1),
+    default=64 * 2**20,
+    show_default=True,
+    help="Of a file at most.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be merged, and change nothing.")
+def merge_command(
+    directory: Path, redis_url: str | None, archive: str, retention: str, target_bytes: int, *, dry_run: bool
+) -> None:
+    """Make large files of small ones, as the compactor does every minute."""
+    from rich.console import Console
+
+    from bonsai.ledger.segments import merged
+
+    with _place(directory, redis_url, archive) as place:
+        for table in merged(place, retention, target_bytes, dry_run=dry_run):
+            Console().print(table)
+
+
+@ledger_command.command("retention")
+@_where
+@_retention
 @click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
 def retention_command(directory: Path, redis_url: str | None, archive: str, retention: str, *, dry_run: bool) -> None:
     """Take what is older than its class may be, as the compactor does every hour."""

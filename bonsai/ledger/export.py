@@ -82,7 +82,7 @@ def _write(
     if form == "jsonl":
         file.with_suffix(".jsonl").write_text("".join(f"{record.model_dump_json()}\n" for record in records))
     else:
-        file.with_suffix(".parquet").write_bytes(parquet_bytes(_table(kind, records, window)))
+        file.with_suffix(".parquet").write_bytes(parquet_bytes([_table(kind, records, window)]))
 
 
 def _table(kind: SegmentSet, records: Sequence[CandidateGroup | Feedback], window: Window) -> Any:

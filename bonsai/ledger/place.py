@@ -15,10 +15,10 @@ from typing import Final
 import redis
 from pydantic import ValidationError
 
+from archive.fence import Overtaken
 from archive.reading import Archive
 from archive.storage import archive_url
 from bonsai.runtime_directory import StateDirectory, UnsafeDirectory, runtime_directory
-from worker.archive_lease import ArchiveLeaseLost
 
 REDIS_SECONDS: Final = 30.0
 
@@ -46,5 +46,5 @@ def opened(directory: Path, redis_url: str | None, archive: str, on_failure: Cal
             yield Place(client, Archive.at(archive_url(archive, state.artefacts)), state.artefacts)
     except ValidationError as error:
         on_failure(f"--retention: {error.errors(include_url=False)[0]['msg']}")
-    except (NoLedger, UnsafeDirectory, ArchiveLeaseLost, redis.RedisError, OSError, ValueError) as error:
+    except (NoLedger, UnsafeDirectory, Overtaken, redis.RedisError, OSError, ValueError) as error:
         on_failure(str(error))

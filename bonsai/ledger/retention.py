@@ -7,30 +7,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Final
 
 from rich.table import Table
 
 from archive.reading import Archive
+from archive.repair import sweep
 from archive.retention import CLASSES, Due, Retention
 from bonsai.ledger.place import Place
 from worker.archive_lease import ArchiveLease
+from worker.compaction import is_in_stream
 from worker.retaining import Retaining
 
 LEASE_SECONDS: Final = 60.0
 
 
 def retained(place: Place, retention: str, *, dry_run: bool) -> Iterator[Table]:
-    """retention: JSON. Raises ValidationError for other than that, ArchiveLeaseLost while a compactor works."""
+    """retention: JSON. Raises ValidationError for other than that, Overtaken while a compactor works."""
     settings = Retention.model_validate_json(retention)
     retaining = Retaining(place.client, place.archive, place.artefacts, settings)
     if dry_run:
         yield table_of(place.archive, retaining, retaining.plan(), "What would go")
         return
-    with ArchiveLease(place.client, LEASE_SECONDS) as lease:
+    with ArchiveLease(place.client, place.archive, LEASE_SECONDS) as lease:
+        sweep(place.archive, lease, partial(is_in_stream, place.client))
         plan = retaining.plan()
         told = table_of(place.archive, retaining, plan, "What went")
-        retaining.carry_out(lease.confirm)
+        retaining.carry_out(lease)
     yield told
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+from archive.fence import ALONE
+from archive.merging import Limits, due, merge, remove_superseded
 from archive.reading import Archive, Question
-from archive.retention import Retention, apply, due
+from archive.repair import sweep
+from archive.retention import Retention, apply
+from archive.retention import due as due_to_go
 from archive.storage import open_storage
-from archive.writing import sweep, write_batch
+from archive.writing import write_batch
 from tests.archive.records import DAY, NOON, entries, feedback, group
 from tests.fixtures.object_store import CREDENTIALS, object_store
 
 pytestmark = pytest.mark.slow
 EVERYTHING = Question(("groups", "outcomes", "feedback", "exposures"))
+MS = 1000 * 3_600_000
+"""An hour of the stream's clock begins."""
 RECORDS = [group(0), group(1, route="other"), feedback(group(0))]
 
 
@@ -41,7 +47,7 @@ def records(archive):
 def test_a_store_is_read_as_a_directory_is(archive):
     write_batch(archive, entries(*RECORDS))
     assert records(archive) == RECORDS[::-1]
-    assert sweep(archive) == []
+    assert sweep(archive) == ((), (), ())
     assert len(archive.storage.names("groups")) == 2
 
 
@@ -98,10 +104,39 @@ def test_interrupted_at_any_request_the_next_pass_makes_it_whole(archive, store)
         assert len(archive.storage.names("groups")) == 2
 
 
+def test_merging_interrupted_at_any_request_loses_no_row(archive, store):
+    for number in (12, 22):
+        for name in archive.storage.names(""):
+            archive.storage.delete(name)
+        for first_ms in (MS, MS + 60_000):
+            write_batch(archive, entries(group(0), first_ms=first_ms))
+        write_batch(archive, entries(group(2), first_ms=MS + 3_600_000))
+        before = list(archive.records(EVERYTHING))
+        store.fail_after(number)
+        try:
+            merge_and_tidy(archive)
+        except OSError:
+            store.fail_after(None)
+            assert list(archive.records(EVERYTHING)) == before
+            sweep(archive)
+            merge_and_tidy(archive)
+        store.fail_after(None)
+        assert list(archive.records(EVERYTHING)) == before
+        assert len(archive.storage.names("groups")) == 2
+
+
+def merge_and_tidy(archive):
+    (day,) = archive.manifest.days()
+    batches = archive.manifest.read(day).batches
+    for run in due(batches, batches[-1], Limits(bytes=2**20)):
+        merge(archive, run, ALONE, now=0.0)
+    remove_superseded(archive, day, 0.0, ALONE)
+
+
 def test_retention_rewrites_in_a_store(archive):
     write_batch(archive, entries(*RECORDS))
     retention = Retention(text=1, keep=())
-    apply(archive, due(archive, retention, NOON + 9 * DAY), retention, lambda segment, rows: frozenset())
+    apply(archive, due_to_go(archive, retention, NOON + 9 * DAY), retention, lambda segment, rows: frozenset())
     assert {one.prompt for one in records(archive) if one.kind == "group"} == {""}
     assert all(name.endswith(".r1.parquet") for name in archive.storage.names("groups"))
 

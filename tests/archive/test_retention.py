@@ -123,7 +123,7 @@ def test_the_stream_keeps_nothing_longer_than_the_shortest_time():
 
 
 def test_a_death_in_the_middle_is_made_good_by_the_next_pass(tmp_path):
-    from archive.writing import sweep
+    from archive.repair import sweep
     from tests.archive.records import Died, Fate, MortalStorage
 
     for call in range(6):

@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from pyarrow import parquet
 
 from archive.reading import Archive
+from archive.writing import write_batch
 from bon_algos.contracts import CandidateGroup, feedback_key
 from bonsai.cli import main
-from tests.archive.records import feedback, group
+from tests.archive.records import DAY, NOON, entries, feedback, group
 from tests.worker import world
 from worker.archive_lease import ArchiveLease
 from worker.compaction import Compaction, Limits
@@ -32,7 +33,7 @@ def place(redis_url, tmp_path):
         world.deliver(client, *(group(number) for number in (1, 2, 3)), group(4, route="other"))
         said = feedback(group(1), comment="good")
         client.hset(feedback_key(said.group_id or ""), said.question, said.model_dump_json())
-        compaction = Compaction(client, Archive.at(str(directory)), LIMITS, confirm=lambda: None)
+        compaction = Compaction(client, Archive.at(str(directory)), LIMITS)
         compaction.open()
         while compaction.step(wait_seconds=0.01) is not None:
             pass
@@ -83,7 +84,7 @@ def test_a_dry_run_says_what_would_go_and_changes_nothing(place, tmp_path):
 
 
 def test_retention_is_carried_out_under_the_lease_alone(place, redis_url):
-    with redis.Redis.from_url(redis_url) as client, ArchiveLease(client, 60):
+    with redis.Redis.from_url(redis_url) as client, ArchiveLease(client, Archive.at(place[3]), 60):
         done = run("retention", *place, "--retention", '{"text": 1}')
         assert done.exit_code == 1
         assert "another process writes into the archive" in done.output
@@ -97,3 +98,44 @@ def test_L28_times_that_make_no_sense_are_refused(place, said):
     done = run("retention", *place, "--dry-run", "--retention", said)
     assert done.exit_code == 1
     assert "failed --retention" in done.output
+
+
+@pytest.fixture
+def small(redis_url, tmp_path):
+    """Options that name a ledger of three small batches of one day, and one of the next."""
+    archive = Archive.at(str(tmp_path / "archive"))
+    for number, seconds in enumerate((0, 1, 2, DAY)):
+        write_batch(archive, entries(group(number, created_at=NOON + seconds)))
+    return ["--redis-url", redis_url, "--archive", str(tmp_path / "archive"), "--dir", str(tmp_path / "stack")]
+
+
+def cells(output: str, word: str) -> list[str]:
+    """Of the table's line that has this word."""
+    (line,) = (line for line in output.splitlines() if word in line)
+    return line.replace("│", " ").split()
+
+
+def test_segments_are_shown_by_day_and_as_paths(small):
+    shown = run("segments", *small)
+    assert cells(shown.output, "2023-11-15")[1:4] == ["groups", "3", "3"]
+    paths = run("segments", *small, "--paths", "groups").output.split()
+    assert [row["id"] for path in paths for row in parquet.read_table(path).to_pylist()] == [
+        group(number).id for number in range(4)
+    ]
+
+
+def test_merging_by_hand_says_first_what_it_would_do(small, redis_url):
+    before = run("segments", *small, "--paths", "groups").output
+    planned = run("merge", *small, "--dry-run")
+    assert cells(planned.output, "2023-11-15")[1:4] == ["3", "3", "1"]
+    assert run("segments", *small, "--paths", "groups").output == before
+    with redis.Redis.from_url(redis_url) as client, ArchiveLease(client, Archive.at(small[3]), 60):
+        assert "another process writes into the archive" in run("merge", *small).output
+    assert cells(run("merge", *small).output, "2023-11-15")[1:4] == ["3", "3", "1"]
+    assert len(run("segments", *small, "--paths", "groups").output.split()) == 2
+    assert "2023-11-15" not in run("merge", *small, "--dry-run").output
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "many"])
+def test_a_target_that_makes_no_sense_is_refused(small, said):
+    assert run("merge", *small, "--bytes", said).exit_code == 2

@@ -191,7 +191,7 @@ def test_what_the_stream_has_no_more_is_read_from_the_archive(world, tmp_path):
     before = dry(world)
     with blocking_redis.Redis.from_url(world.redis_url) as client:
         archive = Archive.at(archive_url("", tmp_path / "artefacts"))
-        compaction = Compaction(client, archive, BATCHES_OF_TEN, confirm=lambda: None)
+        compaction = Compaction(client, archive, BATCHES_OF_TEN)
         compaction.open()
         while compaction.step(wait_seconds=0.01) is not None:
             pass

@@ -42,7 +42,7 @@ def logged(redis_url: str, count: int) -> None:
 
 def archive_all_but_two(redis_url: str, directory: Path) -> None:
     with redis.Redis.from_url(redis_url) as connection:
-        compaction = Compaction(connection, Archive.at(str(directory)), BATCHES_OF_TWO, confirm=lambda: None)
+        compaction = Compaction(connection, Archive.at(str(directory)), BATCHES_OF_TWO)
         compaction.open()
         while compaction.step(wait_seconds=0.01) is not None:
             pass

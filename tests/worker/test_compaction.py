@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from typing import cast
 
 import pytest
 import redis
 
+from archive.fence import ALONE
+from archive.merging import merge
 from archive.reading import Archive, Question
+from archive.repair import sweep
 from archive.tables import SegmentSet
-from archive.writing import sweep
 from bon_algos.contracts import LEDGER_CONSUMERS, LEDGER_STREAM
-from tests.archive.records import Died, Fate, MortalRedis, MortalStorage, archive_at, feedback, group, packed
+from tests.archive.records import Died, Fate, MortalRedis, MortalStorage, archive_at, entries, feedback, group, packed
 from tests.worker import world
 from worker.compaction import Compaction, Limits
 from worker.ledger import groups_newest_first
@@ -28,7 +31,7 @@ def client(redis_url):
 
 
 def compaction(client, archive, limits=AT_ONCE):
-    made = Compaction(client, archive, limits, confirm=lambda: None)
+    made = Compaction(client, archive, limits)
     made.open()
     return made
 
@@ -84,6 +87,23 @@ def test_the_stream_is_trimmed_only_behind_the_archive(client, tmp_path):
     # Of the six that are written the newest two batches hold the newest three groups; batches stay whole.
     left = [zlib.decompress(fields[b"data"]) for _, fields in client.xrange(LEDGER_STREAM)]
     assert [group(number).model_dump_json().encode() for number in (2, 3, 4, 5, 6)] == left
+
+
+def test_the_stream_is_trimmed_as_if_nothing_had_been_merged(client, tmp_path):
+    """Where a batch was made of five the cut goes through it."""
+    limits = Limits(entries=2, bytes=2**20, seconds=600.0, hot_groups=3, hot_seconds=0.0)
+    for entry in entries(*(group(number) for number in range(11)), first_ms=1000):
+        client.xadd(LEDGER_STREAM, dict(entry.fields), id=str(entry.id))
+    archive = archive_at(tmp_path)
+    made = compaction(client, archive, limits)
+    while made.step(wait_seconds=0.01) is not None:
+        pass
+    before = client.xrange(LEDGER_STREAM)
+    merge(archive, archive.manifest.read("1970-01-01").batches, ALONE, now=0.0)
+    assert made.trim() == 0
+    more = dataclasses.replace(limits, hot_groups=1)
+    assert compaction(client, archive, more).trim() == 2
+    assert client.xrange(LEDGER_STREAM) == before[2:]
 
 
 def test_what_is_young_is_not_trimmed(client, tmp_path):

@@ -9,6 +9,8 @@ from time import time
 import pytest
 import redis
 
+from archive.fence import ALONE
+from archive.merging import merge
 from archive.reading import Question
 from bon_algos.acceptance import Requirements
 from bon_algos.contracts import (
@@ -62,7 +64,7 @@ def of(user, number, **fields):
 @pytest.fixture
 def place(client, tmp_path):
     """Three users' groups: the older in the archive, the newer in the stream. Directory, and the compaction."""
-    compaction = Compaction(client, archive_at(tmp_path / "ledger"), AT_ONCE, confirm=lambda: None)
+    compaction = Compaction(client, archive_at(tmp_path / "ledger"), AT_ONCE)
     compaction.open()
     ada, bob, eve = ((of(user, number), of(user, number + 10)) for number, user in enumerate((ADA, "bob", "eve")))
     world.deliver(client, ada[0], bob[0], eve[0], feedback(bob[0], 1, author=ADA, comment=f"{ADA} was here"))
@@ -89,7 +91,7 @@ def asked(client, user=ADA, at=None, tenant="default"):
 
 def erase(client, directory, compaction):
     compaction.flush()
-    eraser = Eraser(client, archive_at(directory / "ledger"), directory, confirm=lambda: None)
+    eraser = Eraser(client, archive_at(directory / "ledger"), directory)
     return eraser.work()
 
 
@@ -131,6 +133,24 @@ def test_nothing_of_a_user_is_left_and_all_of_the_others_is(client, place):
     for user in (b"bob", b"eve"):
         assert left.count(b"I am " + user) >= 2
     assert client.exists(idempotency_key("2"))
+
+
+def test_what_was_merged_holds_nothing_either(client, place):
+    """Neither the file, nor those it was made of, nor one that nobody could name."""
+    directory, compaction = place
+    archive = archive_at(directory / "ledger")
+    asked(client)
+    batches = archive.manifest.read(archive.manifest.days()[0]).batches
+    assert len(batches) > 1
+    merge(archive, batches, ALONE, now=time())
+    (first, *_) = (one for one in batches[0].segments if one.kind == "groups")
+    archive.storage.put("groups/tenant=default/notes.parquet", archive.storage.get(first.path or ""))
+    (receipt,) = erase(client, directory, compaction)
+    assert receipt.state == "proven"
+    left = everywhere(client, directory)
+    assert ADA.encode() not in left
+    assert left.count(b"I am bob") >= 2
+    assert archive.storage.names("_quarantine") == []
 
 
 def test_L21_again_finds_nothing_more(client, place):
@@ -187,7 +207,7 @@ def test_L22_killed_in_the_middle_it_is_done_by_the_next(client, place):
         archive = Archive(MortalStorage(directory / "ledger", fate))
         try:
             with fate.dying_at(deaths % 3, after=True):
-                Eraser(client, archive, directory, confirm=lambda: None).work()
+                Eraser(client, archive, directory).work()
             break
         except Died:
             deaths += 1

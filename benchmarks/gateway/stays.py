@@ -1,0 +1,132 @@
+"""What requests leave behind: bytes of a group on disk and in Redis, and the memory of a gateway over many requests.
+
+Owns: counting them, the slope of the memory with its interval. Does not own: the load (load.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+from zlib import decompress
+
+import numpy as np
+
+from benchmarks.gateway.load import Ask, family
+from benchmarks.gateway.systems import World, generate
+from benchmarks.stub_stack import Gateway
+from bon_algos.contracts import LEDGER_STREAM
+
+CONNECTIONS: Final = 32
+GROUPS: Final = 500
+"""Over which bytes are taken."""
+KEPT_GROUPS: Final = 1000
+"""Of the ledger's stream, so that Redis does not grow without end."""
+SAMPLES: Final = 200
+BLOCK: Final = 10
+"""Samples next to each other are alike: that many are drawn together."""
+RESAMPLES: Final = 2000
+REQUESTS_OF_SLOPE: Final = 10_000
+
+
+class Ledger(NamedTuple):
+    """Means over groups, bytes."""
+
+    in_spool: float
+    in_redis: float
+    compressed: float
+    as_json: float
+
+
+class Slope(NamedTuple):
+    """MB more for 10,000 requests, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Stays(NamedTuple):
+    ledger: Ledger
+    memory: list[tuple[int, float]]
+    """(requests so far, resident MB)."""
+
+    @property
+    def slope(self) -> Slope:
+        return slope(self.memory)
+
+
+async def stays(around: World, one: Gateway, requests: int) -> Stays:
+    """Of a process that has not been overloaded: else a leak fills what the overload left behind."""
+    ask = generate(around, one).ask
+    await around.redis.delete(LEDGER_STREAM)
+    before = _spooled(one)
+    await _asked(ask, GROUPS)
+    ledger = await _ledger(around, (_spooled(one) - before) / GROUPS)
+    return Stays(ledger, await _memory(around, ask, requests, one.process.pid))
+
+
+async def _asked(ask: Ask, requests: int) -> None:
+    numbers = iter(range(requests))
+
+    async def one() -> None:
+        for _ in numbers:
+            await ask()
+
+    await asyncio.gather(*(one() for _ in range(CONNECTIONS)))
+
+
+def _spooled(one: Gateway) -> int:
+    return sum(segment.stat().st_size for segment in one.spool.glob("*.spool"))
+
+
+async def _ledger(around: World, in_spool: float) -> Ledger:
+    """Of the groups that have come to Redis."""
+    rows: Any = await around.redis.xrange(LEDGER_STREAM)
+    taken: Any = await around.redis.memory_usage(LEDGER_STREAM, samples=0)
+    data = [fields[b"data"] for _, fields in rows]
+    return Ledger(
+        in_spool=in_spool,
+        in_redis=taken / len(rows),
+        compressed=sum(map(len, data)) / len(data),
+        as_json=sum(len(decompress(one)) for one in data) / len(data),
+    )
+
+
+async def _memory(around: World, ask: Ask, requests: int, pid: int) -> list[tuple[int, float]]:
+    """While the ledger's stream is kept short."""
+    samples = []
+    for part in range(1, SAMPLES + 1):
+        await _asked(ask, requests * part // SAMPLES - requests * (part - 1) // SAMPLES)
+        await around.redis.xtrim(LEDGER_STREAM, maxlen=KEPT_GROUPS)
+        samples.append((requests * part // SAMPLES, resident_mb(pid)))
+    return samples
+
+
+def resident_mb(pid: int) -> float:
+    """Of a process and its descendants."""
+    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(pid))
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def slope(samples: Sequence[tuple[int, float]]) -> Slope:
+    """Of the least-squares line through the second half: the first fills caches.
+
+    The interval is that of a moving-block bootstrap of the residuals, for memory moves in steps and keeps its level.
+    ValueError with fewer samples than two blocks in that half.
+    """
+    later = np.array(samples[len(samples) // 2 :])
+    if len(later) < 2 * BLOCK:
+        raise ValueError(f"a slope needs {4 * BLOCK} samples, these are {len(samples)}")
+    x, y = later[:, 0] / REQUESTS_OF_SLOPE, later[:, 1]
+    mean, level = np.polyfit(x, y, 1)
+    residuals = y - (level + mean * x)
+    generator = np.random.default_rng(0)
+    starts_RB = generator.integers(0, len(y) - BLOCK + 1, (RESAMPLES, -(-len(y) // BLOCK)))
+    drawn_RS = residuals[(starts_RB[..., None] + np.arange(BLOCK)).reshape(RESAMPLES, -1)[:, : len(y)]]
+    centred = x - x.mean()
+    errors_R = drawn_RS @ centred / (centred @ centred)
+    low, high = np.quantile(mean + errors_R, (0.025, 0.975))
+    return Slope(float(mean), float(low), float(high))

@@ -102,7 +102,7 @@ def _real(options: Namespace, console: Console) -> int:
     rows = real.rows_of(pairs)
     console.print(table("By turns", real.COLUMNS, rows))
     _write(options, real.COLUMNS, rows)
-    return finish(real.claims_of(pairs), options.json, {"pairs": [pair._asdict() for pair in pairs]}, console)
+    return finish(real.claims_of(pairs), options.json, real.figures_of(pairs), console)
 
 
 def _write(options: Namespace, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -118,7 +118,7 @@ def figures_of(found: Found) -> dict[str, object]:
 def figures_of_stays(stays: Stays) -> dict[str, object]:
     return {
         "ledger_bytes_per_group": stays.ledger._asdict(),
-        "memory_mb_per_10000_requests": stays.slope._asdict(),
+        "memory_mb_per_10000_requests": stays.slope.model_dump(),
         "memory_mb": stays.memory,
     }
 

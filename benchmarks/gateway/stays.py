@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.gateway.load import Ask, family
 from benchmarks.gateway.systems import World, generate
 from benchmarks.stub_stack import Gateway
-from bon_algos.contracts import LEDGER_STREAM
+from bon_algos.contracts import LEDGER_STREAM, Interval
 
 CONNECTIONS: Final = 32
 GROUPS: Final = 500
@@ -40,21 +40,13 @@ class Ledger(NamedTuple):
     as_json: float
 
 
-class Slope(NamedTuple):
-    """MB more for 10,000 requests, with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
 class Stays(NamedTuple):
     ledger: Ledger
     memory: list[tuple[int, float]]
     """(requests so far, resident MB)."""
 
     @property
-    def slope(self) -> Slope:
+    def slope(self) -> Interval:
         return slope(self.memory)
 
 
@@ -111,8 +103,8 @@ def resident_mb(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def slope(samples: Sequence[tuple[int, float]]) -> Slope:
-    """Of the least-squares line through the second half: the first fills caches.
+def slope(samples: Sequence[tuple[int, float]]) -> Interval:
+    """MB more for 10,000 requests, of the least-squares line through the second half: the first fills caches.
 
     The interval is that of a moving-block bootstrap of the residuals, for memory moves in steps and keeps its level.
     ValueError with fewer samples than two blocks in that half.
@@ -129,4 +121,4 @@ def slope(samples: Sequence[tuple[int, float]]) -> Slope:
     centred = x - x.mean()
     errors_R = drawn_RS @ centred / (centred @ centred)
     low, high = np.quantile(mean + errors_R, (0.025, 0.975))
-    return Slope(float(mean), float(low), float(high))
+    return Interval(mean=float(mean), low=float(low), high=float(high))

@@ -101,7 +101,10 @@ def claims_of(found: Found) -> list[Claim]:
 
 
 def claims_of_stays(stays: Stays) -> list[Claim]:
-    return [at_most("memory, MB more for 10,000 requests, upper 95 % bound", stays.slope.high, MOST_GROWTH_MB)]
+    return [
+        at_most("memory, MB more for 10,000 requests, upper 95 % bound", stays.slope.high, MOST_GROWTH_MB),
+        at_most("requests not answered meanwhile", stays.failed, 0),
+    ]
 
 
 def figures_of(found: Found) -> dict[str, object]:

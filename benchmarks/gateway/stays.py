@@ -44,6 +44,8 @@ class Stays(NamedTuple):
     ledger: Ledger
     memory: list[tuple[int, float]]
     """(requests so far, resident MB)."""
+    failed: int
+    """Requests that were not answered as they should have been."""
 
     @property
     def slope(self) -> Interval:
@@ -55,19 +57,20 @@ async def stays(around: World, one: Gateway, requests: int) -> Stays:
     ask = generate(around, one).ask
     await around.redis.delete(LEDGER_STREAM)
     before = _spooled(one)
-    await _asked(ask, GROUPS)
+    failed = await _asked(ask, GROUPS)
     ledger = await _ledger(around, (_spooled(one) - before) / GROUPS)
-    return Stays(ledger, await _memory(around, ask, requests, one.process.pid))
+    memory, more_failed = await _memory(around, ask, requests, one.process.pid)
+    return Stays(ledger, memory, failed + more_failed)
 
 
-async def _asked(ask: Ask, requests: int) -> None:
+async def _asked(ask: Ask, requests: int) -> int:
+    """How many of them failed."""
     numbers = iter(range(requests))
 
-    async def one() -> None:
-        for _ in numbers:
-            await ask()
+    async def one() -> int:
+        return sum([not await ask() for _ in numbers])
 
-    await asyncio.gather(*(one() for _ in range(CONNECTIONS)))
+    return sum(await asyncio.gather(*(one() for _ in range(CONNECTIONS))))
 
 
 def _spooled(one: Gateway) -> int:
@@ -87,14 +90,16 @@ async def _ledger(around: World, in_spool: float) -> Ledger:
     )
 
 
-async def _memory(around: World, ask: Ask, requests: int, pid: int) -> list[tuple[int, float]]:
-    """While the ledger's stream is kept short."""
-    samples = []
+async def _memory(around: World, ask: Ask, requests: int, pid: int) -> tuple[list[tuple[int, float]], int]:
+    """Samples, and how many requests failed; while the ledger's stream is kept short."""
+    samples, failed, sent = [], 0, 0
     for part in range(1, SAMPLES + 1):
-        await _asked(ask, requests * part // SAMPLES - requests * (part - 1) // SAMPLES)
+        due = requests * part // SAMPLES
+        failed += await _asked(ask, due - sent)
+        sent = due
         await around.redis.xtrim(LEDGER_STREAM, maxlen=KEPT_GROUPS)
-        samples.append((requests * part // SAMPLES, resident_mb(pid)))
-    return samples
+        samples.append((sent, resident_mb(pid)))
+    return samples, failed
 
 
 def resident_mb(pid: int) -> float:

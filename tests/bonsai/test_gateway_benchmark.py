@@ -60,7 +60,7 @@ def measured(name: str, *, added: float = 0, per_core: float = 400, failed: int 
 
 
 def broken(*peers: report.Measured, best_of: report.Measured, memory: list[tuple[int, float]] = FLAT) -> list[str]:
-    found = report.Found([best_of], list(peers), {}, Stays(Ledger(1, 1, 1, 1), memory))
+    found = report.Found([best_of], list(peers), {}, Stays(Ledger(1, 1, 1, 1), memory, 0))
     return [claim.name for claim in report.claims_of(found) if not claim.holds]
 
 

@@ -31,6 +31,7 @@ from benchmarks.gateway.peers import PEERS, Peer
 from benchmarks.gateway.report import Found, Measured
 from benchmarks.gateway.stays import Stays, stays
 from benchmarks.gateway.systems import System, World, chat, generate, ours, world
+from bonsai.demo import progress
 
 RATE: Final = 300.0
 """Requests a second, where latency is measured."""
@@ -43,7 +44,7 @@ WARM_SECONDS: Final = 3.0
 
 def main() -> int:
     options = _parser().parse_args()
-    console = Console()
+    console = progress.fit(Console(highlight=False))
     if options.profile:
         return _profiled(options, console)
     if options.real is not None:
@@ -67,12 +68,13 @@ def _parser() -> ArgumentParser:
 
 def _everything(options: Namespace, console: Console) -> int:
     found = asyncio.run(measured(options, console))
-    rows = report.rows_of(found)
-    console.print(table("At so many requests/s, then as many as go", report.COLUMNS, rows))
+    tables = [(report.COLUMNS, report.rows_of(found)), (report.SATURATED_COLUMNS, report.saturated_rows_of(found))]
+    for title, (columns, rows) in zip(("At so many requests/s", "As many as go"), tables, strict=True):
+        console.print(table(title, columns, rows))
     console.print(table("What stays", report.STAYS_COLUMNS, report.stays_of(found.stays)))
     for line in report.absence_of(found.absent):
         console.print(line, style="yellow")
-    _write(options, report.COLUMNS, rows)
+    _write(options, *tables)
     return finish(report.claims_of(found), options.json, report.figures_of(found), console)
 
 
@@ -80,7 +82,7 @@ def _memory(options: Namespace, console: Console) -> int:
     found = asyncio.run(remembered(options.requests))
     rows = report.stays_of(found)
     console.print(table("What stays", report.STAYS_COLUMNS, rows))
-    _write(options, report.STAYS_COLUMNS, rows)
+    _write(options, (report.STAYS_COLUMNS, rows))
     return finish(report.claims_of_stays(found), options.json, report.figures_of_stays(found), console)
 
 
@@ -93,7 +95,7 @@ def _profiled(options: Namespace, console: Console) -> int:
     rows, functions = profiling.rows_of(found), profiling.functions_of(found)
     console.print(table("Where the time of /generate goes", profiling.COLUMNS, rows))
     console.print(table("Functions", profiling.FUNCTION_COLUMNS, functions))
-    _write(options, profiling.COLUMNS, rows)
+    _write(options, (profiling.COLUMNS, rows))
     return finish(profiling.claims_of(found), options.json, profiling.figures_of(found), console)
 
 
@@ -101,13 +103,13 @@ def _real(options: Namespace, console: Console) -> int:
     pairs = real.pairs(options.real)
     rows = real.rows_of(pairs)
     console.print(table("By turns", real.COLUMNS, rows))
-    _write(options, real.COLUMNS, rows)
+    _write(options, (real.COLUMNS, rows))
     return finish(real.claims_of(pairs), options.json, real.figures_of(pairs), console)
 
 
-def _write(options: Namespace, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _write(options: Namespace, *tables: tuple[Sequence[str], Sequence[Sequence[str]]]) -> None:
     if options.markdown is not None:
-        options.markdown.write_text(markdown(columns, rows))
+        options.markdown.write_text("\n".join(markdown(columns, rows) for columns, rows in tables))
 
 
 async def measured(options: Namespace, console: Console) -> Found:

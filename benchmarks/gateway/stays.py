@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from zlib import decompress
@@ -18,12 +21,14 @@ from benchmarks.gateway.load import Ask, family
 from benchmarks.gateway.systems import World, generate
 from benchmarks.stub_stack import Gateway
 from bon_algos.contracts import LEDGER_STREAM, Interval
+from service.spool import Spool
 
 CONNECTIONS: Final = 32
 GROUPS: Final = 500
 """Over which bytes are taken."""
 KEPT_GROUPS: Final = 1000
 """Of the ledger's stream, so that Redis does not grow without end."""
+MOST_SPOOLED: Final = 2**30
 SAMPLES: Final = 200
 BLOCK: Final = 10
 """Samples next to each other are alike: that many are drawn together."""
@@ -56,9 +61,8 @@ async def stays(around: World, one: Gateway, requests: int) -> Stays:
     """Of a process that has not been overloaded: else a leak fills what the overload left behind."""
     ask = generate(around, one).ask
     await around.redis.delete(LEDGER_STREAM)
-    before = _spooled(one)
     failed = await _asked(ask, GROUPS)
-    ledger = await _ledger(around, (_spooled(one) - before) / GROUPS)
+    ledger = await _ledger(around, spooled(one.spool))
     memory, more_failed = await _memory(around, ask, requests, one.process.pid)
     return Stays(ledger, memory, failed + more_failed)
 
@@ -73,8 +77,15 @@ async def _asked(ask: Ask, requests: int) -> int:
     return sum(await asyncio.gather(*(one() for _ in range(CONNECTIONS))))
 
 
-def _spooled(one: Gateway) -> int:
-    return sum(segment.stat().st_size for segment in one.spool.glob("*.spool"))
+def spooled(directory: Path) -> float:
+    """Bytes of a frame in a segment that has any: what is delivered is deleted soon. NaN where none has."""
+    with tempfile.TemporaryDirectory() as copy:
+        for segment in directory.glob("*.spool"):
+            with suppress(FileNotFoundError):
+                shutil.copy(segment, copy)
+        with closing(Spool(Path(copy), MOST_SPOOLED)) as spool:
+            frames = spool.read(spool.cursor).frames
+    return frames[-1].end.offset / len(frames) if frames else float("nan")
 
 
 async def _ledger(around: World, in_spool: float) -> Ledger:

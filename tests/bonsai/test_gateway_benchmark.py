@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from benchmarks.gateway import profiling, real, report
 from benchmarks.gateway.load import Latencies, Saturation
-from benchmarks.gateway.stays import SAMPLES, Ledger, Stays, slope
+from benchmarks.gateway.stays import SAMPLES, Ledger, Stays, slope, spooled
 from benchmarks.gateway.stub import OPTILLM_ASKS, N, Stub
+from service.spool import Spool
 
 RNG = np.random.default_rng(0)
 REQUESTS = [250 * number for number in range(1, SAMPLES + 1)]
@@ -71,12 +73,12 @@ def test_a_gateway_that_adds_little_and_keeps_nothing_keeps_every_promise():
 def test_each_promise_can_be_broken():
     slow = measured("/generate", added=7, per_core=300, failed=1)
 
-    assert broken(measured("TensorZero", per_core=301), best_of=slow, memory=grown(1.1)) == [
+    assert broken(measured("LiteLLM: passed on", per_core=38), best_of=slow, memory=grown(1.1)) == [
         "added by /generate at 300/s, p50, ms",
         "the same, p99, ms",
         "requests that were not answered",
         "memory, MB more for 10,000 requests, upper 95 % bound",
-        "requests per core·s ÷ those of TensorZero",
+        "requests per core·s ÷ those of LiteLLM",
     ]
 
 
@@ -106,6 +108,14 @@ def test_files_that_belong_to_a_part_are_there(request: pytest.FixtureRequest):
     named = [path for paths in profiling.PARTS.values() for path in paths if path.startswith(profiling.OURS)]
 
     assert [path for path in named if not (request.config.rootpath / path).exists()] == []
+
+
+def test_a_group_takes_its_frame_on_the_disk(tmp_path):
+    with closing(Spool(tmp_path, 2**20)) as spool:
+        for length in (100, 300):
+            spool.append(b"x" * length)
+
+        assert spooled(tmp_path) == 200 + 12  # a frame's header: magic, length, checksum
 
 
 def test_texts_of_a_stream_are_put_together_by_candidate():

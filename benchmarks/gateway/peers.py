@@ -50,7 +50,7 @@ async def litellm(around: World) -> AsyncGenerator[System]:
         url = f"http://127.0.0.1:{port}"
         await _started(around, f"{url}/health/liveliness")
         alone = calling(around, CHAT, _chat(n=N))
-        yield await _system(around, "LiteLLM: passed on", process.pid, url + "/v1", {"model": "stub", "n": N}, 1, alone)
+        yield await _system(around, "LiteLLM", process.pid, url + "/v1", {"model": "stub", "n": N}, 1, alone)
 
 
 @asynccontextmanager
@@ -68,7 +68,7 @@ async def optillm(around: World) -> AsyncGenerator[System]:
         await _started(around, f"{url}/health")
         rating = _chat({"role": "assistant", "content": DRAWN}, {"role": "user", "content": OPTILLM_ASKS})
         alone = in_turn(calling(around, CHAT, _chat(n=N)), *[calling(around, CHAT, rating)] * N)
-        yield await _system(around, "optillm: bon", process.pid, url + "/v1", {"model": "stub"}, 1 + N, alone)
+        yield await _system(around, "optillm's bon", process.pid, url + "/v1", {"model": "stub"}, 1 + N, alone)
 
 
 @asynccontextmanager
@@ -83,7 +83,7 @@ async def tensorzero(around: World) -> AsyncGenerator[System]:
         judge = _chat({"role": "user", "content": DRAWN * N}, response_format={"type": "json_schema"})
         alone = in_turn(calling(around, CHAT, *[_chat()] * N), calling(around, CHAT, judge))
         asked = {"model": "tensorzero::function_name::best"}
-        yield await _system(around, "TensorZero: best of n", process.pid, url, asked, N + 1, alone)
+        yield await _system(around, "TensorZero", process.pid, url, asked, N + 1, alone)
 
 
 PEERS: Final[Mapping[str, Peer]] = {"LiteLLM": litellm, "optillm": optillm, "TensorZero": tensorzero}
@@ -140,7 +140,7 @@ async def _system(
         raise CannotRun("it refuses a chat completion")
     if (made := await calls_each(around, ask)) != calls:
         raise CannotRun(f"it made {made} calls of a request that should come to {calls}")
-    return System(f"{name}, {calls} calls" if calls > 1 else f"{name}, 1 call", pid, ask, alone)
+    return System(f"{name}, {calls} calls" if calls > 1 else f"{name}, 1 call passed on", pid, ask, alone)
 
 
 def _chat(*more: Mapping[str, str], **members: Any) -> dict[str, Any]:

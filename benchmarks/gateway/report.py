@@ -21,13 +21,8 @@ COLUMNS: Final = (
     "generator late ms, p99",
 )  # fmt: skip
 SATURATED_COLUMNS: Final = (
-    f"best of {N}",
-    "requests/s",
-    "failed",
-    "core busy, %",
-    "CPU ms each",
-    "requests per core·s",
-)
+    f"best of {N}", "requests/s", "failed", "core busy, %", "CPU ms each", "requests per core·s",
+)  # fmt: skip
 STAYS_COLUMNS: Final = ("of a request", "bytes")
 PER_CORE: Final[Mapping[str, float]] = {"LiteLLM": 8, "optillm": 8}
 """How often a peer's requests per core·s ours have to be, by how its name begins. TensorZero's are told and no claim:
@@ -68,7 +63,7 @@ def rows_of(found: Found) -> list[tuple[str, ...]]:
 def _row(one: Measured) -> tuple[str, ...]:
     shown = [f"{milliseconds:.2f}" for milliseconds in (one.alone.at(0.5), *map(one.added, QUANTILES))]
     late = f"{one.latencies.late_at(0.99):.1f}"
-    return one.name, f"{one.rate:g}", *shown, str(one.latencies.failed), late
+    return one.name, f"{one.rate:.3g}", *shown, str(one.latencies.failed), late
 
 
 def saturated_rows_of(found: Found) -> list[tuple[str, ...]]:
@@ -103,7 +98,7 @@ def stays_of(stays: Stays) -> list[tuple[str, ...]]:
 def claims_of(found: Found) -> list[Claim]:
     best_of, *_ = found.ours
     claims = [
-        at_most(f"added by /generate at {best_of.rate:g}/s, p50, ms", best_of.added(0.5), 2),
+        at_most(f"added by /generate at {best_of.rate:.3g}/s, p50, ms", best_of.added(0.5), 2),
         at_most("the same, p99, ms", best_of.added(0.99), 6),
         at_most("requests that were not answered", sum(one.failed for one in found.ours), 0),
         *claims_of_stays(found.stays),

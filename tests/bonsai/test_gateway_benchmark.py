@@ -67,13 +67,13 @@ def broken(*peers: report.Measured, best_of: report.Measured, memory: list[tuple
 
 
 def test_a_gateway_that_adds_little_and_keeps_nothing_keeps_every_promise():
-    assert broken(measured("LiteLLM: passed on", per_core=50), best_of=measured("/generate", added=2)) == []
+    assert broken(measured("LiteLLM, 1 call passed on", per_core=50), best_of=measured("/generate", added=2)) == []
 
 
 def test_each_promise_can_be_broken():
     slow = measured("/generate", added=7, per_core=300, failed=1)
 
-    assert broken(measured("LiteLLM: passed on", per_core=38), best_of=slow, memory=grown(1.1)) == [
+    assert broken(measured("LiteLLM, 1 call passed on", per_core=38), best_of=slow, memory=grown(1.1)) == [
         "added by /generate at 300/s, p50, ms",
         "the same, p99, ms",
         "requests that were not answered",

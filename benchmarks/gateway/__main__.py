@@ -62,7 +62,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="without LiteLLM, optillm, TensorZero")
     parser.add_argument("--memory", action="store_true", help="only what stays of requests")
     parser.add_argument("--profile", action="store_true", help="only where the gateway's time goes")
-    parser.add_argument("--real", type=int, nargs="?", const=60, metavar="PAIRS", help="only real engines (60 pairs)")
+    parser.add_argument("--real", type=int, nargs="?", const=120, metavar="PAIRS", help="only real engines (120 pairs)")
     return parser
 
 

@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -58,7 +58,7 @@ async def _measured(directory: Path, count: int) -> list[Pair]:
         running = await stack.enter_async_context(running_stack(prepare(Options(directory=directory, port=0))))
         direct, gateway = await _direct(running, stack), await _gateway(running, stack)
         found = []
-        for number, prompt in enumerate(islice(held_out_prompts(), count + WARM_PAIRS)):
+        for number, prompt in enumerate(islice(cycle(held_out_prompts()), count + WARM_PAIRS)):
             calls = (direct, gateway) if number % 2 else (gateway, direct)
             took = {call: await _milliseconds(call, prompt, number) for call in calls}
             found.append(Pair(took[direct], took[gateway]))

@@ -60,6 +60,9 @@ lock: setup ## write the lock files anew; make lock ARGS=--upgrade takes newer v
 	$(COMPILE) requirements/clients/moto.in -o requirements/clients/moto.txt
 	$(COMPILE) requirements/clients/schemathesis.in -o requirements/clients/schemathesis.txt
 	$(COMPILE) requirements/peers/litellm.in -o requirements/peers/litellm.txt
+	$(COMPILE) requirements/peers/optillm.in --overrides requirements/peers/optillm.overrides -o requirements/peers/optillm.txt
+	$(COMPILE) requirements/peers/tensorzero.in -o requirements/peers/tensorzero.txt
+	$(COMPILE) requirements/tools/py_spy.in -o requirements/tools/py_spy.txt
 
 clean: ## remove .venv, caches and build leftovers; .bonsai, where the data lives, stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from time import monotonic
@@ -151,6 +151,7 @@ class Gateway(NamedTuple):
     url: str
     key: str
     session: aiohttp.ClientSession
+    spool: Path
 
     @property
     def headers(self) -> dict[str, str]:
@@ -206,9 +207,8 @@ async def started_gateway(
     redis_url: str,
     session: aiohttp.ClientSession,
     settings: Mapping[str, str],
-    command: Sequence[str] = ("-m", "service"),
 ) -> AsyncGenerator[Gateway]:
-    """A gateway with auth and ledger, ready to answer. command: what Python is told to run."""
+    """A gateway with auth and ledger, ready to answer."""
     port, key = free_port(), new_key()
     for name, secret in (("admin.key", key), ("pepper", new_pepper())):
         (directory / name).touch(mode=0o600)
@@ -224,8 +224,8 @@ async def started_gateway(
         **settings,
     }
     environment = {f"BONSAI_{name}": value for name, value in ours.items()}
-    async with running_process(sys.executable, *command, **environment) as process:
-        opened = Gateway(process, f"http://127.0.0.1:{port}", key, session)
+    async with running_process(sys.executable, "-m", "service", **environment) as process:
+        opened = Gateway(process, f"http://127.0.0.1:{port}", key, session, directory / "spool")
         await opened.until(lambda told: told["status"] == "ready")
         yield opened
 

@@ -19,8 +19,8 @@ from archive.reading import Archive
 from bon_algos.contracts import COMPACTOR_EPOCH, COMPACTOR_LEASE
 
 # KEYS: lease, epoch. ARGV: token, ms, the newest epoch in the archive, which Redis may have lost. -> 0 held, or the
-# new epoch. One that ends later than any could is of before the clock was set back: whose it was may be dead for long, and
-# is overtaken if it is not.
+# new epoch. One that ends later than any could is of before the clock was set back: whose it was may be dead for long,
+# and is overtaken if it is not.
 _TAKE: Final = """
 if redis.call('EXISTS', KEYS[1]) == 1 and redis.call('PTTL', KEYS[1]) <= tonumber(ARGV[2]) then return 0 end
 local epoch = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[3])) + 1

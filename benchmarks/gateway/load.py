@@ -52,9 +52,20 @@ class Saturation(NamedTuple):
         return 1000 * self.cpu_seconds / self.answered if self.answered else float("nan")
 
     @property
+    def busy(self) -> float:
+        """Share of a core."""
+        return self.cpu_seconds / self.seconds
+
+    @property
     def per_core_second(self) -> float:
         """Requests in a second of CPU."""
         return 1000 / self.cpu_milliseconds
+
+
+def together(first: Latencies, second: Latencies) -> Latencies:
+    return Latencies(
+        [*first.milliseconds, *second.milliseconds], [*first.late, *second.late], first.failed + second.failed
+    )
 
 
 async def open_loop(ask: Ask, rate: float, seconds: float) -> Latencies:
@@ -100,29 +111,6 @@ async def saturated(ask: Ask, seconds: float, pid: int, connections: Sequence[in
     return max(found, key=lambda one: one.per_second)
 
 
-async def memory(ask: Ask, requests: int, connections: int, pid: int) -> list[tuple[int, float]]:
-    """(requests so far, resident MiB), fifty times."""
-    samples: list[tuple[int, float]] = []
-    sent = 0
-
-    async def one() -> None:
-        nonlocal sent
-        while sent < requests:
-            sent += 1
-            if sent % max(1, requests // 50) == 0:
-                samples.append((sent, resident_mib(pid)))
-            await ask()
-
-    await asyncio.gather(*(one() for _ in range(connections)))
-    return samples
-
-
-def slope(samples: Sequence[tuple[int, float]]) -> float:
-    """Bytes for each request, over the second half: the first fills caches."""
-    later = np.array(samples[len(samples) // 2 :])
-    return float(np.polyfit(later[:, 0], later[:, 1] * 2**20, 1)[0]) if len(later) > 1 else float("nan")
-
-
 def cpu_seconds(pid: int) -> float:
     """That a process and its descendants have computed."""
     ticks = 0
@@ -130,12 +118,6 @@ def cpu_seconds(pid: int) -> float:
         fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def resident_mib(pid: int) -> float:
-    """Of a process and its descendants."""
-    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(pid))
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def family(pid: int) -> list[int]:

@@ -1,6 +1,7 @@
 """A policy engine and a reward model that answer at once with what vLLM would say, in a process of their own.
 
-Owns: their wire format, byte for byte as long as vLLM's, and the fixed time they take. Does not own: who asks.
+Owns: their wire format, byte for byte as long as vLLM's, and the fixed time they take. Does not own: who asks. Peers
+that ask the policy itself what candidates are worth get an opinion as fast as we get scores.
 
 Answers are made beforehand: what is measured waits for nothing that is computed here. Completions are what the demo's
 tokenizer makes of the demo's prompts, cut at random; log-probs are random.
@@ -12,6 +13,7 @@ import asyncio
 import itertools
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -30,16 +32,21 @@ DRAWING_SECONDS: Final = 0.02
 SCORING_SECONDS: Final = 0.005
 VARIANTS: Final = 32
 """Different answers, by turns."""
+OPTILLM_ASKS: Final = "Rate the above response:"
+"""The last message where optillm wants a number."""
 
 
 class Stub:
     def __init__(self) -> None:
         self._streams = itertools.cycle(_stream(seed) for seed in range(VARIANTS))
         self._chats = itertools.cycle(completions(seed) for seed in range(VARIANTS))
+        self._opinions = itertools.cycle(range(N))
+        self._calls = 0
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**30)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/calls", self._told_calls)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/classify", self._classify)
@@ -48,7 +55,11 @@ class Stub:
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": POLICY}, {"id": REWARD_MODEL}]})
 
+    async def _told_calls(self, _: web.Request) -> web.Response:
+        return web.Response(text=str(self._calls))
+
     async def _completions(self, request: web.Request) -> web.StreamResponse:
+        self._calls += 1
         body = await request.read()
         if b'"stream": true' not in body and b'"stream":true' not in body:  # the canary
             return web.json_response({"choices": [_choice(0, " a", ["a"], [5], [-0.5], "length")]})
@@ -63,22 +74,37 @@ class Stub:
         return response
 
     async def _chat(self, request: web.Request) -> web.Response:
-        """A whole reply to OpenAI's clients: n texts, no tokens."""
+        """A whole reply to OpenAI's clients: n texts, no tokens; or an opinion, where one is asked for."""
+        self._calls += 1
         asked = await request.json()
+        if (opinion := self._opinion(asked)) is not None:
+            await asyncio.sleep(SCORING_SECONDS)
+            return _chat_reply([opinion], "stop")
         await asyncio.sleep(DRAWING_SECONDS)
-        said = [text for text, _, _ in next(self._chats)][: asked.get("n") or 1]
-        choices = [
-            {"index": i, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": "length"}
-            for i, text in enumerate(said)
-        ]
-        usage = {"prompt_tokens": 30, "completion_tokens": TOKENS * len(said), "total_tokens": 30 + TOKENS * len(said)}
-        head = {"id": "chatcmpl-0", "object": "chat.completion", "created": 1_800_000_000, "model": POLICY}
-        return web.json_response({**head, "choices": choices, "usage": usage})
+        return _chat_reply([text for text, _, _ in next(self._chats)][: asked.get("n") or 1], "length")
+
+    def _opinion(self, asked: Mapping[str, Any]) -> str | None:
+        if asked["messages"][-1]["content"] == OPTILLM_ASKS:
+            return str(next(self._opinions) % 11)
+        if "response_format" in asked:  # TensorZero's judge
+            return json.dumps({"thinking": "It keeps to what was asked.", "answer_choice": next(self._opinions)})
+        return None
 
     async def _classify(self, request: web.Request) -> web.Response:
+        self._calls += 1
         asked = await request.json()
         await asyncio.sleep(SCORING_SECONDS)
         return web.Response(body=_scores(len(asked["input"])), content_type="application/json")
+
+
+def _chat_reply(texts: Sequence[str], reason: str) -> web.Response:
+    choices = [
+        {"index": i, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": reason}
+        for i, text in enumerate(texts)
+    ]
+    usage = {"prompt_tokens": 30, "completion_tokens": TOKENS * len(texts), "total_tokens": 30 + TOKENS * len(texts)}
+    head = {"id": "chatcmpl-0", "object": "chat.completion", "created": 1_800_000_000, "model": POLICY}
+    return web.json_response({**head, "choices": choices, "usage": usage})
 
 
 def completions(seed: int) -> list[tuple[str, list[int], list[float]]]:

@@ -1,16 +1,14 @@
-"""What is measured: the two calls made directly, our gateway, and LiteLLM's proxy, each before the same stub.
+"""What is measured: our gateway, before a stub, and the same two calls made directly.
 
-Owns: starting and ending them, on which core they run, what is asked of each. Does not own: when (load.py).
+Owns: starting and ending them, on which core they run, what is asked. Does not own: when (load.py), peers (peers.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -39,16 +37,10 @@ from bonsai.demo.prompts import training_prompts
 from bonsai.redis_server import server_argv, system_server
 from bonsai.stack_plan import SHIPPED_MODELS
 
-ROOT: Final = Path(__file__).resolve().parents[2]
-PIP: Final = ("-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps", "--require-hashes")
 WINDOW: Final = 1024
 IDLE_SECONDS: Final = 2.0
 PROMPT_TOKENS: Final = 24
 """About as many as the prompts have."""
-
-
-class CannotRun(Exception):
-    """A peer that is not there; the text says why."""
 
 
 class World(NamedTuple):
@@ -69,6 +61,8 @@ class System(NamedTuple):
     name: str
     pid: int
     ask: Ask
+    alone: Ask
+    """The same calls of engines, made directly by the generator."""
 
 
 def cores() -> tuple[int, int]:
@@ -120,30 +114,59 @@ def prompts() -> Callable[[], str]:
 # --- the same two calls, directly --------------------------------------------------------------------------
 
 
-def direct(around: World) -> System:
+def direct(around: World) -> Ask:
     """Draw and score, as the gateway does it; answers are read to their end and not looked at."""
     sampling = Sampling(max_tokens=TOKENS)
     ids = list(range(5, 5 + PROMPT_TOKENS))
     said = " word" * (PROMPT_TOKENS + TOKENS)
-    draw = json.dumps(completion_request(POLICY, ids, N, sampling, stream=True)).encode()
-    score = json.dumps(classify_request(REWARD_MODEL, [said] * N, add_special_tokens=False)).encode()
+    draw = completion_request(POLICY, ids, N, sampling, stream=True)
+    score = classify_request(REWARD_MODEL, [said] * N, add_special_tokens=False)
+    return in_turn(calling(around, "/v1/completions", draw), calling(around, "/classify", score))
+
+
+def calling(around: World, path: str, *bodies: Mapping[str, Any]) -> Ask:
+    """All at once."""
     headers = {"Content-Type": "application/json"}
+    prepared = [json.dumps(body).encode() for body in bodies]
+
+    async def one(body: bytes) -> None:
+        async with around.session.post(around.stub_url + path, data=body, headers=headers) as response:
+            await response.read()
 
     async def ask() -> bool:
-        for path, body in (("/v1/completions", draw), ("/classify", score)):
-            async with around.session.post(around.stub_url + path, data=body, headers=headers) as response:
-                await response.read()
+        await asyncio.gather(*(one(body) for body in prepared))
         return True
 
-    return System("the two calls, directly", os.getpid(), ask)
+    return ask
+
+
+def in_turn(*asks: Ask) -> Ask:
+    """The next when the one before is answered."""
+
+    async def ask() -> bool:
+        return all([await one() for one in asks])
+
+    return ask
+
+
+async def calls_each(around: World, ask: Ask) -> int:
+    """How many calls of engines it makes of one request."""
+    before = await _calls(around)
+    await ask()
+    return await _calls(around) - before
+
+
+async def _calls(around: World) -> int:
+    async with around.session.get(f"{around.stub_url}/calls") as response:
+        return int(await response.text())
 
 
 # --- ours --------------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def ours(around: World, profile: Path | None = None) -> AsyncGenerator[Gateway]:
-    """`python -m service` with a key, the ledger and Redis, as it comes; under cProfile where a file is given."""
+async def ours(around: World) -> AsyncGenerator[Gateway]:
+    """`python -m service` with a key, the ledger and Redis, as it comes."""
     reward = VllmMember(url=around.stub_url, model=REWARD_MODEL, directory=SHIPPED_MODELS / "reward", window=WINDOW)
     settings = {
         "POLICY_ENGINE_URLS": json.dumps([around.stub_url]),
@@ -151,9 +174,8 @@ async def ours(around: World, profile: Path | None = None) -> AsyncGenerator[Gat
         "POLICY_DIRECTORY": str(SHIPPED_MODELS / "policy"),
         "MAX_MODEL_LEN": str(WINDOW),
     }
-    command = ("-m", "service") if profile is None else ("-m", "cProfile", "-o", str(profile), "-m", "service")
     directory = Path(tempfile.mkdtemp(dir=around.directory))
-    async with started_gateway(directory, around.redis_url, around.session, settings, command) as one:
+    async with started_gateway(directory, around.redis_url, around.session, settings) as one:
         pin(one.process.pid, around.core)
         yield one
 
@@ -165,23 +187,24 @@ def pin(pid: int, core: int) -> None:
             os.sched_setaffinity(int(thread.name), {core})
 
 
-def generate(one: Gateway) -> System:
+def generate(around: World, one: Gateway) -> System:
     prompt = prompts()
-    return _asking(one, "/generate", lambda: {"prompt": prompt(), "n": N, "max_tokens": TOKENS}, "completion")
+    return _asking(around, one, "/generate", lambda: {"prompt": prompt(), "n": N, "max_tokens": TOKENS}, "completion")
 
 
-def chat(one: Gateway) -> System:
+def chat(around: World, one: Gateway) -> System:
     prompt = prompts()
 
     def body() -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt()}]
         return {"model": "default", "messages": messages, "best_of": N, "max_tokens": TOKENS}
 
-    return _asking(one, "/v1/chat/completions", body, "choices")
+    return _asking(around, one, "/v1/chat/completions", body, "choices")
 
 
-def _asking(one: Gateway, path: str, body: Callable[[], dict[str, Any]], member: str) -> System:
-    return System(path, one.process.pid, asking(one.session, one.url + path, one.key, body, member))
+def _asking(around: World, one: Gateway, path: str, body: Callable[[], dict[str, Any]], member: str) -> System:
+    ask = asking(one.session, one.url + path, one.key, body, member)
+    return System(path, one.process.pid, ask, direct(around))
 
 
 def asking(session: aiohttp.ClientSession, url: str, key: str, body: Callable[[], dict[str, Any]], member: str) -> Ask:
@@ -197,57 +220,3 @@ def asking(session: aiohttp.ClientSession, url: str, key: str, body: Callable[[]
             return False
 
     return ask
-
-
-# --- peers -------------------------------------------------------------------------------------------------
-
-
-def environment_of(peer: str) -> Path:
-    """Python of the peer's environment, made once for each version of its lock file. Raises CannotRun."""
-    lock = ROOT / "requirements" / "peers" / f"{peer}.txt"
-    directory = ROOT / ".venv" / "peers" / f"{peer}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
-    python = directory / "bin" / "python"
-    if not (directory / "complete").exists():
-        for command in (
-            (sys.executable, "-m", "venv", "--clear", str(directory)),
-            (str(python), *PIP, "-r", str(lock)),
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise CannotRun(f"it could not be installed: {_last_line(done.stderr)}")
-        (directory / "complete").touch()
-    return python
-
-
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "no reason given")
-
-
-@asynccontextmanager
-async def litellm(around: World) -> AsyncGenerator[System]:
-    """Its proxy with a key: one chat completion of n = 16 passed on. No scoring, no choice, no ledger. Raises
-    CannotRun."""
-    python = await asyncio.to_thread(environment_of, "litellm")
-    port, key = free_port(), "sk-of-the-benchmark"
-    model = {"model": f"openai/{POLICY}", "api_base": f"{around.stub_url}/v1", "api_key": "none"}
-    told = {"model_list": [{"model_name": "stub", "litellm_params": model}], "general_settings": {"master_key": key}}
-    config = around.directory / "litellm.yaml"
-    config.write_text(json.dumps(told))  # JSON is YAML
-    argv = (str(python.with_name("litellm")), "--config", str(config), "--host", "127.0.0.1", "--port", str(port))
-    quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "PYTHONPATH": ""}
-    async with running_process(*argv, "--telemetry", "False", **quiet) as process:
-        url = f"http://127.0.0.1:{port}"
-        try:
-            await answering(around.session, f"{url}/health/liveliness", {})
-        except TimeoutError:
-            raise CannotRun(f"its proxy did not answer within {START_SECONDS:g} s") from None
-        pin(process.pid, around.core)
-        prompt = prompts()
-
-        def body() -> dict[str, Any]:
-            return {"model": "stub", "messages": [{"role": "user", "content": prompt()}], "n": N, "max_tokens": TOKENS}
-
-        ask = asking(around.session, f"{url}/v1/chat/completions", key, body, "choices")
-        if not await ask():
-            raise CannotRun("its proxy refuses a chat completion")
-        yield System("LiteLLM's proxy: one call passed on", process.pid, ask)

@@ -41,6 +41,9 @@ from service.routing import Routes
 from service.store import open_redis
 from service.tags import Tags
 from service.trials import Trials
+from service.webhook_delivery import delivering
+from service.webhook_reach import Reach
+from service.webhooks import Webhooks
 
 DEFAULT_ROUTE: Final = "default"
 DEFAULT_N: Final = 16
@@ -75,6 +78,7 @@ class Control:
     key_ring: KeyRing
     ledger_pages: LedgerPages
     erasures: ErasureBook
+    webhooks: Webhooks
     artefacts: Path
     max_body_bytes: int
 
@@ -96,6 +100,7 @@ async def open_control(
     learning_seconds: float,
     max_body_bytes: int,
     pepper: bytes,
+    reach: Reach,
     admin: KeyRecord,
 ) -> AsyncGenerator[Control]:
     """Build the control plane and keep its loops running until the block is left. Redis may be away: the default
@@ -131,10 +136,11 @@ async def open_control(
             key_ring=key_ring,
             ledger_pages=LedgerPages(redis_of_bytes, archive, pepper),
             erasures=ErasureBook(redis),
+            webhooks=Webhooks(redis, pepper, reach),
             artefacts=artefacts,
             max_body_bytes=max_body_bytes,
         )
-        async with _running(control):
+        async with _running(control), delivering(redis, control.webhooks):
             yield control
 
 

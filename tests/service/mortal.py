@@ -10,9 +10,11 @@ import asyncio
 import sys
 from functools import partial
 from pathlib import Path
+from time import time
 
 from redis.asyncio import Redis
 
+from service.access import GATEWAY
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.idempotency import Idempotency
 from service.jobs import Jobs
@@ -20,6 +22,11 @@ from service.ledger import Ledger
 from service.policies import Policies
 from service.spool import Spool
 from service.store import open_redis
+from service.webhook_delivery import WebhookDelivery
+from service.webhook_http import open_sender
+from service.webhook_reach import Reach
+from service.webhook_record import WebhookRequest
+from service.webhooks import Webhooks
 from tests.service.records import BASE, STUDENT, group, job_spec
 
 IDEMPOTENCY = Idempotency.of("the-callers-key", "an operation", "and its body")
@@ -59,6 +66,27 @@ async def log(redis_url: str, directory: Path, *, appends: bool = True) -> None:
     spool.close()
 
 
+REACH = Reach(private_addresses=True, plain_http=True)
+
+
+async def subscribe(redis_url: str, url: str) -> None:
+    """A webhook, and a job that ended."""
+    async with open_redis(redis_url) as redis:
+        asked = WebhookRequest(url=url, events=("fine_tuning.job.cancelled",))
+        await Webhooks(redis, bytes(32), REACH).create(asked, GATEWAY)
+        jobs = Jobs(redis, n_cap=64, max_lora_rank=32)
+        await jobs.grant("cancel", (await jobs.submit(job_spec())).job_id)
+
+
+async def tell(redis_url: str, *, later: float = 0.0) -> None:
+    """What has happened into the queue of the webhook, and from there to its receiver."""
+    async with open_redis(redis_url) as redis, open_sender(REACH) as sender:
+        webhooks = Webhooks(redis, bytes(32), REACH)
+        delivery = WebhookDelivery(redis, webhooks, sender, clock=lambda: time() + later)
+        async with asyncio.TaskGroup() as group:
+            await delivery.start(group)
+
+
 if __name__ == "__main__":
     scenario, url, where = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     match scenario:
@@ -66,5 +94,7 @@ if __name__ == "__main__":
             asyncio.run(submit(url))
         case "promote":
             asyncio.run(promote(url))
+        case "tell":
+            asyncio.run(tell(url))
         case "log":
             asyncio.run(log(url, where))

@@ -28,8 +28,10 @@ from bon_algos.contracts import (
 )
 from bon_algos.crash_points import CRASH_AT, GATEWAY_POINTS
 from service.store import open_redis
+from service.webhook_queue import CLAIM_SECONDS
 from tests.fixtures.gateway import read_ledger, wait_until
 from tests.service import mortal
+from tests.service.receiver import Receiver
 from tests.service.records import BASE, STUDENT, policy, route
 
 pytestmark = pytest.mark.slow
@@ -37,10 +39,11 @@ QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
 SUBMITTING = [point for point in GATEWAY_POINTS if point.partition(".")[0] in ("submit", "dispatch")]
 TRANSACTING = [point for point in GATEWAY_POINTS if point.startswith("transaction.")]
 LOGGING = [point for point in GATEWAY_POINTS if point.partition(".")[0] in ("spool", "drain")]
+TELLING = [point for point in GATEWAY_POINTS if point.startswith("webhook.")]
 
 
 def test_every_place_is_somebodys():
-    assert [*SUBMITTING, *TRANSACTING, *LOGGING] == list(GATEWAY_POINTS)
+    assert [*SUBMITTING, *TRANSACTING, *LOGGING, *TELLING] == list(GATEWAY_POINTS)
 
 
 @pytest.fixture
@@ -103,3 +106,15 @@ def test_a_group_on_the_disk_is_delivered_once_by_whoever_comes_next(point, clie
     asyncio.run(mortal.log(redis_url, tmp_path, appends=False))
     assert [record.id for record in read_ledger(redis_url)] == ["resp_1"]
     assert client.hget(LEDGER_COUNTS, "default") == "101"
+
+
+@pytest.mark.parametrize("point", ["transaction.committed", *TELLING])
+def test_a_webhook_is_told_at_least_once_and_under_one_id(point, client, redis_url, tmp_path):
+    """Of a job that ended: whether its gateway dies while it queues the event, or at any place of the delivery."""
+    with Receiver().listening() as receiver:
+        asyncio.run(mortal.subscribe(redis_url, receiver.url))
+        dies("tell", point, redis_url, tmp_path)
+        asyncio.run(mortal.tell(redis_url, later=CLAIM_SECONDS))
+        asyncio.run(mortal.tell(redis_url, later=2 * CLAIM_SECONDS))
+    assert len(receiver.received) == (2 if point == "webhook.answered" else 1)
+    assert len(set(receiver.ids)) == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any, Final, Literal, TypeVar
@@ -27,6 +27,7 @@ from bon_algos.contracts import (
     PolicyState,
 )
 from bonsai.job_replies import DryRun, Job, JobEvent, JobPage, Reply
+from bonsai.webhook_replies import Webhook, WebhookAttempts, WebhookPage, WebhookTest
 
 _Reply = TypeVar("_Reply", bound=BaseModel)
 
@@ -261,6 +262,25 @@ class BonsaiClient:
     async def export_policy(self, policy_id: str, base: str) -> bytes:
         """A tar archive of the PEFT directory. base: what the adapter says of its base model."""
         return await self._exchange("GET", f"/policies/{policy_id}/export?{urlencode({'base': base})}")
+
+    async def add_webhook(self, url: str, events: Sequence[str], description: str) -> Webhook:
+        """With its secret, which no other reply has."""
+        body = {"url": url, "events": list(events), "description": description}
+        return await self._call(Webhook, "POST", "/v1/webhooks", body)
+
+    async def webhooks(self) -> list[Webhook]:
+        return (await self._call(WebhookPage, "GET", "/v1/webhooks?limit=100")).data
+
+    async def remove_webhook(self, webhook_id: str) -> None:
+        await self._call(Reply, "DELETE", f"/v1/webhooks/{quote(webhook_id, safe='')}")
+
+    async def test_webhook(self, webhook_id: str) -> WebhookTest:
+        return await self._call(WebhookTest, "POST", f"/v1/webhooks/{quote(webhook_id, safe='')}/test")
+
+    async def webhook_attempts(self, webhook_id: str, *, limit: int) -> WebhookAttempts:
+        """Newest first."""
+        path = f"/v1/webhooks/{quote(webhook_id, safe='')}/deliveries?limit={limit}"
+        return await self._call(WebhookAttempts, "GET", path)
 
     async def start_experiment(self, route: str, weights: Mapping[tuple[str, int], int]) -> None:
         """Weights of the arms (policy, n), together 10,000."""

@@ -5,8 +5,10 @@ Owns: the two options and what they mean. Does not own: the API's client (client
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from bonsai.client import BonsaiClient
 
 Command = Callable[..., Any]
+Work = Callable[["BonsaiClient"], Awaitable[None]]
 _URL = click.option(
     "--url", envvar="BONSAI_URL", default="http://127.0.0.1:8000", show_default=True, help="Of the gateway."
 )
@@ -46,6 +49,20 @@ class GatewayAddress(NamedTuple):
         from bonsai.client import open_client
 
         return open_client(self.url, api_key=self.api_key, timeout_seconds=timeout_seconds)
+
+    def run(self, work: Work) -> None:
+        """Do what a command is for. Status 1 and the reason, where the gateway refuses or is not there."""
+        from bonsai.client import BonsaiError
+
+        async def all_of_it() -> None:
+            async with self.open_client() as client:
+                await work(client)
+
+        try:
+            asyncio.run(all_of_it())
+        except (BonsaiError, OSError, ValueError) as error:
+            click.echo(f"failed {error}", err=True)
+            sys.exit(1)
 
 
 def asks_gateway(command: Command) -> Command:

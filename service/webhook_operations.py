@@ -22,7 +22,7 @@ WEBHOOK_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         {201: replies.WEBHOOK_WITH_SECRET},
         Body(
             WebhookRequest,
-            {"url": "https://example.com/hooks", "events": ["fine_tuning.job.succeeded", "fine_tuning.job.failed"]},
+            {"url": "https://hooks.example/bonsai", "events": ["fine_tuning.job.succeeded", "fine_tuning.job.failed"]},
         ),
         errors=(Conflict, StoreFull),
         headers=("Location",),

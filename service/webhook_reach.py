@@ -94,7 +94,8 @@ class Reach:
         except ValueError:
             raise InvalidField("url must be one, with a port of 1 to 65535 if any", param="url") from None
         if parts.scheme not in self._schemes:
-            raise InvalidField(f"url must begin with {' or '.join(self._schemes)}://", param="url")
+            schemes = " or ".join(f"{scheme}://" for scheme in self._schemes)
+            raise InvalidField(f"url must begin with {schemes}", param="url")
         if not parts.hostname or port == 0:
             raise InvalidField("url must name a host, and a port of 1 to 65535 if any", param="url")
         if "@" in parts.netloc or parts.fragment:

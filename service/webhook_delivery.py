@@ -14,7 +14,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from time import time
 from typing import Final, NamedTuple
 
@@ -162,9 +162,8 @@ def judged(tried: Delivery, answer: Answer, now: float, chance: float, accepted_
 @asynccontextmanager
 async def delivering(redis: Redis, webhooks: Webhooks) -> AsyncGenerator[None]:
     """Deliveries, until the block is left."""
-    async with (
-        open_sender(webhooks.reach) as sender,
-        running_loops(WebhookDelivery(redis, webhooks, sender).run()),
-    ):
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(webhooks.reach.resolver.close)
+        sender = await stack.enter_async_context(open_sender(webhooks.reach))
+        await stack.enter_async_context(running_loops(WebhookDelivery(redis, webhooks, sender).run()))
         yield
-    await webhooks.reach.resolver.close()

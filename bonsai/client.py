@@ -19,13 +19,16 @@ import aiohttp
 from pydantic import BaseModel, ValidationError
 
 from bon_algos.contracts import (
+    CircleSpec,
     FingerprintResult,
     Interval,
     JobSpec,
     Manifest,
     PolicyReport,
     PolicyState,
+    Turn,
 )
+from bonsai.engine_replies import Engine, EnginePage
 from bonsai.job_replies import DryRun, Job, JobEvent, JobPage, Reply
 from bonsai.webhook_replies import Webhook, WebhookAttempts, WebhookPage, WebhookTest
 
@@ -137,31 +140,29 @@ class ExperimentSummary(Reply):
     arms: tuple[ArmSummary, ...]
 
 
-class EngineAdapter(Reply):
-    """One policy on one engine."""
+class CircleSpent(Reply):
+    """In the last 24 hours, and how far the live policy is from the first reference, nats."""
 
-    policy: str
-    wanted: bool
-    resident: bool
-    served: bool
-    draining: bool
-    proven_at: float | None = None
-    used_at: float | None = None
-    reason: str | None = None
+    jobs: int
+    gpu_seconds: float
+    kl_base: float
+    kl_base_foreseen: float
 
 
-class Engine(Reply):
-    """A replica of the policy engine."""
+class RunningCircle(Reply):
+    """A route that distils itself again and again."""
 
-    id: str
-    state: str
-    reason: str | None = None
-    slots: int
-    adapters: tuple[EngineAdapter, ...]
+    route: str
+    status: Literal["running", "stopped"]
+    reason: str
+    live_policy: str | None
+    turn: Turn | None
+    turns: tuple[Turn, ...]
+    spent: CircleSpent
 
 
-class _Engines(Reply):
-    data: list[Engine]
+class _Circles(Reply):
+    data: list[RunningCircle]
 
 
 class BonsaiClient:
@@ -252,8 +253,24 @@ class BonsaiClient:
         body = {"route": route, "override_reason": override_reason}
         await self._call(Reply, "POST", f"/policies/{policy_id}/promote", body)
 
+    async def put_circle(self, route: str, spec: CircleSpec) -> RunningCircle:
+        return await self._call(RunningCircle, "PUT", f"/routes/{route}/circle", spec.model_dump(exclude_unset=True))
+
+    async def circle(self, route: str) -> RunningCircle:
+        return await self._call(RunningCircle, "GET", f"/routes/{route}/circle")
+
+    async def circles(self) -> list[RunningCircle]:
+        return (await self._call(_Circles, "GET", "/circles?limit=100")).data
+
+    async def ask_circle(self, wish: Literal["start", "stop"], route: str) -> RunningCircle:
+        return await self._call(RunningCircle, "POST", f"/routes/{route}/circle/{wish}")
+
+    async def stop_circles(self) -> list[RunningCircle]:
+        """All of them."""
+        return (await self._call(_Circles, "POST", "/circles/stop")).data
+
     async def engines(self) -> list[Engine]:
-        return (await self._call(_Engines, "GET", "/engines?limit=100")).data
+        return (await self._call(EnginePage, "GET", "/engines?limit=100")).data
 
     async def register_policy(self, digest: str) -> Policy:
         """An adapter that was put below the artefact root becomes a candidate."""

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from bonsai.client import BonsaiClient
 
 Command = Callable[..., Any]
-Work = Callable[["BonsaiClient"], Awaitable[None]]
 _URL = click.option(
     "--url", envvar="BONSAI_URL", default="http://127.0.0.1:8000", show_default=True, help="Of the gateway."
 )
@@ -50,8 +49,8 @@ class GatewayAddress(NamedTuple):
 
         return open_client(self.url, api_key=self.api_key, timeout_seconds=timeout_seconds)
 
-    def run(self, work: Work) -> None:
-        """Do what a command is for. Status 1 and the reason, where the gateway refuses or is not there."""
+    def run(self, work: Callable[[BonsaiClient], Awaitable[None]]) -> None:
+        """Ends the command with status 1 and the reason, where the gateway refuses or is not there."""
         from bonsai.client import BonsaiError
 
         async def all_of_it() -> None:

@@ -31,6 +31,8 @@ EventType = Literal[
 TEST: Final = "webhook.test"
 """Comes because somebody asked for it, whatever the webhook asks for."""
 _TYPES: Final = frozenset(get_args(EventType))
+_OF_ONE: Final = frozenset({"policy_failed", "policy_import", "retire"})
+"""Entries about one policy, which change nothing of a route."""
 _STATES: Final = frozenset(get_args(PolicyState))
 
 
@@ -77,13 +79,14 @@ def policy_changes(entry: Mapping[str, str]) -> Iterator[PolicyChange]:
         return
     for policy, (former, state) in data.get("states", {}).items():
         yield PolicyChange(policy, data["route"], former, state)
-    former, state = _state(data.get("before")), _state(data.get("after"))
-    if "policy" in entry and state is not None and state != former:
-        yield PolicyChange(entry["policy"], None, former, state)
+    if entry["event"] in _OF_ONE:
+        former, state = _state(data.get("before")), _state(data.get("after"))
+        if state is not None and state != former:
+            yield PolicyChange(entry["policy"], None, former, state)
 
 
 def _state(said: Any) -> PolicyState | None:
-    """A state, by itself or among what else changed."""
+    """A state, by itself or among what else is told of the policy."""
     found = said.get("state") if isinstance(said, dict) else said
     return cast(PolicyState, found) if isinstance(found, str) and found in _STATES else None
 

@@ -52,6 +52,10 @@ WEBHOOKS_DUE: Final = "bonsai:webhooks:due"
 WEBHOOKS_ACCEPTED: Final = "bonsai:webhooks:accepted"
 """Hash webhook id -> when it last accepted a delivery (ms)."""
 RECONCILER_LEASE: Final = "bonsai:reconciler"
+CIRCLES_INDEX: Final = "bonsai:circles"
+"""Set of the routes that have a circle, each as `of_tenant` gives it."""
+CIRCLES_LEASE: Final = "bonsai:circles:lease"
+"""Which gateway drives circles."""
 BROKER_PREFIX: Final = "bonsai:celery:"
 
 
@@ -119,6 +123,10 @@ def policy_key(policy_id: str) -> str:
 
 def route_key(route: str, tenant: str = DEFAULT_TENANT) -> str:
     return f"bonsai:route:{of_tenant(tenant, route)}"
+
+
+def circle_key(route: str, tenant: str = DEFAULT_TENANT) -> str:
+    return f"bonsai:circle:{of_tenant(tenant, route)}"
 
 
 def experiment_key(route: str, tenant: str = DEFAULT_TENANT) -> str:

@@ -186,6 +186,7 @@ ODD: Sequence[dict[str, str]] = (
     {"event": "x", "tenant": "default"},
     {"event": "x", "tenant": "default", "data": "no JSON"},
     {"event": "x", "tenant": "default", "data": "7"},
+    {"event": "x", "tenant": "default", "policy": A, "data": '{"before": "candidate", "after": "live"}'},
     {
         "event": "promote",
         "tenant": "default",

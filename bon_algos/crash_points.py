@@ -71,6 +71,10 @@ GatewayPoint = Literal[
     "spool.written",
     "drain.delivered",
     "drain.acknowledged",
+    "webhook.due",
+    "webhook.claimed",
+    "webhook.answered",
+    "webhook.settled",
 ]
 
 CrashPoint = WorkerPoint | GatewayPoint

@@ -24,6 +24,7 @@ from bonsai.ledger.command import ledger_command
 from bonsai.registry.command import audit_command, policies_command, rebuild_command
 from bonsai.replay.command import replay_command
 from bonsai.report_command import report_command
+from bonsai.webhook_commands import webhooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -178,7 +179,7 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
 distill.add_command(dry_run_command)
 for command in (
     *(circle, distill, replay_command, engines_command, ledger_command, report_command),
-    *(audit_command, policies_command, rebuild_command),
+    *(audit_command, policies_command, rebuild_command, webhooks),
 ):
     main.add_command(command)
 

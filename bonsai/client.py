@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any, Final, Literal, TypeVar
@@ -28,7 +28,9 @@ from bon_algos.contracts import (
     PolicyState,
     Turn,
 )
+from bonsai.engine_replies import Engine, EnginePage
 from bonsai.job_replies import DryRun, Job, JobEvent, JobPage, Reply
+from bonsai.webhook_replies import Webhook, WebhookAttempts, WebhookPage, WebhookTest
 
 _Reply = TypeVar("_Reply", bound=BaseModel)
 
@@ -163,33 +165,6 @@ class _Circles(Reply):
     data: list[RunningCircle]
 
 
-class EngineAdapter(Reply):
-    """One policy on one engine."""
-
-    policy: str
-    wanted: bool
-    resident: bool
-    served: bool
-    draining: bool
-    proven_at: float | None = None
-    used_at: float | None = None
-    reason: str | None = None
-
-
-class Engine(Reply):
-    """A replica of the policy engine."""
-
-    id: str
-    state: str
-    reason: str | None = None
-    slots: int
-    adapters: tuple[EngineAdapter, ...]
-
-
-class _Engines(Reply):
-    data: list[Engine]
-
-
 class BonsaiClient:
     """Calls of the public API; one connection pool. Made by `open_client`."""
 
@@ -295,7 +270,7 @@ class BonsaiClient:
         return (await self._call(_Circles, "POST", "/circles/stop")).data
 
     async def engines(self) -> list[Engine]:
-        return (await self._call(_Engines, "GET", "/engines?limit=100")).data
+        return (await self._call(EnginePage, "GET", "/engines?limit=100")).data
 
     async def register_policy(self, digest: str) -> Policy:
         """An adapter that was put below the artefact root becomes a candidate."""
@@ -304,6 +279,25 @@ class BonsaiClient:
     async def export_policy(self, policy_id: str, base: str) -> bytes:
         """A tar archive of the PEFT directory. base: what the adapter says of its base model."""
         return await self._exchange("GET", f"/policies/{policy_id}/export?{urlencode({'base': base})}")
+
+    async def add_webhook(self, url: str, events: Sequence[str], description: str) -> Webhook:
+        """With its secret, which no other reply has."""
+        body = {"url": url, "events": list(events), "description": description}
+        return await self._call(Webhook, "POST", "/v1/webhooks", body)
+
+    async def webhooks(self) -> list[Webhook]:
+        return (await self._call(WebhookPage, "GET", "/v1/webhooks?limit=100")).data
+
+    async def remove_webhook(self, webhook_id: str) -> None:
+        await self._call(Reply, "DELETE", f"/v1/webhooks/{quote(webhook_id, safe='')}")
+
+    async def test_webhook(self, webhook_id: str) -> WebhookTest:
+        return await self._call(WebhookTest, "POST", f"/v1/webhooks/{quote(webhook_id, safe='')}/test")
+
+    async def webhook_attempts(self, webhook_id: str, *, limit: int) -> WebhookAttempts:
+        """Newest first."""
+        path = f"/v1/webhooks/{quote(webhook_id, safe='')}/deliveries?limit={limit}"
+        return await self._call(WebhookAttempts, "GET", path)
 
     async def start_experiment(self, route: str, weights: Mapping[tuple[str, int], int]) -> None:
         """Weights of the arms (policy, n), together 10,000."""

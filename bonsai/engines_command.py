@@ -18,7 +18,7 @@ from bonsai.gateway_address import GatewayAddress, asks_gateway
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bonsai.client import Engine, EngineAdapter
+    from bonsai.engine_replies import Engine, EngineAdapter
 
 
 @click.command("engines")

@@ -23,7 +23,7 @@ from service.errors import Forbidden, GatewayError
 Role = Literal["admin", "operator", "trainer", "inference", "viewer"]
 Right = Literal[
     "complete", "force_arm", "list_models", "read", "read_content", "train", "move_traffic", "manage_keys", "erase",
-    "read_audit",
+    "read_audit", "manage_webhooks",
 ]  # fmt: skip
 ROLES: Final[Mapping[Right, tuple[Role, ...]]] = {
     "complete": ("admin", "operator", "inference"),
@@ -36,10 +36,12 @@ ROLES: Final[Mapping[Right, tuple[Role, ...]]] = {
     "manage_keys": ("admin",),
     "erase": ("admin",),
     "read_audit": ("admin",),
+    "manage_webhooks": ("admin", "operator"),
 }
 """Who has a right. complete: ask for completions and give feedback on them. read: routes, policies, jobs, experiments,
 their numbers, no texts. read_content: what people wrote. train: submit and cancel jobs. move_traffic: routes,
-experiments, promotion, roll-back, what becomes of a policy. erase: have what one user left forgotten."""
+experiments, promotion, roll-back, what becomes of a policy. erase: have what one user left forgotten. manage_webhooks:
+have the gateway tell addresses of one's choice what happens to jobs and policies."""
 
 
 class Caller(NamedTuple):

@@ -60,6 +60,7 @@ from service.routes import (
     reports,
     routing,
     tags,
+    webhooks,
 )
 from service.routes import ledger as ledger_routes
 from service.serving import Serving
@@ -70,6 +71,7 @@ from service.spool_report import SpoolReport, spool_name
 from service.store import open_redis
 from service.tokenizer_files import read_tokenizer
 from service.vllm import PolicyEngine
+from service.webhook_reach import Reach
 
 MEASUREMENTS_SECONDS: Final = 10.0
 """How long a gateway that stops waits for rewards that are being measured."""
@@ -79,7 +81,7 @@ LEDGER_SECONDS: Final = 5.0
 
 ROUTES: Final = (
     generate, openai, feedback, health, routing, circles, policies, reports, tags, distill, experiments, engines, keys,
-    audit, files, ledger_routes, openapi,
+    audit, files, webhooks, ledger_routes, openapi,
 )  # fmt: skip
 
 
@@ -205,6 +207,7 @@ def _control(
         learning_seconds=settings.learning_seconds,
         max_body_bytes=settings.max_body_bytes,
         pepper=pepper,
+        reach=Reach(private_addresses=settings.webhook_private_addresses, plain_http=settings.webhook_plain_http),
         admin=admin_record(settings.admin_key_file, pepper),
     )
 

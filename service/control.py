@@ -42,6 +42,9 @@ from service.routing import Routes
 from service.store import open_redis
 from service.tags import Tags
 from service.trials import Trials
+from service.webhook_delivery import delivering
+from service.webhook_reach import Reach
+from service.webhooks import Webhooks
 
 DEFAULT_ROUTE: Final = "default"
 DEFAULT_N: Final = 16
@@ -77,6 +80,7 @@ class Control:
     key_ring: KeyRing
     ledger_pages: LedgerPages
     erasures: ErasureBook
+    webhooks: Webhooks
     artefacts: Path
     max_body_bytes: int
 
@@ -98,13 +102,13 @@ async def open_control(
     learning_seconds: float,
     max_body_bytes: int,
     pepper: bytes,
+    reach: Reach,
     admin: KeyRecord,
 ) -> AsyncGenerator[Control]:
     """Build the control plane and keep its loops running until the block is left. Redis may be away: the default
     route and the base policy serve from the start."""
     base = PolicyRecord(id=base_policy_id, kind="base", state="live", created_at=time())
     default = _default_route(base_policy_id, reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens)
-    producer = open_producer(redis_url)
     async with (
         open_redis(redis_url) as redis,
         open_redis(redis_url, in_bytes=True) as redis_of_bytes,
@@ -113,7 +117,7 @@ async def open_control(
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
         key_ring = KeyRing(redis, pepper, admin)
         jobs = Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank)
-        dispatcher = Dispatcher(redis, partial(send_job, producer), seconds=reconcile_seconds)
+        dispatcher = Dispatcher(redis, partial(send_job, open_producer(redis_url)), seconds=reconcile_seconds)
         means = Means(catalogue, jobs, dispatcher, policies, Trials(redis), Curves(redis_of_bytes), artefacts)
         control = Control(
             catalogue=catalogue,
@@ -137,10 +141,11 @@ async def open_control(
             key_ring=key_ring,
             ledger_pages=LedgerPages(redis_of_bytes, archive, pepper),
             erasures=ErasureBook(redis),
+            webhooks=Webhooks(redis, pepper, reach),
             artefacts=artefacts,
             max_body_bytes=max_body_bytes,
         )
-        async with _running(control):
+        async with _running(control), delivering(redis, control.webhooks):
             yield control
 
 

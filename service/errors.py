@@ -17,6 +17,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     │   ├── EngineNotFound               engine_not_found
     │   ├── ReportNotFound               report_not_found
     │   ├── FileNotFound                 file_not_found
+    │   ├── WebhookNotFound              webhook_not_found
     │   └── KeyNotFound                  key_not_found
     ├── MethodNotAllowed            405  method_not_allowed
     ├── NotAcceptable               406  not_acceptable         no form of it that the caller takes
@@ -138,6 +139,10 @@ class EngineNotFound(NotFound):
 
 class FileNotFound(NotFound):
     default_code = "file_not_found"
+
+
+class WebhookNotFound(NotFound):
+    default_code = "webhook_not_found"
 
 
 class KeyNotFound(NotFound):

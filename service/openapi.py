@@ -37,10 +37,11 @@ from service.operations import OPERATIONS as OTHERS
 from service.registry_operations import REGISTRY_OPERATIONS
 from service.replies import TEXT, WHOLE, Named, Schema, maybe, members
 from service.schemas import Schemas
+from service.webhook_operations import WEBHOOK_OPERATIONS
 
 EVERYBODY: Final = (HeadersTooLarge, ShuttingDown)
 """What the edge and the door refuse, whoever asks."""
-OPERATIONS: Final = {**OTHERS, **REGISTRY_OPERATIONS, **CIRCLE_OPERATIONS}
+OPERATIONS: Final = {**OTHERS, **REGISTRY_OPERATIONS, **CIRCLE_OPERATIONS, **WEBHOOK_OPERATIONS}
 WITH_A_KEY: Final = (Unparseable, Unauthenticated, TooManyWrongKeys, StoreUnavailable)
 WITH_A_BODY: Final = (Unparseable, BodyTimeout, BodyTooLarge, UnsupportedMediaType, InvalidField)
 

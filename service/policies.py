@@ -105,11 +105,11 @@ class Policies:
             require_fit(policy, route, served)
             _require_reason(reason)
             promoted = _promoted(route, policy_id)
-            records = await settled(pipe, routes, [promoted])
+            states = await settled(pipe, routes, [promoted])
             audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
-            write_move(pipe, route, promoted, records, idempotency)
-            audit.append(pipe, "promote", by, policy=policy_id, data=moved(route, promoted, reason=reason))
+            write_move(pipe, route, promoted, states, idempotency)
+            audit.append(pipe, "promote", by, policy=policy_id, data=moved(route, promoted, states, reason=reason))
             return promoted
 
         return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
@@ -127,11 +127,12 @@ class Policies:
             restored = _without_trial(route, target).model_copy(
                 update={"live_policy": target, "previous_policies": rest}
             )
-            records = await settled(pipe, routes, [restored])
+            states = await settled(pipe, routes, [restored])
             audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
-            write_move(pipe, route, restored, records, idempotency)
-            audit.append(pipe, "roll_back", by, policy=target or "", data=moved(route, restored, skipped=skipped))
+            write_move(pipe, route, restored, states, idempotency)
+            told = moved(route, restored, states, skipped=skipped)
+            audit.append(pipe, "roll_back", by, policy=target or "", data=told)
             return restored
 
         return await transact(self._redis, [ROUTES_INDEX], change)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from redis.asyncio.client import Pipeline
 
 from bon_algos.contracts import (
     ROUTES_INDEX,
     PolicyRecord,
+    PolicyState,
     Route,
     experiment_stats_key,
     of_tenant,
@@ -24,6 +25,13 @@ from bon_algos.contracts import (
 from service.errors import Conflict, InvalidField, PolicyNotFound, RouteNotFound
 from service.experiment_store import FORMER_STATISTICS_SECONDS
 from service.idempotency import Idempotency
+
+
+class Settled(NamedTuple):
+    """A policy whose state is another one for what happened to its routes."""
+
+    policy: PolicyRecord
+    former: PolicyState
 
 
 async def read_policy(pipe: Pipeline, policy_id: str, tenant: str | None = None) -> PolicyRecord:
@@ -62,26 +70,26 @@ def named(routes: Mapping[str, Route], name: str) -> Route:
     return routes[name]
 
 
-async def settled(pipe: Pipeline, routes: Mapping[str, Route], changed: Iterable[Route]) -> list[PolicyRecord]:
+async def settled(pipe: Pipeline, routes: Mapping[str, Route], changed: Iterable[Route]) -> list[Settled]:
     """The policies whose state is another one when these routes are as they are given; before `multi()`."""
     after = {**routes, **{route.name: route for route in changed}}
-    records: list[PolicyRecord] = []
+    found: list[Settled] = []
     for policy_id in sorted(_in_use(routes.values()) | _in_use(after.values())):
         await pipe.watch(policy_key(policy_id))
         policy = await read_policy(pipe, policy_id)
         if (state := policy.state_on(after.values())) != policy.state:
-            records.append(policy.become(state))
-    return records
+            found.append(Settled(policy.become(state), policy.state))
+    return found
 
 
 def write_move(
-    pipe: Pipeline, before: Route, after: Route, records: Iterable[PolicyRecord], idempotency: Idempotency | None
+    pipe: Pipeline, before: Route, after: Route, states: Iterable[Settled], idempotency: Idempotency | None
 ) -> None:
     """Queue a route as it is now, the policies that are something else for it, and the answer that is recalled."""
     text = after.model_dump_json()
     pipe.set(route_key(after.name, after.tenant), text)
-    for record in records:
-        write_policy(pipe, record)
+    for one in states:
+        write_policy(pipe, one.policy)
     left = {trial.id for trial in (after.canary, after.shadow) if trial is not None}
     for trial in (before.canary, before.shadow):
         if trial is not None and trial.id not in left:
@@ -103,9 +111,11 @@ def stages_of(route: Route) -> dict[str, str | None]:
     }
 
 
-def moved(before: Route, after: Route, **more: Any) -> str:
+def moved(before: Route, after: Route, states: Iterable[Settled], **more: Any) -> str:
     """The audit's data of a move on a route."""
-    return json.dumps({"route": before.name, "before": stages_of(before), "after": stages_of(after), **more})
+    changed = {one.policy.id: [one.former, one.policy.state] for one in states}
+    stages = {"before": stages_of(before), "after": stages_of(after)}
+    return json.dumps({"route": before.name, **stages, "states": changed, **more})
 
 
 def require_fit(policy: PolicyRecord, route: Route, served: frozenset[str]) -> None:

@@ -133,6 +133,10 @@ class GatewaySettings(BaseSettings):
     """Drawn for one key, prompts included, in any minute."""
     key_tokens_in_flight: int | None = Field(None, ge=1)
     """Of one key's requests: prompt + n × max_tokens."""
+    webhook_private_addresses: bool = False
+    """Whether webhooks may lead to addresses that are not public: loopback, private networks, cloud metadata."""
+    webhook_plain_http: bool = False
+    """Whether they may lead to http:// too."""
     header_seconds: float = Field(10, gt=0)
     """A connection is closed that takes longer for a request's headers."""
     unread_seconds: float = Field(30, gt=0)

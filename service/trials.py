@@ -176,12 +176,12 @@ async def _moved(
     by: Caller,
     idempotency: Idempotency | None,
 ) -> Route:
-    records = await settled(pipe, routes, [after])
+    states = await settled(pipe, routes, [after])
     audit = await AuditChain.open(pipe)
     pipe.multi()  # type: ignore[no-untyped-call]
-    write_move(pipe, before, after, records, idempotency)
+    write_move(pipe, before, after, states, idempotency)
     shares = {"canary": _share(after.canary), "shadow": _share(after.shadow)}
-    audit.append(pipe, event, by, policy=policy_id, data=moved(before, after, shares=shares))
+    audit.append(pipe, event, by, policy=policy_id, data=moved(before, after, states, shares=shares))
     return after
 
 

@@ -41,11 +41,15 @@ FINAL_JOB_STATES: Final = tuple(state for state, moves in JOB_MOVES.items() if n
 
 JOB_EVENTS_KEPT: Final = 10_000
 """Of one job, about."""
+JOBS_MOVED: Final = "bonsai:jobs:moved"
+"""Stream of all jobs' moves that no gateway has told webhooks of yet."""
+JOB_PREFIX: Final = "bonsai:job:"
 
 _NEXT: Final = ", ".join(f"{state} = ' {' '.join(moves)} '" for state, moves in JOB_MOVES.items())
 
 JOB_LUA: Final = (
     f"local NEXT, EVENTS_KEPT = {{{_NEXT}}}, {JOB_EVENTS_KEPT}\n"
+    f"local MOVED, ID_AT = '{JOBS_MOVED}', {len(JOB_PREFIX) + 1}\n"
     + """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -69,6 +73,8 @@ local function move(job, events, state, ...)
     redis.call('HSET', job, 'phase', 'done', 'finished_at', string.format('%.3f', now / 1000))
   end
   tell(job, events, 'state', state, ...)
+  local tenant = redis.call('HGET', job, 'tenant') or ''
+  redis.call('XADD', MOVED, '*', 'job', string.sub(job, ID_AT), 'tenant', tenant, 'state', state)
 end
 
 local function is_held(job)
@@ -92,4 +98,6 @@ end
 """Defines `now`, ms on Redis' clock; `move(job, events, state, …)`, which refuses a move that is not in the table and
 appends an event with further fields; `tell(job, events, …)`, which appends one alone; `is_held(job)`, whether its lease
 is alive: where the clock was set back since the worker was last heard of, what was left of the lease then is left of it
-now; `spend(job)`, which counts the time since the worker was last heard of as spent on the job."""
+now; `spend(job)`, which counts the time since the worker was last heard of as spent on the job. A move is also told to
+the stream of all jobs' moves, in the same script: what webhooks are made of cannot be lost between the two. That key is
+no argument of the scripts, so that none can forget it."""

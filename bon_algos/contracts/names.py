@@ -7,7 +7,7 @@ from hashlib import sha256
 from types import MappingProxyType
 from typing import Final
 
-from bon_algos.contracts.job_states import JobPriority
+from bon_algos.contracts.job_states import JOB_PREFIX, JobPriority
 from bon_algos.contracts.record import DEFAULT_TENANT
 
 DISTILL_TASK: Final = "bonsai.distill"
@@ -45,6 +45,14 @@ KEYS: Final = "bonsai:keys"
 """Hash key id -> what is known of the API key; of the key itself a keyed hash."""
 KEYS_USED: Final = "bonsai:keys:used"
 """Hash key id -> the hour it was last used in."""
+WEBHOOKS: Final = "bonsai:webhooks"
+"""Hash webhook id -> what is known of the webhook, of all tenants; its secret is not."""
+WEBHOOKS_READ: Final = "bonsai:webhooks:read"
+"""The entry of the audit up to which it has become deliveries."""
+WEBHOOKS_DUE: Final = "bonsai:webhooks:due"
+"""Sorted set webhook id -> when its next delivery is due (ms)."""
+WEBHOOKS_ACCEPTED: Final = "bonsai:webhooks:accepted"
+"""Hash webhook id -> when it last accepted a delivery (ms)."""
 RECONCILER_LEASE: Final = "bonsai:reconciler"
 CIRCLES_INDEX: Final = "bonsai:circles"
 """Set of the routes that have a circle, each as `of_tenant` gives it."""
@@ -99,7 +107,7 @@ def files_key(tenant: str = DEFAULT_TENANT) -> str:
 
 
 def job_key(job_id: str) -> str:
-    return f"bonsai:job:{job_id}"
+    return f"{JOB_PREFIX}{job_id}"
 
 
 def job_events_key(job_id: str) -> str:
@@ -129,6 +137,21 @@ def experiment_key(route: str, tenant: str = DEFAULT_TENANT) -> str:
 
 def experiment_stats_key(experiment_id: str) -> str:
     return f"bonsai:experiment:{experiment_id}:stats"
+
+
+def webhook_queue_key(webhook_id: str) -> str:
+    """Sorted set event -> when it is to be delivered next (ms); while somebody delivers it, until when he may."""
+    return f"bonsai:webhook:{webhook_id}:queue"
+
+
+def webhook_events_key(webhook_id: str) -> str:
+    """Hash event -> its Delivery, of the events in the queue."""
+    return f"bonsai:webhook:{webhook_id}:events"
+
+
+def webhook_attempts_key(webhook_id: str) -> str:
+    """Stream of what became of the latest attempts."""
+    return f"bonsai:webhook:{webhook_id}:attempts"
 
 
 def idempotency_key(digest: str) -> str:

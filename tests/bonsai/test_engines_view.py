@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from bonsai.cli import main
-from bonsai.client import Engine, open_client
+from bonsai.client import open_client
+from bonsai.engine_replies import Engine
 from bonsai.engines_command import engines_table
 
 ADAPTER: dict[str, Any] = {

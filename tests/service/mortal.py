@@ -14,6 +14,7 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
+from time import time
 from typing import Any, cast
 
 from redis.asyncio import Redis
@@ -37,6 +38,11 @@ from service.replays import Replays, Reply
 from service.spool import Spool
 from service.store import open_redis
 from service.tokenizer_files import read_tokenizer
+from service.webhook_delivery import WebhookDelivery
+from service.webhook_http import open_sender
+from service.webhook_reach import Reach
+from service.webhook_record import WebhookRequest
+from service.webhooks import Webhooks
 from tests.service.records import BASE, STUDENT, group, job_spec, policy, route
 from tests.service.training_files import FORM, form, line, part
 from tests.stubs.tokenizer import write_model_directory
@@ -151,6 +157,27 @@ async def log(redis_url: str, directory: Path, *, appends: bool = True) -> None:
     spool.close()
 
 
+REACH = Reach(private_addresses=True, plain_http=True)
+
+
+async def subscribe(redis_url: str, url: str) -> None:
+    """A webhook, and a job that ended."""
+    async with open_redis(redis_url) as redis:
+        asked = WebhookRequest(url=url, events=("fine_tuning.job.cancelled",))
+        await Webhooks(redis, bytes(32), REACH).create(asked, GATEWAY)
+        jobs = Jobs(redis, n_cap=64, max_lora_rank=32)
+        await jobs.grant("cancel", (await jobs.submit(job_spec())).job_id)
+
+
+async def tell(redis_url: str, *, later: float = 0.0) -> None:
+    """What has happened into the queue of the webhook, and from there to its receiver."""
+    async with open_redis(redis_url) as redis, open_sender(REACH) as sender:
+        webhooks = Webhooks(redis, bytes(32), REACH)
+        delivery = WebhookDelivery(redis, webhooks, sender, clock=lambda: time() + later)
+        async with asyncio.TaskGroup() as group:
+            await delivery.start(group)
+
+
 async def play(scenario: str, redis_url: str, directory: Path) -> None:
     match scenario:
         case "submit":
@@ -171,6 +198,8 @@ async def play(scenario: str, redis_url: str, directory: Path) -> None:
             await delete(redis_url, directory)
         case "answer":
             await answer(redis_url)
+        case "tell":
+            await tell(redis_url)
         case "log":
             await log(redis_url, directory)
 

@@ -96,6 +96,14 @@ MATRIX = {
     ("GET", "/v1/files/{file_id}"): READERS,
     ("GET", "/v1/files/{file_id}/content"): "admin operator trainer",
     ("DELETE", "/v1/files/{file_id}"): "admin operator trainer",
+    **{
+        (method, f"/v1/webhooks{path}"): "admin operator"
+        for method, path in (
+            *(("POST", path) for path in ("", "/{webhook_id}/test", "/{webhook_id}/rotate")),
+            *(("GET", path) for path in ("", "/{webhook_id}", "/{webhook_id}/deliveries")),
+            *((method, "/{webhook_id}") for method in ("PATCH", "DELETE")),
+        )
+    },
     ("POST", "/keys"): "admin",
     ("GET", "/keys"): "admin",
     ("GET", "/keys/{key_id}"): "admin",
@@ -125,7 +133,7 @@ def made(client: Client, **fields: object) -> dict[str, Any]:
 
 def asked(client: Client, method: str, path: str, headers: dict[str, str] | None = None) -> Reply:
     """With a body that is never carried out, on an object that is not there."""
-    for name in ("route", "policy_id", "job_id", "key_id", "model", "erasure_id", "file_id", "tag"):
+    for name in ("route", "policy_id", "job_id", "key_id", "model", "erasure_id", "file_id", "tag", "webhook_id"):
         path = path.replace(f"{{{name}}}", "none")
     body = None if method == "GET" else b"null"
     return client.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
@@ -312,7 +320,7 @@ def test_S1_S17_S18_no_key_is_in_redis_and_neither_key_nor_prompt_in_a_log_or_an
     with everything_logged() as log:
         for method, path in MATRIX:
             for client in (owner, world.client.with_key(wrong)):
-                for name in ("route", "policy_id", "job_id", "key_id", "file_id", "model"):
+                for name in ("route", "policy_id", "job_id", "key_id", "file_id", "model", "webhook_id"):
                     path = path.replace(f"{{{name}}}", canary)
                 body = None if method == "GET" else f'{{"prompt":"{canary}","bad":"{canary}"}}'.encode()
                 reply = client.request(

@@ -35,9 +35,11 @@ from bon_algos.crash_points import GATEWAY_POINTS
 from service.errors import Conflict
 from service.journal import FILE, read_journal
 from service.replays import SLACK_SECONDS
+from service.webhook_queue import CLAIM_SECONDS
 from tests.fixtures.gateway import read_ledger, wait_until
 from tests.service import mortal
 from tests.service.published import write_policy
+from tests.service.receiver import Receiver
 from tests.service.records import BASE, STUDENT, policy, route
 
 pytestmark = pytest.mark.slow
@@ -57,11 +59,12 @@ TRANSACTING = places("transaction")
 DELETING = places("deletion")
 ANSWERING = places("reply")
 LOGGING = places("spool", "drain")
+TELLING = places("webhook")
 
 
 def test_every_place_is_somebodys():
     tested = [*SUBMITTING, *WISHING, *RECONCILING, *UPLOADING, *FORGETTING, *BEGINNING]
-    tested += [*TRANSACTING, *DELETING, *ANSWERING, *LOGGING]
+    tested += [*TRANSACTING, *DELETING, *ANSWERING, *LOGGING, *TELLING]
     assert sorted(tested) == sorted(GATEWAY_POINTS)
 
 
@@ -269,3 +272,15 @@ def test_a_group_on_the_disk_is_delivered_once_by_whoever_comes_next(point, clie
     asyncio.run(mortal.log(redis_url, tmp_path, appends=False))
     assert [record.id for record in read_ledger(redis_url)] == ["resp_1"]
     assert client.hget(LEDGER_COUNTS, "default") == "101"
+
+
+@pytest.mark.parametrize("point", ["transaction.committed", *TELLING])
+def test_a_webhook_is_told_at_least_once_and_under_one_id(point, client, redis_url, dies):
+    """Of a job that ended: whether its gateway dies while it queues the event, or at any place of the delivery."""
+    with Receiver().listening() as receiver:
+        asyncio.run(mortal.subscribe(redis_url, receiver.url))
+        dies("tell", point)
+        asyncio.run(mortal.tell(redis_url, later=CLAIM_SECONDS))
+        asyncio.run(mortal.tell(redis_url, later=2 * CLAIM_SECONDS))
+    assert len(receiver.received) == (2 if point == "webhook.answered" else 1)
+    assert len(set(receiver.ids)) == 1

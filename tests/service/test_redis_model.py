@@ -48,6 +48,12 @@ from service.spool import Spool
 from service.store import open_redis
 from service.tags import Tags
 from service.tokenizer_files import read_tokenizer
+from service.webhook_delivery import WebhookDelivery
+from service.webhook_http import open_sender
+from service.webhook_reach import Reach
+from service.webhook_record import WebhookRequest
+from service.webhooks import Webhooks
+from tests.service.receiver import Receiver
 from tests.service.records import BASE, PASSED, REWARD_MODEL, file_record, group, job_spec, numbered, policy, route
 from tests.service.test_experiment_store import arms
 from tests.service.test_policies import SERVED, A, B, register, snapshot_of
@@ -128,6 +134,7 @@ async def live_through_everything(redis: Redis, url: str, directory: Path) -> No
     assert await Leadership(redis, CIRCLES_LEASE, seconds=15).is_ours()
     await go_through_keys(redis, directory)
     await go_through_an_erasure(redis, url, directory)
+    await go_through_webhooks(redis)
 
 
 async def go_through_an_erasure(redis: Redis, url: str, directory: Path) -> None:
@@ -144,6 +151,18 @@ async def go_through_an_erasure(redis: Redis, url: str, directory: Path) -> None
             # Given back, the lease would not be among the keys that are looked at.
             client.rename(COMPACTOR_LEASE, "kept")
         client.rename("kept", COMPACTOR_LEASE)
+
+
+async def go_through_webhooks(redis: Redis) -> None:
+    """One whose receiver accepts, one where nobody listens."""
+    reach = Reach(private_addresses=True, plain_http=True)
+    webhooks = Webhooks(redis, bytes(32), reach)
+    with Receiver().listening() as receiver:
+        for url in (receiver.url, "http://127.0.0.1:1/"):
+            webhook, _ = await webhooks.create(WebhookRequest(url=url, events=("fine_tuning.job.failed",)), GATEWAY)
+            await webhooks.test(webhook["id"], GATEWAY)
+        async with open_sender(reach) as sender, asyncio.TaskGroup() as group:
+            await WebhookDelivery(redis, webhooks, sender).start(group)
 
 
 async def go_through_files(redis: Redis, directory: Path) -> None:

@@ -38,6 +38,7 @@ class Owned(NamedTuple):
     job: str
     key: str
     file: str
+    webhook: str
     policy: str = STUDENT
 
 
@@ -78,7 +79,9 @@ def acme(still_world: World) -> Owned:
     key = client.post("/keys", {"name": "b", "role": "viewer"}).json["id"]
     assert client.post("/ledger/erasures", {"user": "somebody"}).json["id"] == ERASURE
     file = uploaded(client, line()).json["id"]
-    return Owned(client, response, job, key, file)
+    asked = {"url": "https://93.184.215.14/", "events": ["fine_tuning.job.failed"]}
+    webhook = client.post("/v1/webhooks", asked).json["id"]
+    return Owned(client, response, job, key, file, webhook)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +144,17 @@ def foreign(owned: Owned) -> dict[tuple[str, str], tuple[str, object]]:
         ("GET", "/v1/files/{file_id}"): (f"/v1/files/{owned.file}", None),
         ("GET", "/v1/files/{file_id}/content"): (f"/v1/files/{owned.file}/content", None),
         ("DELETE", "/v1/files/{file_id}"): (f"/v1/files/{owned.file}", None),
+        **{
+            (method, f"/v1/webhooks/{{webhook_id}}{path}"): (f"/v1/webhooks/{owned.webhook}{path}", body)
+            for method, path, body in (
+                ("GET", "", None),
+                ("PATCH", "", {"enabled": False}),
+                ("DELETE", "", None),
+                ("POST", "/test", None),
+                ("POST", "/rotate", None),
+                ("GET", "/deliveries", None),
+            )
+        },
         ("GET", "/keys/{key_id}"): (f"/keys/{owned.key}", None),
         ("DELETE", "/keys/{key_id}"): (f"/keys/{owned.key}", None),
     }
@@ -156,7 +170,7 @@ WITHOUT_OBJECTS = {
     ("POST", "/ledger/erasures"),
     # Of one's own, whatever others have of the same content: test_files.py.
     ("POST", "/v1/files"),
-    ("GET", "/tags"), ("GET", "/audit"),
+    ("GET", "/tags"), ("GET", "/audit"), ("GET", "/v1/webhooks"), ("POST", "/v1/webhooks"),
     # Names a directory, whose manifest says whose it is.
     ("POST", "/policies"),
     # Makes a route of the caller's own, as `test_one_name_is_as_many_routes_as_tenants` sees.
@@ -169,7 +183,7 @@ NAMED = sorted(set(MATRIX) - WITHOUT_OBJECTS)
 
 
 def test_every_route_that_names_an_object_is_tried():
-    assert set(foreign(Owned(Client("http://x:1", None), "", "", "", ""))) | WITHOUT_OBJECTS == set(
+    assert set(foreign(Owned(Client("http://x:1", None), "", "", "", "", ""))) | WITHOUT_OBJECTS == set(
         rights(create_app(no_gateway))
     )
 
@@ -195,6 +209,8 @@ def test_nothing_of_a_tenant_was_changed_by_those_tries(acme):
     found = acme.client.get(f"/policies/{acme.policy}").json
     assert (found["live_on"], found["state"], found["is_protected"]) == ([], "candidate", False)
     assert acme.client.get("/tags/best").json["policy"] == acme.policy
+    kept = acme.client.get(f"/v1/webhooks/{acme.webhook}").json
+    assert (kept["enabled"], kept["former_secret_until"], kept["waiting"]) == (True, None, 0)
     assert len(acme.client.get(f"/v1/feedback?response={acme.response}").json["data"]) == 1
     assert acme.client.get("/routes/chat/curve").status in (200, 409)
 
@@ -223,7 +239,8 @@ def test_lists_hold_what_is_ones_own(acme, others, who):
     assert ids(others[who], f"/v1/feedback?response={acme.response}") == set()
     assert ids(others[who], "/v1/feedback?session=lunch") == set()
     assert (acme.key in ids(others[who], "/keys")) == (who == "default")
-    assert ids(others[who], "/tags") == set()
+    assert ids(others[who], "/tags") == ids(others[who], "/v1/webhooks") == set()
+    assert ids(acme.client, "/v1/webhooks") == {acme.webhook}
     assert acme.key not in {row["about"].get("key") for row in others[who].get("/audit?limit=100").json["data"]}
     assert ids(acme.client, "/tags") == {"best"}
     assert {row["event"] for row in acme.client.get("/audit?limit=100").json["data"]} >= {"route_put", "tag_put"}

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,6 @@ SPEC = JobSpec(
     held_out_fraction=0.3,
 )
 SECONDS = 120.0
-until = partial(forks.until, seconds=SECONDS)
 LEASE_SECONDS = 8
 """Long enough that a busy machine does not lose it by itself."""
 
@@ -97,6 +95,10 @@ def start_training(client, environment):
     )
     epoch = int(client.hget(job_key(JOB), "epoch"))
     return train(JOB, epoch, environment, Path(environment["BONSAI_ARTEFACTS"]) / f"{epoch}.log")
+
+
+def until(condition, what):
+    return forks.until(condition, what, seconds=SECONDS)
 
 
 def code_of(process):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ from service.fingerprint import FLOAT32_TOLERANCE
 from service.policies import Policies
 from service.publishers import Publishers
 from service.publishing import Publisher
-from service.store import open_redis
 from service.vllm import AdapterRefused, EngineState
 from tests.service.published import base_logprob, write_policy
 from tests.service.records import BASE, policy, route
@@ -93,12 +92,6 @@ class OneEngine:
 
     def restart(self) -> None:
         self.adapters.clear()
-
-
-@pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    async with open_redis(redis_url) as client:
-        yield client
 
 
 @pytest.fixture

@@ -23,13 +23,13 @@ from service.publishing import Publisher, wanted_policies
 from service.store import open_redis
 from tests.fixtures.redis import RedisServer
 from tests.service.published import COMPLETIONS
-from tests.service.publishers import OneEngine, candidate, catalogue, engine, make_publisher, publisher, redis
+from tests.service.publishers import OneEngine, candidate, catalogue, engine, make_publisher, publisher
 from tests.service.records import BASE, STUDENT, numbered, policy, route
 from tests.service.test_experiments import STUDENT_ARM, TEACHER_ARM
 from tests.service.test_policies import register
 
 pytestmark = pytest.mark.anyio
-__all__ = ["catalogue", "engine", "publisher", "redis"]
+__all__ = ["catalogue", "engine", "publisher"]
 
 
 # --- loading, serving, restarting ------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from service.catalogue import Catalogue
 from service.errors import EngineUnavailable
 from service.publishers import Publishers
 from tests.service.published import COMPLETIONS
-from tests.service.publishers import OneEngine, candidate, catalogue, make_publishers, redis
+from tests.service.publishers import OneEngine, candidate, catalogue, make_publishers
 from tests.service.records import BASE
 
 pytestmark = pytest.mark.anyio
-__all__ = ["catalogue", "redis"]
+__all__ = ["catalogue"]
 
 
 @pytest.fixture

@@ -62,12 +62,10 @@ class Requirements(NamedTuple):
     """False: rewards are still to be measured."""
 
     @classmethod
-    def of(
-        cls, spec: JobSpec, *, reference_policy: str, reward_model: str, reward_template_digest: str
-    ) -> Requirements:
+    def of(cls, spec: JobSpec, *, base_policy: str, reward_model: str, reward_template_digest: str) -> Requirements:
         window, from_file = spec.window, spec.training_file is not None
         return cls(
-            reference_policy=reference_policy,
+            reference_policy=spec.reference_policy(base_policy),
             reward_model=reward_model,
             reward_template_digest=reward_template_digest,
             num_candidates=spec.method.spec.candidates_needed,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bonsai.circle_commands import circle
 from bonsai.distill_commands import distill
 from bonsai.dry_run import dry_run_command
 from bonsai.engines import LORA_RANKS
@@ -163,7 +164,7 @@ def demo(stop_at_end: bool, picture: Path | None, **options: Any) -> None:
 
 distill.add_command(dry_run_command)
 for command in (
-    *(distill, replay_command, engines_command, ledger_command, report_command),
+    *(circle, distill, replay_command, engines_command, ledger_command, report_command),
     *(audit_command, policies_command, rebuild_command),
 ):
     main.add_command(command)

@@ -19,12 +19,14 @@ import aiohttp
 from pydantic import BaseModel, ValidationError
 
 from bon_algos.contracts import (
+    CircleSpec,
     FingerprintResult,
     Interval,
     JobSpec,
     Manifest,
     PolicyReport,
     PolicyState,
+    Turn,
 )
 from bonsai.job_replies import DryRun, Job, JobEvent, JobPage, Reply
 
@@ -134,6 +136,31 @@ class ExperimentSummary(Reply):
     id: str
     route: str
     arms: tuple[ArmSummary, ...]
+
+
+class CircleSpent(Reply):
+    """In the last 24 hours, and how far the live policy is from the first reference, nats."""
+
+    jobs: int
+    gpu_seconds: float
+    kl_base: float
+    kl_base_foreseen: float
+
+
+class RunningCircle(Reply):
+    """A route that distils itself again and again."""
+
+    route: str
+    status: Literal["running", "stopped"]
+    reason: str
+    live_policy: str | None
+    turn: Turn | None
+    turns: tuple[Turn, ...]
+    spent: CircleSpent
+
+
+class _Circles(Reply):
+    data: list[RunningCircle]
 
 
 class EngineAdapter(Reply):
@@ -250,6 +277,22 @@ class BonsaiClient:
     async def promote(self, policy_id: str, *, route: str, override_reason: str) -> None:
         body = {"route": route, "override_reason": override_reason}
         await self._call(Reply, "POST", f"/policies/{policy_id}/promote", body)
+
+    async def put_circle(self, route: str, spec: CircleSpec) -> RunningCircle:
+        return await self._call(RunningCircle, "PUT", f"/routes/{route}/circle", spec.model_dump(exclude_unset=True))
+
+    async def circle(self, route: str) -> RunningCircle:
+        return await self._call(RunningCircle, "GET", f"/routes/{route}/circle")
+
+    async def circles(self) -> list[RunningCircle]:
+        return (await self._call(_Circles, "GET", "/circles?limit=100")).data
+
+    async def ask_circle(self, wish: Literal["start", "stop"], route: str) -> RunningCircle:
+        return await self._call(RunningCircle, "POST", f"/routes/{route}/circle/{wish}")
+
+    async def stop_circles(self) -> list[RunningCircle]:
+        """All of them."""
+        return (await self._call(_Circles, "POST", "/circles/stop")).data
 
     async def engines(self) -> list[Engine]:
         return (await self._call(_Engines, "GET", "/engines?limit=100")).data

@@ -5,9 +5,6 @@ Owns: what a user can say and the lines that come back. Does not own: the API's 
 
 from __future__ import annotations
 
-import asyncio
-import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -18,8 +15,6 @@ from bonsai.gateway_address import GatewayAddress, asks_gateway
 if TYPE_CHECKING:
     from bonsai.client import BonsaiClient
     from bonsai.job_replies import Job
-
-Work = Callable[["BonsaiClient"], Awaitable[None]]
 
 
 @click.group()
@@ -47,7 +42,7 @@ def submit(gateway: GatewayAddress, spec: IO[str]) -> None:
     async def work(client: BonsaiClient) -> None:
         _say(await client.distill(asked))
 
-    _run(gateway, work)
+    gateway.run(work)
 
 
 @distill.command("list")
@@ -61,7 +56,7 @@ def list_jobs(gateway: GatewayAddress, limit: int, after: str | None) -> None:
         for job in (await client.jobs(limit=limit, after=after)).data:
             _say(job)
 
-    _run(gateway, work)
+    gateway.run(work)
 
 
 @distill.command()
@@ -73,7 +68,7 @@ def show(gateway: GatewayAddress, job_id: str) -> None:
     async def work(client: BonsaiClient) -> None:
         click.echo((await client.job(job_id)).model_dump_json(indent=1))
 
-    _run(gateway, work)
+    gateway.run(work)
 
 
 @distill.command()
@@ -88,7 +83,7 @@ def events(gateway: GatewayAddress, job_id: str) -> None:
             at = datetime.fromtimestamp(event.created_at, UTC).strftime("%H:%M:%S")
             click.echo(f"{at}  {event.level:<5}  {event.message}")
 
-    _run(gateway, work)
+    gateway.run(work)
 
 
 def _wish(wish: Literal["pause", "resume", "cancel"], told: str) -> None:
@@ -99,7 +94,7 @@ def _wish(wish: Literal["pause", "resume", "cancel"], told: str) -> None:
         async def work(client: BonsaiClient) -> None:
             _say(await client.ask_job(wish, job_id))
 
-        _run(gateway, work)
+        gateway.run(work)
 
 
 _wish("pause", "Have a job stop after the step it is at, and keep its state.")
@@ -113,18 +108,3 @@ def _say(job: Job) -> None:
     outcome = job.fine_tuned_model or (job.error.code if job.error is not None else "")
     columns = (job.id, f"{job.status:<9}", f"{told.step}/{told.steps}", f"{told.seconds:.0f} s", doing, outcome)
     click.echo("  ".join(column for column in columns if column))
-
-
-def _run(gateway: GatewayAddress, work: Work) -> None:
-    """Status 1 and the reason, where the gateway refuses or is not there."""
-    from bonsai.client import BonsaiError
-
-    async def all_of_it() -> None:
-        async with gateway.open_client() as client:
-            await work(client)
-
-    try:
-        asyncio.run(all_of_it())
-    except (BonsaiError, OSError, ValueError) as error:
-        click.echo(f"failed {error}", err=True)
-        sys.exit(1)

@@ -5,7 +5,10 @@ Owns: the two options and what they mean. Does not own: the API's client (client
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,6 +42,20 @@ class GatewayAddress(NamedTuple):
         from bonsai.client import open_client
 
         return open_client(self.url, api_key=self.api_key, timeout_seconds=timeout_seconds)
+
+    def run(self, work: Callable[[BonsaiClient], Awaitable[None]]) -> None:
+        """Ends the command with status 1 and the reason, where the gateway refuses or is not there."""
+        from bonsai.client import BonsaiError
+
+        async def all_of_it() -> None:
+            async with self.open_client() as client:
+                await work(client)
+
+        try:
+            asyncio.run(all_of_it())
+        except (BonsaiError, OSError, ValueError) as error:
+            click.echo(f"failed {error}", err=True)
+            sys.exit(1)
 
 
 def asks_gateway(command: Command) -> Command:

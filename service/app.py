@@ -45,6 +45,7 @@ from service.reward import RewardModel
 from service.reward_test import RewardTest, read_pairs
 from service.routes import (
     audit,
+    circles,
     distill,
     engines,
     experiments,
@@ -77,8 +78,8 @@ LEDGER_SECONDS: Final = 5.0
 
 
 ROUTES: Final = (
-    generate, openai, feedback, health, routing, policies, reports, tags, distill, experiments, engines, keys, audit,
-    files, ledger_routes, openapi,
+    generate, openai, feedback, health, routing, circles, policies, reports, tags, distill, experiments, engines, keys,
+    audit, files, ledger_routes, openapi,
 )  # fmt: skip
 
 

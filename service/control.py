@@ -1,7 +1,7 @@
 """The control plane as one object: what the admin routes may touch, built once, at start-up.
 
-Owns: the wiring of catalogue, keys, registry, jobs, files, experiments, publishing, curves, what is learned of rewards,
-and their loops. Does not own: HTTP, the engines, which join and leave `publishers` (fleet.py).
+Owns: the wiring of catalogue, keys, registry, jobs, files, experiments, circles, publishing, curves, what is learned of
+rewards, and their loops. Does not own: HTTP, the engines, which join and leave `publishers` (fleet.py).
 `open_control` is the composition root of everything that changes traffic; the hot path needs `catalogue` alone.
 """
 
@@ -19,6 +19,7 @@ from archive.reading import Archive
 from bon_algos.contracts import PolicyRecord, Route
 from service.audit import Audit
 from service.catalogue import Catalogue
+from service.circle_driver import CircleDriver, Means
 from service.curve import Curves
 from service.deletion import Deletion
 from service.dispatch import Dispatcher, open_producer, send_job
@@ -64,6 +65,7 @@ class Control:
     registration: Registration
     audit: Audit
     experiments: Experiments
+    circle_driver: CircleDriver
     jobs: Jobs
     training: TrainingData
     streams: JobStreams
@@ -110,22 +112,26 @@ async def open_control(
     ):
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
         key_ring = KeyRing(redis, pepper, admin)
+        jobs = Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank)
+        dispatcher = Dispatcher(redis, partial(send_job, producer), seconds=reconcile_seconds)
+        means = Means(catalogue, jobs, dispatcher, policies, Trials(redis), Curves(redis_of_bytes), artefacts)
         control = Control(
             catalogue=catalogue,
             routes=Routes(redis, reward_model=reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens),
             policies=policies,
-            trials=Trials(redis),
+            trials=means.trials,
             tags=Tags(redis),
             deletion=Deletion(redis, artefacts),
             registration=Registration(redis, artefacts, base_policy_id=base_policy_id, max_lora_rank=max_lora_rank),
             audit=Audit(redis),
             experiments=Experiments(redis),
-            jobs=Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank),
+            circle_driver=CircleDriver(redis, means, seconds=reconcile_seconds),
+            jobs=jobs,
             training=training,
             streams=JobStreams(redis_that_waits),
-            dispatcher=Dispatcher(redis, partial(send_job, producer), seconds=reconcile_seconds),
+            dispatcher=dispatcher,
             publishers=open_publishers(catalogue, policies),
-            curves=Curves(redis_of_bytes),
+            curves=means.curves,
             learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
             keys=Keys(redis, key_ring, pepper, admin, default),
             key_ring=key_ring,
@@ -147,6 +153,7 @@ async def _running(control: Control) -> AsyncGenerator[None]:
     async with running_loops(
         *(control.catalogue.run(), control.key_ring.run(), control.dispatcher.run(), control.learned.run()),
         *(control.deletion.run(), JournalWriter(control.catalogue, control.artefacts).run()),
+        control.circle_driver.run(),
     ):
         yield
 

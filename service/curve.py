@@ -3,8 +3,8 @@
 Owns: which logged groups tell of it, the estimate with its intervals, and the smallest k that is good enough. Does not
 own: the estimator (`bon_algos.order`), HTTP (routes/routing.py).
 
-Each group of n is n independent draws of the route's base policy; only such groups are looked at, for one that stopped
-early or lost candidates would bend the curve.
+Each group of n is n independent draws of the policy that the route's best-of-n draws from; only such groups are looked
+at, for one that stopped early or lost candidates would bend the curve.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Curves:
         """redis: one that answers in bytes."""
         self._redis = redis
 
-    async def of(self, route: Route, *, num_groups: int, n: int | None) -> Curve:
-        """The curve of the newest groups of n candidates; n None: of the most frequent n among them.
+    async def of(self, route: Route, *, num_groups: int, n: int | None, since: float = 0.0) -> Curve:
+        """The curve of the newest groups of n candidates from `since` on; n None: of the most frequent n among them.
 
         Raises Conflict (too_few_groups) with fewer than two prompts.
         """
@@ -80,7 +80,8 @@ class Curves:
                 break
             newest = f"({page[-1][0].decode()}"
             # A page is many thousand candidates: reading it must not hold up requests.
-            chosen += await asyncio.to_thread(_fitting, [fields for _, fields in page], route, n, skipped)
+            fitting = await asyncio.to_thread(_fitting, [fields for _, fields in page], route, n, skipped)
+            chosen += [group for group in fitting if group.created_at >= since]
         return await asyncio.to_thread(_curve, chosen[:num_groups], n, skipped)
 
 
@@ -106,8 +107,8 @@ def _fitting(
 
 
 def unfit(group: CandidateGroup, route: Route, n: int | None) -> str | None:
-    """Why the route's group tells nothing of best-of-n of its base policy; None when it does. n None: of any n."""
-    if group.policy_id != route.base_policy:
+    """Why the route's group tells nothing of its best-of-n; None when it does. n None: of any n."""
+    if group.policy_id != route.best_of_n_policy:
         return "other_policy"
     if group.reward_model_id != route.reward_model:
         return "other_reward_model"
@@ -172,7 +173,7 @@ def curve_object(route: Route, curve: Curve, loss: float) -> dict[str, Any]:
     return {
         "object": "bonsai.curve",
         "route": route.name,
-        "policy": route.base_policy,
+        "policy": route.best_of_n_policy,
         "reward_model": route.reward_model,
         "n": curve.n,
         "groups": curve.groups,

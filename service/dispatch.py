@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from typing import Final, Literal, cast
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -31,6 +30,7 @@ from bon_algos.contracts import (
 )
 from bon_algos.crash_points import crash_point
 from service.errors import StoreFull, StoreUnavailable
+from service.leadership import Leadership
 from service.store import translated
 
 MAX_ATTEMPTS: Final = 3
@@ -77,14 +77,6 @@ _MARK: Final = """
 if redis.call('HGET', KEYS[1], 'state') ~= 'queued' then return 0 end
 local t = redis.call('TIME')
 redis.call('HSET', KEYS[1], 'dispatched_at', string.format('%.0f', t[1] * 1000 + math.floor(t[2] / 1000)))
-return 1
-"""
-
-# KEYS: lease. ARGV: token, ms. Takes the lease, or extends our own.
-_LEASE: Final = """
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 
@@ -140,10 +132,9 @@ class Dispatcher:
         self._redis = redis
         self._send = send
         self._seconds = seconds
-        self._token = uuid4().hex
+        self._leadership = Leadership(redis, RECONCILER_LEASE, seconds=3 * seconds)
         self._inspect = redis.register_script(_INSPECT)
         self._mark = redis.register_script(_MARK)
-        self._lease = redis.register_script(_LEASE)
 
     async def wake(self, job_id: str) -> None:
         """Wake a worker for a queued job, after the reply that said so. A failure is logged: the reconciler repairs
@@ -157,9 +148,9 @@ class Dispatcher:
 
     async def reconcile(self) -> dict[str, Action]:
         """One pass over the open jobs: what was done with each. Nothing when another gateway holds the lease."""
+        if not await self._leadership.is_ours():
+            return {}
         with translated():
-            if not await self._lease(keys=[RECONCILER_LEASE], args=[self._token, int(self._seconds * 3000)]):
-                return {}
             actions: dict[str, Action] = {}
             for job_id in sorted(cast(set[str], await self._redis.smembers(OPEN_JOBS))):
                 actions[job_id] = await self._reconcile_one(job_id)

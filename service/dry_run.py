@@ -69,7 +69,7 @@ class DryRuns:
         """redis: one that answers in bytes."""
         self._redis, self._files, self._archive, self._tokenizer = redis, files, archive, tokenizer
         self._judged_by = {
-            "reference_policy": base_policy_id,
+            "base_policy": base_policy_id,
             "reward_model": reward_model_id,
             "reward_template_digest": reward_template_digest,
         }

@@ -12,6 +12,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     │   ├── PolicyNotFound               policy_not_found
     │   ├── TagNotFound                  tag_not_found
     │   ├── JobNotFound                  job_not_found
+    │   ├── CircleNotFound               circle_not_found
     │   ├── ExperimentNotFound           experiment_not_found
     │   ├── EngineNotFound               engine_not_found
     │   ├── ReportNotFound               report_not_found
@@ -121,6 +122,10 @@ class TagNotFound(NotFound):
 
 class JobNotFound(NotFound):
     default_code = "job_not_found"
+
+
+class CircleNotFound(NotFound):
+    default_code = "circle_not_found"
 
 
 class ExperimentNotFound(NotFound):

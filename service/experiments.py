@@ -87,15 +87,18 @@ def assign(
         counts = experiment is not None and any(entry.arm == forced for entry in experiment.arms)
         return _served(Assignment(forced, "forced", experiment.id if experiment and counts else None), route, served)
     if experiment is not None:
-        return _served(_assign_experiment(route, experiment, unit, n), route, served)
+        return _served(_assign_experiment(route, experiment, served, unit, n), route, served)
     answered = _assign_route(route, live, served, n)
     return answered if route.canary is None else _assign_canary(route.canary, canary, answered, route, served, unit, n)
 
 
-def _assign_experiment(route: Route, experiment: Experiment, unit: str, n: int | None) -> Assignment:
+def _assign_experiment(
+    route: Route, experiment: Experiment, served: frozenset[str], unit: str, n: int | None
+) -> Assignment:
     asked = route.default_n if n is None else n
     if asked > max(entry.arm.n for entry in experiment.arms):
-        return Assignment(Arm(policy=route.base_policy, n=asked), "n_above_equivalent")
+        policy = route.best_of_n_policy if route.best_of_n_policy in served else route.base_policy
+        return Assignment(Arm(policy=policy, n=asked), "n_above_equivalent")
     arm = arm_of(bucket(unit, experiment.salt), experiment.arms)
     if n is not None and n < arm.n:
         return Assignment(Arm(policy=arm.policy, n=n), "n_below_arm")
@@ -110,7 +113,7 @@ def _assign_route(route: Route, live: PolicyRecord | None, served: frozenset[str
     if live is None or live.id not in served:
         return Assignment(teacher, "default", warnings=("the live policy is not served: best-of-n answered",))
     if asked > live.n_equivalent:
-        return Assignment(teacher, "n_above_equivalent")
+        return Assignment(Arm(policy=route.best_of_n_policy, n=asked), "n_above_equivalent")
     return Assignment(Arm(policy=live.id, n=1), "live")
 
 

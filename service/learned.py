@@ -245,7 +245,7 @@ def _lengths(candidates: Sequence[Candidate]) -> Any:
 
 def _pair(group: CandidateGroup, route: Route) -> Pair | None:
     """What a probe tells of the live policy; None where the group is no probe, or not whole."""
-    is_of_route = (group.policy_id, group.reward_model_id) == (route.base_policy, route.reward_model)
+    is_of_route = (group.policy_id, group.reward_model_id) == (route.best_of_n_policy, route.reward_model)
     if group.stop_reason != "probe" or not group.store or not is_of_route or len(group.scored) != group.requested:
         return None
     sample, *others = group.candidates

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any, Final, get_args
 
 from service.access import ROLES, Right, Role
+from service.circle_operations import CIRCLE_OPERATIONS
 from service.draining import ALIVE
 from service.errors import (
     PROBLEM_JSON,
@@ -39,7 +40,7 @@ from service.schemas import Schemas
 
 EVERYBODY: Final = (HeadersTooLarge, ShuttingDown)
 """What the edge and the door refuse, whoever asks."""
-OPERATIONS: Final = {**OTHERS, **REGISTRY_OPERATIONS}
+OPERATIONS: Final = {**OTHERS, **REGISTRY_OPERATIONS, **CIRCLE_OPERATIONS}
 WITH_A_KEY: Final = (Unparseable, Unauthenticated, TooManyWrongKeys, StoreUnavailable)
 WITH_A_BODY: Final = (Unparseable, BodyTimeout, BodyTooLarge, UnsupportedMediaType, InvalidField)
 

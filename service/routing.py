@@ -97,6 +97,8 @@ class Routes:
             experiment = None if experiment_row is None else Experiment.model_validate_json(experiment_row)
             if experiment is not None and experiment.stopped_at is None:
                 raise Conflict("an experiment runs on the route: stop it first", code="route_in_use")
+            if Route.model_validate_json(row).collect_share is not None:
+                raise Conflict("the route has a circle: stop and delete it first", code="route_in_use")
             if Route.model_validate_json(row).is_used:
                 raise Conflict(
                     "a policy is live, canary or shadow on the route: roll back or withdraw it first",

@@ -118,13 +118,17 @@ def planned(
     """The strategy that answers, and the arm it aims at. Pure.
 
     n: what the request names. is_policy_law: whether it is sampled as what was learned from. position: `share_of` its
-    group. The first `holdout_share` always has all n of the base policy; of distilled_first the next share is probes.
-    What is forced or in an experiment is fixed.
+    group. The first `holdout_share` always has all n of the policy that best-of-n draws from, on a route with a circle
+    at least `collect_share`; of distilled_first the next share is probes. What is forced or in an experiment is fixed.
     """
     is_free = assignment.experiment_id is None and assignment.reason in ("default", "live", "n_above_equivalent")
+    # Where the live policy is not served, the base answers, and the assignment says so.
+    sampled = route.base_policy if assignment.reason == "default" else route.best_of_n_policy
+    teacher = Arm(policy=sampled, n=route.default_n if n is None else n)
+    if is_free and assignment.reason == "live" and position < (route.collect_share or 0.0):
+        return replace(assignment, arm=teacher, reason="default"), Fixed("holdout")
     if route.strategy not in ("adaptive", "distilled_first") or not is_free:
         return assignment, Fixed()
-    teacher = Arm(policy=route.base_policy, n=route.default_n if n is None else n)
     if position < holdout_share:
         return replace(assignment, arm=teacher, reason="default"), Fixed("holdout")
     if route.strategy == "adaptive":

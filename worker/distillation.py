@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -142,7 +143,7 @@ class Distillation:
         place = self.workplace
         return Requirements.of(
             self.spec,
-            reference_policy=place.base_policy_id,
+            base_policy=place.base_policy_id,
             reward_model=place.engines.reward_model_id,
             reward_template_digest=place.engines.reward_template_digest,
         )
@@ -209,6 +210,9 @@ class Distillation:
             return policy
         method = self.spec.method.algorithm
         served = self.open_adapter(method.lora_rank, method.lora_alpha)
+        if policy.start is not None:
+            served.load_factors(policy.start)
+            served.refer_to_start()
         served.load_factors(policy.factors)
         return served
 
@@ -304,16 +308,26 @@ class Distillation:
         )
         difference = require_same_policy(policy, judged, MAX_LOGPROB_DIFFERENCE[place.device.type])
         log.info("engine and trainer differ by %.1e nats per token", difference)
-        kl_B = kl_by_prompt(policy, judged)
+        kl_B = kl_by_prompt(judged, policy.reference_logprobs)
+        drift = None if policy.start is None else mean_interval(kl_by_prompt(judged, policy.base_logprobs))
         opinion = second_opinion(place.judge, judged, self.lease.wait, place.engine_patience_seconds)
-        return Evidence(judged, kl_B, report_of(judged, mean_interval(kl_B), self.spec.n), opinion)
+        return Evidence(judged, kl_B, report_of(judged, mean_interval(kl_B), self.spec.n, drift), opinion)
 
     def draw_judged(self, policy: TrainedPolicy, pools: Sequence[PromptPool], num_samples: int) -> list[Judged]:
-        with self.rollouts.served(policy) as name:
-            names = (name, self.workplace.base_policy_id)
-            drawn = self.rollouts.draw([(model, pool, num_samples) for model in names for pool in pools])
+        with self.rollouts.served(policy) as name, self.reference_served(policy) as reference:
+            drawn = self.rollouts.draw([(model, pool, num_samples) for model in (name, reference) for pool in pools])
         sides = zip(pools, drawn[: len(pools)], drawn[len(pools) :], strict=True)
         return [Judged(pool, own, reference) for pool, own, reference in sides]
+
+    @contextmanager
+    def reference_served(self, policy: TrainedPolicy) -> Iterator[str]:
+        """The name under which the engine serves the reference. A published one is lent once more: what engines hold
+        for routes may change meanwhile."""
+        if policy.start is None:
+            yield self.workplace.base_policy_id
+        else:
+            with self.rollouts.served(policy, policy.start) as name:
+                yield name
 
     def publish(self, policy: TrainedPolicy, window: FrozenWindow, evidence: Evidence | None) -> None:
         self.progress.count(trained=self.tokens_trained, sampled=self.rollouts.tokens, evaluation_seconds=None)
@@ -363,6 +377,7 @@ class Distillation:
             policy_id=policy_id,
             base_policy_id=place.base_policy_id,
             parent_policy_id=self.parent_policy_id,
+            reference_policy_id=spec.reference_policy(place.base_policy_id),
             job_id=self.lease.job_id,
             route=spec.route,
             method=spec.method.type,

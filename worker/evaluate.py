@@ -20,9 +20,10 @@ from bon_algos.contracts import EvaluationReport, Fingerprint, Interval
 from bon_algos.frontier import Array, win_rate_against_best_of_n
 from bon_algos.logprobs import TokenGroup
 from bon_algos.order import best_of_n_weights, mean_interval
+from bon_algos.steps import SequenceLogprobs
 from worker.dataset import LoggedCandidate, PromptPool
 from worker.errors import JobFailed
-from worker.models import TrainedPolicy
+from worker.models import TrainedPolicy, Whose
 from worker.rollouts import Rollout
 
 MAX_PROMPTS = 96
@@ -68,8 +69,11 @@ def samples_needed(n: int) -> int:
     return max(MIN_SAMPLES, n)
 
 
-def report_of(judged: Sequence[Judged], kl_policy_reference: Interval, n: int) -> EvaluationReport:
-    """The report from the draws. Raises JobFailed when too many draws have no reward."""
+def report_of(
+    judged: Sequence[Judged], kl_policy_reference: Interval, n: int, kl_policy_base: Interval | None = None
+) -> EvaluationReport:
+    """The report from the draws. kl_policy_base: where the reference is not the base. Raises JobFailed when too many
+    draws have no reward."""
     _require_rewards(judged)
     policy_B = np.array([_mean_reward(row.policy) for row in judged])
     reference_B = np.array([row.reward_reference.mean() for row in judged])
@@ -88,6 +92,7 @@ def report_of(judged: Sequence[Judged], kl_policy_reference: Interval, n: int) -
             [win_rate_against_best_of_n(row.order_policy, row.order_reference, 1) for row in judged]
         ),
         kl_policy_reference=kl_policy_reference,
+        kl_policy_base=kl_policy_base,
         mean_tokens_policy=_mean_tokens([row.policy for row in judged]),
         mean_tokens_reference=_mean_tokens([row.reference for row in judged]),
     )
@@ -99,21 +104,21 @@ def share_interval(share_B: Sequence[float]) -> Interval:
     return Interval(mean=interval.mean, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
 
 
-def kl_by_prompt(policy: TrainedPolicy, judged: Sequence[Judged]) -> list[float]:
-    """KL(policy ‖ reference) per completion of each prompt: the engine's log-probs of the policy's own samples against
-    the trainer's of the reference; nats."""
-    reference = policy.reference_logprobs([_token_group(row) for row in judged])
+def kl_by_prompt(judged: Sequence[Judged], logprobs_of_other: SequenceLogprobs) -> list[float]:
+    """KL(policy ‖ other) per completion of each prompt: the engine's log-probs of the policy's own samples against
+    the trainer's of the other, the reference or the base; nats."""
+    other = logprobs_of_other([_token_group(row) for row in judged])
     return [
         float(np.mean([one.logprob for one in row.policy])) - float(logprob_N.mean())
-        for row, logprob_N in zip(judged, reference, strict=True)
+        for row, logprob_N in zip(judged, other, strict=True)
     ]
 
 
 def logprob_difference(
-    policy: TrainedPolicy, groups: Sequence[TokenGroup], seen: Sequence[Sequence[Sequence[float]]], *, reference: bool
+    policy: TrainedPolicy, groups: Sequence[TokenGroup], seen: Sequence[Sequence[Sequence[float]]], *, of: Whose
 ) -> float:
     """Mean absolute difference per token between log-probs as the engine saw them and the trainer's; nats."""
-    trainer = policy.token_logprobs(groups, reference=reference)
+    trainer = policy.token_logprobs(groups, of=of)
     pairs = [
         (ours, theirs)
         for own_group, seen_group in zip(trainer, seen, strict=True)
@@ -131,7 +136,7 @@ def require_same_policy(policy: TrainedPolicy, judged: Sequence[Judged], limit: 
     """
     rows = judged[:CHECKED_PROMPTS]
     seen = [[one.candidate.logprobs for one in row.policy] for row in rows]
-    difference = logprob_difference(policy, [_token_group(row) for row in rows], seen, reference=False)
+    difference = logprob_difference(policy, [_token_group(row) for row in rows], seen, of="policy")
     if difference > limit:
         message = f"engine and trainer differ by {difference:.2e} nats per token"
         raise JobFailed("served_policy_differs", f"{message}; rounding explains {limit:.0e}")
@@ -139,7 +144,7 @@ def require_same_policy(policy: TrainedPolicy, judged: Sequence[Judged], limit: 
 
 
 def fingerprint(policy: TrainedPolicy, held_out: Sequence[PromptPool]) -> Fingerprint:
-    """Log-probs of logged completions under the policy and its reference, `FINGERPRINT_TOKENS` or more.
+    """Log-probs of logged completions under the policy and the base model, `FINGERPRINT_TOKENS` or more.
 
     Logged ones, not fresh ones: the same weights from the same window have the same fingerprint, so the same name.
     Raises JobFailed when the window holds too few tokens.
@@ -154,7 +159,7 @@ def fingerprint(policy: TrainedPolicy, held_out: Sequence[PromptPool]) -> Finger
                 tokens += len(candidate.token_ids)
     if tokens < MIN_FINGERPRINT_TOKENS:
         raise JobFailed("window_too_small", f"{tokens} held-out tokens; a fingerprint needs {MIN_FINGERPRINT_TOKENS}")
-    own, base = (policy.token_logprobs(groups, reference=reference) for reference in (False, True))
+    own, base = policy.token_logprobs(groups, of="policy"), policy.token_logprobs(groups, of="base")
     return Fingerprint(
         prompt_token_ids=tuple(tuple(group.prompt_ids) for group in groups),
         completion_token_ids=tuple(tuple(group.completion_ids[0]) for group in groups),

@@ -44,9 +44,8 @@ CALLS: Final[Mapping[str, Callable[..., object]]] = {
     "factors": lambda training: training.policy.factors,
     "reference_logprobs": lambda training, rows: training.policy.reference_logprobs(_tokens(rows)),
     "prompt_features": lambda training, prompts: training.policy.prompt_features(prompts),
-    "token_logprobs": lambda training, rows, reference: training.policy.token_logprobs(
-        _tokens(rows), reference=reference
-    ),
+    "base_logprobs": lambda training, rows: training.policy.base_logprobs(_tokens(rows)),
+    "token_logprobs": lambda training, rows, of: training.policy.token_logprobs(_tokens(rows), of=of),
 }
 
 

@@ -33,10 +33,11 @@ class FullPolicy(TrainedPolicy):
         self.model = model
         self.ranks = ranks
         self._rank = 0
+        self._start = None
         self._factors = dict(model.named_parameters())
         self._before = {name: local(parameter.detach()).clone() for name, parameter in self._factors.items()}
 
-    def _reference(self) -> dict[str, Tensor]:
+    def _base(self) -> dict[str, Tensor]:
         return self._before
 
     @torch.no_grad()

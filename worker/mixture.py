@@ -104,7 +104,7 @@ def require_same_sampler(policy: TrainedPolicy, policy_id: str, pools: Sequence[
     if not drawn:  # a file does not tell them
         return
     groups = [TokenGroup(pool.prompt_ids, [one.token_ids]) for pool, one in drawn]
-    difference = logprob_difference(policy, groups, [[one.token_logprobs] for _, one in drawn], reference=False)
+    difference = logprob_difference(policy, groups, [[one.token_logprobs] for _, one in drawn], of="policy")
     if not difference <= limit:
         message = f"logged log-probs of {policy_id} differ from its files' by {difference:.2e} nats per token"
         raise JobFailed("train_serve_mismatch", f"{message}; at most {limit:.0e} is rounding")

@@ -60,6 +60,8 @@ def _text(report: PolicyReport) -> Iterator[str]:
         f"`{report.route}`, so that one sample stands in for the best of {n}. All numbers are from prompts that were "
         "held out; the record with every digit is `report.json`.\n"
     )
+    if report.reference_policy_id not in (None, report.base_policy_id):
+        yield f"The reference is `{report.reference_policy_id}`, which it was trained further from.\n"
     yield "![Win rate and reward against KL, and the n-curve](report.png)\n"
     yield "## What it is worth\n"
     yield from _table(("", "policy, one sample", "reference, one sample", f"best-of-{n}"), _quality(report))
@@ -99,6 +101,8 @@ def _quality(report: PolicyReport) -> Iterator[tuple[str, ...]]:
     yield "win rate against the reference, %", _percent(report.win_rate_reference), "50", win
     kl = "–" if best is None else f"{best.kl:.3f} (at most {best.kl_bound:.3f})"
     yield "KL to the reference, nats", _text_of(report.kl_policy_reference), "0", kl
+    if report.kl_policy_base is not None:
+        yield "KL to the base, nats", _text_of(report.kl_policy_base), "–", "–"
     quantile = report.log_quantile
     yield (
         "mean log-quantile",

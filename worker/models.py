@@ -4,7 +4,8 @@ Owns loading, which weights train, log-probs under the policy, its anchor and it
 files. Does not own log-prob arithmetic (`bon_algos.logprobs`) nor the anchor's motion (`bon_algos.anchor`).
 
 There is one copy of the base model. The reference is the same weights with LoRA's B at zero, which adds exactly
-nothing; the anchor is the same weights with its own B. Both are worn for the length of a call.
+nothing, or with the factors that training began with; the anchor is the same weights with its own B. They are worn for
+the length of a call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,6 +33,7 @@ from worker.durable import staged
 from worker.ranks import ALONE, Ranks, together
 from worker.sharding import layers_of, like, local, shard, whole
 
+Whose = Literal["policy", "reference", "base"]
 ADAPTER_NAME = "default"
 SERVED_HEADS = ("llama", "qwen3")
 """Families on whose heads vLLM serves adapters; it refuses them on others (its `embedding_modules`)."""
@@ -62,6 +64,7 @@ class TrainedPolicy:
         self.ranks = ranks
         self._base_policy_id = base_policy_id
         self._rank, self._alpha = rank, alpha
+        self._start: dict[str, Tensor] | None = None
         self._factors = {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self._factors and (train_factor_a or ".lora_B." in name))
@@ -98,11 +101,23 @@ class TrainedPolicy:
             {name: tensors.get(file_name, torch.zeros_like(self._factors[name])) for name, file_name in names.items()}
         )
 
+    def refer_to_start(self) -> None:
+        """From here on the reference is the policy as it is now, whole on every rank."""
+        self._start = self.factors
+
+    @property
+    def start(self) -> Mapping[str, Tensor] | None:
+        """Factors of the reference; None: it is the base."""
+        return self._start
+
     @torch.no_grad()
     def interpolate(self, share: float) -> None:
-        """Go back towards the reference: what the adapter adds to every weight becomes `share` of it."""
+        """Go back towards the reference. Of the base: what the adapter adds to every weight becomes `share` of it. Of
+        another start both factors do, which is the same to first order in what was learned."""
         for name, parameter in self._factors.items():
-            if ".lora_B." in name:
+            if self._start is not None:
+                local(parameter).lerp_(local(like(parameter, self._start[name])), 1 - share)
+            elif ".lora_B." in name:
                 parameter.mul_(share)
 
     def logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
@@ -113,6 +128,11 @@ class TrainedPolicy:
     def reference_logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
         """log π_ref of completions, no gradient. For each group (N,), nats."""
         return self.logprobs_wearing(self._reference(), groups)
+
+    @together
+    def base_logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
+        """log-probs of completions under the base model, no gradient. For each group (N,), nats."""
+        return self.logprobs_wearing(self._base(), groups)
 
     @together
     def prompt_features(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -135,9 +155,10 @@ class TrainedPolicy:
             ]
 
     @together
-    def token_logprobs(self, groups: Sequence[TokenGroup], *, reference: bool) -> list[list[list[float]]]:
-        """log-prob of every token of every completion, under the policy or its reference; nats."""
-        with torch.no_grad(), self._wearing(self._reference() if reference else {}):
+    def token_logprobs(self, groups: Sequence[TokenGroup], *, of: Whose) -> list[list[list[float]]]:
+        """log-prob of every token of every completion, under the policy, its reference or the base model; nats."""
+        worn = {} if of == "policy" else self._reference() if of == "reference" else self._base()
+        with torch.no_grad(), self._wearing(worn):
             return [
                 [logprob_L.tolist() for logprob_L in group]
                 for part in parts_by_tokens(groups)
@@ -146,7 +167,12 @@ class TrainedPolicy:
 
     def _reference(self) -> dict[str, Tensor]:
         """What the reference has in the place of factors: this rank's part."""
-        return {name: torch.zeros_like(p) for name, p in self._factors.items() if ".lora_B." in name}
+        if self._start is None:
+            return self._base()
+        return {name: local(like(p, self._start[name])) for name, p in self._factors.items()}
+
+    def _base(self) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(local(p)) for name, p in self._factors.items() if ".lora_B." in name}
 
     @contextmanager
     def _wearing(self, factors: Mapping[str, Tensor]) -> Iterator[None]:

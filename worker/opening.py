@@ -93,6 +93,8 @@ def open_as_planned(plan: TrainingPlan, ranks: Ranks) -> TrainedPolicy:
     )
     if plan.parent_directory is not None:
         policy.load_adapter(plan.parent_directory)
+        if setup.reference == "start":
+            policy.refer_to_start()
     return policy
 
 

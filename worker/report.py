@@ -53,6 +53,7 @@ class Subject(NamedTuple):
     policy_id: str
     base_policy_id: str
     parent_policy_id: str
+    reference_policy_id: str
     job_id: str
     route: str
     method: str
@@ -96,6 +97,7 @@ def policy_report(about: Subject, seen: HeldOut, evidence: Evidence) -> PolicyRe
         win_rate_reference=summary.win_rate,
         win_rate_best_of_n=share_interval(against_best_B),
         kl_policy_reference=summary.kl_policy_reference,
+        kl_policy_base=summary.kl_policy_base,
         log_quantile=_log_quantile(judged),
         lengths=_lengths(judged, n),
         distinct=tuple(MaybeSides(policy=_distinct(policy, k), reference=_distinct(reference, k)) for k in (1, 2, 3)),

@@ -32,7 +32,7 @@ def require_same_reference(policy: TrainedPolicy, pools: Sequence[PromptPool]) -
         return
     groups = [TokenGroup(pool.prompt_ids, [one.token_ids]) for pool, one in checked]
     seen = [[one.token_logprobs] for _, one in checked]
-    difference = logprob_difference(policy, groups, seen, reference=True)
+    difference = logprob_difference(policy, groups, seen, of="reference")
     if not difference <= MAX_SERVING_DIFFERENCE:
         message = f"logged log-probs differ from the trainer's by {difference:.2e} nats per token"
         raise JobFailed("train_serve_mismatch", f"{message}; at most {MAX_SERVING_DIFFERENCE:.0e} is rounding")

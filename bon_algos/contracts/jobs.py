@@ -80,7 +80,13 @@ class JobSpec(Record):
     def policies(self) -> tuple[PolicyId, ...]:
         """Published policies that the job needs."""
         interpolated = () if self.method.interpolation is None else (self.method.interpolation.policy,)
-        return (*self.window.policies, *interpolated)
+        start = () if self.training.start_from == "base" else (self.training.start_from,)
+        return (*self.window.policies, *interpolated, *start)
+
+    def reference_policy(self, base_policy: str) -> str:
+        """Whose draws the job learns from, and to whom it is compared. base_policy: of the route."""
+        setup = self.training
+        return base_policy if setup.reference == "base" or setup.start_from == "base" else setup.start_from
 
 
 JobPhase = Literal["queued", "freezing", "training", "evaluating", "publishing", "done"]
@@ -112,6 +118,8 @@ class EvaluationReport(Record):
     """P(policy > one sample of the reference) + half the ties."""
     kl_policy_reference: Interval
     """KL(policy ‖ reference) in nats per sequence, on the policy's own samples."""
+    kl_policy_base: Interval | None = None
+    """The same to the base model; None where that is the reference."""
     mean_tokens_policy: float
     mean_tokens_reference: float
 

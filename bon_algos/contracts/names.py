@@ -44,6 +44,10 @@ KEYS: Final = "bonsai:keys"
 KEYS_USED: Final = "bonsai:keys:used"
 """Hash key id -> the hour it was last used in."""
 RECONCILER_LEASE: Final = "bonsai:reconciler"
+CIRCLES_INDEX: Final = "bonsai:circles"
+"""Set of the routes that have a circle, each as `of_tenant` gives it."""
+CIRCLES_LEASE: Final = "bonsai:circles:lease"
+"""Which gateway drives circles."""
 BROKER_PREFIX: Final = "bonsai:celery:"
 
 
@@ -111,6 +115,10 @@ def policy_key(policy_id: str) -> str:
 
 def route_key(route: str, tenant: str = DEFAULT_TENANT) -> str:
     return f"bonsai:route:{of_tenant(tenant, route)}"
+
+
+def circle_key(route: str, tenant: str = DEFAULT_TENANT) -> str:
+    return f"bonsai:circle:{of_tenant(tenant, route)}"
 
 
 def experiment_key(route: str, tenant: str = DEFAULT_TENANT) -> str:

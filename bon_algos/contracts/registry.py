@@ -216,6 +216,14 @@ class Route(Record):
     """Where roll-back goes, newest last."""
     shadow: Trial | None = None
     canary: Trial | None = None
+    collect_share: float | None = Field(None, gt=0, le=1)
+    """Set while the route has a circle: best-of-n draws from the live policy, and so many of the requests that it would
+    answer with one sample are answered that way."""
+
+    @property
+    def best_of_n_policy(self) -> PolicyId:
+        """Whom best-of-n draws from."""
+        return self.base_policy if self.collect_share is None or self.live_policy is None else self.live_policy
 
     def stage_of(self, policy_id: str) -> Stage | None:
         """What the policy is to this route."""

@@ -135,6 +135,8 @@ class PolicyReport(Record):
     policy_id: PolicyId
     base_policy_id: PolicyId
     parent_policy_id: PolicyId
+    reference_policy_id: PolicyId | None = None
+    """Whose samples it is compared to; None: the base's."""
     job_id: str
     route: RouteName
     method: str
@@ -155,6 +157,8 @@ class PolicyReport(Record):
     win_rate_best_of_n: Interval
     """P(policy > what best-of-n of the reference serves) + half the ties."""
     kl_policy_reference: Interval
+    kl_policy_base: Interval | None = None
+    """To the base model; None where that is the reference."""
     log_quantile: Sides
     """Mean log of the share of the reference's rewards below: −1 for the reference itself and −1/n for best-of-n where
     no rewards tie, at most 0."""

@@ -35,8 +35,12 @@ class TrainingSetup(Record):
     """lora: an adapter that engines load beside the base model. full: all weights, for export: no engine serves them,
     so they are trained by `OFFLINE_METHODS` alone, and not evaluated on fresh samples."""
     start_from: str = Field("base", pattern=r"^(base|pol-[0-9a-f]{16})$")
-    """A published policy whose adapter is trained further; it must have the method's rank and alpha. The reference, to
-    which KL and quantiles are measured, stays the base; an anchor begins as the policy does."""
+    """A published policy whose adapter is trained further; it must have the method's rank and alpha. An anchor begins
+    as the policy does."""
+    reference: Literal["base", "start"] = "base"
+    """To what KL, quantiles and best-of-n are measured, and whose draws the window's groups are. start: the policy of
+    `start_from`, as in a turn of iterated BOND (arXiv:2407.14622, section 4.1): the route draws n of it, and the job
+    learns the best of them."""
     precision: Precision | None = None
     """Of the base model's weights and of what passes through its layers; an adapter, the head's log-probs and full
     weights themselves are float32 always. None: float32 on a CPU, bfloat16 on CUDA."""

@@ -38,12 +38,12 @@ def fingerprint_of(adapter: Adapter, base: Base) -> Fingerprint:
     _require_its_layers(adapter, policy)
     policy.load_adapter(adapter.directory)
     groups = _continued(policy)
-    own, reference = (policy.token_logprobs(groups, reference=reference) for reference in (False, True))
+    own, of_base = policy.token_logprobs(groups, of="policy"), policy.token_logprobs(groups, of="base")
     fingerprint = Fingerprint(
         prompt_token_ids=tuple(tuple(group.prompt_ids) for group in groups),
         completion_token_ids=tuple(tuple(group.completion_ids[0]) for group in groups),
         policy_logprobs=tuple(tuple(rows[0]) for rows in own),
-        base_logprobs=tuple(tuple(rows[0]) for rows in reference),
+        base_logprobs=tuple(tuple(rows[0]) for rows in of_base),
     )
     _require_distance(fingerprint)
     return fingerprint

@@ -122,7 +122,10 @@ def _take_routes(found: Restoration, journal: Journal) -> None:
             "live_policy": None if route.live_policy in gone else route.live_policy,
             "canary": None if route.canary is None or route.canary.policy in gone else route.canary,
             "shadow": None if route.shadow is None or route.shadow.policy in gone else route.shadow,
+            "collect_share": None,
         }
+        if route.collect_share is not None:
+            found.remarks.append(f"the circle of route {name} is not restored: begin it anew")
         found.remarks += [f"route {name} goes on without {policy}, whose files are gone" for policy in sorted(gone)]
         found.routes[name] = route.model_copy(update=kept)
     for experiment in journal.experiments:

@@ -121,7 +121,7 @@ def test_feedback_is_asked_for_only_where_nothing_else_is_wrong():
 )
 def test_only_methods_that_estimate_nothing_of_the_reference_take_completions_of_nobody_known(method, is_any_law):
     spec = JobSpec.model_validate({"method": {"type": method}, "training_file": "file-" + "0" * 32})
-    ours = {"reference_policy": world.BASE, "reward_model": world.REWARD_MODEL}
+    ours = {"base_policy": world.BASE, "reward_model": world.REWARD_MODEL}
     wanted = Requirements.of(spec, **ours, reward_template_digest=world.TEMPLATE)
     foreign = world.group("g", [0, 1], policy_id=STUDENT, sampling=Sampling(max_tokens=6, temperature=0.7))
     assert choose([foreign], wanted, 10).rejected == ({} if is_any_law else {"other_policy": 1})

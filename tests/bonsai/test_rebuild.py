@@ -166,3 +166,13 @@ def test_a_policy_whose_files_are_gone_is_named_and_its_route_goes_on_without_it
     route = json.loads(store.get(route_key("default")))
     assert (route["live_policy"], route["previous_policies"]) == (None, [None])
     assert store.hgetall(TAGS) == {}
+
+
+def test_a_circle_is_not_restored_and_its_route_may_begin_one(world: World, tmp_path: Path, store):
+    a_life(world, tmp_path)
+    assert send(world.client, "PUT", "/routes/default/circle", {"collect_share": 0.25}).status == 201
+    wait_until(lambda: '"collect_share": 0.25' in (tmp_path / "artefacts" / FILE).read_text())
+    store.flushall()
+    assert "the circle of route default is not restored" in rebuild(world, tmp_path).output
+    assert json.loads(store.get(route_key("default")))["collect_share"] is None
+    wait_until(lambda: send(world.client, "PUT", "/routes/default/circle", {}).status == 201)

@@ -105,7 +105,7 @@ def publish_random_policy(stack: RealStack, directory: Path) -> str:
     policy.save_adapter(directory / "adapter")
     ids = torch.randint(0, read_tokenizer(model).vocabulary_size, (16, 24), generator=draw).tolist()
     groups = [TokenGroup(row[:8], [row[8:]]) for row in ids]
-    own, reference = (policy.token_logprobs(groups, reference=it) for it in (False, True))
+    own, reference = (policy.token_logprobs(groups, of=whose) for whose in ("policy", "base"))
     fingerprint = Fingerprint(
         prompt_token_ids=tuple(tuple(row[:8]) for row in ids),
         completion_token_ids=tuple(tuple(row[8:]) for row in ids),

@@ -84,7 +84,7 @@ def test_it_chooses_as_the_worker_does(world):
         deliver(client, *odd, odd[0].model_copy(update={"id": "late", "created_at": 5000.0}))
     asked = spec(window={"until": 4000.0})
     wanted = Requirements.of(
-        JobSpec.model_validate(asked), reference_policy=BASE, reward_model=REWARD_MODEL,
+        JobSpec.model_validate(asked), base_policy=BASE, reward_model=REWARD_MODEL,
         reward_template_digest=groups[0].reward_template_digest,
     )  # fmt: skip
     workers = choose((one for one in world.records() if isinstance(one, CandidateGroup)), wanted, 20_000)

@@ -17,10 +17,12 @@ from redis.asyncio import Redis
 from archive.reading import Archive
 from bon_algos.contracts import (
     BROKER_PREFIX,
+    CIRCLES_LEASE,
     LEDGER_COUNTS,
     LEDGER_STREAM,
     SPOOLS,
     CandidateGroup,
+    CircleSpec,
     Experiment,
     Exposure,
     Feedback,
@@ -28,6 +30,7 @@ from bon_algos.contracts import (
 )
 from service.access import GATEWAY
 from service.catalogue import Catalogue
+from service.circles import Circles
 from service.deletion import Deletion
 from service.dispatch import Dispatcher, open_producer, send_job
 from service.erasures import ErasureBook, ErasureRequest
@@ -36,6 +39,7 @@ from service.files import Files
 from service.idempotency import Idempotency
 from service.jobs import GROUPS_NEEDED, Jobs
 from service.keys import KeyRecord, KeyRequest, KeyRing, Keys
+from service.leadership import Leadership
 from service.ledger import Ledger
 from service.policies import Policies
 from service.routing import RouteRequest, Routes
@@ -119,6 +123,8 @@ async def live_through_everything(redis: Redis, url: str, directory: Path) -> No
     await register(redis, policy(doomed))
     await Deletion(redis, directory).delete(doomed, GATEWAY)
     await registry.roll_back("default", Idempotency.of("other", "POST /routes/default/rollback", ""))
+    await Circles(redis).put("default", CircleSpec(), GATEWAY)
+    assert await Leadership(redis, CIRCLES_LEASE, seconds=15).is_ours()
     await go_through_keys(redis, directory)
     await go_through_an_erasure(redis, url, directory)
 

@@ -65,6 +65,7 @@ def acme(still_world: World) -> Owned:
     wait_until(lambda: client.post("/v1/feedback", said).status == 201)
     assert client.post("/v1/feedback", {"session": "lunch", "value": 1}).status == 201
     wait_until(lambda: client.post("/distill", JOB).status == 202)
+    assert put(client, "/routes/chat/circle", {}).status == 201
     record = policy(STUDENT).model_copy(update={"tenant": "acme"})
     with blocking_redis.Redis.from_url(still_world.redis_url) as store:
         store.hset(policy_key(STUDENT), mapping={"record": record.model_dump_json(), "version": 1})
@@ -115,6 +116,11 @@ def foreign(owned: Owned) -> dict[tuple[str, str], tuple[str, object]]:
         ("GET", "/tags/{tag}"): ("/tags/best", None),
         ("PUT", "/tags/{tag}"): ("/tags/best", {"policy": owned.policy}),
         ("DELETE", "/tags/{tag}"): ("/tags/best", None),
+        ("GET", "/routes/{route}/circle"): ("/routes/chat/circle", None),
+        ("PUT", "/routes/{route}/circle"): ("/routes/chat/circle", {}),
+        ("DELETE", "/routes/{route}/circle"): ("/routes/chat/circle", None),
+        ("POST", "/routes/{route}/circle/start"): ("/routes/chat/circle/start", None),
+        ("POST", "/routes/{route}/circle/stop"): ("/routes/chat/circle/stop", None),
         ("GET", "/experiments/{route}"): ("/experiments/chat", None),
         ("PUT", "/experiments/{route}"): ("/experiments/chat", {"arms": ARMS}),
         ("DELETE", "/experiments/{route}"): ("/experiments/chat", None),
@@ -144,7 +150,8 @@ ERASURE = erasure_id(subject_digest("acme", "somebody"))
 WITHOUT_OBJECTS = {
     # Lists, of which `test_lists_hold_what_is_ones_own` looks at each.
     ("GET", "/v1/models"), ("GET", "/v1/feedback"), ("GET", "/routes"), ("GET", "/policies"), ("GET", "/distill"),
-    ("GET", "/v1/fine_tuning/jobs"), ("GET", "/keys"), ("GET", "/ledger"), ("GET", "/v1/files"),
+    ("GET", "/v1/fine_tuning/jobs"), ("GET", "/circles"), ("POST", "/circles/stop"),
+    ("GET", "/keys"), ("GET", "/ledger"), ("GET", "/v1/files"),
     # Of a user of the caller's own tenant, whoever else has one of that name.
     ("POST", "/ledger/erasures"),
     # Of one's own, whatever others have of the same content: test_files.py.

@@ -128,14 +128,14 @@ def report_of(manifest, artefacts):
     return PolicyReport.model_validate_json((home / "report.json").read_text())
 
 
-def answered_by(policy_id, home, tiny_policy, reward_directory, *, shift=0.0):
-    """A group of four of a published policy's own draws for each prompt of the window."""
+def answered_by(policy_id, home, tiny_policy, reward_directory, *, n=4, shift=0.0):
+    """A group of n of a published policy's own draws for each prompt of the window."""
     policy = open_policy(
         tiny_policy, world.BASE, rank=8, alpha=32.0, train_factor_a=True, seed=0, device=torch.device("cpu")
     )
     policy.load_adapter(home)
     digest = read_tokenizer(reward_directory).template_digest
-    groups = world.sampled_groups(policy.model, num_prompts=24, n=4, seed=1)
+    groups = world.sampled_groups(policy.model, num_prompts=24, n=n, seed=1)
     for group in groups:
         drawn = [
             one.model_copy(update={"logprobs": tuple(logprob + shift for logprob in one.logprobs)})

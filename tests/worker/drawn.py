@@ -79,6 +79,7 @@ def subject(n, **fields):
         "policy_id": "pol-" + "1" * 16,
         "base_policy_id": world.BASE,
         "parent_policy_id": world.BASE,
+        "reference_policy_id": world.BASE,
         "job_id": "job_1",
         "route": "default",
         "method": "bond",

@@ -110,10 +110,10 @@ def test_weights_are_spread_and_the_step_is_the_same(method, setup, tiny_policy,
     with pair.tells("factors"):
         spread = both.policy.factors
     assert_close(spread, alone.policy.factors)
-    for asked in (True, False):
+    for whose in ("policy", "reference", "base"):
         torch.testing.assert_close(
-            torch.tensor([rows[0][0] for rows in both.policy.token_logprobs(groups, reference=asked)]),
-            torch.tensor([rows[0][0] for rows in alone.policy.token_logprobs(groups, reference=asked)]),
+            torch.tensor([rows[0][0] for rows in both.policy.token_logprobs(groups, of=whose)]),
+            torch.tensor([rows[0][0] for rows in alone.policy.token_logprobs(groups, of=whose)]),
             rtol=0,
             atol=1e-4,
         )

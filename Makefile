@@ -34,11 +34,11 @@ up: setup ## start everything and keep it running
 	@$(BIN)/bonsai up $(ARGS)
 
 test: static ## every check and every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not stack" --numprocesses=auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not stack" --numprocesses=auto --dist=worksteal $(ARGS)
 	$(BIN)/pytest -m stack $(ARGS)
 
 check: static ## the fast part: format, lint, types, imports, the tests that take no time
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not stack and not slow" --numprocesses=auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not stack and not slow" --numprocesses=auto --dist=worksteal $(ARGS)
 
 static: setup
 	$(BIN)/ruff format --check .

@@ -66,7 +66,7 @@ class Storage:
                 path.unlink(missing_ok=True)
 
 
-def open_storage(url: str, *, request_seconds: float = REQUEST_SECONDS) -> Storage:
+def open_storage(url: str, *, request_seconds: float = REQUEST_SECONDS, attempts: int = ATTEMPTS) -> Storage:
     """A directory, or `s3://bucket/prefix?endpoint_override=host:port&scheme=http&region=…`; keys for it come from the
     environment (AWS_ACCESS_KEY_ID, …) or the machine's role. Raises ValueError for another address."""
     parts = urlsplit(url)
@@ -79,7 +79,7 @@ def open_storage(url: str, *, request_seconds: float = REQUEST_SECONDS) -> Stora
     store = fs.S3FileSystem(
         connect_timeout=CONNECT_SECONDS,
         request_timeout=request_seconds,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
         **options,
     )
     return Storage(store, f"{parts.hostname}/{parts.path.strip('/')}")

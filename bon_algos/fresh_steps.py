@@ -80,14 +80,11 @@ def learn_j_bond(
         TokenGroup(group.prompt_ids, [group.completion_ids, winner])
         for group, winner in zip(groups, winners, strict=True)
     ]
-    own = [TokenGroup(group.prompt_ids, [group.completion_ids]) for group in groups]
     logprob_B, winner_logprob_B = torch.stack(list(policy(pairs))).unbind(dim=-1)
-    with torch.no_grad():
-        anchor_logprob_B = torch.cat(list(anchor(own)))
     loss, metrics = j_bond_loss(
         winner_logprob_B,
         logprob_B,
-        anchor_logprob_B,
+        _own_logprob(groups, anchor),
         quantile_reward_tie_aware(reward_B, anchor_reward_B2).to(logprob_B),
         jeffreys_weight=jeffreys_weight,
         kl_strength=kl_strength,
@@ -106,7 +103,6 @@ def learn_iterative(
 ) -> StepLoss:
     """BOND against fresh samples of the anchor: all are imitated by best-of-n's weights, and rank the policy's own."""
     both = [TokenGroup(group.prompt_ids, [group.completion_ids, *group.anchor_completion_ids]) for group in groups]
-    own = [TokenGroup(group.prompt_ids, [group.completion_ids]) for group in groups]
     logprob_B, imitation_B, log_tilt_B = [], [], []
     for group, logprob_N in zip(groups, policy(both), strict=True):
         weight_1N = logprob_N.new_tensor(best_of_n_weights(group.anchor_rewards, n))[None]
@@ -114,8 +110,7 @@ def learn_iterative(
         imitation_B.append(best_of_n_imitation(logprob_N[None, 1:], weight_1N))
         standing = standing_against(one_row([group.reward]), one_row(group.anchor_rewards))
         log_tilt_B.append(log_tilt_tie_aware(standing, n)[0])
-    with torch.no_grad():
-        anchor_logprob_B = torch.cat(list(anchor(own)))
+    anchor_logprob_B = _own_logprob(groups, anchor)
     loss, metrics = bond_loss(
         torch.cat(imitation_B),
         torch.cat(logprob_B),
@@ -125,6 +120,12 @@ def learn_iterative(
         kl_strength=kl_strength,
     )
     return StepLoss(loss, metrics._asdict())
+
+
+def _own_logprob(groups: Sequence[FreshGroup], anchor: SequenceLogprobs) -> Tensor:
+    """log π_anchor of the policy's own sample of each prompt, without a gradient. (B,); nats."""
+    with torch.no_grad():
+        return torch.cat(list(anchor([TokenGroup(group.prompt_ids, [group.completion_ids]) for group in groups])))
 
 
 def learn_vbon(

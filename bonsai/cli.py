@@ -8,7 +8,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from bonsai.ledger.command import ledger_command
 from bonsai.registry.command import audit_command, policies_command, rebuild_command
 from bonsai.replay.command import replay_command
 from bonsai.report_command import report_command
+from bonsai.shared_options import in_order, stack_directory
 from bonsai.webhook_commands import webhooks
 
 if TYPE_CHECKING:
@@ -36,17 +37,9 @@ if TYPE_CHECKING:
     from bonsai.up import Stack
 
 LOG_LINES_SHOWN = 12
-Command = Callable[..., Any]
 
 _STACK_OPTIONS = (
-    click.option(
-        "--dir",
-        "directory",
-        type=click.Path(path_type=Path, file_okay=False),
-        default=Path(".bonsai"),
-        show_default=True,
-        help="Where everything that lasts is kept.",
-    ),
+    stack_directory("Where everything that lasts is kept."),
     click.option("--policy", default="", metavar="MODEL", help="Directory or hub id; default: the demo's."),
     click.option("--reward", default="", metavar="MODEL", help="Reward model: directory or hub id."),
     click.option(
@@ -130,12 +123,6 @@ _STACK_OPTIONS = (
 )
 
 
-def stack_options(command: Command) -> Command:
-    for option in reversed(_STACK_OPTIONS):
-        command = option(command)
-    return command
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="bonsai")
 def main() -> None:
@@ -143,7 +130,7 @@ def main() -> None:
 
 
 @main.command()
-@stack_options
+@in_order(_STACK_OPTIONS)
 def up(**options: Any) -> None:
     """Start the stack and keep it: Redis, two engines, the gateway, a worker, the compactor. Ctrl-C takes it all
     down."""
@@ -154,7 +141,7 @@ def up(**options: Any) -> None:
 
 
 @main.command()
-@stack_options
+@in_order(_STACK_OPTIONS)
 @click.option("--exit", "stop_at_end", is_flag=True, help="Stop everything at the end instead of staying up.")
 @click.option(
     "--picture",

@@ -11,25 +11,19 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
+
+from bonsai.shared_options import Command, stack_directory
 
 if TYPE_CHECKING:
     from bonsai.client import BonsaiClient
 
-Command = Callable[..., Any]
 _URL = click.option(
     "--url", envvar="BONSAI_URL", default="http://127.0.0.1:8000", show_default=True, help="Of the gateway."
 )
-_DIRECTORY = click.option(
-    "--dir",
-    "directory",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path(".bonsai"),
-    show_default=True,
-    help="Of the stack, whose administrator's key is used where BONSAI_API_KEY is not set.",
-)
+_DIRECTORY = stack_directory("Of the stack, whose administrator's key is used where BONSAI_API_KEY is not set.")
 
 
 class GatewayAddress(NamedTuple):

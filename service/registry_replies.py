@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from bon_algos.contracts import EvaluationReport, FingerprintResult, Interval, Manifest, PolicyState
+from bon_algos.contracts import EvaluationReport, FingerprintResult, Manifest, PolicyState
 from service.lineage import EdgeKind, NodeKind
-from service.replies import FLAG, NUMBER, TEXT, WHOLE, Named, kind, maybe, members, one_of, rows
+from service.replies import ARM_FIGURES, FLAG, NUMBER, TEXT, WHOLE, Named, kind, maybe, members, one_of, rows
 
 POLICY: Final = Named(
     "Policy",
@@ -57,14 +57,8 @@ TRIAL: Final = Named(
         since=NUMBER,
         arm=TEXT,
         policy=TEXT,
-        exposures=WHOLE,
-        answers=WHOLE,
-        scored=WHOLE,
-        reward=maybe(Interval),
-        completion_tokens_per_answer=maybe(NUMBER),
-        candidate_tokens_per_answer=maybe(NUMBER),
-        engine_seconds_per_answer=maybe(NUMBER),
         is_silent=FLAG,
+        **ARM_FIGURES,
     ),
 )
 TRIALS: Final = Named(

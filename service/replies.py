@@ -245,6 +245,16 @@ STRATEGY: Final = Named(
         distilled_first=maybe(members(threshold=maybe(NUMBER), escalated_share=NUMBER)),
     ),
 )
+ARM_FIGURES: Final[Mapping[str, Schema]] = {
+    "exposures": WHOLE,
+    "answers": WHOLE,
+    "scored": WHOLE,
+    "reward": maybe(Interval),
+    "completion_tokens_per_answer": maybe(NUMBER),
+    "candidate_tokens_per_answer": maybe(NUMBER),
+    "engine_seconds_per_answer": maybe(NUMBER),
+}
+"""What an arm has shown, of an experiment or on trial."""
 EXPERIMENT: Final = Named(
     "Experiment",
     members(
@@ -255,22 +265,7 @@ EXPERIMENT: Final = Named(
         salt_digest=TEXT,
         created_at=NUMBER,
         stopped_at=maybe(NUMBER),
-        arms=rows(
-            members(
-                arm=TEXT,
-                policy=TEXT,
-                n=WHOLE,
-                weight=WHOLE,
-                exposures=WHOLE,
-                forced=WHOLE,
-                answers=WHOLE,
-                scored=WHOLE,
-                reward=maybe(Interval),
-                completion_tokens_per_answer=maybe(NUMBER),
-                candidate_tokens_per_answer=maybe(NUMBER),
-                engine_seconds_per_answer=maybe(NUMBER),
-            )
-        ),
+        arms=rows(members(arm=TEXT, policy=TEXT, n=WHOLE, weight=WHOLE, forced=WHOLE, **ARM_FIGURES)),
     ),
 )
 ENGINE: Final = Named(

@@ -11,22 +11,51 @@ import gc
 import math
 import signal
 import socket
+from functools import partial
 from time import monotonic
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, cast
 from uuid import uuid4
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.draining import Draining
+from service.edge import MAX_HEADER_BYTES
 from service.errors import GatewayError, HeadersTimeout, HeadersTooLarge, render
+from service.settings import GatewaySettings
 
 YOUNG_OBJECTS: Final = 20_000
 """Between two searches for garbage among the youngest; a request makes about a thousand, and nearly all of them go by
 themselves."""
 LEAST_PROGRESS_BYTES: Final = 16_384
 """Of a reply that waits for its reader, within the time that it may be left unread."""
+
+
+def server_config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
+    """How the gateway is served."""
+    protocol = partial(
+        ImpatientProtocol,
+        header_seconds=settings.header_seconds,
+        max_header_bytes=MAX_HEADER_BYTES,
+        unread_seconds=settings.unread_seconds,
+    )
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        # uvicorn only ever calls it.
+        http=cast("type[asyncio.Protocol]", protocol),
+        loop="uvloop",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        log_config=None,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+    )
 
 
 class Server(uvicorn.Server):

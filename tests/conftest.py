@@ -28,6 +28,11 @@ QUICK = {
 """A lost worker is noticed within seconds instead of a minute; nothing else differs from what users run."""
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Many tests wait, for processes and for clocks, about as long as others compute."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @pytest.fixture(scope="session")
 def stack() -> Iterator[RealStack]:
     """Redis, both engines with the demo models, a Celery worker and the gateway: what `bonsai up` starts."""

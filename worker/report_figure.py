@@ -5,40 +5,25 @@ Owns the drawing. Does not own any number. Drawn without a display; the gateway 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from io import BytesIO
-from typing import Any, Final
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter
 
 from bon_algos.contracts import FrontierPoint, Interval, PolicyReport
+from worker.drawing import AMBER, BLUE, FAINT, GREEN, STYLE, band, doubling
 
-_INK, _FAINT = "#1f2933", "#8895a7"
-_FRONTIER, _POLICY, _JUDGE = "#2b6cb0", "#2f855a", "#c77d0a"
-_STYLE: Final[dict[Any, Any]] = {
-    "font.size": 9.5,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
-    "legend.frameon": False,
-}
+_FRONTIER, _POLICY, _JUDGE = BLUE, GREEN, AMBER
 Of = Callable[[FrontierPoint], Interval]
 
 
 def report_figure(report: PolicyReport) -> bytes:
     """A PNG of about 1900 × 760 pixels."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.8, 5.1), facecolor="white")
         FigureCanvasAgg(figure)
         left, middle, right = figure.subplots(1, 3)
@@ -66,12 +51,12 @@ def _words(figure: Figure, report: PolicyReport) -> None:
         f"prompts · {report.method}, distilled from best-of-{report.n} of {report.base_policy_id} · the line: "
         f"best-of-k of the reference, exact for its draws, k = 1 to {report.frontier[-1].k}{second}"
     )
-    figure.text(0.06, 0.035, note, fontsize=7.5, color=_FAINT)
+    figure.text(0.06, 0.035, note, fontsize=7.5, color=FAINT)
 
 
 def _against_kl(axes: Axes, report: PolicyReport, of: Of, policy: Interval) -> None:
     points, kl = report.frontier, report.kl_policy_reference
-    _band(axes, [point.kl for point in points], [of(point) for point in points], _FRONTIER, "best-of-k frontier")
+    band(axes, [point.kl for point in points], [of(point) for point in points], _FRONTIER, "best-of-k frontier")
     for k in sorted({1, 4, report.n, points[-1].k}):
         for point in points:
             if point.k == k:
@@ -88,32 +73,24 @@ def _against_kl(axes: Axes, report: PolicyReport, of: Of, policy: Interval) -> N
 def _n_curve(axes: Axes, report: PolicyReport) -> None:
     """Reward of best-of-k, and what the second reward model says of it, where it was asked."""
     points = report.frontier
-    _band(axes, [point.k for point in points], [point.reward for point in points], _FRONTIER, "best-of-k")
+    band(axes, [point.k for point in points], [point.reward for point in points], _FRONTIER, "best-of-k")
     _level(axes, report.reward.policy, _POLICY, "this policy, one sample")
     axes.set_title("The n-curve")
     axes.set_xlabel("k")
     axes.set_ylabel("reward", color=_FRONTIER)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator([2**power for power in range(points[-1].k.bit_length())]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-    axes.axvline(report.n, color=_FAINT, linestyle=":", linewidth=1)
+    doubling(axes, 1, points[-1].k)
+    axes.axvline(report.n, color=FAINT, linestyle=":", linewidth=1)
     if report.judge is None:
         axes.legend(loc="lower right")
         return
     second = axes.twinx()
     second.spines["right"].set_visible(True)
     known = [(point.k, point.judge) for point in points if point.judge is not None]
-    _band(second, [k for k, _ in known], [judge for _, judge in known], _JUDGE, "best-of-k, second reward model")
+    band(second, [k for k, _ in known], [judge for _, judge in known], _JUDGE, "best-of-k, second reward model")
     _level(second, report.judge.policy, _JUDGE, "this policy, second reward model")
     second.set_ylabel("second reward model, which chose nothing", color=_JUDGE)
     handles = [*axes.get_legend_handles_labels()[0], *second.get_legend_handles_labels()[0]]
     second.legend(handles=handles, loc="lower right", fontsize=8)
-
-
-def _band(axes: Axes, x: Sequence[float], intervals: Sequence[Interval], colour: str, label: str) -> None:
-    axes.fill_between(x, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.16, linewidth=0)
-    axes.plot(x, [i.mean for i in intervals], color=colour, label=label, linewidth=1.8)
 
 
 def _level(axes: Axes, interval: Interval, colour: str, label: str) -> None:

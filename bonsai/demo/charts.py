@@ -6,21 +6,20 @@ estimate (`measure.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from bon_algos.contracts import Interval
 from bon_algos.order import kl_bound
 from bonsai import machine
 from bonsai.demo.measure import Measured, Row
+from worker.drawing import AMBER, BLUE, FAINT, GREEN, STYLE, band, doubling
 
 COLUMNS: Final = (
     "arm",
@@ -34,20 +33,7 @@ COLUMNS: Final = (
     "answers per s",
 )
 
-_INK, _FAINT = "#1f2933", "#8895a7"
-_REWARD, _GOLD, _POLICY = "#2b6cb0", "#c77d0a", "#2f855a"
-_STYLE: Final[dict[Any, Any]] = {
-    "font.size": 9.5,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
-}
+_REWARD, _GOLD, _POLICY = BLUE, AMBER, GREEN
 
 
 def plus_minus(interval: Interval | None, *, scale: float = 1.0, digits: int = 2) -> str:
@@ -76,7 +62,7 @@ def cells_of(row: Row) -> tuple[str, ...]:
 
 def save(measured: Measured, path: Path) -> None:
     """Draw the picture into `path`, whose directory exists."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.6, 7.4), facecolor="white")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(
@@ -106,7 +92,7 @@ def _title(figure: Figure, measured: Measured) -> None:
         f"reference; answers per s with the engine saturated · {measured.method}, "
         f"{measured.training_seconds:.0f} s of training\n{machine.one_line(measured.machine)}"
     )
-    figure.text(0.055, 0.018, note, fontsize=7.5, color=_FAINT, linespacing=1.5)
+    figure.text(0.055, 0.018, note, fontsize=7.5, color=FAINT, linespacing=1.5)
 
 
 def _table(axes: Axes, measured: Measured) -> None:
@@ -127,7 +113,7 @@ def _table(axes: Axes, measured: Measured) -> None:
         text = cell.get_text()
         text.set_fontsize(10.5)
         if line == 0:
-            text.set_color(_FAINT)
+            text.set_color(FAINT)
         if line == len(measured.rows):
             text.set_fontweight("bold")
             text.set_color(_POLICY)
@@ -139,22 +125,22 @@ def _cost(axes: Axes, measured: Measured) -> None:
     curve, length = measured.curve, measured.one.quality.tokens.mean
     shown = [i for i, k in enumerate(curve.k) if k <= 4 * measured.n]
     tokens = [curve.k[i] * length for i in shown]
-    _band(axes, tokens, [curve.reward[i] for i in shown], _REWARD, "best-of-n of the reference")
+    band(axes, tokens, [curve.reward[i] for i in shown], _REWARD, "best-of-n of the reference")
     for row, n in ((measured.one, 1), (measured.best, measured.n)):
         label = f"n = {n}"
         _point(axes, row.speed.tokens_per_answer, row.quality.reward, _REWARD, label, (6, -13))
     _point(axes, measured.distilled.speed.tokens_per_answer, measured.distilled.quality.reward, _POLICY, "distilled")
-    _doubling(axes, tokens[0], tokens[-1])
+    doubling(axes, tokens[0], tokens[-1])
     axes.set(title="Reward against cost", xlabel="tokens generated per answer", ylabel="reward")
-    axes.spines["right"].set_visible(False)
 
 
 def _selection(axes: Axes, measured: Measured) -> None:
     """What selecting harder does to the reward and to the gold reward."""
     curve = measured.curve
     gold_axes = axes.twinx()
-    _band(axes, curve.k, curve.reward, _REWARD, "reward")
-    _band(gold_axes, curve.k, curve.gold, _GOLD, "gold reward")
+    gold_axes.spines["right"].set_visible(True)
+    band(axes, curve.k, curve.reward, _REWARD, "reward")
+    band(gold_axes, curve.k, curve.gold, _GOLD, "gold reward")
     if curve.fall is not None:
         at = curve.k.index(curve.peak)
         peak = curve.gold[at].mean
@@ -163,7 +149,7 @@ def _selection(axes: Axes, measured: Measured) -> None:
         gold_axes.annotate(note, (curve.peak, peak), (0, 9), textcoords="offset points", color=_GOLD, ha="center")
     low, high = gold_axes.get_ylim()
     gold_axes.set_ylim(low, high + 0.2 * (high - low))
-    _doubling(axes, 1, curve.k[-1])
+    doubling(axes, 1, curve.k[-1])
     axes.set(title="Best-of-n, ever larger n", xlabel="n")
     axes.set_ylabel("reward", color=_REWARD)
     gold_axes.set_ylabel("gold reward", color=_GOLD)
@@ -172,7 +158,7 @@ def _selection(axes: Axes, measured: Measured) -> None:
 def _drift(axes: Axes, measured: Measured) -> None:
     """Reward against the distance from the reference."""
     curve, policy = measured.curve, measured.distilled.quality
-    _band(axes, curve.kl, curve.reward, _REWARD, "best-of-n")
+    band(axes, curve.kl, curve.reward, _REWARD, "best-of-n")
     for k in (1, 4, measured.n, curve.k[-1]):
         if k in curve.k:
             at = curve.k.index(k)
@@ -182,18 +168,12 @@ def _drift(axes: Axes, measured: Measured) -> None:
         _point(axes, kl.mean, policy.reward, _POLICY, "distilled", (8, -12))
         axes.plot([kl.low, kl.high], [policy.reward.mean] * 2, color=_POLICY)
     limit = 2 * kl_bound(measured.n)
-    axes.axvline(limit, color=_FAINT, linestyle=":", linewidth=1)
+    axes.axvline(limit, color=FAINT, linestyle=":", linewidth=1)
     axes.text(
-        limit, axes.get_ylim()[0], f" twice best-of-{measured.n}", color=_FAINT, rotation=90, ha="right", va="bottom"
+        limit, axes.get_ylim()[0], f" twice best-of-{measured.n}", color=FAINT, rotation=90, ha="right", va="bottom"
     )
     axes.margins(x=0.1)
     axes.set(title="Reward against drift", xlabel="KL to the reference, nats", ylabel="reward")
-    axes.spines["right"].set_visible(False)
-
-
-def _band(axes: Axes, x: Sequence[float], intervals: Sequence[Interval], colour: str, label: str) -> None:
-    axes.fill_between(x, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.18, linewidth=0)
-    axes.plot(x, [i.mean for i in intervals], color=colour, label=label, linewidth=1.8)
 
 
 def _point(
@@ -208,12 +188,3 @@ def _point(
     axes.plot([x, x], [interval.low, interval.high], color=colour, zorder=4)
     axes.plot([x], [interval.mean], "o", color=colour, markersize=7, zorder=5)
     axes.annotate(label, (x, interval.mean), shift, textcoords="offset points", color=colour, ha=align)
-
-
-def _doubling(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic axis whose marks double."""
-    ticks = [low * 2**i for i in range(int(high / low + 1e-9).bit_length())]
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))

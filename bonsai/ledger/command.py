@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bonsai.ago import ago
+from bonsai.shared_options import REDIS_URL, in_order, stack_directory
 
-Command = Callable[..., Any]
 _WHERE = (
-    click.option(
-        "--dir",
-        "directory",
-        type=click.Path(path_type=Path, file_okay=False),
-        default=Path(".bonsai"),
-        show_default=True,
-        help="Of the running stack whose ledger it is.",
-    ),
-    click.option("--redis-url", envvar="BONSAI_REDIS_URL", metavar="URL", help="Its Redis, where it is one of yours."),
+    stack_directory("Of the running stack whose ledger it is."),
+    REDIS_URL,
     click.option(
         "--archive",
         envvar="BONSAI_ARCHIVE",
@@ -32,19 +24,13 @@ _WHERE = (
 )
 
 
-def _where(command: Command) -> Command:
-    for option in reversed(_WHERE):
-        command = option(command)
-    return command
-
-
 @click.group("ledger")
 def ledger_command() -> None:
     """What was logged: take it elsewhere, and see what retention takes."""
 
 
 @ledger_command.command("export")
-@_where
+@in_order(_WHERE)
 @click.option("--format", "form", type=click.Choice(["parquet", "jsonl"]), default="parquet", show_default=True)
 @click.option("--tenant", default="default", show_default=True)
 @click.option("--route", default="default", show_default=True)
@@ -63,7 +49,7 @@ def export_command(
 
 
 @ledger_command.command("segments")
-@_where
+@in_order(_WHERE)
 @click.option(
     "--paths",
     "kind",
@@ -93,7 +79,7 @@ _retention = click.option(
 
 
 @ledger_command.command("merge")
-@_where
+@in_order(_WHERE)
 @_retention
 @click.option(
     "--bytes",
@@ -119,7 +105,7 @@ def merge_command(
 
 
 @ledger_command.command("retention")
-@_where
+@in_order(_WHERE)
 @_retention
 @click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
 def retention_command(directory: Path, redis_url: str | None, archive: str, retention: str, *, dry_run: bool) -> None:

@@ -6,32 +6,22 @@ from __future__ import annotations
 import asyncio
 import getpass
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from bonsai.engines import LORA_RANKS
+from bonsai.shared_options import REDIS_URL, stack_directory
 
 if TYPE_CHECKING:
     import redis
 
     from bonsai.registry.importing import Base
 
-Command = Callable[..., Any]
-DIRECTORY = click.option(
-    "--dir",
-    "directory",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path(".bonsai"),
-    show_default=True,
-    help="Of the stack.",
-)
-REDIS_URL = click.option(
-    "--redis-url", envvar="BONSAI_REDIS_URL", metavar="URL", help="Its Redis, where it is one of yours."
-)
+DIRECTORY = stack_directory("Of the stack.")
 POLICY = click.option("--policy", default="", metavar="MODEL", help="The stack's base model, as for `bonsai up`.")
 
 

@@ -10,20 +10,14 @@ from typing import Any, Final
 import click
 
 from bonsai.ago import ago
+from bonsai.shared_options import REDIS_URL, stack_directory
 
 MOST_GROUPS: Final = 100_000
 
 
 @click.command("replay")
-@click.option(
-    "--dir",
-    "directory",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path(".bonsai"),
-    show_default=True,
-    help="Of the running stack whose ledger is read.",
-)
-@click.option("--redis-url", envvar="BONSAI_REDIS_URL", metavar="URL", help="Its Redis, where it is one of yours.")
+@stack_directory("Of the running stack whose ledger is read.")
+@REDIS_URL
 @click.option("--route", default="default", show_default=True)
 @click.option("--tenant", default="default", show_default=True, help="Whose route it is.")
 @click.option("--since", callback=ago, metavar="AGO", help="Not older than this: 90m, 12h, 7d.")

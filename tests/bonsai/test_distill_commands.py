@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
@@ -11,22 +11,15 @@ import pytest
 import redis as blocking_redis
 from click.testing import CliRunner, Result
 
-from bon_algos.contracts import LEDGER_COUNTS, job_key
+from bon_algos.contracts import job_key
 from bonsai.cli import main
-from tests.fixtures.gateway import World, engine, reward, world
+from tests.fixtures.gateway import World, engine, reward, store, world
 from tests.service.records import STUDENT, policy, report
 from worker.lease import Lease, claim
 
-__all__ = ["engine", "reward", "world"]
+__all__ = ["engine", "reward", "store", "world"]
 SPEC = json.dumps({"n": 2, "method": {"type": "bon_sft", "bon_sft": {"n": 2, "steps": 3}}})
 Ask = Callable[..., Result]
-
-
-@pytest.fixture
-def store(world: World) -> Iterator[blocking_redis.Redis]:
-    with blocking_redis.Redis.from_url(world.redis_url, decode_responses=True) as client:
-        client.hset(LEDGER_COUNTS, "default", "100")
-        yield client
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
 
@@ -17,16 +16,10 @@ from bonsai.registry.auditing import verified_audit
 from service.access import Caller
 from service.audit import Audit, AuditBroken, AuditChain, Entry, verified
 from service.errors import InvalidField
-from service.store import open_redis, transact
+from service.store import transact
 
 pytestmark = pytest.mark.anyio
 ANN, BOB = Caller("key_ann", "default", "admin"), Caller("key_bob", "acme", "admin")
-
-
-@pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    async with open_redis(redis_url) as client:
-        yield client
 
 
 async def note(redis: Redis, event: str, by: Caller = ANN, **fields: str) -> None:

@@ -11,20 +11,30 @@ from tests.service.records import BASE
 PATH = "/v1/feedback"
 
 
+def answered(world, **fields):
+    """The id of an answer of three candidates, of which the second is served."""
+    world.engine.script.completions = ["short", "the longest of them all", "never"]
+    told = world.client.post("/generate?n=3", {"prompt": "hi", **fields})
+    assert told.status == 200, told.body
+    return told.json["id"]
+
+
 @pytest.fixture
 def reply(world):
-    """The id of an answer of three candidates, of which the second is served and the third never finished."""
-    world.engine.script.completions = ["short", "the longest of them all", "never"]
-    world.engine.script.delays = [0.0, 0.0, 30.0]
-    answered = world.client.post("/generate?n=3", {"prompt": "hi", "timeout_ms": 500, "quorum": 2})
-    assert answered.status == 200, answered.body
-    return answered.json["id"]
+    return answered(world)
+
+
+@pytest.fixture(scope="module")
+def unfinished(still_world):
+    """A gateway and a reply whose third candidate never finished."""
+    still_world.engine.script.delays = [0.0, 0.0, 30.0]
+    return still_world, answered(still_world, timeout_ms=4000, quorum=2)
 
 
 def said(world, **fields):
-    answered = world.client.post(PATH, fields)
-    assert answered.status == 201, answered.body
-    return answered.json
+    told = world.client.post(PATH, fields)
+    assert told.status == 201, told.body
+    return told.json
 
 
 def counting(world, count: int, query: str):
@@ -121,7 +131,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_feedback_that_means_nothing_is_refused_by_name(world, reply, case):
+def test_feedback_that_means_nothing_is_refused_by_name(unfinished, case):
+    world, reply = unfinished
     body, status, param = REFUSED[case]
     if isinstance(body, dict) and case != "neither":
         body = {"response": reply, **body}

@@ -35,7 +35,7 @@ def test_below_the_quorum_it_is_504_with_what_was_finished_and_the_group_is_logg
     world.engine.script.delays = [0.0, 0.0] + [60.0] * 14
     started = time.monotonic()
     reply = world.client.post("/generate?n=16", {**HI, "timeout_ms": 500})
-    assert 0.45 < time.monotonic() - started < 0.8
+    assert 0.45 < time.monotonic() - started < 1.5
     assert reply.status == 504
     assert reply.json["error"]["code"] == "deadline_exceeded"
     counts = {"requested": 16, "finished": 2, "scored": 0, "failed": {"deadline": 14}}
@@ -47,9 +47,9 @@ def test_below_the_quorum_it_is_504_with_what_was_finished_and_the_group_is_logg
 
 @pytest.mark.slow
 def test_after_the_slice_for_scoring_began_the_quorum_ends_the_drawing(world):
-    """Deadline 1 s, scoring slice 0.2 s: at 0.8 s one of 2 is there, at 0.9 s the second of the quorum comes."""
-    world.engine.script.delays = [0.0, 0.87, 60.0]
-    body = world.client.post("/generate?n=3", {**HI, "timeout_ms": 1000, "quorum": 2}).json
+    """Deadline 2 s, scoring slice 0.4 s: at 1.6 s one of 2 is there, at 1.7 s the second of the quorum comes."""
+    world.engine.script.delays = [0.0, 1.7, 60.0]
+    body = world.client.post("/generate?n=3", {**HI, "timeout_ms": 2000, "quorum": 2}).json
     assert body["selection"]["status"] == "deadline"
     assert body["candidates"]["scored"] == 2
 
@@ -58,7 +58,7 @@ def test_after_the_slice_for_scoring_began_the_quorum_ends_the_drawing(world):
 def test_a_quorum_of_the_caller_is_kept(world):
     world.engine.script.delays = [0.0, 60.0, 60.0, 60.0]
     assert world.client.post("/generate?n=4", {**HI, "timeout_ms": 300}).status == 504
-    assert world.client.post("/generate?n=4", {**HI, "timeout_ms": 300, "quorum": 1}).status == 200
+    assert world.client.post("/generate?n=4", {**HI, "timeout_ms": 1000, "quorum": 1}).status == 200
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_an_engine_that_never_answers_is_504_at_the_deadline_and_is_left(world):
     world.engine.script.fault = "silent"
     started = time.monotonic()
     assert world.client.post("/generate?n=4", {**HI, "timeout_ms": 500}).status == 504
-    assert 0.45 < time.monotonic() - started < 0.65
+    assert 0.45 < time.monotonic() - started < 1.5
     wait_until(lambda: world.engine.active == 0)
 
 

@@ -25,13 +25,6 @@ JOB = {"n": 2, "method": {"type": "bon_sft", "bon_sft": {"n": 2, "steps": 3}}}
 
 
 @pytest.fixture
-def store(world: World) -> Iterator[blocking_redis.Redis]:
-    with blocking_redis.Redis.from_url(world.redis_url, decode_responses=True) as client:
-        client.hset(LEDGER_COUNTS, "default", "100")
-        yield client
-
-
-@pytest.fixture
 def job_id(world: World, store: blocking_redis.Redis) -> str:
     return str(world.client.post("/distill", JOB).json["id"])
 

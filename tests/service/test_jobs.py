@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 from redis.asyncio import Redis
 
@@ -30,12 +28,6 @@ from tests.service.records import BASE, STUDENT, job_spec, policy
 
 pytestmark = pytest.mark.anyio
 INTERPOLATION = Method.model_validate({"type": "interpolation", "interpolation": {"policy": STUDENT}})
-
-
-@pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    async with open_redis(redis_url) as client:
-        yield client
 
 
 @pytest.fixture

@@ -155,18 +155,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("fields", "param"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_field_is_422_and_named(world, fields, param):
-    refused(post(world.client, **fields), 422, param)
-    assert audit(world) == []
+def test_a_wrong_field_is_422_and_named(still_world, fields, param):
+    refused(post(still_world.client, **fields), 422, param)
+    assert audit(still_world) == []
 
 
-def test_a_body_without_name_or_role_is_422(world):
-    refused(world.client.post("/keys", {"role": "viewer"}), 422, "name")
-    refused(world.client.post("/keys", {"name": "n"}), 422, "role")
+def test_a_body_without_name_or_role_is_422(still_world):
+    refused(still_world.client.post("/keys", {"role": "viewer"}), 422, "name")
+    refused(still_world.client.post("/keys", {"name": "n"}), 422, "role")
 
 
-def test_an_idempotency_key_would_keep_the_key_and_is_refused(world):
-    reply = world.client.post("/keys", {"name": "n", "role": "viewer"}, {"Idempotency-Key": "once"})
+def test_an_idempotency_key_would_keep_the_key_and_is_refused(still_world):
+    reply = still_world.client.post("/keys", {"name": "n", "role": "viewer"}, {"Idempotency-Key": "once"})
     refused(reply, 422, "Idempotency-Key")
 
 
@@ -199,19 +199,19 @@ def test_K7_the_last_admin_of_a_tenant_does_not_revoke_itself(world):
     assert admin.request("DELETE", f"/keys/{first['id']}").status == 200
 
 
-def test_K7_the_key_of_the_file_is_replaced_with_the_file(world):
-    refused(world.client.request("DELETE", f"/keys/{key_id(world.client.key)}"), 409, code="admin_key_file")
+def test_K7_the_key_of_the_file_is_replaced_with_the_file(still_world):
+    refused(still_world.client.request("DELETE", f"/keys/{key_id(still_world.client.key)}"), 409, code="admin_key_file")
 
 
 @pytest.mark.parametrize("identity", ["none", "key_aaaaaaaaaaaa", "*", "key_%00", "..%2f..", "k" * 500])
-def test_an_unknown_key_is_404(world, identity):
+def test_an_unknown_key_is_404(still_world, identity):
     for method in ("GET", "DELETE"):
-        refused(world.client.request(method, f"/keys/{identity}"), 404)
+        refused(still_world.client.request(method, f"/keys/{identity}"), 404)
 
 
 @pytest.mark.parametrize(("method", "path"), [("PATCH", "/keys"), ("PUT", "/keys/x"), ("POST", "/keys/x")])
-def test_K28_what_is_not_there_is_405(world, method, path):
-    refused(world.client.request(method, path, b"{}", {"Content-Type": "application/json"}), 405)
+def test_K28_what_is_not_there_is_405(still_world, method, path):
+    refused(still_world.client.request(method, path, b"{}", {"Content-Type": "application/json"}), 405)
 
 
 def test_the_number_of_keys_has_an_end_and_old_ones_make_room(world):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,143 +18,18 @@ from bon_algos.contracts import (
 )
 from service.artefacts import directory_of
 from service.catalogue import Catalogue, Snapshot
-from service.errors import EngineBroken, EngineUnavailable, PolicyNotServed, StoreUnavailable
-from service.fingerprint import FLOAT32_TOLERANCE
-from service.policies import Policies
-from service.publishers import Publishers
+from service.errors import EngineUnavailable, StoreUnavailable
 from service.publishing import Publisher, wanted_policies
 from service.store import open_redis
-from service.vllm import AdapterRefused, EngineState
 from tests.fixtures.redis import RedisServer
-from tests.service.published import COMPLETIONS, base_logprob, write_policy
+from tests.service.published import COMPLETIONS
+from tests.service.publishers import OneEngine, candidate, catalogue, engine, make_publisher, publisher
 from tests.service.records import BASE, STUDENT, numbered, policy, route
 from tests.service.test_experiments import STUDENT_ARM, TEACHER_ARM
 from tests.service.test_policies import register
 
 pytestmark = pytest.mark.anyio
-PROVE_EVERY = 300.0
-
-
-class OneEngine:
-    """An engine at the process's edge: what it has loaded, and how far from the base each adapter really is."""
-
-    def __init__(self, name: str = "policy-0") -> None:
-        self.name = name
-        self.is_in_rotation = True
-        self.served: frozenset[str] = frozenset()
-        self.adapters: dict[str, str] = {}
-        self.started_at: float | None = None
-        self.distance = 0.5
-        self.base_distance = 0.0
-        self.calls: Counter[str] = Counter()
-        self.used_at: dict[str, float] = {}
-        self.has_other_base = False
-        self.is_away = False
-        self.is_broken = False
-        self.refusal: str | None = None
-        self.unservable: set[str] = set()
-        """Listed, and not known when it is asked for."""
-        self.num_probes = 0
-
-    def serve(self, policies: Iterable[str]) -> None:
-        self.served = frozenset(policies)
-
-    def in_flight(self, policy: str) -> int:
-        return self.calls[policy]
-
-    def last_used_at(self, policy: str) -> float:
-        return self.used_at.get(policy, 0.0)
-
-    def forget(self, policy: str) -> None:
-        self.used_at.pop(policy, None)
-
-    def distrust(self, *, has_other_base: bool) -> None:
-        self.has_other_base = has_other_base
-
-    async def observe(self) -> EngineState:
-        if self.is_away:
-            raise EngineUnavailable("away")
-        return EngineState({BASE: "/models/base", **self.adapters}, self.started_at)
-
-    async def load_adapter(self, policy: str, directory: str) -> None:
-        if self.refusal is not None:
-            raise AdapterRefused(self.refusal)
-        self.adapters[policy] = directory
-
-    async def unload_adapter(self, policy: str) -> None:
-        self.adapters.pop(policy, None)
-
-    async def logprobs(
-        self, policy: str, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int]
-    ) -> list[float]:
-        if self.is_broken:
-            raise EngineBroken("no answer")
-        if policy == BASE:
-            return [base_logprob(token) - self.base_distance for token in completion_token_ids]
-        self.num_probes += 1
-        if policy in self.unservable:
-            raise PolicyNotServed("no such model")
-        assert policy in self.adapters
-        return [base_logprob(token) - self.distance for token in completion_token_ids]
-
-    def restart(self) -> None:
-        self.adapters.clear()
-
-
-@pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    async with open_redis(redis_url) as client:
-        yield client
-
-
-@pytest.fixture
-def engine() -> OneEngine:
-    return OneEngine()
-
-
-@pytest.fixture
-async def catalogue(redis: Redis) -> Catalogue:
-    return Catalogue(redis, policy(BASE), route())
-
-
-@pytest.fixture
-def publisher(engine: OneEngine, catalogue: Catalogue, redis: Redis, tmp_path: Path) -> Publisher:
-    return make_publisher(engine, catalogue, redis, tmp_path)
-
-
-def make_publisher(engine: OneEngine, catalogue: Catalogue, redis: Redis, root: Path) -> Publisher:
-    return make_publishers([engine], catalogue, redis, root).each[0]
-
-
-def make_publishers(
-    engines: Sequence[OneEngine],
-    catalogue: Catalogue,
-    redis: Redis,
-    root: Path,
-    clock: Callable[[], float] = time.monotonic,
-) -> Publishers:
-    publishers = Publishers(
-        catalogue,
-        Policies(redis),
-        artefacts=root,
-        slots=2,
-        max_lora_rank=32,
-        tolerance=FLOAT32_TOLERANCE,
-        prove_every=PROVE_EVERY,
-        clock=clock,
-    )
-    for engine in engines:
-        publishers.join(engine)
-    return publishers
-
-
-async def candidate(redis: Redis, catalogue: Catalogue, root: Path) -> str:
-    """Registered as the worker's last script does it."""
-    written = write_policy(root)
-    await catalogue.refresh()
-    await register(redis, policy(written.policy_id, fingerprint=None, created_at=5.0, written=written))
-    await catalogue.refresh()
-    return written.policy_id
+__all__ = ["catalogue", "engine", "publisher"]
 
 
 # --- loading, serving, restarting ------------------------------------------------------------------------
@@ -283,109 +156,6 @@ async def test_an_engine_that_does_not_answer_is_asked_again_and_fails_nobody(
     engine.is_broken = False
     await publisher.reconcile()
     assert policy_id in catalogue.snapshot.served
-
-
-# --- several engines -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def two(catalogue: Catalogue, redis: Redis, tmp_path: Path) -> tuple[OneEngine, OneEngine, Publishers]:
-    engines = OneEngine("policy-0"), OneEngine("policy-1")
-    return *engines, make_publishers(engines, catalogue, redis, tmp_path)
-
-
-async def test_each_engine_loads_and_proves_for_itself(two, catalogue: Catalogue, redis: Redis, tmp_path: Path):
-    good, other, publishers = two
-    policy_id = await candidate(redis, catalogue, tmp_path)
-    await publishers.each[0].reconcile()
-    assert (good.served, other.served) == ({BASE, policy_id}, set())
-    assert catalogue.snapshot.served == {BASE, policy_id}
-    await publishers.each[1].reconcile()
-    assert other.served == {BASE, policy_id}
-    assert good.num_probes == other.num_probes == len(COMPLETIONS)
-
-
-async def test_an_engine_with_other_weights_does_not_serve_and_fails_nobody(
-    two, catalogue: Catalogue, redis: Redis, tmp_path: Path
-):
-    bad, good, publishers = two
-    bad.distance = 0.0
-    policy_id = await candidate(redis, catalogue, tmp_path)
-    await publishers.each[0].reconcile()
-    assert catalogue.snapshot.policy(policy_id).state == "candidate"
-    assert catalogue.snapshot.policy(policy_id).fingerprint is None
-    await publishers.each[1].reconcile()
-    assert (bad.served, bad.adapters) == ({BASE}, {})
-    assert good.served == catalogue.snapshot.served == {BASE, policy_id}
-    record = catalogue.snapshot.policy(policy_id)
-    assert record.fingerprint is not None
-    assert record.fingerprint.passed
-
-
-async def test_a_policy_that_every_engine_refuses_has_failed(two, catalogue: Catalogue, redis: Redis, tmp_path: Path):
-    one, other, publishers = two
-    one.distance, other.refusal = 0.0, "no such layer"
-    policy_id = await candidate(redis, catalogue, tmp_path)
-    for publisher in publishers.each:
-        await publisher.reconcile()
-    assert catalogue.snapshot.policy(policy_id).state == "failed"
-    assert catalogue.snapshot.served == {BASE}
-
-
-async def test_files_that_are_refused_are_refused_for_all(two, catalogue: Catalogue, redis: Redis, tmp_path: Path):
-    """F10: no other engine would find others; one that is away need not be waited for."""
-    _, away, publishers = two
-    away.is_away = True
-    policy_id = await candidate(redis, catalogue, tmp_path)
-    for file in tmp_path.glob("policies/*/adapter_model.safetensors"):
-        file.write_bytes(b"cut")
-    await publishers.each[0].reconcile()
-    assert catalogue.snapshot.policy(policy_id).state == "failed"
-
-
-async def test_what_an_engine_refused_it_may_take_in_its_next_life(
-    two, catalogue: Catalogue, redis: Redis, tmp_path: Path
-):
-    bad, _, publishers = two
-    bad.distance = 0.0
-    policy_id = await candidate(redis, catalogue, tmp_path)
-    for publisher in publishers.each:
-        await publisher.reconcile()
-    bad.is_away = True
-    with pytest.raises(EngineUnavailable):
-        await publishers.each[0].reconcile()
-    bad.is_away, bad.distance = False, 0.5
-    await publishers.each[0].reconcile()
-    assert bad.served == {BASE, policy_id}
-
-
-async def test_served_is_what_engines_in_rotation_proved(two, catalogue: Catalogue, redis: Redis, tmp_path: Path):
-    holder, other, publishers = two
-    policy_id = await candidate(redis, catalogue, tmp_path)
-    await publishers.each[0].reconcile()
-    other.refusal = "not now"
-    holder.is_in_rotation = False
-    await publishers.each[1].reconcile()
-    assert catalogue.snapshot.served == {BASE}
-    other.is_in_rotation = False  # With none left all arms of an experiment fail alike, after their exposure.
-    await publishers.each[1].reconcile()
-    assert catalogue.snapshot.served == {BASE, policy_id}
-
-
-async def test_one_engine_forgets_and_the_other_goes_on(two, catalogue: Catalogue, redis: Redis, tmp_path: Path):
-    """F9: what is proved is proved for one engine, until its next start."""
-    one, other, publishers = two
-    policy_id = await candidate(redis, catalogue, tmp_path)
-    for publisher in publishers.each:
-        await publisher.reconcile()
-    one.restart()
-    one.is_broken = True
-    await publishers.each[0].reconcile()
-    assert (one.served, other.served) == ({BASE}, {BASE, policy_id})
-    assert catalogue.snapshot.served == {BASE, policy_id}
-    one.is_broken = False
-    await publishers.each[0].reconcile()
-    assert one.served == {BASE, policy_id}
 
 
 # --- without Redis, and without a need -------------------------------------------------------------------

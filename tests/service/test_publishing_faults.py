@@ -23,9 +23,9 @@ from service.publishing import Publisher
 from service.residency import DRAIN_SECONDS, LIFETIMES
 from service.store import open_redis
 from tests.service.published import COMPLETIONS, safetensors, write_policy
+from tests.service.publishers import PROVE_EVERY, OneEngine, make_publishers
 from tests.service.records import BASE, policy, route
 from tests.service.test_policies import register
-from tests.service.test_publishing import PROVE_EVERY, OneEngine, make_publishers
 
 pytestmark = pytest.mark.anyio
 

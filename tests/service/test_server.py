@@ -9,10 +9,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from service.__main__ import server_config
 from service.draining import Draining
 from service.loops import running_loops
-from service.server import Server
+from service.server import Server, server_config
 from tests.fixtures.gateway import gateway_settings
 
 

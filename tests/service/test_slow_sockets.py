@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from service.__main__ import server_config
+from service.server import server_config
 from tests.fixtures.gateway import Client, World, gateway_settings, running_gateway, wait_until
 from tests.fixtures.process import gateway_process
 from tests.stubs.server import running

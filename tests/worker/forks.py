@@ -39,6 +39,13 @@ def deliver(
     return process
 
 
+def train(job_id: str, epoch: int, environment: Mapping[str, str], log: Path) -> BaseProcess:
+    """What `python -m worker.job_process` does for a job that is claimed; started."""
+    process = SERVER.Process(target=_train_alone, args=(job_id, epoch, dict(environment), log))
+    process.start()
+    return process
+
+
 def training_of(delivery: BaseProcess) -> int | None:
     """The process that trains below a delivery, if there is one."""
     try:
@@ -104,6 +111,15 @@ def _train(job_id: str, epoch: int, log_file: Path) -> int:
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def _train_alone(job_id: str, epoch: int, environment: dict[str, str], log: Path) -> None:
+    from worker import job_process
+
+    os.setsid()
+    os.environ.update(environment)
+    _write_into(log)
+    sys.exit(job_process.main(job_id, epoch, os.getppid()))
 
 
 def _write_into(log: Path) -> None:

@@ -1,5 +1,5 @@
-"""The training process under kill -9, a dead parent and a frozen clock. Real processes; each waits for a
-condition, with a deadline."""
+"""The training process under kill -9, a dead parent and a frozen clock. Real processes, forked off one that has the
+libraries loaded where it does not matter who started them; each waits for a condition, with a deadline."""
 
 import json
 import os
@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load
 
 from bon_algos.contracts import JobSpec, Method, job_key
-from tests.worker import world
+from tests.worker import forks, world
+from tests.worker.forks import is_alive, is_frozen, train
 from worker import checkpoint, tasks
 from worker.crew import LOST_A_RANK
 from worker.job_process import read_tokenizer
@@ -85,35 +86,25 @@ def start(client, environment):
     yield one
     for process in started:
         process.kill()  # a stopped process dies of it too
-        process.wait()
+        process.join()
 
 
 def start_training(client, environment):
     until(
         lambda: isinstance(claim(client, JOB, lease_seconds=LEASE_SECONDS, worker="here:1"), int), "the lease is free"
     )
-    epoch = client.hget(job_key(JOB), "epoch")
-    command = [sys.executable, "-m", "worker.job_process", JOB, epoch, str(os.getpid())]
-    log = Path(environment["BONSAI_ARTEFACTS"]) / f"{epoch}.log"
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    epoch = int(client.hget(job_key(JOB), "epoch"))
+    return train(JOB, epoch, environment, Path(environment["BONSAI_ARTEFACTS"]) / f"{epoch}.log")
 
 
 def until(condition, what):
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {SECONDS} s: {what}"
-        time.sleep(0.02)
+    return forks.until(condition, what, seconds=SECONDS)
 
 
-def is_alive(pid):
-    """Running or waiting; a zombie that nobody has buried yet is dead."""
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def code_of(process):
+    """How it ended, waited for."""
+    process.join(SECONDS)
+    return process.exitcode
 
 
 def freeze_between_states(process, jobs):
@@ -121,7 +112,7 @@ def freeze_between_states(process, jobs):
 
     def frozen():
         os.kill(process.pid, signal.SIGSTOP)
-        os.waitpid(process.pid, os.WUNTRACED)
+        until(lambda: is_frozen(process.pid), "it is stopped")
         if not list(jobs.glob("*/.step-*")):
             return True
         os.kill(process.pid, signal.SIGCONT)
@@ -136,7 +127,7 @@ def step_reached(client):
 
 def run_to_its_end(client, start):
     process = start()
-    assert process.wait(SECONDS) == 0
+    assert code_of(process) == 0
     assert client.hget(job_key(JOB), "state") == "succeeded"
     return client.hget(job_key(JOB), "policy_id")
 
@@ -156,7 +147,7 @@ def test_a_job_killed_twice_ends_once_with_the_very_bytes_of_one_that_was_not(cl
         process = start()
         until(lambda at=killed_at: step_reached(client) >= at, f"step {killed_at}")
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.join()
         kept = checkpoint.newest(Path(environment["BONSAI_ARTEFACTS"]) / "jobs" / JOB)
         assert kept is not None
         assert step_reached(client) - kept.step <= 5  # the interval between two states
@@ -179,9 +170,9 @@ def test_a_process_frozen_past_its_lease_wakes_to_nothing(client, environment, s
         "the successor further than the frozen one",
     )
     os.kill(frozen.pid, signal.SIGCONT)
-    assert frozen.wait(SECONDS) == 0  # it stops by itself, and leaves the state alone
+    assert code_of(frozen) == 0  # it stops by itself, and leaves the state alone
     assert set(jobs.glob("1-*/step-*")) <= states
-    assert successor.wait(SECONDS) == 0
+    assert code_of(successor) == 0
     assert client.hget(job_key(JOB), "state") == "succeeded"
     assert len(list((Path(environment["BONSAI_ARTEFACTS"]) / "policies").iterdir())) == 1
 
@@ -240,7 +231,7 @@ def test_a_rank_that_dies_ends_the_attempt_and_the_next_ends_where_one_process_d
     until(lambda: step_reached(client) >= 6, "step 6")
     os.kill(follower_of(process), signal.SIGKILL)
     died_at = time.monotonic()
-    assert process.wait(SECONDS) == LOST_A_RANK
+    assert code_of(process) == LOST_A_RANK
     assert time.monotonic() - died_at < 20
     client.hset(job_key(JOB), "lease_until", 0)  # as the task does when its process fails
     found = load(adapter_of(environment, run_to_its_end(client, start)))
@@ -262,7 +253,7 @@ def test_all_ranks_end_with_the_first_and_when_the_job_is_cancelled(client, envi
     until(lambda: len(children_of(process)) == 1, "a second rank")
     follower = follower_of(process)
     client.hset(job_key(JOB), "cancel", 1)
-    assert process.wait(SECONDS) == 0
+    assert code_of(process) == 0
     assert client.hget(job_key(JOB), "state") == "cancelled"
     assert not is_alive(follower)
 

@@ -19,11 +19,12 @@ class PlainRoute(APIRoute):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
+        self._checks = [one.dependency for one in self.dependencies if one.dependency is not None]
         self.app = self._answered
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
-        for needed in self.dependencies:
-            await needed.dependency(request)
+        for check in self._checks:
+            await check(request)
         response = await self.endpoint(request, **scope["path_params"])
         await response(scope, receive, send)

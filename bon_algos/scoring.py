@@ -188,8 +188,8 @@ def _of_one(scores: Sequence[Score], scales: Sequence[float], caution: float) ->
 
 
 def _finite(score: Score) -> Score:
-    numbers = (score.reward, score.disagreement)
-    return score if all(n is None or math.isfinite(n) for n in numbers) else Score(None, "reward_not_finite")
+    is_finite = math.isfinite(score.reward or 0.0) and math.isfinite(score.disagreement or 0.0)
+    return score if is_finite else Score(None, "reward_not_finite")
 
 
 def _classified(answer: bytes, count: int) -> list[Score]:

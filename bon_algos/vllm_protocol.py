@@ -147,15 +147,18 @@ class _Partial:
 
 
 class _Told(msgspec.Struct, gc=False):
-    token_logprobs: list[float] = []
+    token_logprobs: tuple[float, ...] = ()
     top_logprobs: msgspec.Raw = msgspec.Raw(b"null")
     """Comes where nobody asked for it too, and is then not looked at."""
+
+
+_NOTHING_TOLD = _Told()
 
 
 class _Choice(msgspec.Struct, gc=False):
     index: int
     text: str
-    token_ids: list[int] | None = None
+    token_ids: tuple[int, ...] | None = None
     logprobs: _Told | None = None
     finish_reason: FinishReason | None = None
 
@@ -278,22 +281,23 @@ def _index(index: object, count: int) -> int:
 
 
 def _piece(index: int, choice: _Choice) -> Piece:
-    told = choice.logprobs or _Told()
-    ids, logprobs = choice.token_ids or [], told.token_logprobs
+    told = choice.logprobs or _NOTHING_TOLD
+    ids, logprobs = choice.token_ids or (), told.token_logprobs
     if min(ids, default=0) < 0 or len(ids) != len(logprobs):
         raise MalformedReply("token ids and log-probs of a choice do not match")
     if not all(map(math.isfinite, logprobs)):
         raise MalformedReply("a log-prob is not a finite number")
     alternatives = _alternatives(bytes(told.top_logprobs), len(ids))
-    return Piece(index, choice.text, tuple(ids), tuple(logprobs), choice.finish_reason, alternatives)
+    return Piece(index, choice.text, ids, logprobs, choice.finish_reason, alternatives)
 
 
 _TOKEN_ID = "token_id:"
+_TOKEN_ID_BYTES = _TOKEN_ID.encode()
 
 
 def _alternatives(told: bytes, count: int) -> tuple[Alternatives, ...]:
     """Of each token, from objects with `token_id:N`: log-prob. By their texts they come where nobody asked for them."""
-    if _TOKEN_ID.encode() not in told:
+    if _TOKEN_ID_BYTES not in told:
         return ()
     try:
         rows = _ALTERNATIVES.decode(told)

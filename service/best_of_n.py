@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic, time
@@ -209,12 +208,12 @@ def finished_count(group: CandidateGroup) -> int:
 
 def candidate_counts(group: CandidateGroup) -> dict[str, Any]:
     """How many were requested, finished, scored and failed, the failed ones by reason."""
-    failed = Counter(candidate.failure for candidate in group.candidates if candidate.failure is not None)
+    failures = [candidate.failure for candidate in group.candidates if candidate.failure is not None]
     return {
         "requested": group.requested,
         "finished": finished_count(group),
         "scored": len(group.scored),
-        "failed": dict(failed),
+        "failed": {reason: failures.count(reason) for reason in dict.fromkeys(failures)},
     }
 
 

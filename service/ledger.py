@@ -17,6 +17,7 @@ from hashlib import sha1
 from typing import Any, Final
 
 from isal.isal_zlib import compress, decompress
+from pydantic_core import to_json
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
@@ -244,7 +245,7 @@ def _frame(record: Record) -> bytes:
         head["usable"] = of_tenant(record.tenant, record.route) if record.is_unbiased and record.requested > 1 else ""
         head["unmeasured"] = record.store and record.status == "single" and not record.scored
         kept = record if record.store else without_content(record)
-    return json.dumps(head).encode() + b"\n" + compress(kept.model_dump_json().encode(), level=1)
+    return to_json(head) + b"\n" + compress(kept.model_dump_json().encode(), level=1)
 
 
 def _head(payload: bytes) -> tuple[dict[str, Any], bytes]:

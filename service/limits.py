@@ -121,8 +121,9 @@ class Limits:
         turn = self._turns[ticket] = asyncio.get_running_loop().create_future()
         self._admit()
         try:
-            async with asyncio.timeout(None if turn.done() else patience):
-                await turn
+            if not turn.done():
+                async with asyncio.timeout(patience):
+                    await turn
         except TimeoutError:
             raise self._overloaded(ticket.key, ticket.cost) from None
         finally:

@@ -31,6 +31,8 @@ def choose(names: Sequence[str], loads: Sequence[int], prompt_token_ids: Sequenc
     The one that the prompt's beginning prefers (rendezvous hashing: a replica that comes or goes moves only its own
     prompts) while it carries at most 1.25 times the mean and one such request, else the one that carries least.
     """
+    if len(names) == 1:
+        return 0
     begins = b"".join(token.to_bytes(8, "big") for token in prompt_token_ids[:PREFIX_TOKENS])
     preferred = max(range(len(names)), key=lambda i: blake2b(begins, key=names[i].encode()).digest())
     if loads[preferred] <= MOST_OF_MEAN * sum(loads) / len(loads) + cost:

@@ -14,13 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from time import monotonic, time
 from typing import Final, Literal, Protocol
 
 from bon_algos.contracts import Candidate, Sampling
-from bon_algos.vllm_protocol import Piece
 from service.best_of_n import Policy
 from service.breaker import Breaker
 from service.canary import Canary
@@ -34,6 +33,17 @@ log = logging.getLogger("bonsai.engines")
 
 class Engine(Policy, Protocol):
     """What a replica asks of its engine; `service.vllm.PolicyEngine` is one."""
+
+    async def sample(
+        self,
+        policy: str,
+        prompt_token_ids: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        window: DrawingWindow,
+        hear: Listener | None,
+        came: Callable[[], None] = ...,
+    ) -> list[Candidate]: ...
 
     async def give_a_token(self, policy: str) -> None: ...
 
@@ -157,17 +167,15 @@ class Replica:
         cost = cost_of(prompt_token_ids, n, sampling)
         epoch, heard = self._breaker.epoch, False
 
-        def listen(piece: Piece) -> None:
+        def came() -> None:
             nonlocal heard
             heard = True
             self._last_used_at[policy] = monotonic()
             self.canary.token_came()
-            if hear is not None:
-                hear(piece)
 
         self._begin(policy, cost)
         try:
-            drawn = await self._engine.sample(policy, prompt_token_ids, n, sampling, window, listen)
+            drawn = await self._engine.sample(policy, prompt_token_ids, n, sampling, window, hear, came)
         except PolicyNotServed:
             self._served -= {policy}
             raise

@@ -35,6 +35,7 @@ FUNCTION_COLUMNS: Final = ("the last function of ours, with what it calls elsewh
 PARTS: Final[Mapping[str, Sequence[str]]] = {
     "HTTP: server, framework, middleware": (
         "uvicorn/", "starlette/", "fastapi/", "service/server.py", "service/edge.py", "service/draining.py",
+        "service/plain_route.py",
     ),
     "key, limits, queue": (
         "service/access.py", "service/authentication.py", "service/keys.py", "service/api_key.py", "service/limits.py",
@@ -54,7 +55,7 @@ PARTS: Final[Mapping[str, Sequence[str]]] = {
         "service/ledger.py", "service/spool.py", "service/spool_report.py", "redis/",
     ),
     "reply": ("service/routes/", "service/replies.py"),
-    "both engine clients: HTTP": ("service/engine_http.py", "aiohttp/"),
+    "both engine clients: HTTP": ("service/engine_http.py", "service/engine_connection.py"),
 }  # fmt: skip
 """What the files of a frame are about; of a stack the innermost that is here counts."""
 

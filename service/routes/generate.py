@@ -20,18 +20,19 @@ from starlette.types import Receive
 
 from bon_algos.contracts import CandidateGroup
 from service.access import caller_of, needs
-from service.best_of_n import candidate_counts, selection_of, warnings_of
+from service.best_of_n import candidate_counts, finished_count, selection_of, warnings_of
 from service.errors import ClientGone, InvalidField
 from service.generation import GenerateRequest
 from service.idempotency import HEADER, Idempotency
 from service.json_body import parse_model, query_parameters, read_body
+from service.plain_route import PlainRoute
 from service.replays import Reply
 from service.serving import Circumstances, Prepared, Serving, answer, ledger_warnings, prepare
 
 MAX_UNIT_LENGTH = 256
 LONG_BYTES = 100_000
 """From here on tokenising a body would hold up other requests, and is done in a thread."""
-router = APIRouter()
+router = APIRouter(route_class=PlainRoute)
 T = TypeVar("T")
 
 
@@ -65,12 +66,16 @@ async def replied(
     request: Request, serving: Serving, prepared: Prepared, content: bytes, make: Callable[[], Awaitable[Reply]]
 ) -> Response:
     """The reply, drawn once for an `Idempotency-Key`."""
-    path = f"{request.method} {request.scope['path']}?{request.url.query}"
-    asked = Idempotency.of(request.headers.get(HEADER), path, content.decode(), caller_of(request).tenant)
+    asked = _idempotency(request, content) if HEADER in request.headers else None
     if asked is not None and not prepared.group.store:
         raise InvalidField(f"{HEADER} keeps the reply for a day, which store: false forbids", param=HEADER)
     reply = await serving.replays.once(asked, prepared.budget.deadline - prepared.budget.started, make)
     return Response(to_json(reply.body), headers=reply.headers, media_type="application/json")
+
+
+def _idempotency(request: Request, content: bytes) -> Idempotency | None:
+    path = f"{request.method} {request.scope['path']}?{request.url.query}"
+    return Idempotency.of(request.headers.get(HEADER), path, content.decode(), caller_of(request).tenant)
 
 
 async def prepared_aside(request: Request, make: Callable[[], Prepared]) -> Prepared:
@@ -177,11 +182,10 @@ def circumstances_of(request: Request, started: float, query: Mapping[str, str])
 
 
 def headers_of(group: CandidateGroup, overhead_seconds: float) -> dict[str, str]:
-    counts = candidate_counts(group)
     return {
         "x-bonsai-arm": str(group.arm),
         "x-bonsai-policy": group.answered_by,
-        "x-bonsai-candidates": f"{counts['finished']}/{counts['requested']}",
+        "x-bonsai-candidates": f"{finished_count(group)}/{group.requested}",
         "x-bonsai-selection": group.status,
         "x-bonsai-overhead-duration-ms": f"{1000 * overhead_seconds:.2f}",
     }

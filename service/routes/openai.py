@@ -22,11 +22,12 @@ from service.openai_bodies import Body, ChatBody, CompletionBody, addressed, in_
 from service.openai_messages import SCHEMA_MEMBERS
 from service.openai_replies import ChatShape, CompletionShape, Shape
 from service.openai_stream import stream
+from service.plain_route import PlainRoute
 from service.replays import Reply
 from service.routes.generate import circumstances_of, headers_of, prepared_aside, replied, serving_of, while_connected
 from service.serving import Circumstances, Serving, answer, prepare
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=PlainRoute)
 
 
 @router.post("/completions", dependencies=[needs("complete")])

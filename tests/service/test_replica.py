@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
 from bon_algos.contracts import Candidate, Sampling
-from bon_algos.vllm_protocol import Piece
 from service.breaker import FAILED_CALLS
 from service.errors import EngineUnavailable, PolicyNotServed
 from service.loops import running_loops
@@ -40,6 +39,7 @@ class OneEngine:
         sampling: Sampling,
         window: DrawingWindow,
         hear: Listener | None,
+        came: Callable[[], None] = lambda: None,
     ) -> list[Candidate]:
         self.num_draws += 1
         if self.forgot:
@@ -47,10 +47,9 @@ class OneEngine:
         if self.is_away:
             await asyncio.sleep(0.05)
             raise EngineUnavailable("away")
-        assert hear is not None
         for _ in range(sampling.max_tokens):
             await asyncio.sleep(0.05)
-            hear(Piece(0, "a", (1,), (-1.0,), None))
+            came()
         return []
 
     async def give_a_token(self, policy: str) -> None:

@@ -39,10 +39,7 @@ COLLECTING, OTHERWISE = 6, 1
 """Requests under way at one time: many while a turn waits for groups, one while a worker trains on the same cores."""
 LOOK_EVERY: Final = 1.0
 DEADLINE_SECONDS: Final = 3600.0
-COLUMNS = (
-    *("policy", "reward", "gold reward", "win rate, %", "KL to the base, nats", "tokens of an answer"),
-    *("job, s", "turn, s", "outcome"),
-)
+COLUMNS = ("one sample of", "reward", "gold reward", "win rate, %", "KL, nats", "tokens", "job, s", "turn, s")
 
 
 def circle_spec(turns: int) -> CircleSpec:
@@ -100,39 +97,33 @@ async def _worths(client: BonsaiClient, ended: RunningCircle) -> list[Worth]:
     for turn in ended.turns:
         if turn.outcome == "promoted" and turn.policy is not None:
             report = await client.report(turn.policy)
-            found.append(
-                await worth_of(client, turn.policy, base.pool, report.kl_policy_base or report.kl_policy_reference)
-            )
+            drift = report.kl_policy_base or report.kl_policy_reference
+            found.append(await worth_of(client, turn.policy, base.pool, drift))
     return found
 
 
 def rows_of(worths: Sequence[Worth], turns: Sequence[Turn]) -> list[tuple[str, ...]]:
     base = worths[0]
-    best = measure.quality_of_best(base.pool, N)
-    of_policy = {turn.policy: turn for turn in turns}
+    of_policy = {one.policy: one.quality for one in worths[1:]}
     return [
-        _row("base, one sample", base.quality, None),
-        _row(f"base, best of {N}", best, None),
-        *(_row(f"{one.policy}, one sample", one.quality, of_policy[one.policy]) for one in worths[1:]),
-        *(
-            (f"turn {turn.number}, not live", *["–"] * 5, f"{turn.seconds:.0f}", _lasted(turn), turn.outcome or "")
-            for turn in turns
-            if turn.outcome != "promoted"
-        ),
+        ("the base", *_numbers(base.quality), "–", "–"),
+        (f"(best of {N} of the base)", *_numbers(measure.quality_of_best(base.pool, N)), "–", "–"),
+        *(_turn_row(turn, of_policy.get(turn.policy or "")) for turn in turns),
     ]
 
 
-def _row(name: str, quality: measure.Quality, turn: Turn | None) -> tuple[str, ...]:
+def _turn_row(turn: Turn, quality: measure.Quality | None) -> tuple[str, ...]:
+    numbers = ("–",) * 5 if quality is None else _numbers(quality)
+    return f"turn {turn.number}, {turn.outcome}", *numbers, f"{turn.seconds:.0f}", _lasted(turn)
+
+
+def _numbers(quality: measure.Quality) -> tuple[str, ...]:
     return (
-        name,
         plus_minus(quality.reward),
         plus_minus(quality.gold),
         plus_minus(quality.win_rate, scale=100, digits=1),
         plus_minus(quality.kl_policy_reference),
         plus_minus(quality.tokens, digits=1),
-        "–" if turn is None else f"{turn.seconds:.0f}",
-        "–" if turn is None else _lasted(turn),
-        "" if turn is None else turn.outcome or "",
     )
 
 

@@ -280,7 +280,8 @@ def test_bad_requests_name_what_is_wrong_and_change_nothing(world: World):
                 # All names in these bodies can be printed: another one would be the parser's, not the caller's.
                 assert "unprintable" not in reply.json["error"]["message"], (verb, path, body)
         assert wrong == []
-        own = (b"bonsai:reconciler", b"bonsai:keys:used", b"bonsai:spools")  # the gateway's, which come when they come
+        # The gateway's, which come when they come.
+        own = (b"bonsai:reconciler", b"bonsai:circles:lease", b"bonsai:keys:used", b"bonsai:spools")
         assert [key for key in sorted(client.keys("*")) if key not in before and key not in own] == []
 
 

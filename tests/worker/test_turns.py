@@ -44,25 +44,22 @@ def test_it_learns_from_its_parents_draws_alone_and_is_compared_to_it(job, clien
     assert drift.low < drift_before.high
     assert drift_before.low < drift.high
     assert drift.low > report.kl_policy_reference.high
-
-
-def test_its_fingerprint_tells_it_from_the_base_and_not_from_its_parent(job, client, tmp_path, parent):
-    """What an engine shows that does not apply the adapter is the base."""
-    turn(job, parent).run()
-    child = tmp_path / "policies" / manifest_of(client, "job_2").digest
-    found = Fingerprint.model_validate_json((child / "fingerprint.json").read_text())
+    # What an engine shows that does not apply the adapter is the base, not the parent: the fingerprint tells them apart
+    written = tmp_path / "policies" / manifest.digest / "fingerprint.json"
+    found = Fingerprint.model_validate_json(written.read_text())
     own, base = (
         torch.cat([torch.tensor(row) for row in rows]) for rows in (found.policy_logprobs, found.base_logprobs)
     )
     assert (own - base).abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("method", ["offline_bond", "bond", "jbond"])
-def test_methods_that_interpolate_or_draw_take_a_turn(job, client, parent, method):
-    job(method, job_id="job_2", training={"start_from": parent, "reference": "start"}).run()
-    report = manifest_of(client, "job_2").report
-    assert report is not None
-    assert report.kl_policy_base is not None
+def test_methods_that_interpolate_or_draw_take_a_turn(job, client, parent):
+    for number, method in enumerate(("offline_bond", "jbond"), start=2):
+        child = f"job_{number}"
+        job(method, job_id=child, training={"start_from": parent, "reference": "start"}).run()
+        report = manifest_of(client, child).report
+        assert report is not None
+        assert report.kl_policy_base is not None
 
 
 def test_without_draws_of_its_parent_there_is_nothing_to_learn(job, client):

@@ -37,6 +37,8 @@ ROUTE: Final = "default"
 LEAST_GROUPS: Final = 600
 COLLECTING, OTHERWISE = 6, 1
 """Requests under way at one time: many while a turn waits for groups, one while a worker trains on the same cores."""
+QUIET_SECONDS: Final = 0.5
+"""Between two requests then."""
 LOOK_EVERY: Final = 1.0
 DEADLINE_SECONDS: Final = 3600.0
 COLUMNS = ("one sample of", "reward", "gold reward", "win rate, %", "KL, nats", "tokens", "job, s", "turn, s")
@@ -74,6 +76,8 @@ async def unattended(client: BonsaiClient, console: Console, turns: int) -> Runn
             while time.monotonic() < until:
                 width = COLLECTING if seen.turn is None else OTHERWISE
                 await asyncio.gather(*(client.generate(next(prompts), n=N) for _ in range(width)))
+                if seen.turn is not None:
+                    await asyncio.sleep(QUIET_SECONDS)
             seen = await client.circle(ROUTE)
             phase = "collecting" if seen.turn is None else f"turn {seen.turn.number}: {seen.turn.phase}"
             if phase != told:

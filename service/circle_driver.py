@@ -271,12 +271,9 @@ class CircleDriver:
             "%sturn %d of the circle of %s is %s: %s",
             *("ALERT " if end.stops else "", turn.number, circle.route, end.outcome, end.reason),
         )
-        with suppress(Conflict, NotFound):  # it has ended
-            if turn.job_id is not None and end.outcome == "stopped":
-                await self._means.jobs.grant("cancel", turn.job_id, circle.tenant)
-        with suppress(Conflict, NotFound):  # it is on no trial, or live by somebody else's will
-            if turn.policy is not None:
-                await self._means.trials.stop(turn.policy, circle.route, _caller(circle))
+        await self._leave_nothing(
+            circle, turn if end.outcome == "stopped" else turn.model_copy(update={"job_id": None})
+        )
         job = facts.job
         spent = turn if job is None else turn.model_copy(update={"seconds": job.seconds})
         await self._write_end(circle, spent.model_copy(update=_numbers(facts)), end)
@@ -291,9 +288,22 @@ class CircleDriver:
         changed = {"turn": None, "turns": kept, **refused, **stopped, **(update or {})}
         await self.circles.step(circle, "circle_turn_over", _caller(circle), changed)
 
+    async def _leave_nothing(self, circle: Circle, turn: Turn) -> None:
+        """Cancel the turn's job, and take its policy from its trial."""
+        with suppress(Conflict, NotFound):  # it has ended
+            if turn.job_id is not None:
+                await self._means.jobs.grant("cancel", turn.job_id, circle.tenant)
+        with suppress(Conflict, NotFound):  # it is on no trial, or live by somebody else's will
+            if turn.policy is not None:
+                await self._means.trials.stop(turn.policy, circle.route, _caller(circle))
+
     async def _go_on(self, circle: Circle, event: str, turn: Turn, **changed: object) -> None:
-        update = {"turn": turn.model_copy(update=changed), "reason": ""}
-        await self.circles.step(circle, event, _caller(circle), update)
+        """Write down what was done. Where the circle was stopped meanwhile it is taken back: whoever stopped it could
+        not see it yet."""
+        done = turn.model_copy(update=changed)
+        written = await self.circles.step(circle, event, _caller(circle), {"turn": done, "reason": ""})
+        if written is None and (await self.circles.get(circle.route, circle.tenant)).status == "stopped":
+            await self._leave_nothing(circle, done)
 
     def _snapshot(self, circle: Circle) -> Snapshot:
         return self._means.catalogue.of(circle.tenant)

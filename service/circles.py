@@ -48,8 +48,8 @@ class Circles:
         self._redis = redis
 
     async def put(self, name: str, spec: CircleSpec, by: Caller) -> tuple[Circle, bool]:
-        """Begin a route's circle, or give it other rules from the next turn on; and whether it is new. Raises
-        RouteNotFound."""
+        """Begin a route's circle, or give it other rules, which hold at once, but for a job that was asked for already;
+        and whether it is new. One that has stopped stays so. Raises RouteNotFound."""
         key, of_route = circle_key(name, by.tenant), route_key(name, by.tenant)
 
         async def change(pipe: Pipeline) -> tuple[Circle, bool]:

@@ -32,7 +32,7 @@ def reward(prompt, completions):
     print("a print of the function's", flush=True)
     if "hang" in completions:
         open("hanging", "w").close()
-        time.sleep(3600)
+        time.sleep(3600)  # stands for a function that never returns; the test ends it
     if "die" in completions:
         os._exit(7)
     if "exit" in completions:

@@ -58,6 +58,9 @@ def test_a_first_life_that_ends_early_is_a_failure_with_its_reason(tmp_path: Pat
     assert process.status.state == "failed"
 
 
+# Programs here sleep for longer than any test lasts, to be ended by it; nobody waits for them.
+
+
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     process = SupervisedProcess(spec(tmp_path, "", argv=("/nowhere/redis-server",)), lambda: None)
     with pytest.raises(ProcessFailed, match="could not be started"):

@@ -282,6 +282,33 @@ async def test_stopping_takes_its_canary_away_and_leaves_what_is_live(turning: T
     assert (found.live_policy, found.shadow) == (FIRST, None)
 
 
+async def test_stopped_while_its_job_is_being_submitted_no_job_is_left(turning: Turning):
+    """The gateway that drives had looked before; it finds that it came too late, and takes the job back."""
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    looked_at = await turning.look()
+    await turning.circles.stop("default", "enough", GATEWAY)
+    await turning.look()
+    await turning.driver.step(looked_at)
+    [job], _ = await turning.means.jobs.list(20)
+    ended = await turning.circle()
+    assert (job["status"], ended.status, ended.turn) == ("cancelled", "stopped", None)
+
+
+async def test_stopped_while_its_policy_becomes_shadow_it_is_on_no_trial(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    await turning.look(2)
+    await turning.work(FIRST)
+    await turning.prove(FIRST)
+    looked_at = await turning.look()
+    await turning.circles.stop("default", "enough", GATEWAY)
+    await turning.look()
+    await turning.driver.step(looked_at)
+    found = (await turning.means.catalogue.refresh()).route("default")
+    assert (found.shadow, (await turning.circle()).status) == (None, "stopped")
+
+
 async def test_a_roll_back_by_hand_stops_it(turning: Turning):
     await turning.circles.put("default", SPEC, GATEWAY)
     await turned(turning, FIRST)

@@ -193,21 +193,26 @@ def test_cancellation_is_honoured_within_one_step(job, client):
     assert training.done <= 1
 
 
+def ask_to_pause_at(chosen, attempt, client):
+    """Its caller asks while this step is under way."""
+    learn = attempt.progress.step
+
+    def step(number, metrics):
+        if number == chosen:
+            client.hset(job_key(JOB), "pause", 1)
+            attempt.lease.beat()
+        learn(number, metrics)
+
+    attempt.progress.step = step
+
+
 def test_a_paused_job_keeps_the_state_of_its_last_step_and_goes_on_to_the_same_policy(job, client, tmp_path):
     """Paused between two states: the step that was under way is the last, and it is kept."""
     job().run()
     (expected,) = published(tmp_path)
     client.delete(job_key(JOB), job_checkpoints_key(JOB))
     first = job(every=100)
-    learn = first.progress.step
-
-    def asked_at_the_third(step, metrics):
-        if step == 3:
-            client.hset(job_key(JOB), "pause", 1)
-            first.lease.beat()
-        learn(step, metrics)
-
-    first.progress.step = asked_at_the_third
+    ask_to_pause_at(3, first, client)
     with pytest.raises(JobParked):
         first.run()
     first.lease.park()
@@ -225,15 +230,7 @@ def test_a_paused_job_keeps_the_state_of_its_last_step_and_goes_on_to_the_same_p
 
 def test_a_job_that_is_paused_while_samples_are_drawn_leaves_nothing_in_the_engine(job, client, engine):
     attempt = job("bond")
-    learn = attempt.progress.step
-
-    def asked_at_the_second(step, metrics):
-        if step == 2:
-            client.hset(job_key(JOB), "pause", 1)
-            attempt.lease.beat()
-        learn(step, metrics)
-
-    attempt.progress.step = asked_at_the_second
+    ask_to_pause_at(2, attempt, client)
     with pytest.raises(JobParked):
         attempt.run()
     assert engine.adapters == {}

@@ -54,7 +54,7 @@ from service.circle_rules import (
 from service.circles import Circles
 from service.curve import Curves
 from service.dispatch import Dispatcher
-from service.errors import Conflict, GatewayError, InvalidField, JobNotFound, NotFound, ReportNotFound
+from service.errors import CircleNotFound, Conflict, GatewayError, InvalidField, JobNotFound, NotFound, ReportNotFound
 from service.idempotency import Idempotency
 from service.jobs import Jobs
 from service.leadership import Leadership
@@ -225,12 +225,9 @@ class CircleDriver:
         await self.circles.step(circle, "circle_turn", _caller(circle), update)
 
     async def _submit(self, circle: Circle, turn: Turn) -> None:
-        """With a key of the turn's own: the same turn never has two jobs."""
-        spec = circle.spec.job(circle.route, turn.number, circle.live_policy)
-        named = f"circle-{circle.route}-{turn.number}-{turn.began_at}"
-        idempotency = Idempotency.of(named, "circle", spec.model_dump_json(), circle.tenant)
+        spec, key = circle.spec.job(circle.route, turn.number, circle.live_policy), _key_of(circle, turn)
         try:
-            submitted = await self._means.jobs.submit(spec, idempotency, circle.tenant, model=turn.parent)
+            submitted = await self._means.jobs.submit(spec, key, circle.tenant, model=turn.parent)
         except (InvalidField, NotFound) as error:
             await self._write_end(circle, turn, End("failed", error.message))
             return
@@ -271,9 +268,9 @@ class CircleDriver:
             "%sturn %d of the circle of %s is %s: %s",
             *("ALERT " if end.stops else "", turn.number, circle.route, end.outcome, end.reason),
         )
-        await self._leave_nothing(
-            circle, turn if end.outcome == "stopped" else turn.model_copy(update={"job_id": None})
-        )
+        if end.outcome == "stopped":
+            await self._cancel_job(circle, turn)
+        await self._stop_trial(circle, turn)
         job = facts.job
         spent = turn if job is None else turn.model_copy(update={"seconds": job.seconds})
         await self._write_end(circle, spent.model_copy(update=_numbers(facts)), end)
@@ -288,22 +285,33 @@ class CircleDriver:
         changed = {"turn": None, "turns": kept, **refused, **stopped, **(update or {})}
         await self.circles.step(circle, "circle_turn_over", _caller(circle), changed)
 
-    async def _leave_nothing(self, circle: Circle, turn: Turn) -> None:
-        """Cancel the turn's job, and take its policy from its trial."""
+    async def _cancel_job(self, circle: Circle, turn: Turn) -> None:
+        """Also one that was submitted and never written down."""
+        job_id = turn.job_id or await self._means.jobs.submitted_as(_key_of(circle, turn))
         with suppress(Conflict, NotFound):  # it has ended
-            if turn.job_id is not None:
-                await self._means.jobs.grant("cancel", turn.job_id, circle.tenant)
+            if job_id is not None:
+                await self._means.jobs.grant("cancel", job_id, circle.tenant)
+
+    async def _stop_trial(self, circle: Circle, turn: Turn) -> None:
         with suppress(Conflict, NotFound):  # it is on no trial, or live by somebody else's will
             if turn.policy is not None:
                 await self._means.trials.stop(turn.policy, circle.route, _caller(circle))
 
     async def _go_on(self, circle: Circle, event: str, turn: Turn, **changed: object) -> None:
-        """Write down what was done. Where the circle was stopped meanwhile it is taken back: whoever stopped it could
-        not see it yet."""
+        """Write down what was done. Where the turn was ended meanwhile it is taken back: whoever ended it could not
+        see it yet."""
         done = turn.model_copy(update=changed)
         written = await self.circles.step(circle, event, _caller(circle), {"turn": done, "reason": ""})
-        if written is None and (await self.circles.get(circle.route, circle.tenant)).status == "stopped":
-            await self._leave_nothing(circle, done)
+        if written is None and await self._is_over(circle, turn):
+            await self._cancel_job(circle, done)
+            await self._stop_trial(circle, done)
+
+    async def _is_over(self, circle: Circle, turn: Turn) -> bool:
+        try:
+            current = (await self.circles.get(circle.route, circle.tenant)).turn
+        except CircleNotFound:
+            return True
+        return current is None or current.number != turn.number
 
     def _snapshot(self, circle: Circle) -> Snapshot:
         return self._means.catalogue.of(circle.tenant)
@@ -312,6 +320,12 @@ class CircleDriver:
 def _caller(circle: Circle) -> Caller:
     """Who did it, as the audit says."""
     return Caller(f"circle:{circle.route}", circle.tenant, "operator")
+
+
+def _key_of(circle: Circle, turn: Turn) -> Idempotency:
+    """Of the turn and nothing else: the same turn never has two jobs, even where the circle's rules were changed."""
+    named = f"circle-{circle.route}-{turn.number}-{turn.began_at}"
+    return Idempotency.of(named, "circle", "", circle.tenant)
 
 
 def _numbers(facts: Facts) -> dict[str, object]:

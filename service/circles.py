@@ -115,12 +115,14 @@ class Circles:
         return await transact(self._redis, (circle_key(name, by.tenant), route_key(name, by.tenant)), change)
 
     async def delete(self, name: str, by: Caller) -> None:
-        """Raises CircleNotFound, Conflict while it runs."""
+        """Raises CircleNotFound, Conflict while it runs or its last turn is being ended."""
 
         async def change(pipe: Pipeline) -> None:
             circle, route = await _read_both(pipe, name, by.tenant)
             if circle.status == "running":
                 raise Conflict("the circle runs: stop it first", code="circle_runs")
+            if circle.turn is not None:  # whoever ends it cancels its job and its trial
+                raise Conflict("the circle's last turn is being ended: try again in some seconds", code="circle_ends")
             audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.delete(circle_key(name, by.tenant))

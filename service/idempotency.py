@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Final, Self, cast
+from typing import Final, Self, cast, overload
 
 from redis.asyncio.client import Pipeline
 
@@ -28,6 +28,14 @@ class Idempotency:
     """In Redis."""
     digest: str
     """Of the operation and its body."""
+
+    @overload
+    @classmethod
+    def of(cls, header: str, operation: str, body: str, tenant: str = ...) -> Self: ...
+
+    @overload
+    @classmethod
+    def of(cls, header: str | None, operation: str, body: str, tenant: str = ...) -> Self | None: ...
 
     @classmethod
     def of(cls, header: str | None, operation: str, body: str, tenant: str = DEFAULT_TENANT) -> Self | None:

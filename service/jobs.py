@@ -102,6 +102,13 @@ class Jobs:
             return Submitted(job_id, is_replayed=False)
         return Submitted(idempotency.answer(cast(str, kept)), is_replayed=True)
 
+    async def submitted_as(self, idempotency: Idempotency) -> str | None:
+        """The job of an earlier `submit` with this key; None: there was none. Raises InvalidField for a key that was
+        used for another body."""
+        with translated():
+            kept = cast("str | None", await self._redis.get(idempotency.key))
+        return None if kept is None else idempotency.answer(kept)
+
     async def check(self, spec: JobSpec, tenant: str = DEFAULT_TENANT) -> None:
         """Raises what `submit` would of the spec itself, whatever the ledger holds."""
         check_spec(spec, n_cap=self._n_cap, max_lora_rank=self._max_lora_rank, now=time())

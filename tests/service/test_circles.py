@@ -295,6 +295,49 @@ async def test_stopped_while_its_job_is_being_submitted_no_job_is_left(turning: 
     assert (job["status"], ended.status, ended.turn) == ("cancelled", "stopped", None)
 
 
+async def submitted_and_died(turning: Turning) -> Circle:
+    """A gateway has asked for the turn's job and died before it wrote that down."""
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    looked_at = await turning.look()
+    await turning.driver.step(looked_at)
+    await turning.redis.set(circle_key("default"), looked_at.model_dump_json())
+    return looked_at
+
+
+async def test_stopped_after_a_gateway_died_with_a_job_unwritten_no_job_is_left(turning: Turning):
+    await submitted_and_died(turning)
+    await turning.circles.stop("default", "enough", GATEWAY)
+    with pytest.raises(Conflict, match="being ended"):
+        await turning.circles.delete("default", GATEWAY)
+    ended = await turning.look()
+    [job], _ = await turning.means.jobs.list(20)
+    assert (job["status"], ended.turn) == ("cancelled", None)
+    await turning.circles.delete("default", GATEWAY)
+
+
+async def test_rules_changed_after_a_gateway_died_with_a_job_unwritten_it_is_the_turns_job(turning: Turning):
+    await submitted_and_died(turning)
+    await turning.circles.put("default", CircleSpec.model_validate({**SPEC.model_dump(), "n": 8}), GATEWAY)
+    going_on = await turning.look()
+    assert (await turning.jobs(), going_on.turns) == (1, ())
+    [job], _ = await turning.means.jobs.list(20)
+    assert going_on.turn is not None
+    assert going_on.turn.job_id == job["id"]
+
+
+async def test_deleted_while_its_job_is_being_submitted_no_job_is_left(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    looked_at = await turning.look()
+    await turning.circles.stop("default", "enough", GATEWAY)
+    await turning.look()
+    await turning.circles.delete("default", GATEWAY)
+    await turning.driver.step(looked_at)
+    [job], _ = await turning.means.jobs.list(20)
+    assert job["status"] == "cancelled"
+
+
 async def test_stopped_while_its_policy_becomes_shadow_it_is_on_no_trial(turning: Turning):
     await turning.circles.put("default", SPEC, GATEWAY)
     await turning.groups(BASE)

@@ -36,13 +36,19 @@ from service.store import translated
 MAX_ATTEMPTS: Final = 3
 CONNECT_SECONDS: Final = 1.0
 SEND_SECONDS: Final = 2.0
+RESEND_SECONDS: Final = 3600
+"""After this a message that waits is taken for lost, whatever else waits: a copy costs one start of a worker."""
+BEGUN: Final = 0
+FRESH: Final = 3
+"""Kombu's priorities of a message: whatever has begun is taken before all that has not, of any class. Its worker died
+or left, and what it has done so far is worth nothing until it ends."""
 log = logging.getLogger("bonsai.dispatch")
 
-# KEYS: job, open jobs, the job's events, the broker's list of waiting messages of its priority. ARGV: job id, ms a
-# message may take, most attempts. A claim that ended in a pause counts as no attempt.
+# KEYS: job, open jobs, the job's events, the list where its message would wait. ARGV: job id, ms a message may take,
+# most attempts, ms after which a message is lost. A claim that ended in a pause counts as no attempt.
 # A message that is to be sent in the future was sent before the clock was set back.
-# A queued job is sent again only while no message waits at all: behind a long job every further copy would cost
-# a worker start. Returns what the caller is to do or to log.
+# One that was sent since the last claim is sent again only while none waits in its list: behind a long job every
+# further copy would cost a worker start. Returns what the caller is to do or to log.
 _INSPECT: Final = (
     JOB_LUA
     + """
@@ -66,9 +72,11 @@ if state == 'running' then
     return settle('failed', 'failed')
   end
 end
-local since = now - tonumber(job[2] or 0)
-if since >= 0 and since < tonumber(ARGV[2]) then return 'wait' end
-if redis.call('LLEN', KEYS[4]) > 0 then return 'wait' end
+if job[2] then
+  local since = now - tonumber(job[2])
+  if since >= 0 and since < tonumber(ARGV[2]) then return 'wait' end
+  if since < tonumber(ARGV[4]) and redis.call('LLEN', KEYS[4]) > 0 then return 'wait' end
+end
 redis.call('HSET', KEYS[1], 'dispatched_at', string.format('%.0f', now))
 return 'dispatch'
 """
@@ -112,14 +120,21 @@ def broker_url(redis_url: str) -> str:
     return f"redis+socket://{parts.path}{query}"
 
 
-def send_job(producer: Celery, job_id: str, priority: JobPriority) -> None:
+def waiting_list(priority: JobPriority, *, begun: bool = False) -> str:
+    """Where in Redis a message of that class waits, in kombu's spelling."""
+    queue = f"{BROKER_PREFIX}{DISTILL_QUEUES[priority]}"
+    return queue if begun else f"{queue}\x06\x16{FRESH}"
+
+
+def send_job(producer: Celery, job_id: str, priority: JobPriority, begun: bool = False) -> None:
     """Put one wake-up into the queue of its class over a connection of its own: one that has been idle may be
-    half-open. Blocks for at most a few seconds; raises OperationalError or OSError."""
+    half-open. begun: a worker has had the job. Blocks for at most a few seconds; raises OperationalError or OSError."""
     with producer.connection_for_write() as connection:
         producer.send_task(
             DISTILL_TASK,
             args=[job_id],
             queue=DISTILL_QUEUES[priority],
+            priority=BEGUN if begun else FRESH,
             connection=connection,
             retry=False,
             ignore_result=True,
@@ -129,8 +144,8 @@ def send_job(producer: Celery, job_id: str, priority: JobPriority) -> None:
 class Dispatcher:
     """Wakes a worker for a job, and again where that was lost."""
 
-    def __init__(self, redis: Redis, send: Callable[[str, JobPriority], None], *, seconds: float) -> None:
-        """send: blocking; called in a thread. seconds: between two passes of the reconciler."""
+    def __init__(self, redis: Redis, send: Callable[[str, JobPriority, bool], None], *, seconds: float) -> None:
+        """send: as `send_job`; blocking, called in a thread. seconds: between two passes of the reconciler."""
         self._redis = redis
         self._send = send
         self._seconds = seconds
@@ -168,13 +183,13 @@ class Dispatcher:
             await asyncio.sleep(self._seconds)
 
     async def _reconcile_one(self, job_id: str) -> Action:
-        queue = DISTILL_QUEUES[await self._priority(job_id)]
+        priority, begun = await self._class_of(job_id)
         crash_point("reconcile.asked")
         action = cast(
             Action,
             await self._inspect(
-                keys=[job_key(job_id), OPEN_JOBS, job_events_key(job_id), f"{BROKER_PREFIX}{queue}"],
-                args=[job_id, int(self._seconds * 2000), MAX_ATTEMPTS],
+                keys=[job_key(job_id), OPEN_JOBS, job_events_key(job_id), waiting_list(priority, begun=begun)],
+                args=[job_id, int(self._seconds * 2000), MAX_ATTEMPTS, RESEND_SECONDS * 1000],
             ),
         )
         crash_point("reconcile.recorded")
@@ -185,16 +200,17 @@ class Dispatcher:
             log.error("job %s is given up after %d attempts", job_id, MAX_ATTEMPTS)
         return action
 
-    async def _priority(self, job_id: str) -> JobPriority:
-        """Never changed after submission; one of before there were classes is normal."""
-        said = await self._redis.hget(job_key(job_id), "priority")
-        return cast(JobPriority, said if said in DISTILL_QUEUES else "normal")
+    async def _class_of(self, job_id: str) -> tuple[JobPriority, bool]:
+        """Its priority, which is never changed (that of a job of before there were classes is normal), and whether a
+        worker has had it."""
+        said, attempts = await self._redis.hmget(job_key(job_id), "priority", "attempts")
+        return cast(JobPriority, said if said in DISTILL_QUEUES else "normal"), int(attempts or 0) > 0
 
     async def _deliver(self, job_id: str) -> None:
-        priority = await self._priority(job_id)
+        priority, begun = await self._class_of(job_id)
         crash_point("dispatch.marked")
         try:
-            await asyncio.to_thread(self._send, job_id, priority)
+            await asyncio.to_thread(self._send, job_id, priority, begun)
             crash_point("dispatch.sent")
         except (OperationalError, RedisError, OSError) as error:
             log.warning("job %s was not dispatched: %s", job_id, type(error).__name__)

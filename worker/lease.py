@@ -66,6 +66,7 @@ if job[1] ~= 'queued' and job[1] ~= 'running' then return -1 end
 if job[1] == 'running' and is_held(KEYS[1]) then return -2 end
 if asked('cancel') then move(KEYS[1], KEYS[2], 'cancelled') return -3 end
 if asked('pause') then move(KEYS[1], KEYS[2], 'paused') return -4 end
+redis.call('HDEL', KEYS[1], 'dispatched_at')
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 local attempt = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
 redis.call('HSETNX', KEYS[1], 'started_at', string.format('%.3f', now / 1000))
@@ -75,7 +76,8 @@ move(KEYS[1], KEYS[2], 'running', 'attempt', attempt)
 return epoch
 """
 )
-"""KEYS job, events. ARGV lease ms, worker. -> epoch; -1 final or unknown, -2 held, -3 cancelled, -4 paused."""
+"""KEYS job, events. ARGV lease ms, worker. -> epoch; -1 final or unknown, -2 held, -3 cancelled, -4 paused.
+The message has arrived: when the job is lost the next one is sent at once."""
 
 BEAT: Final = (
     JOB_LUA

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import redis as blocking_redis
 
-from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES, POLICIES_INDEX, Fingerprint, policy_key
+from bon_algos.contracts import POLICIES_INDEX, Fingerprint, policy_key
 from bon_algos.contracts.methods import METHOD_NAMES
+from service.dispatch import waiting_list
 from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway, wait_until
 from tests.fixtures.redis import RedisServer
 from tests.service.published import write_policy
@@ -121,7 +122,7 @@ def test_a_job_is_recorded_dispatched_and_cancelled(world: World):
     job_id = accepted.json["id"]
     assert accepted.headers["location"] == f"/v1/fine_tuning/jobs/{job_id}"
     with blocking_redis.Redis.from_url(world.redis_url) as client:
-        queue = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
+        queue = waiting_list("normal")
         wait_until(lambda: client.llen(queue) == 1)
         message = json.loads(client.lindex(queue, 0) or b"")
     assert json.loads(base64.b64decode(message["body"]))[0] == [job_id]

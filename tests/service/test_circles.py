@@ -181,7 +181,7 @@ async def turning(redis_url: str, tmp_path: Path) -> AsyncIterator[Turning]:
         catalogue = Catalogue(redis, policy(BASE), route())
         await catalogue.refresh()
         jobs = Jobs(redis, n_cap=64, max_lora_rank=64)
-        woken = Dispatcher(redis, lambda job_id, priority: None, seconds=5)
+        woken = Dispatcher(redis, lambda *sent: None, seconds=5)
         means = Means(catalogue, jobs, woken, Policies(redis), Trials(redis), Curves(of_bytes), tmp_path)
         driver = CircleDriver(redis, means, seconds=5)
         with blocking_redis.Redis.from_url(redis_url) as store:

@@ -13,8 +13,6 @@ import redis
 
 from bon_algos.contracts import (
     AUDIT_STREAM,
-    BROKER_PREFIX,
-    DISTILL_QUEUES,
     LEDGER_COUNTS,
     OPEN_JOBS,
     POLICIES_DELETED,
@@ -32,6 +30,7 @@ from bon_algos.contracts import (
     route_key,
 )
 from bon_algos.crash_points import GATEWAY_POINTS
+from service.dispatch import waiting_list
 from service.errors import Conflict
 from service.journal import FILE, read_journal
 from service.replays import SLACK_SECONDS
@@ -43,7 +42,7 @@ from tests.service.receiver import Receiver
 from tests.service.records import BASE, STUDENT, policy, route
 
 pytestmark = pytest.mark.slow
-QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
+QUEUE, QUEUE_OF_BEGUN = waiting_list("normal"), waiting_list("normal", begun=True)
 
 
 def places(*prefixes: str) -> list[str]:
@@ -177,7 +176,6 @@ DEAD = {"state": "running", "lease_until": "0", "dispatched_at": "0", "epoch": "
 @pytest.mark.parametrize("point", RECONCILING)
 def test_what_a_reconciler_began_the_next_one_ends(point, before, state, client, redis_url, a_job, dies):
     job_id = a_job(**before)
-    client.delete(QUEUE)
     dies("reconcile", point)
     wait_until(lambda: asyncio.run(mortal.reconcile(redis_url)) or is_settled(client, job_id))
     assert client.hget(job_key(job_id), "state") == state
@@ -187,7 +185,7 @@ def test_what_a_reconciler_began_the_next_one_ends(point, before, state, client,
 
 def is_settled(client, job_id):
     """Somebody is woken for it, or nobody need be."""
-    return client.llen(QUEUE) > 0 or not client.sismember(OPEN_JOBS, job_id)
+    return client.llen(QUEUE_OF_BEGUN) > 0 or not client.sismember(OPEN_JOBS, job_id)
 
 
 @pytest.mark.parametrize("point", UPLOADING)

@@ -10,25 +10,27 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 import pytest
+import redis as blocking_redis
 from redis.asyncio import Redis
 
 from bon_algos.contracts import (
-    BROKER_PREFIX,
     DISTILL_QUEUES,
     DISTILL_TASK,
     LEDGER_COUNTS,
     OPEN_JOBS,
+    RECONCILER_LEASE,
     JobPriority,
     job_key,
 )
-from service.dispatch import Dispatcher, broker_url, open_producer, send_job
+from service.dispatch import RESEND_SECONDS, Dispatcher, broker_url, open_producer, send_job, waiting_list
 from service.jobs import Jobs
 from service.store import open_redis
 from tests.fixtures.clock import ClockedRedis
 from tests.service.records import job_spec
+from worker.lease import claim, release
 
 pytestmark = pytest.mark.anyio
-QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
+QUEUE = waiting_list("normal")
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ class Sender:
         self.sent: list[str] = []
         self.is_away = False
 
-    def __call__(self, job_id: str, priority: JobPriority) -> None:
+    def __call__(self, job_id: str, priority: JobPriority, begun: bool) -> None:
         if self.is_away:
             raise ConnectionRefusedError
         self.sent.append(job_id)
@@ -67,7 +69,8 @@ def dispatcher(redis: Redis, sender: Sender) -> Dispatcher:
 
 
 async def as_if_sent_long_ago(redis: Redis, job_id: str) -> None:
-    await redis.hset(job_key(job_id), "dispatched_at", "1")
+    now, _ = await redis.time()
+    await redis.hset(job_key(job_id), "dispatched_at", (now - 60) * 1000)
 
 
 async def test_a_message_carries_the_job_id_alone(redis: Redis, redis_url: str, job_id: str):
@@ -122,6 +125,41 @@ async def test_a_message_that_still_waits_is_not_doubled(
     await as_if_sent_long_ago(redis, job_id)
     assert await dispatcher.reconcile() == {job_id: "wait"}
     assert sender.sent == []
+
+
+async def test_what_was_never_sent_is_sent_whatever_waits(
+    dispatcher: Dispatcher, sender: Sender, redis_url: str, job_id: str
+):
+    send_job(open_producer(redis_url), "job_of_somebody", "normal")
+    assert await dispatcher.reconcile() == {job_id: "dispatch"}
+
+
+async def test_a_message_lost_behind_a_queue_that_is_never_empty_is_sent_again_within_the_hour(
+    dispatcher: Dispatcher, redis: Redis, redis_url: str, job_id: str
+):
+    send_job(open_producer(redis_url), "job_of_somebody", "normal")
+    now, _ = await redis.time()
+    for ago, action in ((RESEND_SECONDS - 60, "wait"), (RESEND_SECONDS, "dispatch")):
+        await redis.hset(job_key(job_id), "dispatched_at", (now - ago) * 1000)
+        assert await dispatcher.reconcile() == {job_id: action}
+
+
+async def test_a_job_that_has_begun_does_not_wait_behind_those_that_have_not(
+    dispatcher: Dispatcher, sender: Sender, redis: Redis, redis_url: str, job_id: str
+):
+    await dispatcher.wake(job_id)
+    with blocking_redis.Redis.from_url(redis_url) as store:
+        epoch = claim(store, job_id, lease_seconds=60, worker="here:1")
+        assert isinstance(epoch, int)
+        assert release(store, job_id, epoch, "killed")
+    for priority in DISTILL_QUEUES:
+        send_job(open_producer(redis_url), "job_of_somebody", priority)
+    through_broker = Dispatcher(redis, partial(send_job, open_producer(redis_url)), seconds=5)
+    await redis.delete(RECONCILER_LEASE)
+    assert await through_broker.reconcile() == {job_id: "dispatch"}
+    assert await redis.llen(waiting_list("normal", begun=True)) == 1
+    await as_if_sent_long_ago(redis, job_id)
+    assert await through_broker.reconcile() == {job_id: "wait"}
 
 
 async def test_a_broker_that_is_away_is_asked_again_at_the_next_pass(
@@ -183,11 +221,11 @@ async def test_a_job_waits_in_the_queue_of_its_class(redis: Redis, redis_url: st
         send_job(open_producer(redis_url), "job_of_another_class", other)
     dispatcher = Dispatcher(redis, partial(send_job, open_producer(redis_url)), seconds=5)
     await dispatcher.wake(job_id)
-    assert await redis.llen(f"{BROKER_PREFIX}{DISTILL_QUEUES[priority]}") == 1
-    await redis.delete(f"{BROKER_PREFIX}{DISTILL_QUEUES[priority]}")
+    assert await redis.llen(waiting_list(priority)) == 1
+    await redis.delete(waiting_list(priority))
     await as_if_sent_long_ago(redis, job_id)
     assert await dispatcher.reconcile() == {job_id: "dispatch"}
-    assert await redis.llen(f"{BROKER_PREFIX}{DISTILL_QUEUES[priority]}") == 1
+    assert await redis.llen(waiting_list(priority)) == 1
 
 
 async def test_a_paused_job_is_looked_at_no_more_until_it_is_resumed(

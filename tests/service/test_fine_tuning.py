@@ -10,7 +10,8 @@ import pytest
 import redis as blocking_redis
 from openai.types.fine_tuning import FineTuningJob
 
-from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES, job_key
+from bon_algos.contracts import job_key
+from service.dispatch import waiting_list
 from tests.fixtures.gateway import World, wait_until
 from tests.service.records import BASE, STUDENT, policy, report
 from worker.lease import Lease, claim
@@ -81,13 +82,13 @@ def test_openais_hyperparameters_are_the_methods_own(client: openai.OpenAI):
 
 def test_a_job_is_paused_and_resumed_while_it_waits(client: openai.OpenAI, store: blocking_redis.Redis):
     job_id = client.fine_tuning.jobs.create(**ASKED).id
-    queue = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
+    queue = waiting_list("normal")
     wait_until(lambda: store.llen(queue) == 1)
     assert str(client.fine_tuning.jobs.pause(job_id).status) == "paused"
     assert claim(store, job_id, lease_seconds=60, worker="here:1") == "paused"
     store.delete(queue)
     assert client.fine_tuning.jobs.resume(job_id).status == "queued"
-    wait_until(lambda: store.llen(f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}") == 1)
+    wait_until(lambda: store.llen(waiting_list("normal")) == 1)
 
 
 def test_a_running_job_tells_of_itself_until_it_has_paused(client: openai.OpenAI, store: blocking_redis.Redis):

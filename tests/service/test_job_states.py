@@ -94,8 +94,8 @@ class World:
 
     def __init__(self, client: blocking_redis.Redis, redis: Redis, job_id: str, jobs: Jobs) -> None:
         self.client, self.jobs, self.job_id = client, jobs, job_id
-        self.sent: list[tuple[str, JobPriority]] = []
-        self.dispatcher = Dispatcher(redis, lambda job, priority: self.sent.append((job, priority)), seconds=5)
+        self.sent: list[tuple[str, JobPriority, bool]] = []
+        self.dispatcher = Dispatcher(redis, lambda *sent: self.sent.append(sent), seconds=5)
         self.keys = (job_key(job_id), job_events_key(job_id), OPEN_JOBS)
 
     def saved(self) -> list[bytes | None]:
@@ -168,7 +168,7 @@ class World:
             elif now.deaths >= MAX_ATTEMPTS:
                 after = now.become("failed")
         is_wanted = after.state == "queued" or (after.state == "running" and not after.is_alive)
-        assert self.sent == [(self.job_id, "low")] * is_wanted
+        assert self.sent == [(self.job_id, "low", after.epoch > 0)] * is_wanted
         return after
 
     def _claimed(self, now: Situation) -> Situation:

@@ -3,7 +3,8 @@
 import pytest
 import redis
 
-from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES, DISTILL_TASK, HttpMember, RewardConfig
+from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES, DISTILL_TASK, HttpMember, JobPriority, RewardConfig
+from service.dispatch import open_producer, send_job
 from worker.app import broker_url, create_celery
 from worker.settings import WorkerSettings
 
@@ -42,10 +43,13 @@ def test_a_message_lies_under_the_brokers_own_prefix_in_the_queue_of_the_task(ce
         assert all(key.startswith(BROKER_PREFIX) for key in client.scan_iter())
 
 
-def test_the_highest_class_that_has_something_comes_first(celery):
-    """Through Celery's own consumer: whatever came first, and again after each message."""
-    for priority in ("low", "normal", "high", "low", "high"):
-        celery.send_task(DISTILL_TASK, args=[priority], queue=DISTILL_QUEUES[priority])
+def test_what_has_begun_comes_first_and_then_the_highest_class_that_has_something(celery, redis_url):
+    """As the gateway sends, through Celery's own consumer: whatever came first, and again after each message."""
+    producer = open_producer(redis_url)
+    sent: list[tuple[JobPriority, bool]]
+    sent = [("low", False), ("normal", False), ("high", False), ("low", True), ("high", True)]
+    for priority, begun in sent:
+        send_job(producer, f"{priority} {begun}", priority, begun)
     came = []
     with celery.connection_for_read() as connection:
         consumer = celery.amqp.TaskConsumer(connection.channel(), on_message=lambda message: came.append(message))
@@ -55,7 +59,8 @@ def test_the_highest_class_that_has_something_comes_first(celery):
             while len(came) < count:
                 connection.drain_events(timeout=5)
             came[-1].ack()
-    assert [message.decode()[0][0] for message in came] == ["high", "high", "normal", "low", "low"]
+    order = [message.decode()[0][0] for message in came]
+    assert order == ["high True", "low True", "high False", "normal False", "low False"]
 
 
 def test_the_task_has_the_name_the_service_sends(celery):

@@ -10,15 +10,15 @@ import time
 import pytest
 import redis
 
-from bon_algos.contracts import BROKER_PREFIX, DISTILL_QUEUES, OPEN_JOBS, job_key
+from bon_algos.contracts import OPEN_JOBS, job_key
 from bon_algos.crash_points import FREEZE_AT
-from service.dispatch import open_producer, send_job
+from service.dispatch import open_producer, send_job, waiting_list
 from tests.fixtures.fault_proxy import FaultProxy
 from tests.worker.celery_worker import CeleryWorker, reconciling
 from tests.worker.forks import is_frozen, until
 
 pytestmark = pytest.mark.slow
-QUEUE = f"{BROKER_PREFIX}{DISTILL_QUEUES['normal']}"
+QUEUE = waiting_list("normal")
 UNWANTED = "job_9"
 
 

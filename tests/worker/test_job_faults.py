@@ -46,7 +46,7 @@ def reconcile(job, sent=None):
 
     async def one_pass():
         async with open_redis(job.redis_url) as client:
-            return await Dispatcher(client, lambda job_id, _: woken.append(job_id), seconds=0.001).reconcile()
+            return await Dispatcher(client, lambda job_id, *_: woken.append(job_id), seconds=0.001).reconcile()
 
     return asyncio.run(one_pass())
 

@@ -12,7 +12,8 @@ REMAP_SIGTERM makes a deployment's SIGTERM a soft shutdown: the job keeps its st
 and the reconciler gives it to the next worker.
 
 It takes from the queues of all priorities: first jobs that have begun, whose worker died or left, then always from the
-highest class that has something: while high jobs keep coming, low ones wait. Who wants to promise them something starts another worker with `-Q bonsai-distill-3-low`.
+highest class that has something: while high jobs keep coming, low ones wait. Who wants to promise them something starts
+another worker with `-Q bonsai-distill-3-low`.
 """
 
 from __future__ import annotations

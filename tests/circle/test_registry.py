@@ -69,7 +69,8 @@ def said(model) -> torch.Tensor:
 
 
 def said_by_engine(stack: RealStack, directory: Path) -> torch.Tensor:
-    """The directory as the engine loads it, by the very call that `--lora-modules` makes at its start."""
+    """The directory as the engine loads it, by the very call that `--lora-modules` makes at its start; an engine
+    that was started with it is in tests/faults/test_real_fleet.py."""
     socket = stack.stack.process("policy").spec.socket
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://engine", timeout=60) as engine:
         loading = {"lora_name": "exported", "lora_path": str(directory)}

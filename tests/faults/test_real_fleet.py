@@ -1,4 +1,5 @@
-"""Two real engines behind one gateway, which is not the only gateway of the first: F9 with kill -9."""
+"""Two real engines behind one gateway, which is not the only gateway of the first: F9 with kill -9. The second was
+given an exported policy at its start, as `vllm serve --lora-modules` is."""
 
 from __future__ import annotations
 
@@ -14,12 +15,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from click.testing import CliRunner
 
 from bon_algos.contracts import POLICIES_INDEX, Fingerprint, Manifest, policy_key
 from bon_algos.logprobs import TokenGroup
 from bonsai import guard
+from bonsai.cli import main
 from service.settings import GatewaySettings
 from service.tokenizer_files import read_tokenizer
 from tests.fixtures.gateway import Client, Reply, running_gateway
@@ -36,10 +40,11 @@ PROMPTS = [f"{i} reviews of a film" for i in range(12)]
 class SecondEngine:
     """Started as the stack's own policy engine is, on another socket, and with nobody who starts it again."""
 
-    def __init__(self, stack: RealStack, directory: Path) -> None:
+    def __init__(self, stack: RealStack, directory: Path, exported: Path) -> None:
         spec = stack.stack.process("policy").spec
         self.socket, self._log = directory / "second.sock", directory / "second.log"
-        self._argv = [str(self.socket) if part == str(spec.socket) else part for part in spec.argv]
+        own_socket = [str(self.socket) if part == str(spec.socket) else part for part in spec.argv]
+        self._argv = [*own_socket, "--lora-modules", f"exported={exported}"]
         # Each engine binds itself to the first core it may use, unless it is told another.
         self._environment = {**spec.environment, "VLLM_CPU_OMP_THREADS_BIND": str(max(os.sched_getaffinity(0)))}
         self._process: subprocess.Popen[bytes] | None = None
@@ -60,6 +65,17 @@ class SecondEngine:
             )
         os.close(lifeline)
 
+    def logprobs(self) -> dict[str, list[float]]:
+        """Of one prompt's tokens, by the name of each model that the engine has."""
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://engine") as engine:
+            names = [row["id"] for row in engine.get("/v1/models").json()["data"]]
+            asked = {"prompt": list(range(1, 9)), "max_tokens": 1, "prompt_logprobs": 0}
+            told = {name: engine.post("/v1/completions", json={"model": name, **asked}).json() for name in names}
+        return {
+            name: [one["logprob"] for at in reply["choices"][0]["prompt_logprobs"][1:] for one in at.values()]
+            for name, reply in told.items()
+        }
+
     def kill(self) -> None:
         """kill -9 of the server, of what it started and of its guard."""
         if self._process is not None:
@@ -70,8 +86,8 @@ class SecondEngine:
 
 
 @contextmanager
-def second_engine(stack: RealStack, directory: Path) -> Iterator[SecondEngine]:
-    engine = SecondEngine(stack, directory)
+def second_engine(stack: RealStack, directory: Path, exported: Path) -> Iterator[SecondEngine]:
+    engine = SecondEngine(stack, directory, exported)
     engine.start()
     try:
         yield engine
@@ -135,11 +151,14 @@ def ask(gateway: Client, policy: str, prompt: str) -> Reply:
 
 
 def test_an_engine_that_was_killed_is_loaded_and_proved_again_before_it_gets_requests(stack: RealStack, tmp_path: Path):
+    policy, both = publish_random_policy(stack, tmp_path), {"policy-0", "second"}
+    exported = tmp_path / "exported"
+    done = CliRunner().invoke(main, ["policies", "export", policy, str(exported), "--dir", str(stack.stack.state.root)])
+    assert done.exit_code == 0, done.output
     with (
-        second_engine(stack, tmp_path) as second,
+        second_engine(stack, tmp_path, exported) as second,
         running_gateway(settings(stack, tmp_path, {"second": f"unix://{second.socket}"})) as gateway,
     ):
-        policy, both = publish_random_policy(stack, tmp_path), {"policy-0", "second"}
 
         def serving() -> set[str]:
             return {name for name, row in rows(gateway, policy).items() if row["served"]}
@@ -150,6 +169,9 @@ def test_an_engine_that_was_killed_is_loaded_and_proved_again_before_it_gets_req
 
         wait_until(lambda: serving() == both, "both have proved the policy", seconds=120)
         assert all_answered()
+        by_engine = second.logprobs()
+        assert by_engine["exported"] == pytest.approx(by_engine[policy], abs=1e-4)
+        assert by_engine["exported"] != pytest.approx(by_engine[stack.stack.environment["BONSAI_BASE_POLICY_ID"]])
         wait_until(lambda: rows(gateway, policy)["second"]["used_at"], "the second engine has had requests", seconds=5)
 
         second.kill()

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bon_algos.contracts import POLICIES_INDEX, job_key
 from tests.worker.small_job import SPEC
 from worker import checkpoint
-from worker.device import sole_use
+from worker.device import locks_of, sole_use
 from worker.errors import LeaseLost
 
 pytestmark = pytest.mark.slow
@@ -46,7 +48,7 @@ def test_F41_a_job_that_cannot_succeed_fails_at_once_with_the_reason(code, group
 HOLDER = """
 import sys, threading
 from pathlib import Path
-from worker.device import sole_use
+from worker.device import locks_of, sole_use
 with sole_use(Path(sys.argv[1]), lambda seconds: None):
     print("held", flush=True)
     threading.Event().wait()
@@ -77,6 +79,23 @@ def test_F42_a_second_job_waits_for_the_device_until_the_first_is_dead(tmp_path)
     other.join()
     first.wait()
     first.stdout.close()
+
+
+def test_F42_the_lock_of_a_gpu_is_its_own_whatever_number_a_job_knows_it_by(tmp_path, monkeypatch):
+    """Two jobs that see the same two GPUs in either order take the same locks in the same order."""
+
+    def seen_as(*uuids):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=uuids[number]))
+
+    cuda, both = torch.device("cuda"), [tmp_path / "devices" / f"{name}.lock" for name in ("GPU-1", "GPU-2")]
+    seen_as("GPU-1", "GPU-2")
+    assert locks_of(tmp_path, cuda, 2) == both
+    assert locks_of(tmp_path, cuda, 1) == both[:1]
+    seen_as("GPU-2", "GPU-1")
+    assert locks_of(tmp_path, cuda, 4) == both
+    assert locks_of(tmp_path, cuda, 1) == both[1:]
+    assert locks_of(tmp_path, torch.device("cpu"), 2) == []
 
 
 def test_F42_who_loses_its_job_while_it_waits_for_the_device_waits_no_longer(tmp_path):

@@ -28,6 +28,8 @@ CHARACTERS_PER_TOKEN: Final = 8
 MAX_LOGIT_BIAS: Final = 300
 """Tokens."""
 MAX_TOOLS: Final = 128
+MAX_PROMPT_TOKENS: Final = 2**20
+"""Named by their ids. The window allows fewer, and is known later."""
 MAX_TAGS: Final = 16
 TEXT_FIELDS: Final = ("prompt", "messages", "prompt_token_ids")
 """One of them says what is to be continued."""
@@ -43,8 +45,11 @@ def _as_tuple(stop: object) -> object:
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-_Stops = Annotated[tuple[StopText, ...], Field(max_length=16)]
+_Stops = Annotated[tuple[StopText, ...], Field(fail_fast=True, max_length=16)]
 StopTexts = Annotated[_Stops, BeforeValidator(_as_tuple, json_schema_input_type=StopText | _Stops)]
+TokenIds = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS)
+]
 Unit = Annotated[str, Field(min_length=1, max_length=256)]
 Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]]
 
@@ -78,9 +83,9 @@ class GenerateRequest(CompletionOptions):
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": [name]} for name in TEXT_FIELDS]})
 
     prompt: str | None = None
-    messages: tuple[Message, ...] | None = Field(None, min_length=1, max_length=1000)
-    prompt_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
-    tools: tuple[Tool, ...] = Field((), max_length=MAX_TOOLS)
+    messages: tuple[Message, ...] | None = Field(None, fail_fast=True, min_length=1, max_length=1000)
+    prompt_token_ids: TokenIds | None = None
+    tools: tuple[Tool, ...] = Field((), fail_fast=True, max_length=MAX_TOOLS)
     """What the policy is shown that it may call."""
     json_schema: dict[str, Any] | None = None
     """Of what every candidate must be."""

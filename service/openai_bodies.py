@@ -19,7 +19,7 @@ from bon_algos.contracts import Record
 from bon_algos.tool_calls import CallFormat
 from service.catalogue import Snapshot
 from service.errors import InvalidField, NotFound
-from service.generation import MAX_TOOLS, CompletionOptions, GenerateRequest
+from service.generation import MAX_TOOLS, CompletionOptions, GenerateRequest, TokenIds
 from service.openai_messages import (
     ChatMessage,
     ChatTool,
@@ -33,7 +33,6 @@ from service.openai_messages import (
 
 MAX_LOGPROBS: Final = 20
 """Alternatives to each token."""
-TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
 class StreamOptions(Record):
@@ -118,12 +117,12 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """Of `POST /v1/chat/completions`."""
 
-    messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=1000)
+    messages: tuple[ChatMessage, ...] = Field(fail_fast=True, min_length=1, max_length=1000)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: tuple[ChatTool, ...] = Field((), max_length=MAX_TOOLS)
+    tools: tuple[ChatTool, ...] = Field((), fail_fast=True, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
 

@@ -201,6 +201,9 @@ JSON = (
     Row("C57 5,000 digits", 400, members='"n":' + "9" * 5000),
     unparseable("C58 100,000 arrays", b"[" * 100_000),
     unparseable("C58 100,000 objects", b'{"a":' * 100_000),
+    # What is looked for in texts behind an escape is looked for once: not in every array around them.
+    Row("C58 C64 a million texts 300 deep", 422, "body", (GENERATE,),
+        document=b'{"prompt":' + b"[" * 300 + b'"",' * 10**6 + rb'"\ud83d\ude80"' + b"]" * 300 + b"}"),
     Row("C58 G61 metadata nested 1,000 deep", 400, members='"metadata":' + '{"a":' * 1000 + "1" + "}" * 1000),
     Row("C59 100,000 keys", 422, "body", document=b"{" + b",".join(b'"k%d":1' % i for i in range(100_000)) + b"}"),
     Row("C60 a name twice", 400, members='"n":1,"n":2'),
@@ -346,6 +349,7 @@ TOKENS = (
             ("none", [], IDS), ("a negative one", [1, -1], f"{IDS}[1]"), ("one above the vocabulary", [256], IDS),
             ("2^64", [2**64], IDS), ("10^6 of them", [1] * 10**6, IDS), ("numbers", [1.5], f"{IDS}[0]"),
             ("booleans", [True], f"{IDS}[0]"), ("words", [CANARY], f"{IDS}[0]"), ("lists", [[1]], f"{IDS}[0]"),
+            ("10^6 words", [""] * 10**6, f"{IDS}[0]"), ("2^20 + 1 of them", [1] * (2**20 + 1), IDS),
         )
     ),
     *(
@@ -355,7 +359,8 @@ TOKENS = (
             ("one above the vocabulary", [256], "prompt"), ("10^6 of them", [1] * 10**6, "prompt"),
             ("numbers", [1.5], "prompt[0]"), ("two lists of them", [[1], [2]], "prompt"),
             ("a token and a text", [1, CANARY], "prompt[1]"), ("booleans", [True], "prompt[0]"),
-            ("a negative one", [-1], "prompt[0]"),
+            ("a negative one", [-1], "prompt[0]"), ("10^6 negative ones", [-1] * 10**6, "prompt[0]"),
+            ("2^20 + 1 of them", [1] * (2**20 + 1), "prompt"),
         )
     ),
     wrong("O24 1,025 prompts", {"prompt": [CANARY] * 1025}, "prompt", (COMPLETIONS,)),

@@ -27,6 +27,7 @@ from service.idempotency import HEADER, Idempotency
 from service.json_body import parse_model, query_parameters, read_body
 from service.plain_route import PlainRoute
 from service.replays import Reply
+from service.request_cost import drawn_tokens
 from service.serving import Circumstances, Prepared, Serving, answer, ledger_warnings, prepare
 
 MAX_UNIT_LENGTH = 256
@@ -189,3 +190,4 @@ def headers_of(group: CandidateGroup, overhead_seconds: float) -> dict[str, str]
         "x-bonsai-selection": group.status,
         "x-bonsai-overhead-duration-ms": f"{1000 * overhead_seconds:.2f}",
     }
+        "x-bonsai-cost": str(drawn_tokens(group)),

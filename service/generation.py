@@ -251,16 +251,30 @@ def fitting_max_tokens(asked: int | None, default: int, prompt_tokens: int, wind
     return asked
 
 
-def budget_of(request: GenerateRequest, route: Route, n: int, started: float, *, first: int) -> Budget:
+def asked_timeout(body: int | None, header: str | None, deadline_ms: int) -> int | None:
+    """Milliseconds, from the body or the header x-bonsai-timeout; both only if they are equal. Raises InvalidField."""
+    named, param = body, "timeout_ms"
+    if header is not None:
+        param = "x-bonsai-timeout"
+        if not re.fullmatch("[1-9][0-9]*", header):
+            raise InvalidField(f"{param} must be a positive integer without sign or leading zero", param=param)
+        # More digits than any deadline has: far above it, whatever they are.
+        named = int(header[:20])
+    if named is not None and named > deadline_ms:
+        raise InvalidField(f"{param} must be at most {deadline_ms}; got an integer above it", param=param)
+    if body is not None and body != named:
+        raise InvalidField(f"{param} and timeout_ms differ", param=param)
+    return named
+
+
+def budget_of(
+    request: GenerateRequest, route: Route, n: int, started: float, *, first: int, timeout_ms: int | None
+) -> Budget:
     """The deadline, the slice of it kept for scoring, and the quorum. first: candidates of the first wave, n where it
-    is the only one. Raises InvalidField."""
-    if request.timeout_ms is not None and request.timeout_ms > route.deadline_ms:
-        raise InvalidField(
-            f"timeout_ms must be at most {route.deadline_ms}; got an integer above it", param="timeout_ms"
-        )
+    is the only one. timeout_ms: the caller's. Raises InvalidField."""
     if request.quorum is not None and request.quorum > n:
         raise InvalidField(f"quorum must be at most n, which is {n}; got an integer above it", param="quorum")
-    seconds = (request.timeout_ms or route.deadline_ms) / 1000
+    seconds = (timeout_ms or route.deadline_ms) / 1000
     scoring = min(SCORING_SHARE * seconds, LONGEST_SCORING_SECONDS) if n > 1 or request.wait_for_reward else 0.0
     return Budget(
         started=started,

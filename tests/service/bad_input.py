@@ -368,7 +368,7 @@ TOKENS = (
 
 # --- 8.1: who answers, and how ---------------------------------------------------------------------------
 
-ARM, UNIT = "x-bonsai-arm", "x-bonsai-unit"
+ARM, UNIT, TIMEOUT = "x-bonsai-arm", "x-bonsai-unit", "x-bonsai-timeout"
 ROUTING = (
     Row("G46 prompt and messages", 422, "prompt", (GENERATE,), said(user("hi"))),
     *(Row(f"G49 route {name!r}", 404, "route", (GENERATE,), {"route": name}, code="route_not_found")
@@ -393,6 +393,13 @@ ROUTING = (
     wrong("G58 -1", {"timeout_ms": -1}, "timeout_ms"),
     wrong("G58 10^12", {"timeout_ms": 10**12}, "timeout_ms"),
     wrong("G58 above the route's", {"timeout_ms": 60_001}, "timeout_ms"),
+    *(asked(f"G58 a header: {what}", 422, TIMEOUT, headers={TIMEOUT: given})
+      for what, given in {
+          "0": "0", "-1": "-1", "+1": "+1", "10^12": "1" + 12 * "0", "5,000 digits": 5000 * "9", "1.5": "1.5",
+          "a unit": "500ms", "a word": CANARY, "empty": "", "leading zero": "0500", "above the route's": "60001",
+          "digits that are not ASCII": "\u00b2",
+      }.items()),
+    Row("G58 header and body differ", 422, TIMEOUT, fields={"timeout_ms": 500}, headers={TIMEOUT: "501"}),
     wrong("G58 a deadline in the past", {"deadline": "1970-01-01T00:00:00Z"}, "deadline"),
     wrong("G59 0", {"quorum": 0}, "quorum"),
     wrong("G59 -1", {"quorum": -1}, "quorum"),

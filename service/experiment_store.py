@@ -52,7 +52,7 @@ class ArmRequest(Record):
 class ExperimentRequest(Record):
     """Body of `PUT /experiments/{route}`."""
 
-    arms: tuple[ArmRequest, ...] = Field(min_length=MIN_ARMS, max_length=MAX_ARMS)
+    arms: tuple[ArmRequest, ...] = Field(fail_fast=True, min_length=MIN_ARMS, max_length=MAX_ARMS)
 
 
 def checked_arms(request: ExperimentRequest, route: Route, snapshot: Snapshot) -> tuple[ExperimentArm, ...]:

@@ -28,6 +28,8 @@ CHARACTERS_PER_TOKEN: Final = 8
 MAX_LOGIT_BIAS: Final = 300
 """Tokens."""
 MAX_TOOLS: Final = 128
+MAX_PROMPT_TOKENS: Final = 2**20
+"""Named by their ids. The window allows fewer, and is known later."""
 MAX_TAGS: Final = 16
 TEXT_FIELDS: Final = ("prompt", "messages", "prompt_token_ids")
 """One of them says what is to be continued."""
@@ -43,8 +45,11 @@ def _as_tuple(stop: object) -> object:
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-_Stops = Annotated[tuple[StopText, ...], Field(max_length=16)]
+_Stops = Annotated[tuple[StopText, ...], Field(fail_fast=True, max_length=16)]
 StopTexts = Annotated[_Stops, BeforeValidator(_as_tuple, json_schema_input_type=StopText | _Stops)]
+TokenIds = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS)
+]
 Unit = Annotated[str, Field(min_length=1, max_length=256)]
 Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]]
 
@@ -78,9 +83,9 @@ class GenerateRequest(CompletionOptions):
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": [name]} for name in TEXT_FIELDS]})
 
     prompt: str | None = None
-    messages: tuple[Message, ...] | None = Field(None, min_length=1, max_length=1000)
-    prompt_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
-    tools: tuple[Tool, ...] = Field((), max_length=MAX_TOOLS)
+    messages: tuple[Message, ...] | None = Field(None, fail_fast=True, min_length=1, max_length=1000)
+    prompt_token_ids: TokenIds | None = None
+    tools: tuple[Tool, ...] = Field((), fail_fast=True, max_length=MAX_TOOLS)
     """What the policy is shown that it may call."""
     json_schema: dict[str, Any] | None = None
     """Of what every candidate must be."""
@@ -246,16 +251,30 @@ def fitting_max_tokens(asked: int | None, default: int, prompt_tokens: int, wind
     return asked
 
 
-def budget_of(request: GenerateRequest, route: Route, n: int, started: float, *, first: int) -> Budget:
+def asked_timeout(body: int | None, header: str | None, deadline_ms: int) -> int | None:
+    """Milliseconds, from the body or the header x-bonsai-timeout; both only if they are equal. Raises InvalidField."""
+    named, param = body, "timeout_ms"
+    if header is not None:
+        param = "x-bonsai-timeout"
+        if not re.fullmatch("[1-9][0-9]*", header):
+            raise InvalidField(f"{param} must be a positive integer without sign or leading zero", param=param)
+        # More digits than any deadline has: far above it, whatever they are.
+        named = int(header[:20])
+    if named is not None and named > deadline_ms:
+        raise InvalidField(f"{param} must be at most {deadline_ms}; got an integer above it", param=param)
+    if body is not None and body != named:
+        raise InvalidField(f"{param} and timeout_ms differ", param=param)
+    return named
+
+
+def budget_of(
+    request: GenerateRequest, route: Route, n: int, started: float, *, first: int, timeout_ms: int | None
+) -> Budget:
     """The deadline, the slice of it kept for scoring, and the quorum. first: candidates of the first wave, n where it
-    is the only one. Raises InvalidField."""
-    if request.timeout_ms is not None and request.timeout_ms > route.deadline_ms:
-        raise InvalidField(
-            f"timeout_ms must be at most {route.deadline_ms}; got an integer above it", param="timeout_ms"
-        )
+    is the only one. timeout_ms: the caller's. Raises InvalidField."""
     if request.quorum is not None and request.quorum > n:
         raise InvalidField(f"quorum must be at most n, which is {n}; got an integer above it", param="quorum")
-    seconds = (request.timeout_ms or route.deadline_ms) / 1000
+    seconds = (timeout_ms or route.deadline_ms) / 1000
     scoring = min(SCORING_SHARE * seconds, LONGEST_SCORING_SECONDS) if n > 1 or request.wait_for_reward else 0.0
     return Budget(
         started=started,

@@ -26,10 +26,15 @@ BODY_SECONDS = 10.0
 MAX_INTEGER_DIGITS = 1000
 MAX_MEMBERS = 1000
 """Of one JSON object."""
+MAX_FAULTS = 1000
+"""Of one body. Each is put into words before one is chosen, so of more than these none is."""
 MAX_PARAM_LENGTH = 100
 _UNION_BRANCH = re.compile(r"(constrained-)?(str|bool|float)|tuple\[.*|literal\[.*|function-after\[.*|NamedTool")
 """pydantic's names for the branches of a union."""
 _PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+_BROKEN = re.compile("[\x00\ud800-\udfff]")
+_MAYBE_BROKEN = re.compile(r"\\u(0000|[dD][89a-fA-F])")
+"""How the two come into a document: it is UTF-8, and JSON has a NUL as an escape only."""
 
 
 async def read_model(request: Request, model: type[Model], max_bytes: int) -> Model:
@@ -88,7 +93,7 @@ def parse_json(body: bytes) -> Any:
         raise Unparseable(f"the body is not JSON: line {error.lineno}, column {error.colno}") from None
     except RecursionError:
         raise Unparseable("the body is nested too deeply") from None
-    if "\\u" in text:
+    if _MAYBE_BROKEN.search(text):
         _refuse_broken_text(value)
     return value
 
@@ -116,6 +121,8 @@ def query_parameters(request: Request, allowed: Collection[str]) -> dict[str, st
 
 def field_error(error: ValidationError) -> InvalidField:
     """The first thing wrong, in words that name the field, the limit and the kind of what came."""
+    if error.error_count() > MAX_FAULTS:
+        return InvalidField(f"body has more than {MAX_FAULTS} faults", param="body")
     details = _nearest(error.errors(include_url=False, include_context=True))
     param = path(details["loc"])
     unknown = details["type"] == "extra_forbidden"
@@ -199,23 +206,28 @@ def _bounded_integer(digits: str) -> int:
     return int(digits)
 
 
-def _refuse_broken_text(value: Any) -> None:
-    for loc, text in _strings(value, ()):
-        if "\x00" in text or any("\ud800" <= character <= "\udfff" for character in text):
-            raise InvalidField(f"{path(loc)} holds a NUL or half a surrogate pair", param=path(loc))
+def _refuse_broken_text(document: Any) -> None:
+    """No string and no name of a member holds what cannot be written as UTF-8, or NUL.
 
-
-def _strings(value: Any, loc: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], str]]:
-    """Every string of the document with its place, names of members included."""
-    if isinstance(value, str):
-        yield loc, value
-    elif isinstance(value, dict):
-        for name, member in value.items():
-            yield (*loc, name), name
-            yield from _strings(member, (*loc, name))
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _strings(item, (*loc, i))
+    With a stack of its own, and a place put together only for a refusal: the work is the document's length, however
+    deep it is nested.
+    """
+    places: list[int | str] = []
+    levels: list[Iterator[tuple[int | str, Any]]] = [enumerate([document])]
+    while levels:
+        place, value = next(levels[-1], (None, None))
+        if place is None:
+            levels.pop()
+            del places[-1:]
+            continue
+        for text in (place, value):
+            if isinstance(text, str) and _BROKEN.search(text):
+                # The first place is the document's own, which has no name.
+                param = path((*places, place)[1:])
+                raise InvalidField(f"{param} holds a NUL or half a surrogate pair", param=param)
+        if isinstance(value, dict | list):
+            places.append(place)
+            levels.append(iter(value.items()) if isinstance(value, dict) else enumerate(value))
 
 
 def _complaint(details: ErrorDetails) -> str:

@@ -58,7 +58,7 @@ class KeyRequest(Record):
     role: Role
     tenant: Tenant | None = None
     """None: the caller's own."""
-    routes: tuple[RouteName, ...] | None = Field(None, min_length=1, max_length=100)
+    routes: tuple[RouteName, ...] | None = Field(None, fail_fast=True, min_length=1, max_length=100)
     expires_at: float | None = None
     """Seconds since the epoch."""
 

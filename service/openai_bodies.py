@@ -19,7 +19,7 @@ from bon_algos.contracts import Record
 from bon_algos.tool_calls import CallFormat
 from service.catalogue import Snapshot
 from service.errors import InvalidField, NotFound
-from service.generation import MAX_TOOLS, CompletionOptions, GenerateRequest
+from service.generation import MAX_TOOLS, CompletionOptions, GenerateRequest, TokenIds
 from service.openai_messages import (
     ChatMessage,
     ChatTool,
@@ -33,7 +33,6 @@ from service.openai_messages import (
 
 MAX_LOGPROBS: Final = 20
 """Alternatives to each token."""
-TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
 class StreamOptions(Record):
@@ -73,7 +72,7 @@ class Body(CompletionOptions):
     @property
     def names(self) -> Mapping[str, str]:
         """Of fields of `/generate` that are called something else here."""
-        raise NotImplementedError
+        return {} if self.best_of is None else {"n": "best_of"}
 
     def _text(self) -> dict[str, object]:
         """The fields of `/generate` that say what is to be continued."""
@@ -109,7 +108,7 @@ class CompletionBody(Body):
 
     @property
     def names(self) -> Mapping[str, str]:
-        return {"prompt_token_ids": "prompt"}
+        return {**super().names, "prompt_token_ids": "prompt"}
 
     def _text(self) -> dict[str, object]:
         return {"prompt" if isinstance(self.prompt, str) else "prompt_token_ids": self.prompt}
@@ -118,12 +117,12 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """Of `POST /v1/chat/completions`."""
 
-    messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=1000)
+    messages: tuple[ChatMessage, ...] = Field(fail_fast=True, min_length=1, max_length=1000)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: tuple[ChatTool, ...] = Field((), max_length=MAX_TOOLS)
+    tools: tuple[ChatTool, ...] = Field((), fail_fast=True, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
 
@@ -137,7 +136,8 @@ class ChatBody(Body):
     @property
     def names(self) -> Mapping[str, str]:
         limit = {"max_tokens": "max_completion_tokens"} if self.max_tokens is None else {}
-        return {**limit, "json_schema": "tool_choice" if self.response_format is None else "response_format"}
+        form = "tool_choice" if self.response_format is None else "response_format"
+        return {**super().names, **limit, "json_schema": form}
 
     def _text(self) -> dict[str, object]:
         said = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -186,16 +186,18 @@ def addressed(body: Body, snapshot: Snapshot, forced_arm: str | None, n_cap: int
     forced_arm: of the header. Raises InvalidField, and NotFound for a model that is neither a route nor a policy.
     """
     _require_counts(body, n_cap)
-    route = snapshot.routes.get(body.model)
+    route, asked = snapshot.routes.get(body.model), body.best_of or body.n
     if route is not None:
         if body.n == 1 or forced_arm is not None:
             return Addressed(body.as_request(route.name, body.best_of), forced_arm)
-        return Addressed(body.as_request(route.name, None), f"base:{body.best_of or max(body.n, route.default_n)}")
+        # What was asked is the request's n also where the arm says how many: so its limit is told in its words.
+        drawn = body.best_of or max(body.n, route.default_n)
+        return Addressed(body.as_request(route.name, asked), f"base:{drawn}")
     if forced_arm is not None:
         raise InvalidField("model must be a route where x-bonsai-arm names a policy", param="model")
     if body.model not in snapshot.policies:
         raise NotFound("model is neither a route nor a policy", param="model", code="model_not_found")
-    return Addressed(body.as_request("default", None), f"{body.model}:{body.best_of or body.n}")
+    return Addressed(body.as_request("default", asked), f"{body.model}:{asked}")
 
 
 def _require_counts(body: Body, n_cap: int) -> None:

@@ -44,10 +44,10 @@ class ChatCall(Record):
 
 class ChatMessage(Record):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | tuple[TextPart, ...] | None = None
+    content: str | Annotated[tuple[TextPart, ...], Field(fail_fast=True)] | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
     """Of the speaker; no template has a place for it."""
-    tool_calls: tuple[ChatCall, ...] = Field((), max_length=MAX_TOOLS)
+    tool_calls: tuple[ChatCall, ...] = Field((), fail_fast=True, max_length=MAX_TOOLS)
     tool_call_id: CallId | None = None
 
     @property

@@ -65,6 +65,11 @@ UNIT: Final = header(
     maxLength=MAX_UNIT_LENGTH,
     pattern="^[ -~]+$",
 )
+TIMEOUT: Final = header(
+    "x-bonsai-timeout",
+    "Milliseconds; also in the body, as `timeout_ms`.",
+    pattern="^[1-9][0-9]*$",
+)
 COMPLETING: Final = (
     RouteNotFound,
     Conflict,
@@ -86,7 +91,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "The best of n completions",
         {200: replies.GENERATION},
         Body(GenerateRequest, {"prompt": "A good review begins:", "n": 4, "max_tokens": 16}, nulls="refused"),
-        (query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, ONCE),
+        (query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, TIMEOUT, ONCE),
         COMPLETING,
     ),
     ("POST", "/v1/completions"): Operation(
@@ -95,7 +100,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         Body(
             CompletionBody, {"model": "default", "prompt": "A good review begins:", "max_tokens": 16}, nulls="left out"
         ),
-        (ARM, UNIT, ONCE),
+        (ARM, UNIT, TIMEOUT, ONCE),
         COMPLETING,
         streams=True,
     ),
@@ -107,7 +112,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
             {"model": "default", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16},
             nulls="left out",
         ),
-        (ARM, UNIT, ONCE),
+        (ARM, UNIT, TIMEOUT, ONCE),
         COMPLETING,
         streams=True,
     ),

@@ -24,6 +24,7 @@ from service.generation import (
     EncodedPrompt,
     GenerateRequest,
     asked_n,
+    asked_timeout,
     budget_of,
     encode,
     fitting_max_tokens,
@@ -81,6 +82,8 @@ class Circumstances(NamedTuple):
     """Header `x-bonsai-unit`."""
     forced_arm: str | None
     """Header `x-bonsai-arm`."""
+    timeout: str | None
+    """Header `x-bonsai-timeout`."""
     started: float
     """The monotonic clock when the request arrived."""
 
@@ -143,7 +146,9 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
     if assignment.arm.n > 1 or request.wait_for_reward:
         serving.reward_test.require_passed()
         serving.reward_model.require_room(prompt.prompt, request.messages)
-    budget = budget_of(request, route, assignment.arm.n, around.started, first=plan.stops(assignment.arm.n)[0])
+    timeout_ms = asked_timeout(request.timeout_ms, around.timeout, route.deadline_ms)
+    first = plan.stops(assignment.arm.n)[0]
+    budget = budget_of(request, route, assignment.arm.n, around.started, first=first, timeout_ms=timeout_ms)
     group = _empty_group(serving, request, around.caller, assignment, prompt, sampling, route, group_id)
     group = group.model_copy(update={"stop_reason": plan.stop_reason}) if isinstance(plan, Fixed) else group
     return Prepared(group, budget, around.caller, _warnings(assignment, group), plan)

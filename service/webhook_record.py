@@ -22,7 +22,7 @@ Reason = Literal["by_request", "gone", "failing", "overfull"]
 """Why a webhook is disabled. gone: it answered 410. failing: an event failed all its attempts, and no other was
 accepted meanwhile."""
 Url = Annotated[str, Field(min_length=1, max_length=MAX_URL)]
-Events = Annotated[tuple[EventType, ...], Field(min_length=1, max_length=32)]
+Events = Annotated[tuple[EventType, ...], Field(fail_fast=True, min_length=1, max_length=32)]
 Description = Annotated[str, Field(max_length=MAX_DESCRIPTION)]
 
 

@@ -17,9 +17,9 @@ class RowCompletion(Record):
     """A completion of which more is known than its text."""
 
     text: str | None = None
-    token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = None
+    token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True, min_length=1)] | None = None
     """The policy's own, with the end-of-sequence token where it stopped at one; the text's, where they are left out."""
-    logprobs: tuple[LogProb, ...] | None = None
+    logprobs: tuple[LogProb, ...] | None = Field(None, fail_fast=True)
     """Of each token under the policy that drew it, at temperature 1; nats. Where they are left out, the trainer
     computes what it needs."""
     finish_reason: FinishReason = "stop"
@@ -49,10 +49,10 @@ class TrainingRow(Record):
     id: str | None = Field(None, min_length=1, max_length=64)
     """Unlike every other of the file."""
     prompt: str | None = Field(None, min_length=1)
-    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=1000)] | None = None
-    prompt_token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = None
-    completions: tuple[str | RowCompletion, ...] = Field(min_length=1, max_length=4096)
-    rewards: tuple[Annotated[float, Field(ge=-1e8, le=1e8)], ...] | None = None
+    messages: Annotated[tuple[Message, ...], Field(fail_fast=True, min_length=1, max_length=1000)] | None = None
+    prompt_token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True, min_length=1)] | None = None
+    completions: tuple[str | RowCompletion, ...] = Field(fail_fast=True, min_length=1, max_length=4096)
+    rewards: tuple[Annotated[float, Field(ge=-1e8, le=1e8)], ...] | None = Field(None, fail_fast=True)
     """One for each completion, the higher the better. Where they are left out, the job's reward model gives them."""
     policy: Literal["base"] | PolicyId | None = None
     """Who drew the completions: the base policy, a published one, or, left out, somebody nobody here knows."""

@@ -31,13 +31,13 @@ class Window(Record):
     """The newest groups of the route, at most this many."""
     since: float | None = None
     until: float | None = None
-    routes: tuple[RouteName, ...] = Field((), max_length=8)
+    routes: tuple[RouteName, ...] = Field((), fail_fast=True, max_length=8)
     """Routes of the tenant whose groups are read; left out: the job's own. Groups that another reward model scored are
     rejected whatever their route."""
-    tags: tuple[Tag, ...] = Field((), max_length=8)
+    tags: tuple[Tag, ...] = Field((), fail_fast=True, max_length=8)
     """Only groups that have all of these: `metadata.tags` of their requests."""
     feedback: FeedbackFilter | None = None
-    policies: tuple[PolicyId, ...] = Field((), max_length=8)
+    policies: tuple[PolicyId, ...] = Field((), fail_fast=True, max_length=8)
     """Published policies whose groups are learned from beside the reference's own, weighed as the reference's draws
     (`bon_algos.importance`). Only for methods that can weigh: `WEIGHING_METHODS`."""
 

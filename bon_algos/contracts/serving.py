@@ -32,7 +32,7 @@ class Tool(Record):
 class Message(Record):
     role: Literal["system", "user", "assistant", "tool"]
     content: str
-    tool_calls: tuple[ToolCall, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = Field((), fail_fast=True)
     """Of an assistant."""
     tool_call_id: str | None = Field(None, min_length=1, max_length=64)
     """Of a tool: which call it answers."""

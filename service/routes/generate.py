@@ -27,9 +27,12 @@ from service.idempotency import HEADER, Idempotency
 from service.json_body import parse_model, query_parameters, read_body
 from service.plain_route import PlainRoute
 from service.replays import Reply
+from service.request_cost import drawn_tokens
 from service.serving import Circumstances, Prepared, Serving, answer, ledger_warnings, prepare
 
 MAX_UNIT_LENGTH = 256
+ARM, UNIT, TIMEOUT = "x-bonsai-arm", "x-bonsai-unit", "x-bonsai-timeout"
+"""Headers that decide about the answer as the body does."""
 LONG_BYTES = 100_000
 """From here on tokenising a body would hold up other requests, and is done in a thread."""
 router = APIRouter(route_class=PlainRoute)
@@ -75,7 +78,9 @@ async def replied(
 
 def _idempotency(request: Request, content: bytes) -> Idempotency | None:
     path = f"{request.method} {request.scope['path']}?{request.url.query}"
-    return Idempotency.of(request.headers.get(HEADER), path, content.decode(), caller_of(request).tenant)
+    said = [f"{name}: {request.headers[name]}" for name in (ARM, UNIT, TIMEOUT) if name in request.headers]
+    operation = "\n".join((path, *said))
+    return Idempotency.of(request.headers.get(HEADER), operation, content.decode(), caller_of(request).tenant)
 
 
 async def prepared_aside(request: Request, make: Callable[[], Prepared]) -> Prepared:
@@ -163,29 +168,29 @@ def _choice(group: CandidateGroup, index: int) -> dict[str, Any]:
 
 
 def circumstances_of(request: Request, started: float, query: Mapping[str, str]) -> Circumstances:
-    unit = request.headers.get("x-bonsai-unit")
+    unit = request.headers.get(UNIT)
     if unit is not None and not (1 <= len(unit) <= MAX_UNIT_LENGTH and unit.isascii() and unit.isprintable()):
-        raise InvalidField(
-            f"x-bonsai-unit must be 1 to {MAX_UNIT_LENGTH} printable ASCII characters", param="x-bonsai-unit"
-        )
-    caller, forced_arm = caller_of(request), request.headers.get("x-bonsai-arm")
+        raise InvalidField(f"{UNIT} must be 1 to {MAX_UNIT_LENGTH} printable ASCII characters", param=UNIT)
+    caller, forced_arm = caller_of(request), request.headers.get(ARM)
     if forced_arm is not None:
-        caller.require("force_arm", param="x-bonsai-arm")
+        caller.require("force_arm", param=ARM)
     return Circumstances(
         query=query,
         request_id=request.state.request_id,
         caller=caller,
         unit=unit,
         forced_arm=forced_arm,
+        timeout=request.headers.get(TIMEOUT),
         started=started,
     )
 
 
 def headers_of(group: CandidateGroup, overhead_seconds: float) -> dict[str, str]:
     return {
-        "x-bonsai-arm": str(group.arm),
+        ARM: str(group.arm),
         "x-bonsai-policy": group.answered_by,
         "x-bonsai-candidates": f"{finished_count(group)}/{group.requested}",
         "x-bonsai-selection": group.status,
+        "x-bonsai-cost": str(drawn_tokens(group)),
         "x-bonsai-overhead-duration-ms": f"{1000 * overhead_seconds:.2f}",
     }

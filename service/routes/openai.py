@@ -25,7 +25,7 @@ from service.openai_stream import stream
 from service.plain_route import PlainRoute
 from service.replays import Reply
 from service.routes.generate import circumstances_of, headers_of, prepared_aside, replied, serving_of, while_connected
-from service.serving import Circumstances, Serving, answer, prepare
+from service.serving import Circumstances, Prepared, Serving, answer, prepare
 
 router = APIRouter(prefix="/v1", route_class=PlainRoute)
 
@@ -48,20 +48,21 @@ async def _answered(request: Request, body_type: type[Body], shape_type: type[Sh
     # OpenAI's clients write null for what was not said.
     body = parse_model(content, body_type, null_means_itself_in=SCHEMA_MEMBERS)
     around = circumstances_of(request, started, query_parameters(request, ()))
+    to = addressed(body, serving.catalogue.of(around.caller.tenant), around.forced_arm, serving.n_cap)
     with in_words_of(body):
-        return await _served(request, body, around, shape_type, content)
+        prepared = await prepared_aside(
+            request, partial(prepare, serving, to.request, around._replace(forced_arm=to.forced_arm))
+        )
+    if body.n > prepared.group.requested:
+        raise InvalidField(f"n must be at most what the arm draws, {prepared.group.requested}", param="n")
+    with in_words_of(body):
+        return await _served(request, body, around, prepared, shape_type, content)
 
 
 async def _served(
-    request: Request, body: Body, around: Circumstances, shape_type: type[Shape], content: bytes
+    request: Request, body: Body, around: Circumstances, prepared: Prepared, shape_type: type[Shape], content: bytes
 ) -> Response:
     serving = serving_of(request)
-    to = addressed(body, serving.catalogue.of(around.caller.tenant), around.forced_arm, serving.n_cap)
-    prepared = await prepared_aside(
-        request, partial(prepare, serving, to.request, around._replace(forced_arm=to.forced_arm))
-    )
-    if body.n > prepared.group.requested:
-        raise InvalidField(f"n must be at most what the arm draws, {prepared.group.requested}", param="n")
     shown = body.presentation(serving.tokenizer.call_format)
     prepared = prepared.with_alternatives(shown.alternatives)
     shape = shape_type(serving, prepared, shown)

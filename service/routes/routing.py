@@ -53,7 +53,7 @@ async def curve(request: Request, route: str) -> JSONResponse:
 
 @router.get("/{route}/strategy", dependencies=[needs("read")])
 async def strategy(request: Request, route: str) -> JSONResponse:
-    found = snapshot_of(request).route(route)
+    found = _seen(request, route)
     return JSONResponse(learned_object(found, control_of(request).learned.of(found)))
 
 

@@ -201,6 +201,9 @@ JSON = (
     Row("C57 5,000 digits", 400, members='"n":' + "9" * 5000),
     unparseable("C58 100,000 arrays", b"[" * 100_000),
     unparseable("C58 100,000 objects", b'{"a":' * 100_000),
+    # What is looked for in texts behind an escape is looked for once: not in every array around them.
+    Row("C58 C64 a million texts 300 deep", 422, "body", (GENERATE,),
+        document=b'{"prompt":' + b"[" * 300 + b'"",' * 10**6 + rb'"\ud83d\ude80"' + b"]" * 300 + b"}"),
     Row("C58 G61 metadata nested 1,000 deep", 400, members='"metadata":' + '{"a":' * 1000 + "1" + "}" * 1000),
     Row("C59 100,000 keys", 422, "body", document=b"{" + b",".join(b'"k%d":1' % i for i in range(100_000)) + b"}"),
     Row("C60 a name twice", 400, members='"n":1,"n":2'),
@@ -346,6 +349,7 @@ TOKENS = (
             ("none", [], IDS), ("a negative one", [1, -1], f"{IDS}[1]"), ("one above the vocabulary", [256], IDS),
             ("2^64", [2**64], IDS), ("10^6 of them", [1] * 10**6, IDS), ("numbers", [1.5], f"{IDS}[0]"),
             ("booleans", [True], f"{IDS}[0]"), ("words", [CANARY], f"{IDS}[0]"), ("lists", [[1]], f"{IDS}[0]"),
+            ("10^6 words", [""] * 10**6, f"{IDS}[0]"), ("2^20 + 1 of them", [1] * (2**20 + 1), IDS),
         )
     ),
     *(
@@ -355,7 +359,8 @@ TOKENS = (
             ("one above the vocabulary", [256], "prompt"), ("10^6 of them", [1] * 10**6, "prompt"),
             ("numbers", [1.5], "prompt[0]"), ("two lists of them", [[1], [2]], "prompt"),
             ("a token and a text", [1, CANARY], "prompt[1]"), ("booleans", [True], "prompt[0]"),
-            ("a negative one", [-1], "prompt[0]"),
+            ("a negative one", [-1], "prompt[0]"), ("10^6 negative ones", [-1] * 10**6, "prompt[0]"),
+            ("2^20 + 1 of them", [1] * (2**20 + 1), "prompt"),
         )
     ),
     wrong("O24 1,025 prompts", {"prompt": [CANARY] * 1025}, "prompt", (COMPLETIONS,)),
@@ -363,7 +368,7 @@ TOKENS = (
 
 # --- 8.1: who answers, and how ---------------------------------------------------------------------------
 
-ARM, UNIT = "x-bonsai-arm", "x-bonsai-unit"
+ARM, UNIT, TIMEOUT = "x-bonsai-arm", "x-bonsai-unit", "x-bonsai-timeout"
 ROUTING = (
     Row("G46 prompt and messages", 422, "prompt", (GENERATE,), said(user("hi"))),
     *(Row(f"G49 route {name!r}", 404, "route", (GENERATE,), {"route": name}, code="route_not_found")
@@ -388,6 +393,13 @@ ROUTING = (
     wrong("G58 -1", {"timeout_ms": -1}, "timeout_ms"),
     wrong("G58 10^12", {"timeout_ms": 10**12}, "timeout_ms"),
     wrong("G58 above the route's", {"timeout_ms": 60_001}, "timeout_ms"),
+    *(asked(f"G58 a header: {what}", 422, TIMEOUT, headers={TIMEOUT: given})
+      for what, given in {
+          "0": "0", "-1": "-1", "+1": "+1", "10^12": "1" + 12 * "0", "5,000 digits": 5000 * "9", "1.5": "1.5",
+          "a unit": "500ms", "a word": CANARY, "empty": "", "leading zero": "0500", "above the route's": "60001",
+          "digits that are not ASCII": "\u00b2",
+      }.items()),
+    Row("G58 header and body differ", 422, TIMEOUT, fields={"timeout_ms": 500}, headers={TIMEOUT: "501"}),
     wrong("G58 a deadline in the past", {"deadline": "1970-01-01T00:00:00Z"}, "deadline"),
     wrong("G59 0", {"quorum": 0}, "quorum"),
     wrong("G59 -1", {"quorum": -1}, "quorum"),

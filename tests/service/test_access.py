@@ -217,6 +217,8 @@ ROUTED = [
     ("GET", "/routes/%s", None),
     ("PUT", "/routes/%s", b'{"default_n":2}'),
     ("GET", "/routes/%s/curve", None),
+    ("GET", "/routes/%s/strategy", None),
+    ("GET", "/routes/%s/trials", None),
     ("POST", "/routes/%s/rollback", b""),
     ("GET", "/routes/%s/circle", None),
     ("PUT", "/routes/%s/circle", b"{}"),

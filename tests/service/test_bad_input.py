@@ -141,6 +141,9 @@ def test_the_message_names_the_field_the_limit_and_the_kind(still_world):
     assert message(n="x") == "n must be an integer; got a string of 1 characters"
     assert message(temperature=2.5) == "temperature must be at most 2; got a number above it"
     assert message(prompt="") == "prompt must not be empty or blank; got a string of 0 characters"
+    assert message(prompt_token_ids=[1] * (2**20 + 1)) == (
+        "prompt_token_ids must have at most 1048576 characters or items; got an array of 1048577 items"
+    )
     assert message(prompt=None, messages=None) == "messages must not be null: leave it out"
     assert message(max_tokens=255) == (
         "max_tokens must be at most 254 behind a prompt of 2 tokens in a window of 256; got an integer above it"

@@ -65,6 +65,14 @@ def test_the_headers_say_who_answered_and_how(world):
     assert 0 <= float(headers["x-bonsai-overhead-duration-ms"]) < 1000
 
 
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_a_reply_says_how_many_tokens_it_cost(world, path):
+    """One token per byte: the prompt once, and every candidate whether it is returned or not."""
+    world.engine.script.completions = ["one", "three", "fifteen"]
+    n = {"n": 3} if path == "/generate" else {"best_of": 3, "model": "default"}
+    assert world.client.post(path, {**HI, **n}).headers["x-bonsai-cost"] == str(len("hi" + "one" + "three" + "fifteen"))
+
+
 def test_the_engine_is_asked_once_with_exactly_what_it_may_be_asked(world):
     world.client.post(
         "/generate",

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.fixtures.gateway import wait_until
+from tests.service.bad_input import CHAT, GENERATE, PLAIN
 
 HI = {"prompt": "hi"}
 
@@ -68,6 +69,17 @@ def test_an_engine_that_never_answers_is_504_at_the_deadline_and_is_left(world):
     assert world.client.post("/generate?n=4", {**HI, "timeout_ms": 500}).status == 504
     assert 0.45 < time.monotonic() - started < 1.5
     wait_until(lambda: world.engine.active == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("endpoint", [GENERATE, CHAT])
+def test_the_header_says_how_long_as_the_body_does(world, endpoint):
+    world.engine.script.fault = "silent"
+    for fields in ({}, {"timeout_ms": 500}):
+        started = time.monotonic()
+        reply = world.client.post(endpoint, {**PLAIN[endpoint], **fields}, {"x-bonsai-timeout": "500"})
+        assert reply.status == 504
+        assert 0.45 < time.monotonic() - started < 1.5
 
 
 @pytest.mark.slow

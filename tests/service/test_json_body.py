@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError
 
-from bon_algos.contracts import Record
+from bon_algos.contracts import JobSpec, Record, TrainingRow
 from service.errors import InvalidField, Unparseable
-from service.json_body import MAX_INTEGER_DIGITS, parse_json, parse_model, path
+from service.experiment_store import ExperimentRequest
+from service.generation import GenerateRequest
+from service.json_body import MAX_FAULTS, MAX_INTEGER_DIGITS, parse_json, parse_model, path
+from service.keys import KeyRequest
+from service.openai_bodies import ChatBody, CompletionBody
+from service.webhook_record import WebhookChange, WebhookRequest
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=20)
@@ -55,6 +61,56 @@ def test_a_whole_surrogate_pair_is_text():
     assert parse_json(b'"\\ud83d\\ude80"') == "🚀"
 
 
+@pytest.mark.parametrize(
+    ("document", "param"),
+    [
+        (r'"\u0000"', "body"),
+        (r'["a", "b\ud800"]', "[1]"),
+        (r'{"a": [{}, [], {"b": ["c", {"d": "\udfffe"}]}], "f": "\u0000"}', "a[2].b[1].d"),
+        (r'{"a": {}, "b": [[]], "c": {"\u0000": "d"}}', "c.(unprintable name)"),
+    ],
+)
+def test_broken_text_is_named_by_its_place(document, param):
+    with pytest.raises(InvalidField) as refused:
+        parse_json(document.encode())
+    assert (refused.value.param, refused.value.message) == (param, f"{param} holds a NUL or half a surrogate pair")
+
+
+def test_looking_for_broken_text_costs_the_same_however_deep_it_may_stand():
+    """A request of a few megabytes would otherwise hold up all others: its texts times their depth."""
+    depth, texts = 500, 1000
+
+    def work(around: int) -> int:
+        document = b"[" * around + b'"",' * texts + rb'"\ud83d\ude80"' + b"]" * around
+        return num_calls(lambda: parse_json(document))
+
+    assert work(depth) - work(1) < texts * depth / 10
+
+
+def num_calls(work) -> int:
+    """Of functions, generators that go on included."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_broken_text_is_refused_at_whatever_depth_can_be_read(opening):
+    closing = "]" if opening == "[" else "}"
+    for depth in (1, 100, *range(900, 1000), 1_500, 3_000, 10_000, 100_000):
+        with pytest.raises((InvalidField, Unparseable)):
+            parse_json((opening * depth + r'"\u0000"' + closing * depth).encode())
+
+
 def test_the_longest_integer_is_read_and_one_digit_more_is_not():
     assert parse_json(b"9" * MAX_INTEGER_DIGITS) == 10**MAX_INTEGER_DIGITS - 1
     with pytest.raises(Unparseable):
@@ -91,6 +147,58 @@ def test_a_refusal_names_field_limit_and_kind(body, param, message):
     with pytest.raises(InvalidField) as refused:
         parse_model(json.dumps(body).encode(), Outer)
     assert (refused.value.param, refused.value.message) == (param, message)
+
+
+def test_more_faults_than_are_worth_words_are_counted():
+    def refusal(num_faults: int) -> InvalidField:
+        with pytest.raises(InvalidField) as refused:
+            parse_model(json.dumps({"name": "a", "inner": [{"size": 0}] * num_faults}).encode(), Outer)
+        return refused.value
+
+    assert refusal(MAX_FAULTS).param == "inner[0].size"
+    assert refusal(MAX_FAULTS + 1).message == f"body has more than {MAX_FAULTS} faults"
+
+
+WRONG = [0] * 1000
+JOB = {"method": {"type": "bon_sft"}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": WRONG}
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (GenerateRequest, {"prompt_token_ids": ["a"] * 1000}),
+        (GenerateRequest, {"prompt": "a", "stop": WRONG}),
+        (GenerateRequest, {"messages": WRONG}),
+        (GenerateRequest, {"messages": [CALLING]}),
+        (GenerateRequest, {"prompt": "a", "tools": WRONG[:128]}),
+        (CompletionBody, {"model": "m", "prompt": [-1] * 1000}),
+        (CompletionBody, {"model": "m", "prompt": [["a"] * 1000]}),
+        (ChatBody, {"model": "m", "messages": WRONG}),
+        (ChatBody, {"model": "m", "messages": [{"role": "user", "content": WRONG}]}),
+        (ChatBody, {"model": "m", "messages": [{**CALLING, "tool_calls": WRONG[:128]}]}),
+        (ChatBody, {"model": "m", "messages": [{"role": "user", "content": "a"}], "tools": WRONG[:128]}),
+        (JobSpec, {**JOB, "window": {"routes": WRONG}}),
+        (JobSpec, {**JOB, "window": {"tags": WRONG}}),
+        (JobSpec, {**JOB, "window": {"policies": WRONG}}),
+        (ExperimentRequest, {"arms": WRONG}),
+        (KeyRequest, {"name": "a", "role": "viewer", "routes": WRONG}),
+        (WebhookRequest, {"url": "https://a.example", "events": WRONG}),
+        (WebhookChange, {"events": WRONG}),
+        (TrainingRow, {"prompt_token_ids": ["a"] * 1000, "completions": ["a"]}),
+        (TrainingRow, {"messages": WRONG, "completions": ["a"]}),
+        (TrainingRow, {"prompt": "a", "completions": WRONG}),
+        (TrainingRow, {"prompt": "a", "completions": ["a"], "rewards": ["a"] * 1000}),
+        (TrainingRow, {"prompt": "a", "completions": [{"token_ids": ["a"] * 1000}]}),
+        (TrainingRow, {"prompt": "a", "completions": [{"logprobs": ["a"] * 1000}]}),
+    ],
+)
+def test_of_a_list_the_first_fault_is_the_last(model: type[BaseModel], fields):
+    """A million of them would take longer to tell than the list to read."""
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate_json(json.dumps(fields), strict=True)
+    # One for each kind of thing that may stand there, and that the list has ended too early.
+    assert refused.value.error_count() < 10
 
 
 @given(st.text(min_size=1, max_size=200))

@@ -176,6 +176,29 @@ def test_what_is_null_was_not_said(world):
     assert world.client.post("/v1/chat/completions", {"model": "default", "messages": HI, **unsaid}).status == 200
 
 
+@pytest.mark.parametrize(
+    ("fields", "headers", "param"),
+    [
+        ({"n": 5}, {}, "n"),
+        ({"best_of": 5}, {}, "best_of"),
+        ({"n": 2, "best_of": 5}, {}, "best_of"),
+        ({"model": BASE, "n": 5}, {}, "n"),
+        ({"model": BASE, "best_of": 5}, {}, "best_of"),
+        ({"n": 5}, {"x-bonsai-arm": "base:5"}, "x-bonsai-arm"),
+        ({"n": 5}, {"x-bonsai-arm": "base:2"}, "n"),
+        ({"n": 3, "best_of": 4}, {"x-bonsai-arm": "base:2"}, "n"),
+    ],
+)
+def test_what_is_above_the_routes_cap_is_called_as_the_caller_called_it(world, fields, headers, param):
+    json_type = {"Content-Type": "application/json"}
+    capped = world.client.request("PUT", "/routes/default", b'{"default_n": 2, "n_cap": 4}', json_type)
+    assert capped.status == 200
+    reply = world.client.post("/v1/chat/completions", {"model": "default", "messages": HI, **fields}, headers)
+    assert (reply.status, reply.json["error"]["param"]) == (422, param)
+    if not headers:
+        assert reply.json["detail"] == f"{param} must be at least 1 and at most 4; got an integer above it"
+
+
 def test_a_model_that_is_none_is_not_found(client):
     with pytest.raises(openai.NotFoundError) as refused:
         client.chat.completions.create(model="gpt-4", messages=HI)

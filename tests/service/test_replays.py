@@ -14,8 +14,8 @@ GENERATE = ("/generate?n=2", {"prompt": "hi"})
 CHAT = ("/v1/chat/completions", {"model": "default", "messages": [{"role": "user", "content": "hi"}], "best_of": 2})
 
 
-def ask(world, path, body, key="once"):
-    return world.client.post(path, body, {"Idempotency-Key": key})
+def ask(world, path, body, key="once", **headers):
+    return world.client.post(path, body, {"Idempotency-Key": key, **headers})
 
 
 @pytest.mark.parametrize(("path", "body"), [GENERATE, CHAT])
@@ -36,6 +36,16 @@ def test_the_same_request_is_drawn_once(world, path, body):
 )
 def test_the_same_key_for_another_request_is_refused(world, path, body):
     ask(world, *GENERATE)
+    refused = ask(world, path, body)
+    assert (refused.status, refused.json["error"]["code"]) == (422, "idempotency_conflict")
+    assert len(world.engine.requests) == 1
+
+
+@pytest.mark.parametrize("header", [{"x-bonsai-arm": "base:1"}, {"x-bonsai-unit": "u"}, {"x-bonsai-timeout": "9000"}])
+@pytest.mark.parametrize(("path", "body"), [GENERATE, CHAT], ids=["generate", "chat"])
+def test_a_header_that_decides_about_the_answer_makes_another_request(world, path, body, header):
+    first = ask(world, path, body, **header)
+    assert ask(world, path, body, **header).json == first.json
     refused = ask(world, path, body)
     assert (refused.status, refused.json["error"]["code"]) == (422, "idempotency_conflict")
     assert len(world.engine.requests) == 1

@@ -30,7 +30,7 @@ QUICK = {
 
 def pytest_xdist_auto_num_workers() -> int:
     """Many tests wait, for processes and for clocks, about as long as others compute."""
-    return len(os.sched_getaffinity(0)) + 1
+    return len(os.sched_getaffinity(0)) + 2
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ from bon_algos.contracts import (
 )
 from bon_algos.crash_points import crash_point
 from service.experiments import statistics_increments
-from service.spool import Frame, Spool
+from service.spool import Frame, Position, Reading, Spool
 
 SEEN_SECONDS: Final = 86_400
 GATHER_SECONDS: Final = 0.02
@@ -84,6 +84,8 @@ class LedgerStatus:
     """Records that found no room since the process began."""
     damaged: int
     """Places on the disk that could not be read back."""
+    refusals: int
+    """How often the disk refused something else than a record, which was tried again."""
     redis: str
     """ok, away, or starting before the first delivery."""
 
@@ -120,11 +122,12 @@ class Ledger:
             pending_bytes=self._spool.pending_bytes,
             dropped=self._dropped,
             damaged=self._spool.damaged,
+            refusals=self._spool.refusals,
             redis=self._redis_state,
         )
 
     def begin_segment(self) -> int:
-        """What is appended from now on is in this segment of the disk or a later one."""
+        """What is appended from now on is in this segment of the disk or a later one. Raises OSError."""
         segment = self._spool.begin_segment()
         self._written.set()
         return segment
@@ -139,19 +142,17 @@ class Ledger:
         position, pause = self._spool.cursor, FIRST_PAUSE_SECONDS
         while True:
             self._written.clear()
-            frames, end = self._spool.read(position)
             try:
-                if frames or self._redis_state != "ok":  # else there is nothing to ask Redis
-                    await self._deliver(frames)
-            except RedisError as error:
-                self._note_redis("away", f"{type(error).__name__}, {self._spool.pending_bytes} bytes wait")
+                frames, position = await self._delivered_from(position)
+                if position != self._spool.cursor:
+                    self._spool.acknowledge(position)
+            except (RedisError, OSError) as error:
+                if isinstance(error, RedisError):
+                    self._note_redis("away", f"{type(error).__name__}, {self._spool.pending_bytes} bytes wait")
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 continue
             pause = FIRST_PAUSE_SECONDS
-            if end != position:
-                self._spool.acknowledge(end)
-                position = end
             if position.segment >= self._first_own_segment:
                 self._hand_over(measure_again)
             if not frames:
@@ -167,6 +168,13 @@ class Ledger:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._delivered.wait()
+
+    async def _delivered_from(self, position: Position) -> Reading:
+        """What stands there, in Redis now. Raises RedisError, OSError."""
+        reading = self._spool.read(position)
+        if reading.frames or self._redis_state != "ok":  # else there is nothing to ask Redis
+            await self._deliver(reading.frames)
+        return reading
 
     async def _deliver(self, frames: Sequence[Frame]) -> None:
         heads = [_head(frame.payload) for frame in frames]

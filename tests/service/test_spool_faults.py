@@ -1,4 +1,4 @@
-"""A disk that refuses to open, read, cut or mark: serving goes on, nothing accepted is lost, everything arrives once."""
+"""A disk that refuses to open, read, cut or mark: serving goes on, nothing accepted is lost, all arrives once."""
 
 from __future__ import annotations
 
@@ -137,9 +137,7 @@ def arrived(redis_url: str) -> list[str]:
 
 
 @pytest.mark.anyio
-async def test_a_cursor_that_cannot_be_written_is_written_later_and_all_arrives_once(
-    tmp_path, redis, redis_url, caplog
-):
+async def test_a_cursor_that_cannot_be_written_is_written_later(tmp_path, redis, redis_url, caplog):
     spool = Spool(tmp_path, MAX_BYTES)
     async with delivering(spool, redis) as ledger:
         await until(lambda: ledger.status.redis == "ok")

@@ -52,8 +52,9 @@ Record = Exposure | CandidateGroup | Outcome | Feedback
 # KEYS: seen, stream, counts, statistics (only with increments). ARGV: life of `seen` in s, kind, id, data, the route
 # whose usable groups this is one of or "", then field and summand by turns. Returns 0 when it was delivered before.
 _DELIVER: Final = """
-if not redis.call('SET', KEYS[1], '1', 'NX', 'EX', ARGV[1]) then return 0 end
-redis.call('XADD', KEYS[2], '*', 'kind', ARGV[2], 'id', ARGV[3], 'data', ARGV[4])
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+local entry = redis.call('XADD', KEYS[2], '*', 'kind', ARGV[2], 'id', ARGV[3], 'data', ARGV[4])
+redis.call('SET', KEYS[1], entry, 'EX', ARGV[1])
 if ARGV[5] ~= '' then redis.call('HINCRBY', KEYS[3], ARGV[5], 1) end
 for i = 6, #ARGV, 2 do redis.call('HINCRBYFLOAT', KEYS[4], ARGV[i], ARGV[i + 1]) end
 return 1
@@ -63,8 +64,9 @@ _DELIVER_SHA: Final = sha1(_DELIVER.encode(), usedforsecurity=False).hexdigest()
 # KEYS: seen, stream, feedback of its target. ARGV: life of `seen` in s, kind, id, data, question, its JSON. Of two
 # answers to one question the later one counts, in whichever order gateways deliver them.
 _DELIVER_FEEDBACK: Final = """
-if not redis.call('SET', KEYS[1], '1', 'NX', 'EX', ARGV[1]) then return 0 end
-redis.call('XADD', KEYS[2], '*', 'kind', ARGV[2], 'id', ARGV[3], 'data', ARGV[4])
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+local entry = redis.call('XADD', KEYS[2], '*', 'kind', ARGV[2], 'id', ARGV[3], 'data', ARGV[4])
+redis.call('SET', KEYS[1], entry, 'EX', ARGV[1])
 local earlier = redis.call('HGET', KEYS[3], ARGV[5])
 if not earlier or cjson.decode(earlier).created_at <= cjson.decode(ARGV[6]).created_at then
   redis.call('HSET', KEYS[3], ARGV[5], ARGV[6])

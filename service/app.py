@@ -111,13 +111,14 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         training = _training_data(redis, of_bytes, archive, reward_model.template_digest, tokenizer, settings)
         control = await stack.enter_async_context(_control(archive, training, settings))
         await stack.enter_async_context(_reporting(ledger, settings))
-        measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
+        reward_test = await stack.enter_async_context(_testing(reward_model, settings))
+        measurements = await stack.enter_async_context(_delivering(ledger, reward_model, reward_test))
         limits = _limits(settings)
         shadows = Shadows(engine, reward_model, limits, ledger, measurements, control.catalogue)
         serving = Serving(
             engine=engine,
             reward_model=reward_model,
-            reward_test=await stack.enter_async_context(_testing(reward_model, settings)),
+            reward_test=reward_test,
             tokenizer=tokenizer,
             ledger=ledger,
             measurements=measurements,
@@ -256,9 +257,11 @@ async def _admitted(
 
 
 @asynccontextmanager
-async def _delivering(ledger: Ledger, reward_model: RewardModel) -> AsyncGenerator[Measurements]:
+async def _delivering(
+    ledger: Ledger, reward_model: RewardModel, reward_test: RewardTest
+) -> AsyncGenerator[Measurements]:
     """The ledger's drainer and the measurements, running until the block is left."""
-    measurements = Measurements(reward_model, ledger)
+    measurements = Measurements(reward_model, reward_test, ledger)
     async with running_loops(ledger.run(measurements.start)):
         try:
             yield measurements

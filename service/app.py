@@ -98,12 +98,10 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
     """A running gateway. Engines and Redis may still be away: `/ready` says what is missing. Raises SpoolLocked when
     another process has the spool, OSError or ValueError when a directory, the known pairs or a key cannot be read."""
     tokenizer = read_tokenizer(settings.policy_directory)
-    readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     async with AsyncExitStack() as stack:
         spool = stack.enter_context(closing(Spool(settings.spool, settings.spool_max_bytes)))
         engine = EnginePool()
-        reward_model = RewardModel(settings.reward_model, readers)
-        stack.push_async_callback(reward_model.close)
+        reward_model, reward_test = await stack.enter_async_context(_rewarding(settings))
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
         archive = Archive.at(archive_url(settings.archive, settings.artefacts))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
@@ -111,7 +109,6 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         training = _training_data(redis, of_bytes, archive, reward_model.template_digest, tokenizer, settings)
         control = await stack.enter_async_context(_control(archive, training, settings))
         await stack.enter_async_context(_reporting(ledger, settings))
-        reward_test = await stack.enter_async_context(_testing(reward_model, settings))
         measurements = await stack.enter_async_context(_delivering(ledger, reward_model, reward_test))
         limits = _limits(settings)
         shadows = Shadows(engine, reward_model, limits, ledger, measurements, control.catalogue)
@@ -224,11 +221,16 @@ async def _reporting(ledger: Ledger, settings: GatewaySettings) -> AsyncGenerato
 
 
 @asynccontextmanager
-async def _testing(reward_model: RewardModel, settings: GatewaySettings) -> AsyncGenerator[RewardTest]:
-    """The reward model's test, which runs as soon as its engine answers."""
-    test = RewardTest(reward_model, read_pairs(settings.reward_pairs) if settings.reward_pairs else ())
-    async with running_loops(test.run()):
-        yield test
+async def _rewarding(settings: GatewaySettings) -> AsyncGenerator[tuple[RewardModel, RewardTest]]:
+    """The reward model and its test, which runs as soon as its engine answers."""
+    readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
+    reward_model = RewardModel(settings.reward_model, readers)
+    try:
+        test = RewardTest(reward_model, read_pairs(settings.reward_pairs) if settings.reward_pairs else ())
+        async with running_loops(test.run()):
+            yield reward_model, test
+    finally:
+        await reward_model.close()
 
 
 @asynccontextmanager

@@ -98,12 +98,10 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
     """A running gateway. Engines and Redis may still be away: `/ready` says what is missing. Raises SpoolLocked when
     another process has the spool, OSError or ValueError when a directory, the known pairs or a key cannot be read."""
     tokenizer = read_tokenizer(settings.policy_directory)
-    readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     async with AsyncExitStack() as stack:
         spool = stack.enter_context(closing(Spool(settings.spool, settings.spool_max_bytes)))
         engine = EnginePool()
-        reward_model = RewardModel(settings.reward_model, readers)
-        stack.push_async_callback(reward_model.close)
+        reward_model, reward_test = await stack.enter_async_context(_rewarding(settings))
         ledger = Ledger(spool, await stack.enter_async_context(open_redis(settings.redis_url)))
         archive = Archive.at(archive_url(settings.archive, settings.artefacts))
         of_bytes = await stack.enter_async_context(open_redis(settings.redis_url, in_bytes=True))
@@ -111,13 +109,13 @@ async def open_gateway(settings: GatewaySettings) -> AsyncGenerator[Gateway]:
         training = _training_data(redis, of_bytes, archive, reward_model.template_digest, tokenizer, settings)
         control = await stack.enter_async_context(_control(archive, training, settings))
         await stack.enter_async_context(_reporting(ledger, settings))
-        measurements = await stack.enter_async_context(_delivering(ledger, reward_model))
+        measurements = await stack.enter_async_context(_delivering(ledger, reward_model, reward_test))
         limits = _limits(settings)
         shadows = Shadows(engine, reward_model, limits, ledger, measurements, control.catalogue)
         serving = Serving(
             engine=engine,
             reward_model=reward_model,
-            reward_test=await stack.enter_async_context(_testing(reward_model, settings)),
+            reward_test=reward_test,
             tokenizer=tokenizer,
             ledger=ledger,
             measurements=measurements,
@@ -223,11 +221,16 @@ async def _reporting(ledger: Ledger, settings: GatewaySettings) -> AsyncGenerato
 
 
 @asynccontextmanager
-async def _testing(reward_model: RewardModel, settings: GatewaySettings) -> AsyncGenerator[RewardTest]:
-    """The reward model's test, which runs as soon as its engine answers."""
-    test = RewardTest(reward_model, read_pairs(settings.reward_pairs) if settings.reward_pairs else ())
-    async with running_loops(test.run()):
-        yield test
+async def _rewarding(settings: GatewaySettings) -> AsyncGenerator[tuple[RewardModel, RewardTest]]:
+    """The reward model and its test, which runs as soon as its engine answers."""
+    readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
+    reward_model = RewardModel(settings.reward_model, readers)
+    try:
+        test = RewardTest(reward_model, read_pairs(settings.reward_pairs) if settings.reward_pairs else ())
+        async with running_loops(test.run()):
+            yield reward_model, test
+    finally:
+        await reward_model.close()
 
 
 @asynccontextmanager
@@ -256,9 +259,11 @@ async def _admitted(
 
 
 @asynccontextmanager
-async def _delivering(ledger: Ledger, reward_model: RewardModel) -> AsyncGenerator[Measurements]:
+async def _delivering(
+    ledger: Ledger, reward_model: RewardModel, reward_test: RewardTest
+) -> AsyncGenerator[Measurements]:
     """The ledger's drainer and the measurements, running until the block is left."""
-    measurements = Measurements(reward_model, ledger)
+    measurements = Measurements(reward_model, reward_test, ledger)
     async with running_loops(ledger.run(measurements.start)):
         try:
             yield measurements

@@ -21,8 +21,17 @@ from redis.asyncio import Redis
 from uuid_utils import uuid7
 
 from archive.reading import Archive, Question
-from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, Feedback, FeedbackName, Record, feedback_key, target_of
-from bon_algos.ledger_entries import UnreadableRecord, group_of
+from bon_algos.contracts import (
+    LEDGER_STREAM,
+    CandidateGroup,
+    Feedback,
+    FeedbackName,
+    Record,
+    feedback_key,
+    seen_key,
+    target_of,
+)
+from bon_algos.ledger_entries import Fields, UnreadableRecord, group_of
 from service.access import Caller
 from service.errors import InvalidField, NotFound, StoreUnavailable
 from service.generation import Unit
@@ -35,6 +44,8 @@ SKEW_MILLISECONDS: Final = 60_000
 """By how much a gateway's clock may be before Redis'."""
 DELIVERY_SECONDS: Final = 1.0
 """A group is in the spool before its reply is out, and in Redis soon after."""
+_MARK_WITHOUT_PLACE: Final = b"1"
+"""Of a gateway that does not write places down; it lives for a day."""
 _GROUP_ID = re.compile(r"resp_[0-9a-f]{32}")
 
 
@@ -105,23 +116,32 @@ class FeedbackBook:
         return found
 
     async def _find(self, group_id: str) -> CandidateGroup | None:
+        """In the stream, by the mark of its delivery. Once the mark has expired, the archive has the group."""
+        with translated():
+            mark = cast("bytes | None", await self._redis.get(seen_key(group_id)))
+        if mark is None:
+            return None
+        if mark == _MARK_WITHOUT_PLACE:
+            return await self._search(group_id)
+        return next((_read(fields) for _, fields in await self._page(mark.decode(), mark.decode())), None)
+
+    async def _search(self, group_id: str) -> CandidateGroup | None:
         """From the time in its id on: the ledger has it soon after."""
         oldest = str(max(0, _made_ms(group_id) - SKEW_MILLISECONDS))
         for _ in range(MOST_PAGES):
-            with translated():
-                page = cast(
-                    "list[tuple[bytes, dict[bytes, bytes]]]",
-                    await self._redis.xrange(LEDGER_STREAM, oldest, "+", count=PAGE_ENTRIES),
-                )
+            page = await self._page(oldest, "+")
             for _, fields in page:
                 if fields[b"id"] == group_id.encode():
-                    with suppress(UnreadableRecord):
-                        return group_of(fields)
-                    return None
+                    return _read(fields)
             if len(page) < PAGE_ENTRIES:
                 break
             oldest = f"({page[-1][0].decode()}"
         return None
+
+    async def _page(self, oldest: str, newest: str) -> list[tuple[bytes, Fields]]:
+        with translated():
+            found: Any = await self._redis.xrange(LEDGER_STREAM, oldest, newest, count=PAGE_ENTRIES)
+        return cast("list[tuple[bytes, Fields]]", found)
 
     def _find_archived(self, group_id: str) -> CandidateGroup | None:
         made = _made_ms(group_id) / 1000
@@ -132,6 +152,12 @@ class FeedbackBook:
             return next((one for one in records if isinstance(one, CandidateGroup) and one.id == group_id), None)
         except OSError as error:
             raise StoreUnavailable("the ledger's archive did not answer", code="archive_unavailable") from error
+
+
+def _read(fields: Fields) -> CandidateGroup | None:
+    with suppress(UnreadableRecord):
+        return group_of(fields)
+    return None
 
 
 def _made_ms(group_id: str) -> int:

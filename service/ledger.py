@@ -38,7 +38,7 @@ from bon_algos.contracts import (
 )
 from bon_algos.crash_points import crash_point
 from service.experiments import statistics_increments
-from service.spool import Frame, Spool
+from service.spool import Frame, Position, Reading, Spool
 
 SEEN_SECONDS: Final = 86_400
 GATHER_SECONDS: Final = 0.02
@@ -52,8 +52,9 @@ Record = Exposure | CandidateGroup | Outcome | Feedback
 # KEYS: seen, stream, counts, statistics (only with increments). ARGV: life of `seen` in s, kind, id, data, the route
 # whose usable groups this is one of or "", then field and summand by turns. Returns 0 when it was delivered before.
 _DELIVER: Final = """
-if not redis.call('SET', KEYS[1], '1', 'NX', 'EX', ARGV[1]) then return 0 end
-redis.call('XADD', KEYS[2], '*', 'kind', ARGV[2], 'id', ARGV[3], 'data', ARGV[4])
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+local entry = redis.call('XADD', KEYS[2], '*', 'kind', ARGV[2], 'id', ARGV[3], 'data', ARGV[4])
+redis.call('SET', KEYS[1], entry, 'EX', ARGV[1])
 if ARGV[5] ~= '' then redis.call('HINCRBY', KEYS[3], ARGV[5], 1) end
 for i = 6, #ARGV, 2 do redis.call('HINCRBYFLOAT', KEYS[4], ARGV[i], ARGV[i + 1]) end
 return 1
@@ -63,8 +64,9 @@ _DELIVER_SHA: Final = sha1(_DELIVER.encode(), usedforsecurity=False).hexdigest()
 # KEYS: seen, stream, feedback of its target. ARGV: life of `seen` in s, kind, id, data, question, its JSON. Of two
 # answers to one question the later one counts, in whichever order gateways deliver them.
 _DELIVER_FEEDBACK: Final = """
-if not redis.call('SET', KEYS[1], '1', 'NX', 'EX', ARGV[1]) then return 0 end
-redis.call('XADD', KEYS[2], '*', 'kind', ARGV[2], 'id', ARGV[3], 'data', ARGV[4])
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+local entry = redis.call('XADD', KEYS[2], '*', 'kind', ARGV[2], 'id', ARGV[3], 'data', ARGV[4])
+redis.call('SET', KEYS[1], entry, 'EX', ARGV[1])
 local earlier = redis.call('HGET', KEYS[3], ARGV[5])
 if not earlier or cjson.decode(earlier).created_at <= cjson.decode(ARGV[6]).created_at then
   redis.call('HSET', KEYS[3], ARGV[5], ARGV[6])
@@ -84,6 +86,8 @@ class LedgerStatus:
     """Records that found no room since the process began."""
     damaged: int
     """Places on the disk that could not be read back."""
+    refusals: int
+    """How often the disk refused something else than a record, which was tried again."""
     redis: str
     """ok, away, or starting before the first delivery."""
 
@@ -120,11 +124,12 @@ class Ledger:
             pending_bytes=self._spool.pending_bytes,
             dropped=self._dropped,
             damaged=self._spool.damaged,
+            refusals=self._spool.refusals,
             redis=self._redis_state,
         )
 
     def begin_segment(self) -> int:
-        """What is appended from now on is in this segment of the disk or a later one."""
+        """What is appended from now on is in this segment of the disk or a later one. Raises OSError."""
         segment = self._spool.begin_segment()
         self._written.set()
         return segment
@@ -139,19 +144,17 @@ class Ledger:
         position, pause = self._spool.cursor, FIRST_PAUSE_SECONDS
         while True:
             self._written.clear()
-            frames, end = self._spool.read(position)
             try:
-                if frames or self._redis_state != "ok":  # else there is nothing to ask Redis
-                    await self._deliver(frames)
-            except RedisError as error:
-                self._note_redis("away", f"{type(error).__name__}, {self._spool.pending_bytes} bytes wait")
+                frames, position = await self._delivered_from(position)
+                if position != self._spool.cursor:
+                    self._spool.acknowledge(position)
+            except (RedisError, OSError) as error:
+                if isinstance(error, RedisError):
+                    self._note_redis("away", f"{type(error).__name__}, {self._spool.pending_bytes} bytes wait")
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 continue
             pause = FIRST_PAUSE_SECONDS
-            if end != position:
-                self._spool.acknowledge(end)
-                position = end
             if position.segment >= self._first_own_segment:
                 self._hand_over(measure_again)
             if not frames:
@@ -167,6 +170,13 @@ class Ledger:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._delivered.wait()
+
+    async def _delivered_from(self, position: Position) -> Reading:
+        """What stands there, in Redis now. Raises RedisError, OSError."""
+        reading = self._spool.read(position)
+        if reading.frames or self._redis_state != "ok":  # else there is nothing to ask Redis
+            await self._deliver(reading.frames)
+        return reading
 
     async def _deliver(self, frames: Sequence[Frame]) -> None:
         heads = [_head(frame.payload) for frame in frames]

@@ -1,7 +1,8 @@
 """Rewards of single samples, measured after their replies went out.
 
 Owns: the tasks that do it, their number, their patience with a reward model that is away. Does not own: the records
-(bon_algos/contracts/), delivering them (ledger.py). A reward that was not measured is in the ledger as None.
+(bon_algos/contracts/), delivering them (ledger.py). A reward that was not measured is in the ledger as None. A reward
+model that may not choose measures nothing either: its rewards would decide experiments and trials.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from bon_algos.contracts import CandidateGroup
 from service.best_of_n import Scorer, measure, outcome_of
 from service.errors import GatewayError
 from service.ledger import Ledger
+from service.reward_test import RewardModelRefused, RewardTest
 
 AT_ONCE: Final = 8
 MAX_WAITING: Final = 10_000
@@ -26,8 +28,9 @@ log = logging.getLogger("bonsai.measurements")
 class Measurements:
     """The measurements of one gateway process that are still to come."""
 
-    def __init__(self, reward_model: Scorer, ledger: Ledger) -> None:
+    def __init__(self, reward_model: Scorer, reward_test: RewardTest, ledger: Ledger) -> None:
         self._reward_model = reward_model
+        self._reward_test = reward_test
         self._ledger = ledger
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -60,8 +63,11 @@ class Measurements:
         give_up, pause = loop.time() + PATIENCE_SECONDS, FIRST_PAUSE_SECONDS
         while True:
             try:
+                self._reward_test.require_passed()
                 async with self._turns, asyncio.timeout(CALL_SECONDS):
                     group = await measure(group, self._reward_model)
+                break
+            except RewardModelRefused:
                 break
             except (GatewayError, TimeoutError) as error:
                 if loop.time() + pause > give_up:

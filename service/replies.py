@@ -317,7 +317,7 @@ READY: Final = members(
         "reward_test": TEXT,
         "redis": TEXT,
         "routes": WHOLE,
-        "spool": members(has_room=FLAG, pending_bytes=WHOLE, dropped=WHOLE, damaged=WHOLE),
+        "spool": members(has_room=FLAG, pending_bytes=WHOLE, dropped=WHOLE, damaged=WHOLE, refusals=WHOLE),
         "measurements_waiting": WHOLE,
         "limits": {"type": "object"},
     },

@@ -111,6 +111,7 @@ class RewardTest:
     @property
     def _refusal(self) -> str:
         return (
-            f"the reward model ranks {self._wrong} of {len(self._pairs)} known pairs wrongly and chooses nothing: is "
-            "its chat template the one it was trained with, its score taken before any activation, and higher better?"
+            f"the reward model ranks {self._wrong} of {len(self._pairs)} known pairs wrongly, so that it chooses and "
+            "measures nothing: is its chat template the one it was trained with, its score taken before any "
+            "activation, and higher better?"
         )

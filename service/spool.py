@@ -13,8 +13,11 @@ A new process begins a new segment, so that a frame cut short by a crash is neve
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 from zlib import crc32
@@ -26,6 +29,7 @@ _CURSOR: Final = struct.Struct(">QQI")
 _MAGIC: Final = b"bonS"
 SEGMENT_BYTES: Final = 64 * 2**20
 READ_BYTES: Final = 4 * 2**20
+log = logging.getLogger("bonsai.ledger")
 
 
 class SpoolLocked(Exception):
@@ -70,6 +74,9 @@ class Spool:
         self._file = self._open_segment(self.active)
         self.damaged = 0
         """Places where frames were cut or broken and had to be passed over."""
+        self.refusals = 0
+        """How often the disk refused to open, read or delete a segment or to write the cursor; frames apart."""
+        self._refused: set[str] = set()
 
     def close(self) -> None:
         for file in (self._file, self._cursor_file, self._lock):
@@ -95,16 +102,18 @@ class Spool:
         """Write one frame; False when the cap or the disk refuses it, and then nothing of it is there."""
         frame = _HEADER.pack(_MAGIC, len(payload), crc32(payload)) + payload
         if self._sizes[self.active] >= self._segment_bytes:
-            self._rotate()
+            with suppress(OSError):  # The full segment takes more until there can be another.
+                self._rotate()
         if self.total_bytes + len(frame) > self._max_bytes:
             return False
         before = self._sizes[self.active]
         try:
-            written = os.write(self._file, frame)
+            written = os.pwrite(self._file, frame, before)
         except OSError:
             written = 0
         if written != len(frame):
-            os.ftruncate(self._file, before)
+            with suppress(OSError):  # What cannot be cut off is written over by the next frame.
+                os.ftruncate(self._file, before)
             return False
         self._sizes[self.active] = before + len(frame)
         crash_point("spool.written")
@@ -112,28 +121,31 @@ class Spool:
 
     def read(self, start: Position) -> Reading:
         """The frames from `start` on, about READ_BYTES of them; none when there is nothing new. Damaged places are
-        passed over and counted."""
+        passed over and counted. Raises OSError."""
         at = start
         frames: list[Frame] = []
-        for segment in sorted(number for number in self._sizes if number >= start.segment):
-            frames, at = self._read_segment(at if segment == at.segment else Position(segment, 0))
-            if frames:
-                break
+        with self._told("read a segment"):
+            for segment in sorted(number for number in self._sizes if number >= start.segment):
+                frames, at = self._read_segment(at if segment == at.segment else Position(segment, 0))
+                if frames:
+                    break
         return Reading(frames, at)
 
     def acknowledge(self, position: Position) -> None:
-        """Everything before `position` is done with: never read again, deleted once its segment is behind."""
-        # In place: a rename over the old file would make the file system flush, and hold up the event loop.
-        os.pwrite(self._cursor_file, _CURSOR.pack(*position, _cursor_checksum(position)), 0)
+        """Everything before `position` is done with: never read again, deleted once its segment is behind. Raises
+        OSError, and then the cursor stands where it stood: to be called again."""
+        with self._told("move the cursor"):
+            # In place: a rename over the old file would make the file system flush, and hold up the event loop.
+            os.pwrite(self._cursor_file, _CURSOR.pack(*position, _cursor_checksum(position)), 0)
+            crash_point("drain.acknowledged")
+            for segment in [number for number in self._sizes if number < position.segment]:
+                self._path(segment).unlink(missing_ok=True)
+                del self._sizes[segment]
         self._cursor = position
-        crash_point("drain.acknowledged")
-        for segment in [number for number in self._sizes if number < position.segment]:
-            self._path(segment).unlink(missing_ok=True)
-            del self._sizes[segment]
 
     def begin_segment(self) -> int:
         """What is appended from now on stands in a segment of its own, so that what is acknowledged can be deleted. Its
-        number."""
+        number. Raises OSError, and then it stands where it stood."""
         if self._sizes[self.active]:
             self._rotate()
         return self.active
@@ -155,13 +167,30 @@ class Spool:
         return Reading(frames, at)
 
     def _rotate(self) -> None:
-        os.close(self._file)
-        self.active += 1
-        self._file = self._open_segment(self.active)
+        """Raises OSError. The old file is closed last: a number that is closed may be somebody's socket by the next
+        frame."""
+        with self._told("begin a segment"):
+            opened = self._open_segment(self.active + 1)
+            full, self._file, self.active = self._file, opened, self.active + 1
+            os.close(full)
 
     def _open_segment(self, segment: int) -> int:
+        opened = os.open(self._path(segment), os.O_WRONLY | os.O_CREAT, 0o600)
         self._sizes[segment] = 0
-        return os.open(self._path(segment), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        return opened
+
+    @contextmanager
+    def _told(self, deed: str) -> Iterator[None]:
+        """Counts what the disk refuses; logs it once, until the disk obeys again."""
+        try:
+            yield
+        except OSError as error:
+            self.refusals += 1
+            if deed not in self._refused:
+                log.error("the spool cannot %s, and tries again: %s", deed, error)
+            self._refused.add(deed)
+            raise
+        self._refused.discard(deed)
 
     def _path(self, segment: int) -> Path:
         return self._directory / f"{segment:08d}.spool"

@@ -41,14 +41,15 @@ class SpoolReport:
         self._name = name
 
     async def run(self) -> None:
-        """Tell until cancelled. While Redis is away nothing is delivered and nothing told."""
+        """Tell until cancelled. While Redis is away nothing is delivered and nothing told; nor while the disk takes no
+        segment."""
         while True:
-            with suppress(StoreUnavailable, StoreFull):
+            with suppress(StoreUnavailable, StoreFull, OSError):
                 await self.tell()
             await asyncio.sleep(SECONDS)
 
     async def tell(self) -> None:
-        """Wait until nothing of before is left, and say so. Raises StoreUnavailable."""
+        """Wait until nothing of before is left, and say so. Raises StoreUnavailable, OSError."""
         began = time()
         segment = self._ledger.begin_segment()
         while not self._ledger.holds_none_before(segment):

@@ -57,6 +57,7 @@ def _parts(serving: Serving) -> dict[str, Any]:
             "pending_bytes": ledger.pending_bytes,
             "dropped": ledger.dropped,
             "damaged": ledger.damaged,
+            "refusals": ledger.refusals,
         },
         "measurements_waiting": serving.measurements.waiting,
         "limits": serving.limits.status,

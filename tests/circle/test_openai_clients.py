@@ -100,4 +100,4 @@ def test_a_stream_that_is_left_stops_the_engines_work(stack, client, messages):
     )
     wait_until(lambda: stack.engine_runs() > 1, "the engine is at work")
     stream.close()
-    wait_until(lambda: stack.engine_runs() == 0, "the engine stops", seconds=2)
+    wait_until(lambda: stack.engine_runs() == 0, "the engine stops", seconds=1)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
+from typing import Any
 
-from bon_algos.contracts import Feedback
+import pytest
+import redis as blocking_redis
+from uuid_utils import uuid7
+
+from archive.reading import Archive
+from bon_algos.contracts import LEDGER_STREAM, Feedback, seen_key
 from tests.fixtures.gateway import wait_until
 from tests.service.records import BASE
+from worker.compaction import Compaction, Limits
 
 PATH = "/v1/feedback"
 
@@ -155,3 +162,53 @@ def test_what_was_not_to_be_stored_gets_no_texts(world):
 @pytest.mark.parametrize("query", ["", "response=a&session=b", "response=a&response=b", "limit=3"])
 def test_a_list_is_of_one_reply_or_session(world, query):
     assert world.client.get(f"{PATH}?{query}").status == 422
+
+
+# --- finding the reply ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client_of_redis(redis_url) -> Iterator[blocking_redis.Redis]:
+    with blocking_redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+def readings(client: blocking_redis.Redis) -> int:
+    """How often a range of a stream was read."""
+    told: dict[str, Any] = client.info("commandstats")
+    return sum(told.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("xrange", "xrevrange"))
+
+
+def test_a_reply_is_found_among_20_000_others_and_an_unknown_one_is_not_searched_for(world, client_of_redis):
+    """The others are there a moment before the reply, and the readings of a search would be 100."""
+    with client_of_redis.pipeline(transaction=False) as pipe:
+        for number in range(20_001):
+            pipe.xadd(LEDGER_STREAM, {"kind": "other", "id": str(number), "data": b""})
+        pipe.execute()
+    reply = answered(world)
+    wait_until(lambda: client_of_redis.exists(seen_key(reply)) == 1)
+    before = readings(client_of_redis)
+    said(world, response=reply, value=1)
+    for unknown in (f"resp_{uuid7().hex}", UNKNOWN):
+        assert world.client.post(PATH, {"response": unknown, "value": 1}).status == 404
+    assert readings(client_of_redis) - before <= 10
+
+
+def test_a_reply_that_an_older_gateway_delivered_is_searched_for(world, client_of_redis, reply):
+    wait_until(lambda: client_of_redis.exists(seen_key(reply)) == 1)
+    client_of_redis.set(seen_key(reply), "1", keepttl=True)
+    assert said(world, response=reply, value=1)["candidate"] == 1
+
+
+@pytest.mark.parametrize("is_mark_gone", [False, True])
+def test_a_reply_that_left_the_stream_is_found_in_the_archive(world, tmp_path, client_of_redis, reply, is_mark_gone):
+    wait_until(lambda: client_of_redis.exists(seen_key(reply)) == 1)
+    nothing_hot = Limits(entries=1, bytes=2**20, seconds=600.0, hot_groups=0, hot_seconds=0.0)
+    compaction = Compaction(client_of_redis, Archive.at(str(tmp_path / "artefacts" / "ledger")), nothing_hot)
+    compaction.open()
+    while compaction.step(wait_seconds=0.01) is not None:
+        pass
+    assert client_of_redis.xlen(LEDGER_STREAM) == 0
+    if is_mark_gone:
+        client_of_redis.delete(seen_key(reply))
+    assert said(world, response=reply, value=1)["candidate"] == 1

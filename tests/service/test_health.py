@@ -19,7 +19,7 @@ def test_a_whole_gateway_is_ready(world):
         "reward_test": "no pairs",
         "redis": "ok",
         "routes": 1,
-        "spool": {"has_room": True, "pending_bytes": 0, "dropped": 0, "damaged": 0},
+        "spool": {"has_room": True, "pending_bytes": 0, "dropped": 0, "damaged": 0, "refusals": 0},
         "measurements_waiting": 0,
         "limits": {
             "max_tokens_in_flight": 2**18,

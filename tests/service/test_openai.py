@@ -281,19 +281,24 @@ def test_a_stream_begins_before_there_is_an_answer(world):
         assert world.engine.active == 1
 
 
-def test_the_engine_stops_when_the_reader_of_a_stream_goes_away(world):
+@pytest.mark.parametrize(
+    ("is_stream", "seen"), [(True, b": ping"), (True, b""), (False, b"")], ids=["stream", "before it began", "whole"]
+)
+def test_the_engine_stops_when_the_client_goes_away(world, is_stream, seen):
     world.engine.script.delays = [30.0]
-    with connected(world) as connection:
-        while b": ping" not in connection.recv(65_536):
+    with connected(world, is_stream=is_stream) as connection:
+        wait_until(lambda: world.engine.active == 1)
+        while seen and seen not in connection.recv(65_536):
             pass
         left = time.monotonic()
-    wait_until(lambda: len(world.engine.aborted_at) == 1)
+    wait_until(lambda: world.engine.aborted_at != [])
     assert world.engine.aborted_at[0] - left < 1.0
+    wait_until(lambda: world.engine.active == 0)
 
 
-def connected(world) -> socket.socket:
-    """A socket on which a streamed best-of-4 was asked for."""
-    body = json.dumps({"model": "default", "messages": HI, "stream": True, "best_of": 4}).encode()
+def connected(world, *, is_stream: bool = True) -> socket.socket:
+    """A socket on which a best-of-4 was asked for."""
+    body = json.dumps({"model": "default", "messages": HI, "stream": is_stream, "best_of": 4}).encode()
     connection = socket.create_connection(world.client.address, timeout=10)
     connection.sendall(world.client.written("POST", "/v1/chat/completions", body))
     return connection

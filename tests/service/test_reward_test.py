@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from bon_algos.contracts import Outcome
 from service.reward_test import read_pairs
-from tests.fixtures.gateway import gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import gateway_settings, read_ledger, running_gateway, wait_until
 from tests.stubs.server import running
 
 LONGER = {"prompt": "hi", "better": "a long answer", "worse": "short"}
@@ -43,6 +44,16 @@ def settled(client) -> str:
     return state
 
 
+def outcomes(redis_url: str, count: int) -> list[Outcome]:
+    """What was measured after its reply, once there is so much."""
+
+    def found() -> list[Outcome]:
+        return [record for record in read_ledger(redis_url) if isinstance(record, Outcome)]
+
+    wait_until(lambda: len(found()) == count)
+    return found()
+
+
 def test_a_model_that_knows_its_pairs_chooses(gateway, reward):
     with gateway(LONGER, LONGER) as client:
         assert settled(client) == "passed"
@@ -58,7 +69,9 @@ def test_a_model_that_knows_its_pairs_chooses(gateway, reward):
 def test_a_model_that_ranks_a_pair_wrongly_chooses_nothing(gateway, engine, path, body):
     with gateway(LONGER, SHORTER, SHORTER) as client:
         state = settled(client)
-        assert state.startswith("the reward model ranks 2 of 3 known pairs wrongly and chooses nothing")
+        assert state.startswith(
+            "the reward model ranks 2 of 3 known pairs wrongly, so that it chooses and measures nothing"
+        )
         assert "chat template" in state
         assert "activation" in state
         assert client.get("/ready").status == 503
@@ -68,6 +81,28 @@ def test_a_model_that_ranks_a_pair_wrongly_chooses_nothing(gateway, engine, path
         assert engine.requests == []
         # One sample is not chosen by anybody.
         assert client.post("/generate?n=1", {"prompt": "hi"}).status == 200
+
+
+def test_a_model_that_ranks_a_pair_wrongly_measures_nothing(gateway, reward, redis_url):
+    with gateway(LONGER, SHORTER) as client:
+        assert settled(client).startswith("the reward model ranks 1 of 2")
+        tested = len(reward.requests)
+        assert client.post("/generate?n=1", {"prompt": "hi"}).status == 200
+        assert [one.rewards for one in outcomes(redis_url, 1)] == [(None,)]
+        assert len(reward.requests) == tested
+
+
+def test_until_there_is_a_verdict_nothing_is_measured(gateway, reward, redis_url):
+    """The stub fails over the pair and would score the answer: 21 characters of "u:hi\\na:a fine answer\\n"."""
+    reward.script.score = lambda text: {}[text] if "a long answer" in text else float(len(text))
+    with gateway(LONGER) as client:
+        assert client.post("/generate?n=1", {"prompt": "hi"}).status == 200
+        asked = len(reward.requests)
+        wait_until(lambda: len(reward.requests) >= asked + 2)
+        assert not any("a fine answer" in text for text in reward.texts)
+        reward.script.score = lambda text: float(len(text))
+        assert settled(client) == "passed"
+        assert [one.rewards for one in outcomes(redis_url, 1)] == [(21.0,)]
 
 
 @pytest.mark.parametrize("score", [lambda text: 1.0, lambda text: None])

@@ -31,7 +31,7 @@ SKEW_SECONDS: Final = 60.0
 log = logging.getLogger("bonsai.archive")
 
 
-class DamagedSegment(Exception):
+class DamagedSegment(OSError):
     """A segment is not what was written."""
 
 

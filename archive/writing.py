@@ -16,7 +16,7 @@ import pyarrow as pa
 from archive.fence import ALONE, Fence
 from archive.manifest import Batch, DayManifest, Segment, Totals, day_of
 from archive.names import FileName, Partition, Stretch
-from archive.reading import Archive
+from archive.reading import Archive, DamagedSegment
 from archive.tables import SET_OF, parquet_bytes, row_of, table_of
 from bon_algos.ledger_entries import EntryId, Fields, UnreadableRecord, record_and_document
 
@@ -99,13 +99,24 @@ Rewriting = Callable[[Segment, list[dict[str, Any]]], tuple[list[dict[str, Any]]
 """Of some rows of a segment: what is left of them and the classes of content they lack, or None to leave them alone."""
 
 
-def rewrite(archive: Archive, batch: Batch, change: Rewriting, fence: Fence = ALONE) -> Batch:
-    """The batch with some segments changed, which the manifest then names; without rows a segment goes. Raises
-    Overtaken, StaleView, OSError."""
+def rewrite(
+    archive: Archive,
+    batch: Batch,
+    change: Rewriting,
+    fence: Fence = ALONE,
+    left: Callable[[Segment], None] = lambda segment: None,
+) -> Batch:
+    """The batch with some segments changed, which the manifest then names; without rows a segment goes. left: told of a
+    segment that is damaged or lost, and stays as it is. Raises Overtaken, StaleView, OSError."""
     segments, obsolete = [], []
     for segment in batch.segments:
         name = FileName.parse(segment.path or "")
-        kept = segment if name is None else _rewritten(archive, name, segment, change, fence.epoch)
+        try:
+            kept = segment if name is None else _rewritten(archive, name, segment, change, fence.epoch)
+        except (DamagedSegment, FileNotFoundError) as error:
+            log.error("%s is left as it is: %s", segment.path, type(error).__name__)
+            left(segment)
+            kept = segment
         segments.append(kept)
         obsolete += [segment.path] if segment.path is not None and kept.path != segment.path else []
     changed = batch.model_copy(update={"segments": tuple(segments)})

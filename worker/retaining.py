@@ -5,6 +5,7 @@ Owns: asking Redis and the frozen windows. Does not own: times and rows (`archiv
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,9 @@ from archive.manifest import Segment
 from archive.reading import Archive
 from archive.retention import Due, Retention, apply, due
 from bon_algos.contracts import feedback_key, target_of
-from worker.sources import pinned
+from worker.sources import DamagedSources, pinned
+
+log = logging.getLogger("bonsai.compactor")
 
 
 @dataclass(frozen=True)
@@ -32,28 +35,29 @@ class Retaining:
     retention: Retention
 
     def plan(self) -> list[Due]:
-        """What would go now."""
+        """What would go now; nothing while it is not known what is pinned."""
+        try:
+            _ = self._pinned
+        except DamagedSources as error:
+            log.error("nothing is taken that is too old: %s", error)
+            return []
         return due(self.archive, self.retention, time())
 
     @cached_property
     def _pinned(self) -> frozenset[str]:
-        return pinned(self.artefacts)
+        return pinned(self.artefacts) if "pinned" in self.retention.keep else frozenset()
 
     def kept(self, segment: Segment, rows: Sequence[Mapping[str, Any]]) -> frozenset[str]:
         """Groups among the rows that are kept whatever their age."""
         ids = [group for row in rows if (group := row.get("group_id", row.get("id"))) is not None]
-        found: set[str] = set()
-        if "pinned" in self.retention.keep:
-            found |= set(ids) & self._pinned
+        found = set(ids) & self._pinned
         if "feedback" in self.retention.keep:
             found |= self._with_feedback(ids)
         return frozenset(found)
 
     def carry_out(self, fence: Fence) -> list[Due]:
-        """Raises Overtaken, OSError, RedisError; again is the same."""
-        dues = self.plan()
-        apply(self.archive, dues, self.retention, self.kept, forgotten=self._forget_answers, fence=fence)
-        return dues
+        """What went. Raises Overtaken, OSError, RedisError; again is the same."""
+        return apply(self.archive, self.plan(), self.retention, self.kept, forgotten=self._forget_answers, fence=fence)
 
     def _with_feedback(self, ids: Sequence[str]) -> set[str]:
         with self.client.pipeline(transaction=False) as pipe:

@@ -1,6 +1,6 @@
 """Retention in a stack: which groups have feedback or are pinned, and what Redis holds of what went.
 
-Owns: asking Redis and the frozen windows. Does not own: times and rows (`archive.retention`).
+Owns: asking Redis, the archive and the frozen windows. Does not own: times and rows (`archive.retention`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import redis
 
 from archive.fence import Fence
 from archive.manifest import Segment
-from archive.reading import Archive
+from archive.reading import Archive, DamagedSegment
 from archive.retention import Due, Retention, apply, due
 from bon_algos.contracts import feedback_key, target_of
 from worker.sources import DamagedSources, pinned
@@ -47,12 +47,24 @@ class Retaining:
     def _pinned(self) -> frozenset[str]:
         return pinned(self.artefacts) if "pinned" in self.retention.keep else frozenset()
 
+    @cached_property
+    def _said_of(self) -> frozenset[str]:
+        """Groups that the archive has feedback on: a Redis that was lost has none of before."""
+        found: set[str | None] = set()
+        for batch in self.archive.manifest.batches_newest_first():
+            for segment in (one for one in batch.segments if one.kind == "feedback" and one.path is not None):
+                try:
+                    found |= set(self.archive.load(segment, ("group_id",)).column("group_id").to_pylist())
+                except (DamagedSegment, FileNotFoundError) as error:
+                    log.error("whom %s speaks of only Redis knows: %s", segment.path, type(error).__name__)
+        return frozenset(one for one in found if one is not None)
+
     def kept(self, segment: Segment, rows: Sequence[Mapping[str, Any]]) -> frozenset[str]:
         """Groups among the rows that are kept whatever their age."""
         ids = [group for row in rows if (group := row.get("group_id", row.get("id"))) is not None]
         found = set(ids) & self._pinned
         if "feedback" in self.retention.keep:
-            found |= self._with_feedback(ids)
+            found |= self._with_feedback(ids) | (set(ids) & self._said_of)
         return frozenset(found)
 
     def carry_out(self, fence: Fence) -> list[Due]:

@@ -36,10 +36,10 @@ def outcome(of: CandidateGroup, reward: float) -> Outcome:
 
 
 def deliver(client: blocking_redis.Redis, ms: int, record: CandidateGroup | Outcome, times: int = 1) -> None:
-    fields = {"kind": record.kind, "id": record.id, "data": compress(record.model_dump_json().encode())}
+    data = compress(record.model_dump_json().encode())
     with client.pipeline(transaction=False) as pipe:
         for number in range(times):
-            pipe.xadd(LEDGER_STREAM, fields, id=f"{ms}-{number + 1}")
+            pipe.xadd(LEDGER_STREAM, {"kind": record.kind, "id": record.id, "data": data}, id=f"{ms}-{number + 1}")
         pipe.execute()
 
 

@@ -8,20 +8,24 @@ import shutil
 import threading
 from contextlib import contextmanager
 
+import pyarrow as pa
 import pytest
 import redis
 
 from archive.merging import Limits as MergeLimits
 from archive.reading import Question
+from archive.repair import QUARANTINE
 from archive.retention import Retention
+from archive.tables import parquet_bytes
 from archive.writing import write_batch
-from bon_algos.contracts import ERASURES, LEDGER_STREAM, Erasure
+from bon_algos.contracts import ERASURES, LEDGER_STREAM, CandidateGroup, Erasure
 from tests.archive.records import archive_at, entries, group
 from tests.worker import world
 from tests.worker.forks import until
 from tests.worker.test_erasing import ADA, asked, frozen, of
 from worker.compaction import Limits
 from worker.compactor import Compactor
+from worker.erasing import Eraser
 from worker.sources import delete_content, pinned, read_sources, windows
 
 AT_ONCE = Limits(entries=1000, bytes=2**20, seconds=0.0, hot_groups=0, hot_seconds=0.0)
@@ -74,8 +78,8 @@ def is_settled(client, erasure):
 
 
 def prompts(directory):
-    found = archive_at(directory / "ledger").records(Question(("groups",)))
-    return {one.record.id: one.record.prompt for one in found}
+    found = [one.record for one in archive_at(directory / "ledger").records(Question(("groups",)))]
+    return {one.id: one.prompt for one in found if isinstance(one, CandidateGroup)}
 
 
 def test_one_flipped_bit_holds_up_an_erasure_that_must_look_there_and_nothing_else(client, tmp_path, caplog):
@@ -94,6 +98,9 @@ def test_one_flipped_bit_holds_up_an_erasure_that_must_look_there_and_nothing_el
     assert (told.state, told.erased.groups, told.unsearched) == ("erased", 1, (damaged.path,))
     assert f"{damaged.path} is left as it is: DamagedSegment" in caplog.text
     assert set(prompts(tmp_path)) == {of("bob", 3).id, late.id}
+    eraser = Eraser(client, archive, tmp_path)
+    assert [one.state for one in eraser.work()] == ["erased"]
+    assert not eraser.has_work()  # another pass over everything would find no more
     path.write_bytes(whole)
     with compactor(client, tmp_path):
         until(lambda: receipt(client, erasure).state == "proven", "what was mended is looked into", 20)
@@ -110,6 +117,20 @@ def test_a_segment_that_is_lost_holds_nothing_that_could_be_erased(client, tmp_p
     with compactor(client, tmp_path):
         until(lambda: receipt(client, erasure).state == "proven", "it is proven", 20)
     assert receipt(client, erasure).erased.groups == 1
+
+
+def test_a_file_of_columns_that_nobody_knows_is_put_aside_and_goes_with_the_next_erasure(client, tmp_path):
+    archive = archive_at(tmp_path / "ledger")
+    write_batch(archive, entries(of("bob", 3)))
+    name = "groups/tenant=default/day=2023-11-15/route=default/segment-1-0-2-0.parquet"
+    archive.storage.put(name, parquet_bytes([pa.table({"said": [ADA]})]))
+    world.deliver(client, of("eve", 4))
+    with compactor(client, tmp_path):
+        until(lambda: archive.storage.names(QUARANTINE) == [f"{QUARANTINE}/{name}"], "it is put aside", 20)
+        erasure = asked(client)
+        until(lambda: receipt(client, erasure).state == "proven", "nothing of it is left", 20)
+    assert archive.storage.names(QUARANTINE) == []
+    assert set(prompts(tmp_path)) == {of("bob", 3).id, of("eve", 4).id}
 
 
 def test_a_list_that_cannot_be_read_holds_up_erasures_and_retention_until_it_is_gone(client, tmp_path, caplog):

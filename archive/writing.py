@@ -18,6 +18,7 @@ from archive.manifest import Batch, DayManifest, Segment, Totals, day_of
 from archive.names import FileName, Partition, Stretch
 from archive.reading import Archive, DamagedSegment
 from archive.tables import SET_OF, parquet_bytes, row_of, table_of
+from bon_algos.crash_points import crash_point
 from bon_algos.ledger_entries import EntryId, Fields, UnreadableRecord, record_and_document
 
 UNREADABLE_TENANT: Final = "_"
@@ -86,12 +87,15 @@ def write_batch(archive: Archive, entries: Sequence[Entry], fence: Fence = ALONE
     for entry in (entry for entry in entries if entry.fields):
         partition, row = _row(entry)
         drafts.setdefault(partition, _Draft(partition)).add([row])
-    segments = tuple(
-        draft.write(archive, FileName(partition, stretch, fence.epoch)) for partition, draft in drafts.items()
-    )
+    crash_point("batch.asked")
+    segments: tuple[Segment, ...] = ()
+    for partition, draft in drafts.items():
+        segments += (draft.write(archive, FileName(partition, stretch, fence.epoch)),)
+        crash_point("batch.written")
     groups = sum(segment.rows for segment in segments if segment.kind == "groups")
     batch = Batch(first=stretch.first, last=stretch.last, entries=len(entries), groups=groups, segments=segments)
     archive.manifest.add(batch, fence)
+    crash_point("batch.named")
     return batch
 
 
@@ -122,8 +126,10 @@ def rewrite(
     changed = batch.model_copy(update={"segments": tuple(segments)})
     if changed != batch:
         archive.manifest.replace([batch], changed, fence)
+        crash_point("rewrite.named")
     for path in obsolete:
         archive.storage.delete(path)
+        crash_point("rewrite.removed")
     return changed
 
 
@@ -166,6 +172,7 @@ def _rewritten(archive: Archive, name: FileName, segment: Segment, change: Rewri
     if draft.is_empty:
         return segment.model_copy(update={"path": None, "rows": 0, "bytes": 0, "lacks": lacks})
     written = draft.write(archive, name._replace(epoch=epoch, revision=segment.revision + 1))
+    crash_point("rewrite.written")
     # What was counted when it was whole: aggregates outlive rows.
     return written.model_copy(update={"lacks": lacks, "totals": segment.totals})
 

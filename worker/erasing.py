@@ -42,6 +42,7 @@ from bon_algos.contracts import (
     served_id,
     target_of,
 )
+from bon_algos.crash_points import crash_point
 from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
 from worker.compaction import is_in_stream
 from worker.erased_windows import fail_jobs, taint
@@ -119,10 +120,12 @@ class Eraser:
     def _advance(self, erasure: Erasure) -> Erasure:
         waits_for = self._silent_spools(erasure)
         self._looked[erasure.id] = monotonic()
+        crash_point("erasure.asked")
         erased = self._pass(erasure).model_copy(update={"state": "erased", "waits_for": waits_for})
         if not waits_for and not erased.unsearched and self.residue(erased) == 0:
             erased = erased.model_copy(update={"state": "proven", "proven_at": time()})
         self._write(erasure, erased)
+        crash_point("erasure.recorded")
         return erased
 
     def _write(self, before: Erasure, after: Erasure) -> None:
@@ -150,30 +153,24 @@ class Eraser:
             # Of what arrives late only this tells that it belongs to one of them.
             self._client.sadd(key, *traces.groups)
             self._client.expire(key, GROUPS_KEPT_SECONDS)
+            crash_point("erasure.noted")
         traces.groups |= {one.decode() for one in cast("set[bytes]", self._client.smembers(key))}
         removed = _Removed()
         self._erase_archive(erasure, traces, removed)
         self._erase_stream(erasure, traces, removed)
         self._client.delete(*(feedback_key(target) for target in self._targets(erasure, traces)), b"")
+        crash_point("targets.forgotten")
         kept_replies = self._erase_replies(traces.groups)
-        jobs = self._erase_windows(erasure, traces)
-        policies = taint(self._client, frozenset(jobs))
+        told = self._erase_windows(erasure, traces)
         before = erasure.erased
         erased = Erased(
             groups=before.groups + len(removed.groups),
             feedback=before.feedback + len(removed.feedback),
             other_records=before.other_records + len(removed.others),
             kept_replies=before.kept_replies + kept_replies,
-            datasets=before.datasets + len(jobs),
+            datasets=len(told.jobs),
         )
-        return erasure.model_copy(
-            update={
-                "erased": erased,
-                "jobs": tuple(sorted({*erasure.jobs, *jobs})),
-                "policies": tuple(sorted({*erasure.policies, *policies})),
-                "unsearched": tuple(sorted(traces.unsearched)),
-            }
-        )
+        return told.model_copy(update={"erased": erased, "unsearched": tuple(sorted(traces.unsearched))})
 
     # --- finding -----------------------------------------------------------------------------------------
 
@@ -281,6 +278,7 @@ class Eraser:
 
     def _forget_answer(self, said: Feedback) -> None:
         self._client.hdel(feedback_key(target_of(said.group_id, said.session, said.tenant)), said.question)
+        crash_point("answer.forgotten")
 
     def _erase_stream(self, erasure: Erasure, traces: _Traces, removed: _Removed) -> None:
         made_before = erasure.requested_at * 1000
@@ -293,12 +291,14 @@ class Eraser:
                 if isinstance(record, Feedback):
                     self._forget_answer(record)
                 self._client.xdel(LEDGER_STREAM, name)
+                crash_point("entry.removed")
                 removed.note(SET_OF[record.kind], [record.id])
 
     def _erase_replies(self, groups: set[str]) -> int:
         gone = 0
         for key in self._replies_of(groups):
             gone += self._client.delete(key)
+            crash_point("reply.removed")
         return gone
 
     def _replies_of(self, groups: set[str]) -> Iterator[bytes]:
@@ -309,8 +309,25 @@ class Eraser:
             if any(found.decode() in groups for found in _GROUP_ID.findall(kept)):
                 yield key
 
-    def _erase_windows(self, erasure: Erasure, traces: _Traces) -> list[str]:
-        concerned = []
+    def _erase_windows(self, erasure: Erasure, traces: _Traces) -> Erasure:
+        """The receipt with the jobs of the windows and the policies. They are kept before anything of a window goes:
+        after that nobody could tell any more whose it was."""
+        concerned = self._concerned(erasure, traces)
+        # First the jobs, so that nobody reads a window that is half there.
+        fail_jobs(self._client, concerned)
+        crash_point("job.failed")
+        policies = taint(self._client, frozenset(concerned))
+        crash_point("policies.tainted")
+        jobs = {"jobs": {*erasure.jobs, *concerned}, "policies": {*erasure.policies, *policies}}
+        told = erasure.model_copy(update={name: tuple(sorted(found)) for name, found in jobs.items()})
+        self._write(erasure, told)
+        for job_id, gone in concerned.items():
+            delete_content(windows(self._artefacts)[job_id], gone)
+        return told
+
+    def _concerned(self, erasure: Erasure, traces: _Traces) -> dict[str, list[str]]:
+        """Job -> the groups in its window that are to go, of those that have any."""
+        concerned = {}
         for job_id, window in windows(self._artefacts).items():
             try:
                 sources = read_sources(window)
@@ -325,10 +342,7 @@ class Eraser:
                 or (one.subject == erasure.subject_digest and one.created_at <= erasure.requested_at)
             ]
             if gone:
-                # First the job, so that nobody reads a window that is half there.
-                fail_jobs(self._client, [job_id])
-                delete_content(window, gone)
-                concerned.append(job_id)
+                concerned[job_id] = gone
         return concerned
 
     # --- proving -----------------------------------------------------------------------------------------

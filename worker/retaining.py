@@ -20,6 +20,7 @@ from archive.manifest import Segment
 from archive.reading import Archive, DamagedSegment
 from archive.retention import Due, Retention, apply, due
 from bon_algos.contracts import feedback_key, target_of
+from bon_algos.crash_points import crash_point
 from worker.sources import DamagedSources, pinned
 
 log = logging.getLogger("bonsai.compactor")
@@ -83,3 +84,4 @@ class Retaining:
         if segment.kind == "feedback" and rows:
             targets = {target_of(row["group_id"], row["session"], segment.tenant) for row in rows}
             self.client.delete(*map(feedback_key, targets))
+            crash_point("answers.forgotten")

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from archive.storage import open_storage
 from bon_algos.contracts import CandidateGroup, subject_digest
+from bon_algos.crash_points import crash_point
 
 FILE: Final = "groups.json"
 CONTENT: Final = "pools.jsonl.z"
@@ -58,6 +59,8 @@ def delete_content(window: Path, erased: Iterable[str]) -> None:
     files = open_storage(str(window))
     files.remove_unfinished()
     files.delete(CONTENT)
+    crash_point("content.removed")
     gone = frozenset(erased)
     kept = [one for one in read_sources(window) if one.group_id not in gone]
     files.put(FILE, json.dumps(kept).encode())
+    crash_point("sources.written")

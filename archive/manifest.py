@@ -27,6 +27,7 @@ from archive.names import Partition, Stretch
 from archive.storage import Storage
 from archive.tables import SegmentSet
 from bon_algos.contracts import SCHEMA_VERSION, Record
+from bon_algos.crash_points import crash_point
 from bon_algos.ledger_entries import EntryId
 
 DIRECTORY: Final = "_manifest"
@@ -198,7 +199,9 @@ class Manifest:
             log.error("the manifest of %s is lost", day)
         root = Root(days={day: name for day, name in known.items() if name in there})
         fence.confirm()
+        crash_point("root.asked")
         self._storage.put(_root_file(fence.epoch), root.model_dump_json().encode())
+        crash_point("root.written")
 
     def add(self, batch: Batch, fence: Fence = ALONE) -> None:
         """In its place, and in that of what a writer left that was frozen in the middle of the same. Raises StaleView
@@ -240,8 +243,10 @@ class Manifest:
         root = self._root()
         name = f"{day}.e{fence.epoch}-{secrets.token_hex(4)}.json"
         self._storage.put(f"{DIRECTORY}/{name}", changed.model_dump_json().encode())
+        crash_point("manifest.written")
         fence.confirm()
         self._storage.put(_root_file(fence.epoch), Root(days={**root.days, day: name}).model_dump_json().encode())
+        crash_point("manifest.named")
         # Who took over while this was written has not seen it: nothing may be built on it then.
         fence.confirm()
         if day in root.days:

@@ -25,6 +25,7 @@ from archive.names import FileName, Partition, Stretch
 from archive.reading import Archive, DamagedSegment
 from archive.tables import SCHEMAS, parquet_bytes
 from archive.writing import sum_of
+from bon_algos.crash_points import crash_point
 
 HOUR_MS: Final = 3_600_000
 log = logging.getLogger("bonsai.archive")
@@ -90,6 +91,7 @@ def merge(archive: Archive, run: Run, fence: Fence, now: float) -> Batch:
     )
     gone = [Superseded(path=one.path, since=now) for one in segments if one.path is not None]
     archive.manifest.replace(run, merged, fence, gone)
+    crash_point("merge.named")
     return merged
 
 
@@ -101,6 +103,7 @@ def remove_superseded(archive: Archive, day: str, before: float, fence: Fence) -
     fence.confirm()
     for one in gone:
         archive.storage.delete(one.path)
+        crash_point("superseded.removed")
 
     def forget(known: DayManifest) -> DayManifest:
         return known.model_copy(update={"superseded": tuple(one for one in known.superseded if one not in gone)})
@@ -139,6 +142,7 @@ def _merged(archive: Archive, name: FileName, segments: Sequence[Segment]) -> Se
         return segments[0].model_copy(update=told)
     content = parquet_bytes(_tables(archive, there))
     archive.storage.put(name.path, content)
+    crash_point("merge.written")
     written = {
         "path": name.path,
         "rows": sum(one.rows for one in there),

@@ -31,7 +31,7 @@ SKEW_SECONDS: Final = 60.0
 log = logging.getLogger("bonsai.archive")
 
 
-class DamagedSegment(Exception):
+class DamagedSegment(OSError):
     """A segment is not what was written."""
 
 
@@ -48,6 +48,8 @@ class Question:
     until: float | None = None
     before: EntryId | None = None
     """Only entries that stand before this one in the stream."""
+    after: EntryId | None = None
+    """And behind this one."""
 
     def can_be_in(self, segment: Segment) -> bool:
         is_in_time = (self.since is None or segment.last_created >= self.since) and (
@@ -58,12 +60,13 @@ class Question:
 
     def is_met(self, one: Stored) -> bool:
         made = one.record.created_at
-        is_before = self.before is None or one.entry < self.before
-        return is_before and (self.since is None or made >= self.since) and (self.until is None or made <= self.until)
+        is_between = (self.before is None or one.entry < self.before) and (self.after is None or one.entry > self.after)
+        return is_between and (self.since is None or made >= self.since) and (self.until is None or made <= self.until)
 
     def is_past(self, batch: Batch) -> bool:
-        """Whether this batch and all older ones were delivered before anything wanted was made."""
-        return self.since is not None and batch.last.ms / 1000 < self.since - SKEW_SECONDS
+        """Whether this batch and all older ones were delivered before anything wanted was, or was made."""
+        is_old = self.since is not None and batch.last.ms / 1000 < self.since - SKEW_SECONDS
+        return is_old or (self.after is not None and batch.last <= self.after)
 
     def may_be_in(self, batch: Batch) -> bool:
         is_before = self.before is None or batch.first < self.before

@@ -29,6 +29,8 @@ from archive.writing import totals_of
 from bon_algos.ledger_entries import EntryId
 
 QUARANTINE: Final = "_quarantine"
+UNREADABLE: Final = (pa.ArrowException, OSError, ValueError, KeyError)
+"""What reading bytes that are no segment can raise: those of a page that is damaged may still unpack, as no text."""
 log = logging.getLogger("bonsai.archive")
 
 
@@ -97,9 +99,10 @@ def _is_held(archive: Archive, name: FileName, batches: Sequence[Batch]) -> bool
     """Whether it is what a merge left that was not finished: all rows of some batches, which are named."""
     there = [one for batch in batches if name.stretch.has(batch.stretch) for one in batch.segments]
     rows = sum(one.rows for one in there if one.partition == name.partition)
+    content = archive.storage.get(name.path)
     try:
-        return rows == len(read_table(archive.storage.get(name.path), ["entry_ms"]))
-    except (pa.ArrowInvalid, OSError):
+        return rows == len(read_table(content, ["entry_ms"]))
+    except UNREADABLE:
         return False
 
 
@@ -157,9 +160,12 @@ def _described(archive: Archive, name: FileName) -> Segment | None:
     """What a manifest says of a file; None for one that cannot be read."""
     content = archive.storage.get(name.path)
     try:
-        table = read_table(content)
-    except (pa.ArrowInvalid, OSError):
+        return _description(name, content, read_table(content))
+    except UNREADABLE:
         return None
+
+
+def _description(name: FileName, content: bytes, table: pa.Table) -> Segment:
     is_timed = "created_at" in table.column_names
     made = table.column("created_at") if is_timed else compute.divide(table.column("entry_ms"), 1000.0)
     return Segment(

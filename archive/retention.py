@@ -124,8 +124,10 @@ def apply(
     *,
     forgotten: Callable[[Segment, Sequence[Mapping[str, Any]]], None] = lambda segment, rows: None,
     fence: Fence = ALONE,
-) -> None:
-    """Carry it out. forgotten: told the rows that lost something. Raises OSError; again is the same."""
+) -> list[Due]:
+    """Carry it out; what was, which is all but segments that are damaged. forgotten: told the rows that lost something.
+    Raises OSError; again is the same."""
+    damaged: list[Segment] = []
     for batch in {one.batch.first: one.batch for one in dues}.values():
         classes_of = {one.segment.path: one.classes for one in dues if one.batch.first == batch.first}
 
@@ -140,10 +142,11 @@ def apply(
             forgotten(segment, changed)
             return _after(rows, changed, classes), (*segment.lacks, *classes)
 
-        rewrite(archive, batch, change, fence)
+        rewrite(archive, batch, change, fence, damaged.append)
     gone = {one.segment for one in dues if "aggregates" in one.classes}
     for day in {one.batch.day for one in dues if "aggregates" in one.classes}:
         forget_totals(archive, day, gone, fence)
+    return [one for one in dues if one.segment not in damaged]
 
 
 def _after(

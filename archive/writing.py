@@ -16,8 +16,9 @@ import pyarrow as pa
 from archive.fence import ALONE, Fence
 from archive.manifest import Batch, DayManifest, Segment, Totals, day_of
 from archive.names import FileName, Partition, Stretch
-from archive.reading import Archive
+from archive.reading import Archive, DamagedSegment
 from archive.tables import SET_OF, parquet_bytes, row_of, table_of
+from bon_algos.crash_points import crash_point
 from bon_algos.ledger_entries import EntryId, Fields, UnreadableRecord, record_and_document
 
 UNREADABLE_TENANT: Final = "_"
@@ -86,12 +87,15 @@ def write_batch(archive: Archive, entries: Sequence[Entry], fence: Fence = ALONE
     for entry in (entry for entry in entries if entry.fields):
         partition, row = _row(entry)
         drafts.setdefault(partition, _Draft(partition)).add([row])
-    segments = tuple(
-        draft.write(archive, FileName(partition, stretch, fence.epoch)) for partition, draft in drafts.items()
-    )
+    crash_point("batch.asked")
+    segments: tuple[Segment, ...] = ()
+    for partition, draft in drafts.items():
+        segments += (draft.write(archive, FileName(partition, stretch, fence.epoch)),)
+        crash_point("batch.written")
     groups = sum(segment.rows for segment in segments if segment.kind == "groups")
     batch = Batch(first=stretch.first, last=stretch.last, entries=len(entries), groups=groups, segments=segments)
     archive.manifest.add(batch, fence)
+    crash_point("batch.named")
     return batch
 
 
@@ -99,20 +103,33 @@ Rewriting = Callable[[Segment, list[dict[str, Any]]], tuple[list[dict[str, Any]]
 """Of some rows of a segment: what is left of them and the classes of content they lack, or None to leave them alone."""
 
 
-def rewrite(archive: Archive, batch: Batch, change: Rewriting, fence: Fence = ALONE) -> Batch:
-    """The batch with some segments changed, which the manifest then names; without rows a segment goes. Raises
-    Overtaken, StaleView, OSError."""
+def rewrite(
+    archive: Archive,
+    batch: Batch,
+    change: Rewriting,
+    fence: Fence = ALONE,
+    left: Callable[[Segment], None] = lambda segment: None,
+) -> Batch:
+    """The batch with some segments changed, which the manifest then names; without rows a segment goes. left: told of a
+    segment that is damaged or lost, and stays as it is. Raises Overtaken, StaleView, OSError."""
     segments, obsolete = [], []
     for segment in batch.segments:
         name = FileName.parse(segment.path or "")
-        kept = segment if name is None else _rewritten(archive, name, segment, change, fence.epoch)
+        try:
+            kept = segment if name is None else _rewritten(archive, name, segment, change, fence.epoch)
+        except (DamagedSegment, FileNotFoundError) as error:
+            log.error("%s is left as it is: %s", segment.path, type(error).__name__)
+            left(segment)
+            kept = segment
         segments.append(kept)
         obsolete += [segment.path] if segment.path is not None and kept.path != segment.path else []
     changed = batch.model_copy(update={"segments": tuple(segments)})
     if changed != batch:
         archive.manifest.replace([batch], changed, fence)
+        crash_point("rewrite.named")
     for path in obsolete:
         archive.storage.delete(path)
+        crash_point("rewrite.removed")
     return changed
 
 
@@ -155,6 +172,7 @@ def _rewritten(archive: Archive, name: FileName, segment: Segment, change: Rewri
     if draft.is_empty:
         return segment.model_copy(update={"path": None, "rows": 0, "bytes": 0, "lacks": lacks})
     written = draft.write(archive, name._replace(epoch=epoch, revision=segment.revision + 1))
+    crash_point("rewrite.written")
     # What was counted when it was whole: aggregates outlive rows.
     return written.model_copy(update={"lacks": lacks, "totals": segment.totals})
 

@@ -7,7 +7,7 @@ a place is two looks into the environment.
 
 Owns the list of places: one on either side of every write that outlives a process, save for those that say when
 something was last seen, which the next one replaces. Which write, its module says; that each place is reached and
-survived, the two test_crash_points say. Here because gateway and worker share nothing else.
+survived, the two test_crash_points and test_archive_crashes say. Here because gateway and worker share nothing else.
 """
 
 from __future__ import annotations
@@ -77,9 +77,41 @@ GatewayPoint = Literal[
     "webhook.settled",
 ]
 
-CrashPoint = WorkerPoint | GatewayPoint
+ArchivePoint = Literal[
+    "root.asked",
+    "root.written",
+    "batch.asked",
+    "batch.written",
+    "manifest.written",
+    "manifest.named",
+    "batch.named",
+    "batch.acknowledged",
+    "stream.trimmed",
+    "erasure.asked",
+    "erasure.noted",
+    "rewrite.written",
+    "rewrite.named",
+    "rewrite.removed",
+    "superseded.removed",
+    "answer.forgotten",
+    "entry.removed",
+    "targets.forgotten",
+    "reply.removed",
+    "job.failed",
+    "policies.tainted",
+    "content.removed",
+    "sources.written",
+    "erasure.recorded",
+    "merge.written",
+    "merge.named",
+    "answers.forgotten",
+]
+"""In the order in which a compactor's turn passes them: a batch, an erasure, a merge, what is too old."""
+
+CrashPoint = WorkerPoint | GatewayPoint | ArchivePoint
 WORKER_POINTS: Final[tuple[WorkerPoint, ...]] = get_args(WorkerPoint)
 GATEWAY_POINTS: Final[tuple[GatewayPoint, ...]] = get_args(GatewayPoint)
+ARCHIVE_POINTS: Final[tuple[ArchivePoint, ...]] = get_args(ArchivePoint)
 
 _passes: Final[Counter[str]] = Counter()
 

@@ -37,8 +37,8 @@ class ErasureBook:
         self._redis = redis
 
     async def ask(self, asked: ErasureRequest, by: Caller) -> Erasure:
-        """The receipt: of one subject always the same, and once proven, asking again looks again. Raises InvalidField
-        for what names nobody, StoreUnavailable."""
+        """The receipt: of one subject always the same. Asked again it is about all that was made until now, proven or
+        not. Raises InvalidField for what names nobody, StoreUnavailable."""
         if set(asked.user) <= set(" *%?"):
             raise InvalidField("user must be the id of one user: there are no patterns", param="user")
         digest = subject_digest(by.tenant, asked.user)
@@ -54,8 +54,6 @@ class ErasureBook:
             earlier = _read(await cast(Any, pipe.hget(ERASURES, fresh.id)))
             audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
-            if earlier is not None and earlier.state != "proven":
-                return earlier
             erasure = fresh if earlier is None else _again(earlier, fresh)
             pipe.hset(ERASURES, erasure.id, erasure.model_dump_json())
             audit.append(pipe, "erasure", by, erasure=erasure.id)
@@ -74,9 +72,9 @@ class ErasureBook:
 
 
 def _again(earlier: Erasure, fresh: Erasure) -> Erasure:
-    """What was found before stays on the receipt."""
+    """What was found before stays on the receipt; and the time never goes back, whatever this gateway's clock says."""
     kept = {"erased": earlier.erased, "jobs": earlier.jobs, "policies": earlier.policies}
-    return fresh.model_copy(update=kept)
+    return fresh.model_copy(update=kept | {"requested_at": max(earlier.requested_at, fresh.requested_at)})
 
 
 def _read(kept: str | None) -> Erasure | None:

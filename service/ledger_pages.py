@@ -7,7 +7,7 @@ asked (ledger_query.py), the archive's files (`archive`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from itertools import islice
 from typing import Any, Final, NamedTuple, cast
 
@@ -26,7 +26,7 @@ from service.store import translated
 KINDS: Final[tuple[SegmentSet, ...]] = ("groups", "outcomes")
 PAGE_ENTRIES: Final = 200
 MOST_ENTRIES: Final = 20_000
-"""Looked at for one request; the cursor goes on from there."""
+"""Looked at for one request, the cursor goes on from there; and so many more of the stream for late rewards."""
 OUTCOME_MILLISECONDS: Final = 120_000
 """A reward that was measured after the reply is delivered so soon after its group."""
 Entry = tuple[bytes, dict[bytes, bytes]]
@@ -56,10 +56,10 @@ class LedgerPages:
         """Raises InvalidField for a cursor of another question, StoreUnavailable."""
         before = None if cursor is None else read_cursor(cursor, query, by.tenant, self._secret)
         looked, rows = 0, list[tuple[EntryId, Row]]()
-        outcomes: dict[str, Outcome] = {}
+        outcomes = {} if before is None else await self._late_outcomes(before, by.tenant)
         last = before
         async for chunk in self._chunks(query, before, by.tenant):
-            groups = _wanted(chunk, outcomes, query, before, by)
+            groups = _wanted(chunk, outcomes, query, by)
             rows += await self._with_feedback(groups, query)
             looked, last = looked + len(chunk), chunk[-1].entry
             if len(rows) > query.limit or looked >= MOST_ENTRIES:
@@ -73,15 +73,33 @@ class LedgerPages:
         return Page(tuple(row for _, row in rows), text)
 
     async def _chunks(self, query: LedgerQuery, before: EntryId | None, tenant: str) -> AsyncIterator[list[Stored]]:
-        """Entries, newest first, from a little behind the cursor on, where late rewards may stand."""
-        start = None if before is None else EntryId(before.ms + OUTCOME_MILLISECONDS, 0)
-        newest = "+" if start is None else f"({start}"
+        """Groups and outcomes beyond the cursor, newest first."""
+        newest = "+" if before is None else f"({before}"
         while page := await self._stream_page(newest):
-            start = EntryId.parse(page[-1][0])
-            newest = f"({start}"
-            if chunk := await asyncio.to_thread(_decoded, page):
+            before = EntryId.parse(page[-1][0])
+            newest = f"({before}"
+            if chunk := await asyncio.to_thread(_decoded, page, (b"group", b"outcome")):
                 yield chunk
-        question = Question(KINDS, tenant, query.route, since=query.since, until=query.until, before=start)
+        question = Question(KINDS, tenant, query.route, since=query.since, until=query.until, before=before)
+        async for chunk in self._archived(question):
+            yield chunk
+
+    async def _late_outcomes(self, cursor: EntryId, tenant: str) -> dict[str, Outcome]:
+        """Rewards that were delivered soon after the cursor's entry, by group."""
+        end = EntryId(cursor.ms + OUTCOME_MILLISECONDS, 0)
+        found: list[Stored] = []
+        looked, after = 0, cursor
+        while looked < MOST_ENTRIES and (page := await self._stream_from(f"({after}", f"({end}", PAGE_ENTRIES)):
+            looked, after = looked + len(page), EntryId.parse(page[-1][0])
+            found += await asyncio.to_thread(_decoded, page, (b"outcome",))
+        oldest = await self._stream_from("-", "+", 1)
+        hot = EntryId.parse(oldest[0][0]) if oldest else end
+        if hot > cursor:  # the stream no longer has all of them
+            async for chunk in self._archived(Question(("outcomes",), tenant, before=min(hot, end), after=cursor)):
+                found += chunk
+        return {one.record.group_id: one.record for one in found if isinstance(one.record, Outcome)}
+
+    async def _archived(self, question: Question) -> AsyncIterator[list[Stored]]:
         found = self._archive.records(question)
         try:
             while chunk := await asyncio.to_thread(lambda: list(islice(found, PAGE_ENTRIES))):
@@ -90,8 +108,15 @@ class LedgerPages:
             raise StoreUnavailable("the ledger's archive did not answer", code="archive_unavailable") from error
 
     async def _stream_page(self, newest: str) -> list[Entry]:
+        """Newest first."""
         with translated():
             found: Any = await self._redis.xrevrange(LEDGER_STREAM, newest, "-", count=PAGE_ENTRIES)
+        return cast("list[Entry]", found)
+
+    async def _stream_from(self, oldest: str, newest: str, count: int) -> list[Entry]:
+        """Oldest first."""
+        with translated():
+            found: Any = await self._redis.xrange(LEDGER_STREAM, oldest, newest, count=count)
         return cast("list[Entry]", found)
 
     async def _with_feedback(
@@ -111,11 +136,11 @@ class LedgerPages:
         return [one for one in rows if query.has_feedback in (None, bool(one[1].feedback))]
 
 
-def _decoded(page: Sequence[Entry]) -> list[Stored]:
-    """Groups and outcomes; what cannot be read shows nothing."""
+def _decoded(page: Sequence[Entry], kinds: Collection[bytes]) -> list[Stored]:
+    """Entries of these kinds; what cannot be read shows nothing."""
     found = []
     for name, fields in page:
-        if fields.get(b"kind") not in (b"group", b"outcome"):
+        if fields.get(b"kind") not in kinds:
             continue
         try:
             found.append(Stored(EntryId.parse(name), record_of(fields)))
@@ -125,16 +150,14 @@ def _decoded(page: Sequence[Entry]) -> list[Stored]:
 
 
 def _wanted(
-    chunk: Sequence[Stored], outcomes: dict[str, Outcome], query: LedgerQuery, before: EntryId | None, by: Caller
+    chunk: Sequence[Stored], outcomes: dict[str, Outcome], query: LedgerQuery, by: Caller
 ) -> list[tuple[EntryId, CandidateGroup]]:
     """The caller's groups of a chunk that match, with the rewards that came later."""
     found = []
     for entry, record in chunk:
         if isinstance(record, Outcome):
             outcomes[record.group_id] = record
-        if not isinstance(record, CandidateGroup) or (before is not None and entry >= before):
-            continue
-        if record.tenant == by.tenant and by.may_use(record.route):
+        if isinstance(record, CandidateGroup) and record.tenant == by.tenant and by.may_use(record.route):
             group = with_outcome(record, outcomes.pop(record.id, None))
             found += [(entry, group)] if query.matches(group) else []
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import math
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from typing import Final, NamedTuple
@@ -51,7 +50,7 @@ class LedgerQuery(NamedTuple):
             and (self.until is None or group.created_at <= self.until)
             and self.user in (None, group.user)
             and self.session in (None, group.session)
-            and (self.min_reward is None or (served_reward(group) or -math.inf) >= self.min_reward)
+            and (self.min_reward is None or _at_least(self.min_reward, served_reward(group)))
         )
 
     def digest(self, tenant: str) -> bytes:
@@ -62,6 +61,10 @@ class LedgerQuery(NamedTuple):
 def served_reward(group: CandidateGroup) -> float | None:
     """None where nobody was served."""
     return None if group.selected is None or group.arm_reason == "shadow" else group.candidates[group.selected].reward
+
+
+def _at_least(least: float, reward: float | None) -> bool:
+    return reward is not None and reward >= least
 
 
 def cursor_text(entry: EntryId, query: LedgerQuery, tenant: str, secret: bytes) -> str:

@@ -24,6 +24,7 @@ from archive.names import Stretch
 from archive.reading import Archive
 from archive.writing import Entry, write_batch
 from bon_algos.contracts import COMPACTOR_EPOCH, LEDGER_CONSUMERS, LEDGER_STREAM
+from bon_algos.crash_points import crash_point
 from bon_algos.ledger_entries import EntryId
 from worker.erasures import Erasures
 
@@ -100,8 +101,10 @@ class Compaction:
         self._drop_erased()
         batch = write_batch(self._archive, self._entries, self._fence)
         self._acknowledge([entry.id for entry in self._entries])
+        crash_point("batch.acknowledged")
         self._entries, self._bytes = [], 0
         self.trim()
+        crash_point("stream.trimmed")
         return batch
 
     def _drop_erased(self) -> None:

@@ -8,13 +8,15 @@ A subject is a digest of tenant and user, so that the request to forget a name d
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from typing import Any, Final, cast
 
 import redis
@@ -23,9 +25,9 @@ from archive.fence import ALONE, Fence
 from archive.manifest import Segment
 from archive.merging import remove_superseded
 from archive.reading import Archive, DamagedSegment
-from archive.repair import QUARANTINE, sweep
+from archive.repair import QUARANTINE, UNREADABLE, sweep
 from archive.tables import SET_OF, read_table, stored, table_of
-from archive.writing import rewrite
+from archive.writing import UNREADABLE_TENANT, rewrite
 from bon_algos.contracts import (
     ERASURES,
     LEDGER_STREAM,
@@ -40,18 +42,22 @@ from bon_algos.contracts import (
     served_id,
     target_of,
 )
+from bon_algos.crash_points import crash_point
 from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
 from worker.compaction import is_in_stream
 from worker.erased_windows import fail_jobs, taint
 from worker.erasures import Erasures, LedgerRecord, is_of, user_of
-from worker.sources import delete_content, read_sources, windows
+from worker.sources import DamagedSources, delete_content, read_sources, windows
 
 PAGE_ENTRIES: Final = 500
 SPOOL_SILENT_SECONDS: Final = 7 * 86_400.0
 """A spool that was silent for longer is no longer waited for: what it still brings is erased as it arrives."""
+LOOK_AGAIN_SECONDS: Final = 600.0
+"""Whether a damaged file was mended, which only another pass over everything tells."""
 GROUPS_KEPT_SECONDS: Final = 30 * 86_400
 _GROUP_ID: Final = re.compile(rb"resp_[0-9a-f]{32}")
 Entry = tuple[bytes, Fields]
+log = logging.getLogger("bonsai.compactor")
 
 
 @dataclass
@@ -61,6 +67,8 @@ class _Traces:
     groups: set[str] = field(default_factory=set)
     sessions: set[str] = field(default_factory=set)
     others_sessions: set[str] = field(default_factory=set)
+    unsearched: set[str] = field(default_factory=set)
+    """Files that are damaged: what is in them nobody knows."""
 
     @property
     def own_sessions(self) -> set[str]:
@@ -90,34 +98,46 @@ class Eraser:
         self._archive = archive
         self._artefacts = artefacts
         self._fence = fence
+        self._looked: dict[str, float] = {}
+        """When this one looked for what is whose; by the monotonic clock."""
 
     def has_work(self) -> bool:
-        return any(one.state != "proven" for one in Erasures.read(self._client).by_subject.values())
+        return bool(self._due())
 
     def work(self) -> list[Erasure]:
         """Do what can be done now for every erasure that is not proven. Raises OSError, RedisError."""
+        return [self._advance(one) for one in sorted(self._due(), key=lambda one: one.requested_at)]
+
+    def _due(self) -> list[Erasure]:
         open_ones = [one for one in Erasures.read(self._client).by_subject.values() if one.state != "proven"]
-        return [self._advance(one) for one in sorted(open_ones, key=lambda one: one.requested_at)]
+        return [one for one in open_ones if one.state == "requested" or not self._is_held_up(one)]
+
+    def _is_held_up(self, erasure: Erasure) -> bool:
+        """Whether another pass could prove no more than the last one."""
+        is_recent = monotonic() - self._looked.get(erasure.id, -inf) < LOOK_AGAIN_SECONDS
+        return bool(self._silent_spools(erasure)) or (bool(erasure.unsearched) and is_recent)
 
     def _advance(self, erasure: Erasure) -> Erasure:
         waits_for = self._silent_spools(erasure)
-        if erasure.state == "erased" and waits_for:
-            return erasure
+        self._looked[erasure.id] = monotonic()
+        crash_point("erasure.asked")
         erased = self._pass(erasure).model_copy(update={"state": "erased", "waits_for": waits_for})
-        if not waits_for and self.residue(erased) == 0:
+        if not waits_for and not erased.unsearched and self.residue(erased) == 0:
             erased = erased.model_copy(update={"state": "proven", "proven_at": time()})
         self._write(erasure, erased)
+        crash_point("erasure.recorded")
         return erased
 
     def _write(self, before: Erasure, after: Erasure) -> None:
-        """Unless it was asked for again in between, and there is more to do."""
+        """What was done; where it was asked for again in between, there is more to do."""
 
         def change(pipe: Any) -> None:
             kept = Erasure.model_validate_json(pipe.hget(ERASURES, before.id))
+            found = after.model_dump(include={"erased", "jobs", "policies"})
+            again = Erasure.model_validate(kept.model_dump() | found)
             pipe.multi()
-            pipe.hset(
-                ERASURES, before.id, (after if kept.requested_at == before.requested_at else kept).model_dump_json()
-            )
+            written = after if kept.requested_at == before.requested_at else again
+            pipe.hset(ERASURES, before.id, written.model_dump_json())
 
         self._client.transaction(change, ERASURES)
 
@@ -133,29 +153,24 @@ class Eraser:
             # Of what arrives late only this tells that it belongs to one of them.
             self._client.sadd(key, *traces.groups)
             self._client.expire(key, GROUPS_KEPT_SECONDS)
+            crash_point("erasure.noted")
         traces.groups |= {one.decode() for one in cast("set[bytes]", self._client.smembers(key))}
         removed = _Removed()
         self._erase_archive(erasure, traces, removed)
         self._erase_stream(erasure, traces, removed)
         self._client.delete(*(feedback_key(target) for target in self._targets(erasure, traces)), b"")
+        crash_point("targets.forgotten")
         kept_replies = self._erase_replies(traces.groups)
-        jobs = self._erase_windows(erasure, traces.groups)
-        policies = taint(self._client, frozenset(jobs))
+        told = self._erase_windows(erasure, traces)
         before = erasure.erased
         erased = Erased(
             groups=before.groups + len(removed.groups),
             feedback=before.feedback + len(removed.feedback),
             other_records=before.other_records + len(removed.others),
             kept_replies=before.kept_replies + kept_replies,
-            datasets=before.datasets + len(jobs),
+            datasets=len(told.jobs),
         )
-        return erasure.model_copy(
-            update={
-                "erased": erased,
-                "jobs": tuple(sorted({*erasure.jobs, *jobs})),
-                "policies": tuple(sorted({*erasure.policies, *policies})),
-            }
-        )
+        return told.model_copy(update={"erased": erased, "unsearched": tuple(sorted(traces.unsearched))})
 
     # --- finding -----------------------------------------------------------------------------------------
 
@@ -172,10 +187,12 @@ class Eraser:
         return traces
 
     def _all_groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Without those of damaged segments, which are told of where they should be rewritten."""
         columns = ("id", "created_at", "user", "session")
         for segment in self._segments("groups"):
-            for row in self._archive.load(segment, columns).to_pylist():
-                yield segment.tenant, row
+            with suppress(DamagedSegment, FileNotFoundError):
+                for row in self._archive.load(segment, columns).to_pylist():
+                    yield segment.tenant, row
         for _, record in self._stream():
             if isinstance(record, CandidateGroup):
                 yield record.tenant, record.model_dump(include=set(columns))
@@ -222,8 +239,13 @@ class Eraser:
             removed.note(segment.kind, (str(row.get("id", row["entry_ms"])) for row in gone))
             return kept, segment.lacks
 
+        def left(segment: Segment) -> None:
+            is_there = segment.path in self._archive.storage.names(segment.kind)
+            if is_there and segment.tenant in (erasure.tenant, UNREADABLE_TENANT):
+                traces.unsearched.add(segment.path or "")
+
         for batch in list(self._archive.manifest.batches_newest_first()):
-            rewrite(self._archive, batch, change, self._fence)
+            rewrite(self._archive, batch, change, self._fence, left)
         for day in self._archive.manifest.days():
             remove_superseded(self._archive, day, inf, self._fence)
         sweep(self._archive, self._fence, partial(is_in_stream, self._client))
@@ -256,6 +278,7 @@ class Eraser:
 
     def _forget_answer(self, said: Feedback) -> None:
         self._client.hdel(feedback_key(target_of(said.group_id, said.session, said.tenant)), said.question)
+        crash_point("answer.forgotten")
 
     def _erase_stream(self, erasure: Erasure, traces: _Traces, removed: _Removed) -> None:
         made_before = erasure.requested_at * 1000
@@ -268,12 +291,14 @@ class Eraser:
                 if isinstance(record, Feedback):
                     self._forget_answer(record)
                 self._client.xdel(LEDGER_STREAM, name)
+                crash_point("entry.removed")
                 removed.note(SET_OF[record.kind], [record.id])
 
     def _erase_replies(self, groups: set[str]) -> int:
         gone = 0
         for key in self._replies_of(groups):
             gone += self._client.delete(key)
+            crash_point("reply.removed")
         return gone
 
     def _replies_of(self, groups: set[str]) -> Iterator[bytes]:
@@ -284,20 +309,40 @@ class Eraser:
             if any(found.decode() in groups for found in _GROUP_ID.findall(kept)):
                 yield key
 
-    def _erase_windows(self, erasure: Erasure, groups: set[str]) -> list[str]:
-        concerned = []
+    def _erase_windows(self, erasure: Erasure, traces: _Traces) -> Erasure:
+        """The receipt with the jobs of the windows and the policies. They are kept before anything of a window goes:
+        after that nobody could tell any more whose it was."""
+        concerned = self._concerned(erasure, traces)
+        # First the jobs, so that nobody reads a window that is half there.
+        fail_jobs(self._client, concerned)
+        crash_point("job.failed")
+        policies = taint(self._client, frozenset(concerned))
+        crash_point("policies.tainted")
+        jobs = {"jobs": {*erasure.jobs, *concerned}, "policies": {*erasure.policies, *policies}}
+        told = erasure.model_copy(update={name: tuple(sorted(found)) for name, found in jobs.items()})
+        self._write(erasure, told)
+        for job_id, gone in concerned.items():
+            delete_content(windows(self._artefacts)[job_id], gone)
+        return told
+
+    def _concerned(self, erasure: Erasure, traces: _Traces) -> dict[str, list[str]]:
+        """Job -> the groups in its window that are to go, of those that have any."""
+        concerned = {}
         for job_id, window in windows(self._artefacts).items():
+            try:
+                sources = read_sources(window)
+            except DamagedSources as error:
+                log.error("%s", error)
+                traces.unsearched.add(str(window.relative_to(self._artefacts)))
+                continue
             gone = [
                 one.group_id
-                for one in read_sources(window)
-                if served_id(one.group_id) in groups
+                for one in sources
+                if served_id(one.group_id) in traces.groups
                 or (one.subject == erasure.subject_digest and one.created_at <= erasure.requested_at)
             ]
             if gone:
-                # First the job, so that nobody reads a window that is half there.
-                fail_jobs(self._client, [job_id])
-                delete_content(window, gone)
-                concerned.append(job_id)
+                concerned[job_id] = gone
         return concerned
 
     # --- proving -----------------------------------------------------------------------------------------
@@ -326,11 +371,10 @@ class Eraser:
         if f"/tenant={erasure.tenant}/" not in name:
             return False
         try:
-            rows = read_table(self._archive.storage.get(name)).to_pylist()
-        except (OSError, ValueError, DamagedSegment):
+            return any(
+                served_id(row.get("group_id", row["id"]) or "") in groups
+                or is_of(erasure, row.get("user") or row.get("author"), row["created_at"])
+                for row in read_table(self._archive.storage.get(name)).to_pylist()
+            )
+        except UNREADABLE:
             return True
-        return any(
-            served_id(row.get("group_id", row["id"]) or "") in groups
-            or is_of(erasure, row.get("user") or row.get("author"), row["created_at"])
-            for row in rows
-        )

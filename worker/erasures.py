@@ -55,7 +55,7 @@ class Erasures:
             return False
 
     def concern(self, window: Path) -> bool:
-        """Whether a frozen window holds rows of a subject."""
+        """Whether a frozen window holds rows of a subject. Raises DamagedSources, OSError."""
         for one in read_sources(window):
             erasure = self.by_subject.get(one.subject or "")
             if erasure is not None and one.created_at <= erasure.requested_at:

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from archive.storage import open_storage
 from bon_algos.contracts import CandidateGroup, subject_digest
+from bon_algos.crash_points import crash_point
 
 FILE: Final = "groups.json"
 CONTENT: Final = "pools.jsonl.z"
@@ -23,15 +25,22 @@ class Source(NamedTuple):
     created_at: float
 
 
+class DamagedSources(OSError):
+    """What a window was made of cannot be read."""
+
+
 def write_sources(directory: Path, groups: Sequence[CandidateGroup]) -> None:
     rows = [Source(one.id, one.user and subject_digest(one.tenant, one.user), one.created_at) for one in groups]
     (directory / FILE).write_text(json.dumps(rows))
 
 
 def read_sources(window: Path) -> list[Source]:
-    """None where there is no window."""
+    """None where there is no window. Raises DamagedSources, OSError."""
     file = window / FILE
-    return [Source(*row) for row in json.loads(file.read_text())] if file.exists() else []
+    try:
+        return [Source(*row) for row in json.loads(file.read_text())] if file.exists() else []
+    except (ValueError, TypeError) as error:
+        raise DamagedSources(f"{file} cannot be read: {type(error).__name__}") from None
 
 
 def windows(artefacts: Path) -> dict[str, Path]:
@@ -40,13 +49,18 @@ def windows(artefacts: Path) -> dict[str, Path]:
 
 
 def pinned(artefacts: Path) -> frozenset[str]:
-    """Groups that a frozen window was made of."""
+    """Groups that a frozen window was made of. Raises DamagedSources, OSError."""
     return frozenset(one.group_id for window in windows(artefacts).values() for one in read_sources(window))
 
 
 def delete_content(window: Path, erased: Iterable[str]) -> None:
-    """What the window holds of anybody; that there was one, and of whom else, is kept."""
-    (window / CONTENT).unlink(missing_ok=True)
+    """What the window holds of anybody; that there was one, and of whom else, is kept. Raises OSError; again is the
+    same, and leaves nothing that one which died was writing."""
+    files = open_storage(str(window))
+    files.remove_unfinished()
+    files.delete(CONTENT)
+    crash_point("content.removed")
     gone = frozenset(erased)
     kept = [one for one in read_sources(window) if one.group_id not in gone]
-    (window / FILE).write_text(json.dumps(kept))
+    files.put(FILE, json.dumps(kept).encode())
+    crash_point("sources.written")

@@ -45,6 +45,8 @@ class Erasure(Record):
     """Learned from those windows; tainted since."""
     waits_for: tuple[str, ...] = ()
     """Spools that may still hold something."""
+    unsearched: tuple[str, ...] = ()
+    """Files that may hold something and are damaged: nothing is proven while there are any."""
     proven_at: float | None = None
 
 

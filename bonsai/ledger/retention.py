@@ -5,6 +5,7 @@ Owns: the table. Does not own: times and rows (`archive.retention`), what is kep
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Final
 
 from rich.table import Table
 
-from archive.reading import Archive
+from archive.reading import Archive, DamagedSegment
 from archive.repair import sweep
 from archive.retention import CLASSES, Due, Retention
 from bonsai.ledger.place import Place
@@ -21,6 +22,7 @@ from worker.compaction import is_in_stream
 from worker.retaining import Retaining
 
 LEASE_SECONDS: Final = 60.0
+log = logging.getLogger("bonsai.ledger")
 
 
 def retained(place: Place, retention: str, *, dry_run: bool) -> Iterator[Table]:
@@ -46,7 +48,11 @@ def table_of(archive: Archive, retaining: Retaining, plan: Sequence[Due], title:
     for one in plan:
         num_kept = 0
         if one.segment.path is not None:
-            rows = archive.load(one.segment).to_pylist()
+            try:
+                rows = archive.load(one.segment).to_pylist()
+            except (DamagedSegment, FileNotFoundError) as error:
+                log.error("%s is left as it is: %s", one.segment.path, type(error).__name__)
+                continue
             spared = retaining.kept(one.segment, rows)
             num_kept = sum(row.get("group_id", row.get("id")) in spared for row in rows)
         for name in one.classes:

@@ -93,6 +93,18 @@ def test_retention_is_carried_out_under_the_lease_alone(place, redis_url):
     assert not [cell for cell in again.output.replace("│", " ").split() if cell.isdigit() and cell != "0"]
 
 
+def test_retention_passes_a_damaged_segment_over_and_says_so(place, caplog):
+    archive = Archive.at(place[3])
+    segments = [one for batch in archive.manifest.batches_newest_first() for one in batch.segments]
+    damaged = next(one for one in segments if one.kind == "groups" and one.route == "default")
+    archive.storage.put(damaged.path or "", archive.storage.get(damaged.path or "")[:-9])
+    for more in (["--dry-run"], []):
+        caplog.clear()
+        done = run("retention", *place, *more, "--retention", '{"text": 1}')
+        assert (done.exit_code, int(cells(done.output, "text")[1]) > 0) == (0, True)
+        assert f"{damaged.path} is left as it is: DamagedSegment" in caplog.text
+
+
 @pytest.mark.parametrize("said", ["{", '{"text": -1}', '{"scores": 1000000}', "[]"])
 def test_L28_times_that_make_no_sense_are_refused(place, said):
     done = run("retention", *place, "--dry-run", "--retention", said)

@@ -82,6 +82,11 @@ def test_nobody_was_served_what_a_shadow_said():
     assert not LedgerQuery(min_reward=1.0).matches(drawn.model_copy(update={"arm_reason": "shadow"}))
 
 
+@pytest.mark.parametrize(("reward", "least", "matches"), [(0.0, 0.0, True), (0.0, 0.5, False), (-1.0, -1.0, True)])
+def test_a_reward_of_nothing_is_a_reward(reward, least, matches):
+    assert LedgerQuery(min_reward=least).matches(group([(reward, 1)])) == matches
+
+
 def test_filters(served, redis_url):
     client, directory = served
     ada = ask(client, 2, user="ada", metadata={"session": "tea"})
@@ -161,12 +166,13 @@ def test_an_erasure_of_nobody_is_422(still_world, row):
     assert reply.json["error"]["param"] == row.param
 
 
-def test_L21_asked_twice_it_is_the_same_receipt(still_world):
+def test_L21_asked_twice_it_is_the_same_receipt_about_all_until_then(still_world):
     first = still_world.client.post("/ledger/erasures", {"user": "zoë"})
     assert (first.status, first.json["state"]) == (202, "requested")
     again = still_world.client.post("/ledger/erasures", {"user": "zoe\u0308"})  # L26: another form of the same name
-    assert again.json == first.json
-    assert still_world.client.get(first.headers["location"]).json == first.json
+    assert again.json == first.json | {"requested_at": again.json["requested_at"]}
+    assert again.json["requested_at"] > first.json["requested_at"]
+    assert still_world.client.get(first.headers["location"]).json == again.json
     assert "zo" not in still_world.client.get(first.headers["location"]).body.decode()
 
 

@@ -163,6 +163,32 @@ def test_L21_again_finds_nothing_more(client, place):
     assert again.state == "proven"
 
 
+class Interrupted(redis.Redis):
+    """Does something else once, when the first entry of the stream is to go."""
+
+    meanwhile = None
+
+    def execute_command(self, *args, **options):
+        if args[0] == "XDEL" and self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        return super().execute_command(*args, **options)
+
+
+def test_asked_again_in_the_middle_it_looks_again_and_what_was_found_is_told(client, place, redis_url):
+    directory, compaction = place
+    compaction.flush()
+    first = asked(client)
+    again = first.model_copy(update={"requested_at": first.requested_at + 1})
+    with Interrupted.from_url(redis_url) as interrupted:
+        interrupted.meanwhile = lambda: client.hset(ERASURES, again.id, again.model_dump_json())
+        Eraser(interrupted, archive_at(directory / "ledger"), directory).work()
+    kept = Erasure.model_validate_json(client.hget(ERASURES, first.id))
+    assert (kept.state, kept.requested_at, kept.erased.groups) == ("requested", again.requested_at, 2)
+    (receipt,) = erase(client, directory, compaction)
+    assert (receipt.state, receipt.erased.groups) == ("proven", 2)
+
+
 def test_L20_another_tenants_user_of_that_name_is_another(client, place):
     directory, compaction = place
     asked(client, tenant="acme")

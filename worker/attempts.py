@@ -90,4 +90,13 @@ def _is_orphan(client: redis.Redis, home: Path) -> bool:
     except (OSError, ValidationError):
         return False
     # What was imported belongs to whoever did that.
-    return manifest.job_id is not None and has_ended(client, manifest.job_id)
+    is_over = manifest.job_id is not None and has_ended(client, manifest.job_id)
+    return is_over and not _was_published(client, home)
+
+
+def _was_published(client: redis.Redis, home: Path) -> bool:
+    """Whether any job succeeded with it: then the registry had it, and lacks it because Redis was lost and the files
+    could not be read when it was rebuilt. Its manifest may name another job, whose directory this one adopted."""
+    jobs = (home.parents[1] / "jobs").glob("job_*")
+    policy_ids = (client.hget(job_key(one.name), "policy_id") for one in jobs)
+    return any(one in (f"pol-{home.name[:16]}", f"pol-{home.name[:16]}".encode()) for one in policy_ids)

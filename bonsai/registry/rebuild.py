@@ -32,6 +32,7 @@ from bon_algos.contracts import (
     ROUTES_INDEX,
     TAGS,
     Experiment,
+    Manifest,
     PolicyRecord,
     Record,
     Route,
@@ -42,7 +43,7 @@ from bon_algos.contracts import (
     policy_key,
     route_key,
 )
-from service.artefacts import ArtefactRefused, checked_adapter, read_manifest
+from service.artefacts import ArtefactRefused, checked_adapter, checked_files, read_manifest
 from service.journal import Journal, read_journal
 from service.registry import stages_of
 
@@ -102,13 +103,22 @@ def _policies(artefacts: Path, known: Mapping[str, PolicyRecord], found: Restora
         if directory.name.startswith(".") or f"pol-{directory.name[:16]}" in found.deleted:
             continue
         try:
-            manifest = read_manifest(artefacts, directory.name)
-            checked_adapter(artefacts, manifest, max_rank=ANY_RANK)
+            manifest = _whole(artefacts, directory.name)
         except ArtefactRefused as error:
             found.remarks.append(f"policies/{directory.name[:16]}…: {error}")
             continue
         former = known.get(manifest.policy_id)
         yield manifest.as_candidate() if former is None else former.model_copy(update={"manifest": manifest})
+
+
+def _whole(artefacts: Path, digest: str) -> Manifest:
+    """Of a policy whose files are its own, be it an adapter or full weights. Raises ArtefactRefused."""
+    manifest = read_manifest(artefacts, digest)
+    if manifest.kind == "lora":
+        checked_adapter(artefacts, manifest, max_rank=ANY_RANK)
+    else:
+        checked_files(artefacts, manifest)
+    return manifest
 
 
 def _take_routes(found: Restoration, journal: Journal) -> None:
@@ -174,10 +184,9 @@ def _require_unused(client: redis.Redis, unknown: set[str]) -> None:
         raise RegistryInUse(f"Redis holds another registry, in use on {', '.join(sorted(used))}: nothing was changed")
     records = [cast("str | None", client.hget(policy_key(one), "record")) for one in unknown]
     kinds = [PolicyRecord.model_validate_json(row).kind for row in records if row is not None]
-    if "lora" in kinds:
+    if num_made := len(kinds) - kinds.count("base"):
         raise RegistryInUse(
-            f"Redis holds another registry with {kinds.count('lora')} policies that these files lack: nothing was "
-            "changed"
+            f"Redis holds another registry with {num_made} policies that these files lack: nothing was changed"
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -16,17 +18,22 @@ from bon_algos.contracts import (
     POLICIES_INDEX,
     REGISTRY,
     TAGS,
+    PolicyRecord,
     job_key,
     jobs_index,
+    policy_key,
     route_key,
 )
 from bonsai.cli import main
 from bonsai.registry.auditing import verified_audit
+from bonsai.registry.rebuild import RegistryInUse, missing_from, read_artefacts, write
 from service.artefacts import MANIFEST_FILE
 from service.journal import FILE, read_journal
 from tests.fixtures.gateway import World, engine, reward, wait_until, world
-from tests.service.records import BASE, job_spec
+from tests.service.published import write_full_policy, write_policy
+from tests.service.records import BASE, job_spec, policy
 from tests.service.test_registry_routes import is_proven, proven, send
+from worker import attempts
 from worker.job_record import keep
 
 __all__ = ["engine", "reward", "world"]
@@ -176,3 +183,40 @@ def test_a_circle_is_not_restored_and_its_route_may_begin_one(world: World, tmp_
     assert "the circle of route default is not restored" in rebuild(world, tmp_path).output
     assert json.loads(store.get(route_key("default")))["collect_share"] is None
     wait_until(lambda: send(world.client, "PUT", "/routes/default/circle", {}).status == 201)
+
+
+def test_full_weights_come_back_and_what_was_refused_outlives_the_sweep(redis_url: str, tmp_path: Path):
+    """The one that is refused could not be read for a while: the next rebuild has it."""
+    artefacts = tmp_path / "artefacts"
+    full, refused = write_full_policy(artefacts), write_policy(artefacts)
+    home = artefacts / "policies" / refused.digest
+    with blocking_redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        ended = {"state": "succeeded", "policy_id": refused.policy_id, "created_at": "1"}
+        job_id = "job_" + "f" * 32
+        home.joinpath(MANIFEST_FILE).write_text(refused.model_copy(update={"job_id": job_id}).model_dump_json())
+        client.hset(job_key(job_id), mapping=ended)
+        with blocking_redis.Redis.from_url(redis_url) as of_worker:
+            keep(of_worker, artefacts, job_id)
+        client.flushall()
+        home.joinpath("fingerprint.json").rename(tmp_path / "away")
+
+        missing = missing_from(client, read_artefacts(artefacts))
+        write(client, missing)
+        restored = PolicyRecord.model_validate_json(client.hget(policy_key(full.policy_id), "record"))
+        assert (restored.kind, restored.manifest) == ("full", full)
+        assert [remark for remark in missing.remarks if refused.digest[:16] in remark]
+
+        a_day_ago = time.time() - attempts.ORPHAN_SECONDS - 1
+        os.utime(home, (a_day_ago, a_day_ago))
+        attempts.sweep(client, artefacts)
+        (tmp_path / "away").rename(home / "fingerprint.json")
+        assert set(missing_from(client, read_artefacts(artefacts)).policies) == {refused.policy_id}
+
+
+def test_a_registry_of_full_weights_that_these_files_lack_is_another_one(redis_url: str, tmp_path: Path):
+    with blocking_redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        record = policy("pol-" + "9" * 16).model_copy(update={"kind": "full"})
+        client.hset(policy_key(record.id), "record", record.model_dump_json())
+        client.zadd(POLICIES_INDEX, {record.id: 1.0})
+        with pytest.raises(RegistryInUse, match="1 policies that these files lack"):
+            missing_from(client, read_artefacts(tmp_path))

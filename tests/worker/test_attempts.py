@@ -1,9 +1,13 @@
 """What attempts leave is removed when nobody can want it any more, and not before."""
 
+import os
+import time
+
 import pytest
 import redis
 
 from bon_algos.contracts import job_key
+from tests.service.published import write_policy
 from worker import attempts
 
 
@@ -56,3 +60,34 @@ def test_of_a_job_that_may_go_on_and_of_one_that_redis_has_forgotten_everything_
 def test_a_place_without_jobs_and_policies_is_swept_without_complaint(client, tmp_path):
     attempts.sweep(client, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what was written and is in no registry --------------------------------------------------------------
+
+
+def aged(directory):
+    """It lies there since more than a day."""
+    a_day_ago = time.time() - attempts.ORPHAN_SECONDS - 1
+    os.utime(directory, (a_day_ago, a_day_ago))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("state", "published_by", "stays"),
+    [("failed", None, False), ("succeeded", "job_1", True), ("failed", "job_2", True), ("running", None, True)],
+)
+def test_a_policy_that_a_job_succeeded_with_stays_whoever_wrote_it_and_whatever_the_registry_holds(
+    client, tmp_path, state, published_by, stays
+):
+    """After Redis was lost `bonsai rebuild` restores jobs, and no policy whose files it could not read. Of the two jobs
+    the first one wrote the directory."""
+    written = write_policy(tmp_path)
+    home = aged(tmp_path / "policies" / written.digest)
+    for job_id in ("job_1", "job_2"):
+        (tmp_path / "jobs" / job_id).mkdir(parents=True)
+        client.hset(job_key(job_id), "state", "failed")
+    client.hset(job_key("job_1"), "state", state)
+    if published_by is not None:
+        client.hset(job_key(published_by), mapping={"state": "succeeded", "policy_id": written.policy_id})
+    attempts.sweep(client, tmp_path)
+    assert home.exists() == stays

@@ -175,10 +175,10 @@ move(KEYS[1], KEYS[2], state)
 return answer
 """
 )
-"""KEYS job, events[, policy, policies, deleted policies, its parents]. ARGV epoch, state, events kept, then for `succeeded`
-record, created_at, policy id, report; for `failed` code, message. -> 0 fenced, 1 done, 2 done as cancelled: a success
-that comes after a cancellation is none, 3 nothing done: this very policy was deleted, 4 nothing done: a parent is
-tainted. One that exists is left as it is."""
+"""KEYS job, events[, policy, policies, deleted policies, its parents]. ARGV epoch, state, events kept, then for
+`succeeded` record, created_at, policy id, report; for `failed` code, message. -> 0 fenced, 1 done, 2 done as cancelled:
+a success that comes after a cancellation is none, 3 nothing done: this very policy was deleted, 4 nothing done: a
+parent is tainted. One that exists is left as it is."""
 
 Answer = TypeVar("Answer")
 ClaimRefusal = Literal["final", "held", "cancelled", "paused"]

@@ -13,11 +13,13 @@ import redis as blocking_redis
 from click.testing import CliRunner, Result
 
 from bon_algos.contracts import (
+    LEDGER_COUNTS,
     OPEN_JOBS,
     POLICIES_DELETED,
     POLICIES_INDEX,
     REGISTRY,
     TAGS,
+    UNRECORDED_JOBS,
     PolicyRecord,
     job_key,
     jobs_index,
@@ -35,6 +37,7 @@ from tests.service.records import BASE, job_spec, policy
 from tests.service.test_registry_routes import is_proven, proven, send
 from worker import attempts
 from worker.job_record import keep
+from worker.lease import claim
 
 __all__ = ["engine", "reward", "world"]
 DONE, RUNNING = "job_" + "d" * 32, "job_" + "e" * 32
@@ -220,3 +223,39 @@ def test_a_registry_of_full_weights_that_these_files_lack_is_another_one(redis_u
         client.zadd(POLICIES_INDEX, {record.id: 1.0})
         with pytest.raises(RegistryInUse, match="1 policies that these files lack"):
             missing_from(client, read_artefacts(tmp_path))
+
+
+def submit(world: World, store) -> str:
+    store.hset(LEDGER_COUNTS, "default", "100")
+    reply = send(world.client, "POST", "/distill", {"method": {"type": "bon_forward_kl"}})
+    assert reply.status == 202
+    return str(reply.json["id"])
+
+
+def test_a_job_that_no_worker_had_begun_is_there_again_once_its_caller_was_told_of_it(
+    world: World, tmp_path: Path, store
+):
+    job_id = submit(world, store)
+    paused = submit(world, store)
+    assert send(world.client, "POST", f"/distill/{paused}/pause", None).status == 200
+    store.flushall()
+    assert "restored 2 jobs" in rebuild(world, tmp_path).output
+    told = [(row["id"], row["status"]) for row in world.client.get("/distill").json["data"]]
+    assert told == [(paused, "paused"), (job_id, "queued")]
+    assert job_id in store.smembers(OPEN_JOBS)
+
+
+def test_a_job_that_was_cancelled_after_its_worker_was_killed_stays_so(world: World, tmp_path: Path, store, redis_url):
+    """Its worker's record says for ever that it runs."""
+    job_id = submit(world, store)
+    with blocking_redis.Redis.from_url(redis_url) as of_worker:
+        assert claim(of_worker, job_id, lease_seconds=60, worker="here:1") == 1
+        keep(of_worker, tmp_path / "artefacts", job_id)
+    assert send(world.client, "POST", f"/distill/{job_id}/cancel", None).status == 200
+    store.hset(job_key(job_id), "lease_until", "0")
+    wait_until(lambda: store.hget(job_key(job_id), "state") == "cancelled")
+    wait_until(lambda: not store.sismember(UNRECORDED_JOBS, job_id))
+    store.flushall()
+    assert rebuild(world, tmp_path).exit_code == 0
+    assert world.client.get(f"/distill/{job_id}").json["status"] == "cancelled"
+    assert store.smembers(OPEN_JOBS) == set()

@@ -189,7 +189,7 @@ NO_PARENT: Final[Mapping[str, tuple[Mapping[str, object], str]]] = {
     "tainted": ({"tainted": True}, "policy_unusable"),
     "D18 of another base": ({"manifest": manifest().model_copy(update={"base_policy_id": OTHER_BASE})}, "other_base"),
 }
-"""(what is otherwise about a policy that is good, `error.code`): nothing is made from it. That a policy is its own parent
-cannot be said: it has no name before it is there."""
+"""(what is otherwise about a policy that is good, `error.code`): nothing is made from it. That a policy is its own
+parent cannot be said: it has no name before it is there."""
 NO_TEACHER: Final = ("failed", "tainted")
 """Of these; the logged draws of a retired one are as good as they were."""

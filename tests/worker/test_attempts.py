@@ -1,13 +1,15 @@
 """What attempts leave is removed when nobody can want it any more, and not before."""
 
 import os
+import shutil
 import time
 
 import pytest
 import redis
 
-from bon_algos.contracts import job_key
+from bon_algos.contracts import POLICIES_INDEX, job_key, policy_key, report_digest
 from tests.service.published import write_policy
+from tests.service.records import policy
 from worker import attempts
 
 
@@ -91,3 +93,38 @@ def test_a_policy_that_a_job_succeeded_with_stays_whoever_wrote_it_and_whatever_
         client.hset(job_key(published_by), mapping={"state": "succeeded", "policy_id": written.policy_id})
     attempts.sweep(client, tmp_path)
     assert home.exists() == stays
+
+
+def reported(artefacts, number, manifest=None):
+    """The aged directory of a report, and the manifest that names it, changed in place where it lies there."""
+    files = {"report.json": str(number) * 64}
+    report = artefacts / "reports" / report_digest(files)
+    report.mkdir(parents=True)
+    (report / "report.json").write_text("{}")
+    if manifest is not None:
+        manifest = manifest.model_copy(update={"report_files": files})
+        (artefacts / "policies" / manifest.digest / "manifest.json").write_text(manifest.model_dump_json())
+    return aged(report), manifest
+
+
+def test_a_report_that_no_policy_names_goes_after_a_day(client, tmp_path):
+    """Its job was killed, fenced or cancelled before the policy had its name. One policy is registered and has its
+    files elsewhere, one lies there and is not registered."""
+    lost, _ = reported(tmp_path, 1)
+    lying, _ = reported(tmp_path, 2, write_policy(tmp_path))
+    registered, written = reported(tmp_path, 3, write_policy(tmp_path, {"adapter_config.json": b"{}"}))
+    shutil.rmtree(tmp_path / "policies" / written.digest)
+    record = policy(written.policy_id, written=written)
+    client.hset(policy_key(record.id), "record", record.model_dump_json())
+    client.zadd(POLICIES_INDEX, {record.id: 1.0})
+    fresh, _ = reported(tmp_path, 4)
+    os.utime(fresh)
+    attempts.sweep(client, tmp_path)
+    assert [one.exists() for one in (lost, lying, registered, fresh)] == [False, True, True, True]
+
+
+def test_while_a_policy_does_not_say_which_report_is_its_own_all_stay(client, tmp_path):
+    lost, _ = reported(tmp_path, 1)
+    (tmp_path / "policies" / write_policy(tmp_path).digest / "manifest.json").write_text("{")
+    attempts.sweep(client, tmp_path)
+    assert lost.exists()

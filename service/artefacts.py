@@ -73,7 +73,7 @@ def read_manifest(root: Path, digest: str) -> Manifest:
     directory = root.resolve() / "policies" / digest
     names = _plain_files(directory)
     if MANIFEST_FILE not in names:
-        raise ArtefactRefused(f"there is no {MANIFEST_FILE}")
+        raise ArtefactRefused(f"files missing {[MANIFEST_FILE]}")
     manifest = _record(Manifest, directory / MANIFEST_FILE)
     if manifest.digest != digest:
         raise ArtefactRefused("manifest.json names another directory")

@@ -117,8 +117,7 @@ async def open_control(
         open_redis(redis_url, reply_seconds=REPLY_SECONDS) as redis_that_waits,
     ):
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
-        key_ring = KeyRing(redis, pepper, admin)
-        jobs = Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank)
+        key_ring, jobs = KeyRing(redis, pepper, admin), Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank)
         dispatcher = Dispatcher(redis, partial(send_job, open_producer(redis_url)), seconds=reconcile_seconds)
         means = Means(catalogue, jobs, dispatcher, policies, Trials(redis), Curves(redis_of_bytes), artefacts)
         control = Control(

@@ -1,4 +1,5 @@
-"""What must be true of an adapter's files before an engine is told to load them.
+"""What must be true of a policy's files: of any before the registry has it, of an adapter's before an engine is told to
+load them.
 
 Owns: the checks of one directory `policies/<sha256>` against its manifest. Does not own: how the files got there
 (worker), nor whether the weights are the right ones: the fingerprint shows that (publishing.py).
@@ -45,46 +46,64 @@ def directory_of(root: Path, manifest: Manifest) -> Path:
 def checked_adapter(root: Path, manifest: Manifest, *, max_rank: int) -> tuple[Path, Fingerprint]:
     """The absolute directory of a policy below `root` and its fingerprint, every byte checked against the
     manifest. Blocks while it reads the files. Raises ArtefactRefused."""
-    directory = directory_of(root.resolve(), manifest)
-    _require_plain_tree(directory)
-    if _record(Manifest, directory / MANIFEST_FILE) != manifest:
-        raise ArtefactRefused("manifest.json is not the manifest that was registered")
-    _require_digests(directory, manifest)
+    directory = checked_files(root, manifest)
+    if manifest.kind != "lora":
+        raise ArtefactRefused("full weights are no adapter")
     _require_lora(_json_object(directory / CONFIG_FILE), manifest, max_rank)
     check_safetensors(directory / WEIGHTS_FILE)
     return directory, _record(Fingerprint, directory / FINGERPRINT_FILE)
 
 
+def checked_files(root: Path, manifest: Manifest) -> Path:
+    """The absolute directory of a policy of either kind below `root`, which holds what the manifest lists, byte for
+    byte, and nothing else. Blocks while it reads the files. Raises ArtefactRefused."""
+    directory = directory_of(root.resolve(), manifest)
+    names = _plain_files(directory)
+    _require_names(names, manifest)
+    if {*manifest.files, MANIFEST_FILE} != names:
+        raise ArtefactRefused("the manifest does not list exactly the directory's files")
+    if _record(Manifest, directory / MANIFEST_FILE) != manifest:
+        raise ArtefactRefused("manifest.json is not the manifest that was registered")
+    _require_digests(directory, manifest)
+    return directory
+
+
 def read_manifest(root: Path, digest: str) -> Manifest:
     """The manifest of the directory `policies/<digest>`, which says that this is its name. Raises ArtefactRefused."""
     directory = root.resolve() / "policies" / digest
-    _require_plain_tree(directory)
+    names = _plain_files(directory)
+    if MANIFEST_FILE not in names:
+        raise ArtefactRefused(f"files missing {[MANIFEST_FILE]}")
     manifest = _record(Manifest, directory / MANIFEST_FILE)
     if manifest.digest != digest:
         raise ArtefactRefused("manifest.json names another directory")
+    _require_names(names, manifest)
     return manifest
 
 
-def _require_plain_tree(directory: Path) -> None:
-    """A real directory inside a real directory, holding exactly the allowed plain files: no link anywhere."""
+def _plain_files(directory: Path) -> frozenset[str]:
+    """The names in a real directory inside a real directory that holds plain files alone: no link anywhere."""
     try:
         for folder in (directory.parent, directory):
             if not stat.S_ISDIR(os.lstat(folder).st_mode):
                 raise ArtefactRefused(f"{folder.name} is not a plain directory")
-        names = set(os.listdir(directory))
-        wanted = {*ADAPTER_FILES, MANIFEST_FILE}
-        if names != wanted:
-            raise ArtefactRefused(f"files missing {sorted(wanted - names)}, not allowed {sorted(names - wanted)[:5]}")
-        for name in wanted:
+        names = frozenset(os.listdir(directory))
+        for name in sorted(names):
             if not stat.S_ISREG(os.lstat(directory / name).st_mode):
                 raise ArtefactRefused(f"{name} is not a plain file")
     except OSError as error:
         raise ArtefactUnreadable(f"the policy's directory cannot be read: {error.strerror}") from error
+    return names
+
+
+def _require_names(names: frozenset[str], manifest: Manifest) -> None:
+    """Exactly the allowed ones: an adapter's are known, those of full weights are what its manifest lists."""
+    wanted = {*(ADAPTER_FILES if manifest.kind == "lora" else manifest.files), MANIFEST_FILE}
+    if names != wanted:
+        raise ArtefactRefused(f"files missing {sorted(wanted - names)}, not allowed {sorted(names - wanted)[:5]}")
 
 
 def _require_digests(directory: Path, manifest: Manifest) -> None:
-    if set(manifest.files) != set(ADAPTER_FILES):
-        raise ArtefactRefused("the manifest does not list exactly the adapter's files")
     for name, expected in manifest.files.items():
         with (directory / name).open("rb") as content:
             if hashlib.file_digest(content, "sha256").hexdigest() != expected:

@@ -28,6 +28,7 @@ from service.erasures import ErasureBook
 from service.errors import StoreFull, StoreUnavailable
 from service.experiment_store import Experiments
 from service.files import Files
+from service.job_records import JobRecords
 from service.job_stream import REPLY_SECONDS, JobStreams
 from service.jobs import Jobs
 from service.journal import JournalWriter
@@ -70,6 +71,7 @@ class Control:
     experiments: Experiments
     circle_driver: CircleDriver
     jobs: Jobs
+    job_records: JobRecords
     training: TrainingData
     streams: JobStreams
     dispatcher: Dispatcher
@@ -115,8 +117,7 @@ async def open_control(
         open_redis(redis_url, reply_seconds=REPLY_SECONDS) as redis_that_waits,
     ):
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
-        key_ring = KeyRing(redis, pepper, admin)
-        jobs = Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank)
+        key_ring, jobs = KeyRing(redis, pepper, admin), Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank)
         dispatcher = Dispatcher(redis, partial(send_job, open_producer(redis_url)), seconds=reconcile_seconds)
         means = Means(catalogue, jobs, dispatcher, policies, Trials(redis), Curves(redis_of_bytes), artefacts)
         control = Control(
@@ -131,6 +132,7 @@ async def open_control(
             experiments=Experiments(redis),
             circle_driver=CircleDriver(redis, means, seconds=reconcile_seconds),
             jobs=jobs,
+            job_records=JobRecords(redis, artefacts),
             training=training,
             streams=JobStreams(redis_that_waits),
             dispatcher=dispatcher,
@@ -158,7 +160,7 @@ async def _running(control: Control) -> AsyncGenerator[None]:
     async with running_loops(
         *(control.catalogue.run(), control.key_ring.run(), control.dispatcher.run(), control.learned.run()),
         *(control.deletion.run(), JournalWriter(control.catalogue, control.artefacts).run()),
-        control.circle_driver.run(),
+        *(control.circle_driver.run(), control.job_records.run()),
     ):
         yield
 

@@ -14,7 +14,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import time
@@ -26,7 +26,6 @@ from redis.asyncio.client import Pipeline
 
 from bon_algos.contracts import (
     FINAL_JOB_STATES,
-    OPEN_JOBS,
     POLICIES_DELETED,
     POLICIES_INDEX,
     ROUTES_INDEX,
@@ -38,6 +37,7 @@ from bon_algos.contracts import (
     Route,
     experiment_key,
     job_key,
+    jobs_index,
     of_tenant,
     policy_key,
     report_digest,
@@ -56,6 +56,21 @@ PROTECTED_HISTORY: Final = 3
 SWEEP_SECONDS: Final = 30.0
 RENAMED: Final = ".deleted-"
 log = logging.getLogger("bonsai.deletion")
+
+# KEYS: jobs of a tenant. ARGV: the prefix of a job's key, then the final states. Returns id and spec of each job that
+# has not ended. Not of the open jobs alone: a paused one is none of them.
+_UNFINISHED: Final = """
+local is_final, found = {}, {}
+for i = 2, #ARGV do is_final[ARGV[i]] = true end
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  local job = redis.call('HMGET', ARGV[1] .. id, 'state', 'spec')
+  if job[1] and job[2] and not is_final[job[1]] then
+    found[#found + 1] = id
+    found[#found + 1] = job[2]
+  end
+end
+return found
+"""
 
 
 class Deletion:
@@ -151,7 +166,7 @@ def _of_routes(policy_id: str, routes: Mapping[str, Route]) -> list[str]:
 
 async def _elsewhere(pipe: Pipeline, policy: PolicyRecord, routes: Mapping[str, Route]) -> list[str]:
     """What tags, experiments and jobs have against it; all that was looked at is watched."""
-    await pipe.watch(TAGS, OPEN_JOBS)
+    await pipe.watch(TAGS, jobs_index(policy.tenant))
     tags = cast("dict[str, str]", await pipe.hgetall(TAGS))
     own = [tag for name, named in tags.items() if named == policy.id and (tag := _own(policy, name)) is not None]
     return [
@@ -177,14 +192,10 @@ async def _is_shown(pipe: Pipeline, policy: PolicyRecord, route: str) -> bool:
 
 
 async def _jobs_that_need(pipe: Pipeline, policy: PolicyRecord) -> list[str]:
-    found = []
-    for job_id in sorted(cast("set[str]", await pipe.smembers(OPEN_JOBS))):
-        spec, state = cast("list[str | None]", await pipe.hmget(job_key(job_id), ["spec", "state"]))
-        if spec is None or state in FINAL_JOB_STATES:
-            continue
-        if policy.id in JobSpec.model_validate_json(spec).policies:
-            found.append(job_id)
-    return found
+    args = (job_key(""), *FINAL_JOB_STATES)
+    found = await cast("Awaitable[list[str]]", pipe.eval(_UNFINISHED, 1, jobs_index(policy.tenant), *args))
+    specs = zip(found[::2], found[1::2], strict=True)
+    return [job_id for job_id, spec in specs if policy.id in JobSpec.model_validate_json(spec).policies]
 
 
 def _require_none(reasons: list[str]) -> None:

@@ -28,6 +28,7 @@ from bon_algos.contracts import (
     JobSpec,
     LoggedSpec,
     PolicyRecord,
+    Route,
     Window,
     files_key,
     job_checkpoints_key,
@@ -36,6 +37,7 @@ from bon_algos.contracts import (
     jobs_index,
     of_tenant,
     policy_key,
+    route_key,
 )
 from bon_algos.crash_points import crash_point
 from service.errors import FileNotFound, InvalidField, JobNotFound, PolicyNotFound
@@ -43,7 +45,13 @@ from service.idempotency import KEPT_SECONDS, Idempotency
 from service.job_object import checkpoint_object, event_object, finished_object, job_object
 from service.job_scripts import SCRIPTS, SUBMIT, Wish, refusal
 from service.store import translated
-from service.training_checks import check_parent, check_training, require_adapter
+from service.training_checks import (
+    check_parent,
+    check_training,
+    require_adapter,
+    require_parent,
+    require_untainted,
+)
 
 GROUPS_NEEDED: Final = 4
 """Two prompts to learn from and two held out: below that no split of the ledger can be trained and judged."""
@@ -233,15 +241,29 @@ class Jobs:
         await self._require_policies(spec, tenant)
 
     async def _require_policies(self, spec: JobSpec, tenant: str) -> None:
-        asked = [(policy, f"window.policies[{place}]") for place, policy in enumerate(spec.window.policies)]
+        parents = []
         if spec.method.interpolation is not None:
-            asked.append((spec.method.interpolation.policy, "method.interpolation.policy"))
-        for policy, param in asked:
-            require_adapter(await self._policy(policy, param, tenant), param)
+            parents.append((spec.method.interpolation.policy, "method.interpolation.policy"))
         if spec.training.start_from != "base":
-            parent = await self._policy(spec.training.start_from, "training.start_from", tenant)
-            require_adapter(parent, "training.start_from")
-            check_parent(spec, parent)
+            parents.append((spec.training.start_from, "training.start_from"))
+        for place, policy in enumerate(spec.window.policies):
+            await self._usable(policy, f"window.policies[{place}]", tenant)
+        for policy, param in parents:
+            record = await self._usable(policy, param, tenant)
+            require_parent(record, await self._base_of(spec.route, tenant), param)
+            if param == "training.start_from":
+                check_parent(spec, record)
+
+    async def _usable(self, policy: str, param: str, tenant: str) -> PolicyRecord:
+        record = await self._policy(policy, param, tenant)
+        require_adapter(record, param)
+        require_untainted(record, param)
+        return record
+
+    async def _base_of(self, route: str, tenant: str) -> str | None:
+        """None where there is no such route."""
+        row = cast("str | None", await self._redis.get(route_key(route, tenant)))
+        return None if row is None else Route.model_validate_json(row).base_policy
 
     async def _policy(self, policy: str, param: str, tenant: str) -> PolicyRecord:
         row = cast("str | None", await self._redis.hget(policy_key(policy), "record"))

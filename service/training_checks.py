@@ -35,6 +35,25 @@ def require_adapter(policy: PolicyRecord, param: str) -> None:
         raise InvalidField(f"{policy.id} is no adapter but {of}; name a LoRA policy", param=param)
 
 
+def require_untainted(policy: PolicyRecord, param: str) -> None:
+    """Raises InvalidField for a policy that nobody may learn from any more."""
+    if policy.state == "failed" or policy.tainted:
+        why = "is tainted: rows that it learned from were erased" if policy.tainted else "failed its fingerprint"
+        raise InvalidField(f"{policy.id} {why}; name another policy", param=param, code="policy_unusable")
+
+
+def require_parent(policy: PolicyRecord, base_policy: str | None, param: str) -> None:
+    """base_policy: of the route; None: not known. Raises InvalidField for a policy that none is made from: it is out of
+    use, or stands on another base."""
+    if policy.state == "retired":
+        message = f"{policy.id} is retired; roll a route back to it first, or name a policy that is in use"
+        raise InvalidField(message, param=param, code="policy_retired")
+    own = None if policy.manifest is None else policy.manifest.base_policy_id
+    if None not in (own, base_policy) and own != base_policy:
+        message = f"{policy.id} stands on {own}, and the route on {base_policy}; name a policy of the same base"
+        raise InvalidField(message, param=param, code="other_base")
+
+
 def check_parent(spec: JobSpec, parent: PolicyRecord) -> None:
     """Raises InvalidField where the method's adapter cannot hold the parent's."""
     method, written = spec.method.algorithm, parent.manifest

@@ -1,6 +1,7 @@
 """The directories of a job's attempts: each writes into one of its own, and none outlives its job.
 
-Owns their names, and what is removed when. Does not own what an attempt writes (`checkpoint`, `publish`, `rollouts`).
+Owns their names, and what is removed when, policies and reports that never came to be included. Does not own what an
+attempt writes (`checkpoint`, `publish`, `rollouts`, `report_files`).
 
     <artefacts>/jobs/<job>/window/             frozen once, kept
     <artefacts>/jobs/<job>/<epoch>.log         kept
@@ -16,19 +17,29 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import redis
 from pydantic import ValidationError
 
-from bon_algos.contracts import FINAL_JOB_STATES, Manifest, job_key, policy_key
+from bon_algos.contracts import (
+    FINAL_JOB_STATES,
+    POLICIES_INDEX,
+    Manifest,
+    PolicyRecord,
+    job_key,
+    policy_key,
+    report_digest,
+)
 from bon_algos.crash_points import crash_point
 
 log = logging.getLogger(__name__)
 
 ORPHAN_SECONDS: Final = 86_400.0
-"""How long a policy's directory may wait for its registration; another job that makes the same weights adopts it."""
+"""How long a policy's directory may wait for its registration; another job that makes the same weights adopts it. And a
+report for its policy's directory."""
 
 _NAME: Final = re.compile(r"([0-9]+)-[0-9a-f]{8}")
 
@@ -55,8 +66,9 @@ def forget(job_directory: Path) -> None:
 
 
 def sweep(client: redis.Redis, artefacts: Path) -> None:
-    """Remove what ended jobs left because their last process was killed, or because others ended them: attempts, and
-    policies that were written and never registered. What belongs to a job Redis does not know stays."""
+    """Remove what ended jobs left because their last process was killed, or because others ended them: attempts,
+    policies that were written and never registered, and reports of such. What belongs to a job Redis does not know
+    stays."""
     for job_directory in (artefacts / "jobs").glob("*"):
         if next(_attempts(job_directory), None) is not None and has_ended(client, job_directory.name):
             forget(job_directory)
@@ -64,6 +76,38 @@ def sweep(client: redis.Redis, artefacts: Path) -> None:
         if _is_orphan(client, home):
             log.warning("policy %s was never registered and its job has ended: removed", home.name[:16])
             shutil.rmtree(home, ignore_errors=True)
+    _sweep_reports(client, artefacts)
+
+
+def _sweep_reports(client: redis.Redis, artefacts: Path) -> None:
+    """A report is written before its policy, and alone names nobody."""
+    waiting = [one for one in (artefacts / "reports").glob("*") if _is_old(one)]
+    try:
+        named = _named_reports(client, artefacts) if waiting else set()
+    except (OSError, ValidationError) as error:
+        log.warning("reports are not swept, since a policy does not say which is its own: %s", error)
+        return
+    for report in waiting:
+        if report.name not in named:
+            log.warning("report %s is no policy's: removed", report.name[:16])
+            shutil.rmtree(report, ignore_errors=True)
+
+
+def _named_reports(client: redis.Redis, artefacts: Path) -> set[str]:
+    """Of all policies, be they registered or only there."""
+    homes = (home for home in (artefacts / "policies").glob("*") if not home.name.startswith("."))
+    manifests = [Manifest.model_validate_json((home / "manifest.json").read_bytes()) for home in homes]
+    for name in cast("list[bytes | str]", client.zrange(POLICIES_INDEX, 0, -1)):
+        row = client.hget(policy_key(name if isinstance(name, str) else name.decode()), "record")
+        record = None if row is None else PolicyRecord.model_validate_json(row)
+        manifests += [] if record is None or record.manifest is None else [record.manifest]
+    return {report_digest(one.report_files) for one in manifests}
+
+
+def _is_old(directory: Path) -> bool:
+    with suppress(FileNotFoundError):  # another worker sweeps too
+        return time.time() - directory.stat().st_mtime >= ORPHAN_SECONDS
+    return False
 
 
 def _attempts(job_directory: Path) -> Iterator[Path]:
@@ -84,10 +128,19 @@ def _is_orphan(client: redis.Redis, home: Path) -> bool:
     if client.exists(policy_key(f"pol-{home.name[:16]}")):
         return False
     try:
-        if time.time() - home.stat().st_mtime < ORPHAN_SECONDS:
+        if not _is_old(home):
             return False
         manifest = Manifest.model_validate_json((home / "manifest.json").read_text())
     except (OSError, ValidationError):
         return False
     # What was imported belongs to whoever did that.
-    return manifest.job_id is not None and has_ended(client, manifest.job_id)
+    is_over = manifest.job_id is not None and has_ended(client, manifest.job_id)
+    return is_over and not _was_published(client, home)
+
+
+def _was_published(client: redis.Redis, home: Path) -> bool:
+    """Whether any job succeeded with it: then the registry had it, and lacks it because Redis was lost and the files
+    could not be read when it was rebuilt. Its manifest may name another job, whose directory this one adopted."""
+    jobs = (home.parents[1] / "jobs").glob("job_*")
+    policy_ids = (client.hget(job_key(one.name), "policy_id") for one in jobs)
+    return any(one in (f"pol-{home.name[:16]}", f"pol-{home.name[:16]}".encode()) for one in policy_ids)

@@ -52,17 +52,26 @@ def fail_jobs(client: redis.Redis, jobs: Iterable[str]) -> None:
 
 
 def taint(client: redis.Redis, jobs: frozenset[str]) -> tuple[str, ...]:
-    """Mark the policies that these jobs made, and those that were made from them; all of these, marked or not."""
-    if not jobs:
-        return ()
+    """Mark the policies that these jobs made, and those that were made from them; all of these, marked or not.
+
+    Again until nothing is new: what was registered while its parents were being marked is found by the next look, and
+    once they are marked no job can register another (`lease.FINISH`).
+    """
+    marked: frozenset[str] = frozenset()
+    while jobs and (more := _concerned(client, jobs) - marked):
+        for name in sorted(more):
+            _mark(client, name)
+        marked |= more
+    return tuple(sorted(marked))
+
+
+def _concerned(client: redis.Redis, jobs: frozenset[str]) -> frozenset[str]:
     names = [name.decode() for name in cast("list[bytes]", client.zrange(POLICIES_INDEX, 0, -1))]
     records = {name: record for name in names if (record := _policy(client, name)) is not None}
-    concerned = {name for name, one in records.items() if one.manifest is not None and one.manifest.job_id in jobs}
-    while more := {name for name, one in records.items() if name not in concerned and concerned & one.parents}:
-        concerned |= more
-    for name in concerned:
-        _mark(client, name)
-    return tuple(sorted(concerned))
+    found = {name for name, one in records.items() if one.manifest is not None and one.manifest.job_id in jobs}
+    while more := {name for name, one in records.items() if name not in found and found & one.parents}:
+        found |= more
+    return frozenset(found)
 
 
 def _policy(client: redis.Redis, policy_id: str) -> PolicyRecord | None:

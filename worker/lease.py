@@ -157,7 +157,13 @@ FINISH: Final = (
     + """
 local state, answer = ARGV[2], 1
 if state == 'succeeded' and asked('cancel') then state, answer = 'cancelled', 2 end
-if state == 'succeeded' and redis.call('ZSCORE', KEYS[5], ARGV[6]) then return 3 end
+if state == 'succeeded' then
+  if redis.call('ZSCORE', KEYS[5], ARGV[6]) then return 3 end
+  for i = 6, #KEYS do
+    local parent = redis.call('HGET', KEYS[i], 'record')
+    if parent and cjson.decode(parent).tainted == true then return 4 end
+  end
+end
 spend(KEYS[1])
 if state == 'succeeded' then
   redis.call('HSETNX', KEYS[3], 'version', '1')
@@ -171,10 +177,10 @@ move(KEYS[1], KEYS[2], state)
 return answer
 """
 )
-"""KEYS job, events[, policy, policies, deleted policies]. ARGV epoch, state, events kept, then for `succeeded`
-record, created_at, policy id, report; for `failed` code, message. -> 0 fenced, 1 done, 2 done as cancelled: a success
-that comes after a cancellation is none, 3 nothing done: this very policy was deleted. One that exists is left as it
-is."""
+"""KEYS job, events[, policy, policies, deleted policies, its parents]. ARGV epoch, state, events kept, then for
+`succeeded` record, created_at, policy id, report; for `failed` code, message. -> 0 fenced, 1 done, 2 done as cancelled:
+a success that comes after a cancellation is none, 3 nothing done: this very policy was deleted, 4 nothing done: a
+parent is tainted. One that exists is left as it is."""
 
 Answer = TypeVar("Answer")
 ClaimRefusal = Literal["final", "held", "cancelled", "paused"]
@@ -320,10 +326,11 @@ class Lease:
 
     def finish_succeeded(self, policy: PolicyRecord, report_json: str) -> None:
         """End the job and register its policy, in one script. Raises LeaseLost, JobCancelled or RedisError, and
-        JobFailed where the same weights were deleted before."""
+        JobFailed where the same weights were deleted before, or what it was made from is tainted by now."""
         keys = (
             *(job_key(self.job_id), job_events_key(self.job_id)),
             *(policy_key(policy.id), POLICIES_INDEX, POLICIES_DELETED),
+            *(policy_key(parent) for parent in sorted(policy.parents)),
         )
         values = ("succeeded", JOB_EVENTS_KEPT, policy.model_dump_json(), policy.created_at, policy.id, report_json)
         answer = self._finish(keys, values)
@@ -331,6 +338,8 @@ class Lease:
             raise JobCancelled(self.job_id)
         if answer == 3:
             raise JobFailed("policy_deleted", f"{policy.id} was deleted, and its name is never used again")
+        if answer == 4:
+            raise JobFailed("policy_unusable", "what it was made from had learned from rows that were erased since")
 
     def finish_failed(self, code: str, message: str) -> None:
         keys = (job_key(self.job_id), job_events_key(self.job_id))
@@ -350,7 +359,7 @@ class Lease:
         if answer == 0:
             self._fenced = True
             raise LeaseLost(f"{self.job_id}: epoch {self.epoch} came too late to finish")
-        if answer != 3:
+        if answer in (1, 2):
             self._stopping.set()
         return answer
 

@@ -68,12 +68,14 @@ class Published(NamedTuple):
 def read_published(
     client: redis.Redis, artefacts: Path, policy_id: str, base_policy_id: str, tenant: str = DEFAULT_TENANT
 ) -> Published:
-    """Raises JobFailed for a policy that is none of the tenant's, failed, is no adapter, stands on another base, or
-    whose files are not its own."""
+    """Raises JobFailed for a policy that is none of the tenant's, failed, is tainted, is no adapter, stands on another
+    base, or whose files are not its own."""
     row = client.hget(policy_key(policy_id), "record")
     record = None if row is None else PolicyRecord.model_validate_json(row)
     if record is None or record.manifest is None or record.state == "failed" or record.tenant != tenant:
         raise JobFailed("policy_unusable", f"{policy_id} is no distilled policy that passed")
+    if record.tainted:
+        raise JobFailed("policy_unusable", f"{policy_id} had learned from rows that were erased since")
     if record.kind != "lora":
         raise JobFailed("policy_unusable", f"{policy_id} has full weights, which are for export: name a LoRA policy")
     if record.manifest.base_policy_id != base_policy_id:

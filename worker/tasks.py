@@ -13,10 +13,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+import redis
 
 from worker import attempts, lease
 from worker.connection import open_redis
+from worker.errors import JobCancelled, JobParked, LeaseLost
+from worker.lease import Lease
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +49,25 @@ def distill(
             log.info("job %s is not to be run: %s", job_id, epoch)
         else:
             log_file = artefacts / "jobs" / job_id / f"{epoch}.log"
-            reason = _drive(run or run_job_process, job_id, epoch, log_file)
-            if reason is not None:
-                log.error("job %s, epoch %d: %s", job_id, epoch, reason)
-                lease.release(client, job_id, epoch, reason)
+            try:
+                reason = _drive(run or run_job_process, job_id, epoch, log_file)
+            except JobParked:
+                _hand_over(Lease(client, job_id, epoch, lease_seconds=lease_seconds, heartbeat_seconds=lease_seconds))
+            else:
+                _give_back(client, job_id, epoch, reason)
         attempts.sweep(client, artefacts)
+
+
+def _hand_over(own: Lease) -> None:
+    """Nothing was begun, and nothing has failed."""
+    with suppress(LeaseLost, JobCancelled):  # cancelled by the very script that meant to park it
+        own.park()
+
+
+def _give_back(client: redis.Redis, job_id: str, epoch: int, reason: str | None) -> None:
+    if reason is not None:
+        log.error("job %s, epoch %d: %s", job_id, epoch, reason)
+        lease.release(client, job_id, epoch, reason)
 
 
 def _drive(run: Callable[[str, int, Path], int], job_id: str, epoch: int, log_file: Path) -> str | None:
@@ -61,21 +80,41 @@ def _drive(run: Callable[[str, int, Path], int], job_id: str, epoch: int, log_fi
 
 
 def run_job_process(job_id: str, epoch: int, log_file: Path) -> int:
-    """Train in a session of its own that never outlives this process; its exit code."""
+    """Train in a session of its own that never outlives this process; its exit code. Raises JobParked where this
+    process was asked to stop, and the other one before it could hear of it and give the job back itself."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "worker.job_process", job_id, str(epoch), str(os.getpid())]
-    with log_file.open("ab") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        # A worker that is to stop says so to its child (`shutdown`), and the child to who trains.
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            return process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    asked: list[int] = []
+    # A worker that is to stop says so to its child (`shutdown`), and the child to who trains.
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    try:
+        with log_file.open("ab") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        exit_code = _waited_for(process, asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if asked and exit_code == -signal.SIGTERM:
+        raise JobParked(job_id)
+    return exit_code
+
+
+def _waited_for(process: subprocess.Popen[bytes], asked: list[int]) -> int:
+    """asked: the signals that came before it could be told of them; those that come now are added."""
+
+    def pass_on(number: int) -> None:
+        asked.append(number)
+        process.terminate()
+
+    signal.signal(signal.SIGTERM, lambda number, _: pass_on(number))
+    try:
+        if asked:
+            process.terminate()
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def tail(log_file: Path) -> str:

@@ -25,6 +25,7 @@ from bon_algos.contracts.job_states import (
     JOB_LUA,
     JOB_MOVES,
     JOBS_MOVED,
+    UNRECORDED_JOBS,
     JobPriority,
     JobState,
 )
@@ -238,6 +239,7 @@ __all__ = [
     "TAGS",
     "TAG_PATTERN",
     "TURNS_KEPT",
+    "UNRECORDED_JOBS",
     "WEBHOOKS",
     "WEBHOOKS_ACCEPTED",
     "WEBHOOKS_DUE",

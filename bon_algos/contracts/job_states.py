@@ -43,13 +43,15 @@ JOB_EVENTS_KEPT: Final = 10_000
 """Of one job, about."""
 JOBS_MOVED: Final = "bonsai:jobs:moved"
 """Stream of all jobs' moves that no gateway has told webhooks of yet."""
+UNRECORDED_JOBS: Final = "bonsai:jobs:unrecorded"
+"""Set of the jobs to which something happened that no gateway has written beside the artefacts yet."""
 JOB_PREFIX: Final = "bonsai:job:"
 
 _NEXT: Final = ", ".join(f"{state} = ' {' '.join(moves)} '" for state, moves in JOB_MOVES.items())
 
 JOB_LUA: Final = (
     f"local NEXT, EVENTS_KEPT = {{{_NEXT}}}, {JOB_EVENTS_KEPT}\n"
-    f"local MOVED, ID_AT = '{JOBS_MOVED}', {len(JOB_PREFIX) + 1}\n"
+    f"local MOVED, UNRECORDED, ID_AT = '{JOBS_MOVED}', '{UNRECORDED_JOBS}', {len(JOB_PREFIX) + 1}\n"
     + """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -57,6 +59,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function tell(job, events, ...)
   local phase = redis.call('HGET', job, 'phase') or 'queued'
   redis.call('XADD', events, 'MAXLEN', '~', EVENTS_KEPT, '*', 'phase', phase, ...)
+  redis.call('SADD', UNRECORDED, string.sub(job, ID_AT))
 end
 
 local function move(job, events, state, ...)

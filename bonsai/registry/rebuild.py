@@ -1,7 +1,7 @@
 """`bonsai rebuild`: the registry and the jobs of a Redis that was lost, from what stands beside the artefacts.
 
-Owns what is restored from what, what forbids it, and its one transaction. Does not own the files: manifests and job
-records are the worker's, the journal the gateway's (service/journal.py).
+Owns what is restored from what, what forbids it, and its one transaction. Does not own the files: manifests are the
+worker's, the journal the gateway's (service/journal.py); of a job each has a record (service/job_records.py).
 
 Restored: policies whose files are whole, with their states, tags and tombstones, routes, experiments, jobs; a job that
 had not ended is queued again and goes on from its checkpoint. Lost with Redis: API keys but the file's, the audit's
@@ -18,7 +18,7 @@ from time import time
 from typing import Any, Final, cast
 
 import redis
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from bon_algos.audit_entries import GENESIS, chained
 from bon_algos.contracts import (
@@ -32,8 +32,8 @@ from bon_algos.contracts import (
     ROUTES_INDEX,
     TAGS,
     Experiment,
+    Manifest,
     PolicyRecord,
-    Record,
     Route,
     experiment_key,
     job_key,
@@ -42,7 +42,8 @@ from bon_algos.contracts import (
     policy_key,
     route_key,
 )
-from service.artefacts import ArtefactRefused, checked_adapter, read_manifest
+from service.artefacts import ArtefactRefused, checked_adapter, checked_files, read_manifest
+from service.job_records import DIRECTORY, JobFile
 from service.journal import Journal, read_journal
 from service.registry import stages_of
 
@@ -51,14 +52,6 @@ ANY_RANK: Final = 512
 
 class RegistryInUse(Exception):
     """Redis holds a registry that is no loss of this one; the text says what was found."""
-
-
-class JobFile(Record):
-    """`jobs/<id>/job.json`."""
-
-    schema_version: int
-    job_id: str = Field(pattern=r"^job_[0-9a-f]{32}$")
-    fields: dict[str, str]
 
 
 @dataclass
@@ -102,13 +95,22 @@ def _policies(artefacts: Path, known: Mapping[str, PolicyRecord], found: Restora
         if directory.name.startswith(".") or f"pol-{directory.name[:16]}" in found.deleted:
             continue
         try:
-            manifest = read_manifest(artefacts, directory.name)
-            checked_adapter(artefacts, manifest, max_rank=ANY_RANK)
+            manifest = _whole(artefacts, directory.name)
         except ArtefactRefused as error:
             found.remarks.append(f"policies/{directory.name[:16]}…: {error}")
             continue
         former = known.get(manifest.policy_id)
         yield manifest.as_candidate() if former is None else former.model_copy(update={"manifest": manifest})
+
+
+def _whole(artefacts: Path, digest: str) -> Manifest:
+    """Of a policy whose files are its own, be it an adapter or full weights. Raises ArtefactRefused."""
+    manifest = read_manifest(artefacts, digest)
+    if manifest.kind == "lora":
+        checked_adapter(artefacts, manifest, max_rank=ANY_RANK)
+    else:
+        checked_files(artefacts, manifest)
+    return manifest
 
 
 def _take_routes(found: Restoration, journal: Journal) -> None:
@@ -134,16 +136,22 @@ def _take_routes(found: Restoration, journal: Journal) -> None:
 
 
 def _jobs(artefacts: Path, found: Restoration) -> Iterator[tuple[str, dict[str, str]]]:
-    for file in sorted((artefacts / "jobs").glob("*/job.json")):
+    """Each job by the newer of its worker's record and the gateway's, which is the newer one where both say the same
+    of how far it is."""
+    newest: dict[str, JobFile] = {}
+    for file in (*sorted((artefacts / "jobs").glob("*/job.json")), *sorted((artefacts / DIRECTORY).glob("job_*.json"))):
         try:
             record = JobFile.model_validate_json(file.read_bytes())
         except (OSError, ValidationError):
             found.remarks.append(f"{file.relative_to(artefacts)} is unreadable")
             continue
-        fields = dict(record.fields)
+        if record.job_id not in newest or newest[record.job_id].rank <= record.rank:
+            newest[record.job_id] = record
+    for job_id in sorted(newest):
+        fields = dict(newest[job_id].fields)
         if fields.get("state") == "running":
             fields |= {"state": "queued", "phase": "queued", "lease_until": "0"}
-        yield record.job_id, fields
+        yield job_id, fields
 
 
 def missing_from(client: redis.Redis, found: Restoration) -> Restoration:
@@ -174,10 +182,9 @@ def _require_unused(client: redis.Redis, unknown: set[str]) -> None:
         raise RegistryInUse(f"Redis holds another registry, in use on {', '.join(sorted(used))}: nothing was changed")
     records = [cast("str | None", client.hget(policy_key(one), "record")) for one in unknown]
     kinds = [PolicyRecord.model_validate_json(row).kind for row in records if row is not None]
-    if "lora" in kinds:
+    if num_made := len(kinds) - kinds.count("base"):
         raise RegistryInUse(
-            f"Redis holds another registry with {kinds.count('lora')} policies that these files lack: nothing was "
-            "changed"
+            f"Redis holds another registry with {num_made} policies that these files lack: nothing was changed"
         )
 
 

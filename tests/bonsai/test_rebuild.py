@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,23 +13,31 @@ import redis as blocking_redis
 from click.testing import CliRunner, Result
 
 from bon_algos.contracts import (
+    LEDGER_COUNTS,
     OPEN_JOBS,
     POLICIES_DELETED,
     POLICIES_INDEX,
     REGISTRY,
     TAGS,
+    UNRECORDED_JOBS,
+    PolicyRecord,
     job_key,
     jobs_index,
+    policy_key,
     route_key,
 )
 from bonsai.cli import main
 from bonsai.registry.auditing import verified_audit
+from bonsai.registry.rebuild import RegistryInUse, missing_from, read_artefacts, write
 from service.artefacts import MANIFEST_FILE
 from service.journal import FILE, read_journal
 from tests.fixtures.gateway import World, engine, reward, wait_until, world
-from tests.service.records import BASE, job_spec
+from tests.service.published import write_full_policy, write_policy
+from tests.service.records import BASE, job_spec, policy
 from tests.service.test_registry_routes import is_proven, proven, send
+from worker import attempts
 from worker.job_record import keep
+from worker.lease import claim
 
 __all__ = ["engine", "reward", "world"]
 DONE, RUNNING = "job_" + "d" * 32, "job_" + "e" * 32
@@ -176,3 +186,76 @@ def test_a_circle_is_not_restored_and_its_route_may_begin_one(world: World, tmp_
     assert "the circle of route default is not restored" in rebuild(world, tmp_path).output
     assert json.loads(store.get(route_key("default")))["collect_share"] is None
     wait_until(lambda: send(world.client, "PUT", "/routes/default/circle", {}).status == 201)
+
+
+def test_full_weights_come_back_and_what_was_refused_outlives_the_sweep(redis_url: str, tmp_path: Path):
+    """The one that is refused could not be read for a while: the next rebuild has it."""
+    artefacts = tmp_path / "artefacts"
+    full, refused = write_full_policy(artefacts), write_policy(artefacts)
+    home = artefacts / "policies" / refused.digest
+    with blocking_redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        ended = {"state": "succeeded", "policy_id": refused.policy_id, "created_at": "1"}
+        job_id = "job_" + "f" * 32
+        home.joinpath(MANIFEST_FILE).write_text(refused.model_copy(update={"job_id": job_id}).model_dump_json())
+        client.hset(job_key(job_id), mapping=ended)
+        with blocking_redis.Redis.from_url(redis_url) as of_worker:
+            keep(of_worker, artefacts, job_id)
+        client.flushall()
+        home.joinpath("fingerprint.json").rename(tmp_path / "away")
+
+        missing = missing_from(client, read_artefacts(artefacts))
+        write(client, missing)
+        restored = PolicyRecord.model_validate_json(client.hget(policy_key(full.policy_id), "record"))
+        assert (restored.kind, restored.manifest) == ("full", full)
+        assert [remark for remark in missing.remarks if refused.digest[:16] in remark]
+
+        a_day_ago = time.time() - attempts.ORPHAN_SECONDS - 1
+        os.utime(home, (a_day_ago, a_day_ago))
+        attempts.sweep(client, artefacts)
+        (tmp_path / "away").rename(home / "fingerprint.json")
+        assert set(missing_from(client, read_artefacts(artefacts)).policies) == {refused.policy_id}
+
+
+def test_a_registry_of_full_weights_that_these_files_lack_is_another_one(redis_url: str, tmp_path: Path):
+    with blocking_redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        record = policy("pol-" + "9" * 16).model_copy(update={"kind": "full"})
+        client.hset(policy_key(record.id), "record", record.model_dump_json())
+        client.zadd(POLICIES_INDEX, {record.id: 1.0})
+        with pytest.raises(RegistryInUse, match="1 policies that these files lack"):
+            missing_from(client, read_artefacts(tmp_path))
+
+
+def submit(world: World, store) -> str:
+    store.hset(LEDGER_COUNTS, "default", "100")
+    reply = send(world.client, "POST", "/distill", {"method": {"type": "bon_forward_kl"}})
+    assert reply.status == 202
+    return str(reply.json["id"])
+
+
+def test_a_job_that_no_worker_had_begun_is_there_again_once_its_caller_was_told_of_it(
+    world: World, tmp_path: Path, store
+):
+    job_id = submit(world, store)
+    paused = submit(world, store)
+    assert send(world.client, "POST", f"/distill/{paused}/pause", None).status == 200
+    store.flushall()
+    assert "restored 2 jobs" in rebuild(world, tmp_path).output
+    told = [(row["id"], row["status"]) for row in world.client.get("/distill").json["data"]]
+    assert told == [(paused, "paused"), (job_id, "queued")]
+    assert job_id in store.smembers(OPEN_JOBS)
+
+
+def test_a_job_that_was_cancelled_after_its_worker_was_killed_stays_so(world: World, tmp_path: Path, store, redis_url):
+    """Its worker's record says for ever that it runs."""
+    job_id = submit(world, store)
+    with blocking_redis.Redis.from_url(redis_url) as of_worker:
+        assert claim(of_worker, job_id, lease_seconds=60, worker="here:1") == 1
+        keep(of_worker, tmp_path / "artefacts", job_id)
+    assert send(world.client, "POST", f"/distill/{job_id}/cancel", None).status == 200
+    store.hset(job_key(job_id), "lease_until", "0")
+    wait_until(lambda: store.hget(job_key(job_id), "state") == "cancelled")
+    wait_until(lambda: not store.sismember(UNRECORDED_JOBS, job_id))
+    store.flushall()
+    assert rebuild(world, tmp_path).exit_code == 0
+    assert world.client.get(f"/distill/{job_id}").json["status"] == "cancelled"
+    assert store.smembers(OPEN_JOBS) == set()

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.service.bad_input import CANARY
+from tests.service.records import manifest
 from tests.service.training_files import line
 
 COMPLETIONS: Final = [{"text": "aa", "token_ids": [97, 97]}]
@@ -151,6 +152,7 @@ def damaged(content: bytes) -> bytes:
 
 
 STUDENT: Final = "pol-" + "1" * 16
+OTHER_BASE: Final = "pol-" + "8" * 16
 NO_FILE: Final = "file-" + "0" * 32
 FORWARD: Final = {"type": "bon_forward_kl"}
 NO_JOB: Final[Mapping[str, tuple[Mapping[str, object], int, str | None]]] = {
@@ -175,7 +177,19 @@ NO_JOB: Final[Mapping[str, tuple[Mapping[str, object], int, str | None]]] = {
     "D17 a path": ({"training_file": "file:///etc/passwd"}, 422, "training_file"),
     "D17 a link": ({"training_file": "http://169.254.169.254/"}, 422, "training_file"),
     "D17 no such file": ({"training_file": NO_FILE}, 404, "training_file"),
+    "D18 an unknown policy to begin with": ({"training": {"start_from": STUDENT}}, 404, "training.start_from"),
     "tags of a file": ({"training_file": NO_FILE, "window": {"tags": ["a"]}}, 422, "window.tags"),
     "D48 a boolean as a text": ({"dry_run": "yes"}, 422, "dry_run"),
 }
 """(members beside the method, status, `error.param`), refused with and without `dry_run`."""
+
+NO_PARENT: Final[Mapping[str, tuple[Mapping[str, object], str]]] = {
+    "D18 retired": ({"state": "retired"}, "policy_retired"),
+    "failed": ({"state": "failed"}, "policy_unusable"),
+    "tainted": ({"tainted": True}, "policy_unusable"),
+    "D18 of another base": ({"manifest": manifest().model_copy(update={"base_policy_id": OTHER_BASE})}, "other_base"),
+}
+"""(what is otherwise about a policy that is good, `error.code`): nothing is made from it. That a policy is its own
+parent cannot be said: it has no name before it is there."""
+NO_TEACHER: Final = ("failed", "tainted")
+"""Of these; the logged draws of a retired one are as good as they were."""

@@ -47,9 +47,19 @@ def write_policy(root: Path, files: dict[str, bytes] | None = None) -> Manifest:
         "fingerprint.json": fingerprint().model_dump_json().encode(),
         **(files or {}),
     }
+    return _written(root, contents, {})
+
+
+def write_full_policy(root: Path) -> Manifest:
+    """One of full weights: a model directory, without a fingerprint."""
+    contents = {"config.json": b"{}", "model.safetensors": safetensors(), "tokenizer.json": b"{}"}
+    return _written(root, contents, {"kind": "full", "lora_rank": 0})
+
+
+def _written(root: Path, contents: dict[str, bytes], fields: dict[str, object]) -> Manifest:
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     digest = adapter_digest(digests)
-    written = manifest(f"pol-{digest[:16]}", files=digests)
+    written = manifest(f"pol-{digest[:16]}", files=digests).model_copy(update=fields)
     directory = root / "policies" / digest
     directory.mkdir(parents=True)
     for name, content in {**contents, "manifest.json": written.model_dump_json().encode()}.items():

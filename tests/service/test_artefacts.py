@@ -12,8 +12,8 @@ import pytest
 from bon_algos.contracts import (
     Manifest,
 )
-from service.artefacts import ArtefactRefused, check_safetensors, checked_adapter
-from tests.service.published import fingerprint, safetensors, write_policy
+from service.artefacts import ArtefactRefused, check_safetensors, checked_adapter, checked_files, read_manifest
+from tests.service.published import fingerprint, safetensors, write_full_policy, write_policy
 from tests.service.records import STUDENT
 
 
@@ -79,6 +79,36 @@ def test_a_directory_that_is_not_what_was_registered_is_refused(
     damage(tmp_path, written)
     with pytest.raises(ArtefactRefused):
         checked_adapter(tmp_path, written, max_rank=32)
+
+
+def test_full_weights_are_whole_as_their_manifest_lists_them_and_no_adapter(tmp_path: Path):
+    written = write_full_policy(tmp_path)
+    assert read_manifest(tmp_path, written.digest) == written
+    assert checked_files(tmp_path, written) == tmp_path.resolve() / "policies" / written.digest
+    with pytest.raises(ArtefactRefused, match="no adapter"):
+        checked_adapter(tmp_path, written, max_rank=32)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "extra.json"])
+def test_full_weights_that_miss_or_gained_a_file_are_refused(tmp_path: Path, name: str):
+    written = write_full_policy(tmp_path)
+    file = tmp_path / "policies" / written.digest / name
+    if file.exists():
+        file.unlink()
+    else:
+        file.write_bytes(b"{}")
+    for check in (lambda: read_manifest(tmp_path, written.digest), lambda: checked_files(tmp_path, written)):
+        with pytest.raises(ArtefactRefused, match=name):
+            check()
+
+
+def test_a_manifest_that_lists_a_file_elsewhere_is_refused_before_that_is_opened(tmp_path: Path):
+    written = write_policy(tmp_path)
+    os.mkfifo(tmp_path / "policies" / "waits")
+    listing = written.model_copy(update={"files": {"../waits": "a" * 64, **written.files}})
+    (tmp_path / "policies" / written.digest / "manifest.json").write_text(listing.model_dump_json())
+    with pytest.raises(ArtefactRefused, match="list exactly"):
+        checked_adapter(tmp_path, listing, max_rank=32)
 
 
 @pytest.mark.parametrize(

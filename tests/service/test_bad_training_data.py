@@ -10,17 +10,32 @@ import sys
 from pathlib import Path
 
 import pytest
+import redis as blocking_redis
 
 from bon_algos.chat import ChatTokenizer
+from bon_algos.contracts import policy_key
 from bon_algos.row_files import MAX_LINE_BYTES
 from service.errors import InvalidField
 from service.file_check import MAX_FAULTS, MEMORY_BYTES, check, check_apart
 from service.tokenizer_files import read_tokenizer
 from tests.fixtures.gateway import WINDOW
 from tests.service.bad_input import CANARY
-from tests.service.bad_training_data import FAULTY, FORWARD, NO_FORMAT, NO_JOB, SERVED, bomb
+from tests.service.bad_training_data import (
+    FAULTY,
+    FORWARD,
+    NO_FORMAT,
+    NO_JOB,
+    NO_PARENT,
+    NO_TEACHER,
+    SERVED,
+    STUDENT,
+    bomb,
+)
+from tests.service.records import policy
 from tests.service.training_files import line
 from tests.stubs.tokenizer import write_model_directory
+
+INTERPOLATION = {"method": {"type": "interpolation", "interpolation": {"policy": STUDENT}}}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +145,27 @@ def test_a_window_or_file_that_is_none_is_refused_by_its_field(
     assert reply.status == status, reply.body
     assert reply.json["error"]["param"] == param
     assert CANARY.encode() not in reply.body
+
+
+@pytest.mark.parametrize("query", ["", "?dry_run=true"])
+@pytest.mark.parametrize(("place", "asked", "names"), [
+    ("training.start_from", {"training": {"start_from": STUDENT}, "method": FORWARD}, NO_PARENT),
+    ("method.interpolation.policy", INTERPOLATION, NO_PARENT),
+    ("window.policies[0]", {"window": {"policies": [STUDENT]}, "method": FORWARD}, NO_TEACHER),
+])  # fmt: skip
+def test_D18_a_policy_that_nothing_is_made_from_any_more_is_refused(
+    still_world, groups_logged, query, place, asked, names
+):
+    with blocking_redis.Redis.from_url(still_world.redis_url) as store:
+        try:
+            for name in names:
+                changes, code = NO_PARENT[name]
+                record = policy(STUDENT).model_copy(update=changes)
+                store.hset(policy_key(STUDENT), "record", record.model_dump_json())
+                reply = still_world.client.post(f"/distill{query}", asked)
+                assert (reply.status, reply.json["error"]["param"], reply.json["error"]["code"]) == (422, place, code)
+        finally:
+            store.delete(policy_key(STUDENT))
 
 
 @pytest.fixture(scope="module")

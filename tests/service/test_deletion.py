@@ -8,11 +8,12 @@ import pytest
 import redis as blocking_redis
 from redis.asyncio import Redis
 
-from bon_algos.contracts import OPEN_JOBS, POLICIES_DELETED, job_key, report_digest
+from bon_algos.contracts import LEDGER_COUNTS, POLICIES_DELETED, job_key, jobs_index, report_digest
 from service.access import GATEWAY
 from service.deletion import Deletion, remove_files
 from service.errors import Conflict, InvalidField, PolicyNotFound, PreconditionFailed, TagNotFound
 from service.experiment_store import Experiments
+from service.jobs import Jobs
 from service.policies import Policies, PolicyChange
 from service.preconditions import Precondition
 from service.tags import MAX_TAGS, Tags, checked_tag
@@ -60,7 +61,7 @@ async def test_P9_what_an_experiment_a_job_or_a_tag_needs_or_somebody_protects_s
     await Experiments(redis).put("default", arms(("base", 16, 9000), (A, 1, 1000)), await snapshot_of(redis))
     spec = job_spec(window={"policies": [A]}, method={"type": "bon_forward_kl"}).model_dump_json()
     await redis.hset(job_key("job_1"), mapping={"spec": spec, "state": "running"})
-    await redis.sadd(OPEN_JOBS, "job_1")
+    await redis.zadd(jobs_index(), {"job_1": 1.0})
     await Tags(redis).put("prod", A, GATEWAY)
     await policies.amend(A, PolicyChange(is_protected=True))
     assert await reasons(deletion, A) == [
@@ -73,6 +74,17 @@ async def test_P9_what_an_experiment_a_job_or_a_tag_needs_or_somebody_protects_s
     await redis.hset(job_key("job_1"), "state", "succeeded")
     await Tags(redis).remove("prod", GATEWAY)
     await policies.amend(A, PolicyChange(is_protected=False))
+    await deletion.delete(A, GATEWAY)
+
+
+async def test_the_parent_of_a_paused_job_stays_until_that_job_has_ended(policies: Policies, redis, deletion):
+    await redis.hset(LEDGER_COUNTS, "default", "100")
+    jobs = Jobs(redis, n_cap=64, max_lora_rank=32)
+    spec = job_spec(training={"start_from": A})
+    job_id = (await jobs.submit(spec)).job_id
+    await jobs.grant("pause", job_id)
+    assert await reasons(deletion, A) == [f"the job {job_id} needs it"]
+    await jobs.grant("cancel", job_id)
     await deletion.delete(A, GATEWAY)
 
 

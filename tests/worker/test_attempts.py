@@ -1,9 +1,15 @@
 """What attempts leave is removed when nobody can want it any more, and not before."""
 
+import os
+import shutil
+import time
+
 import pytest
 import redis
 
-from bon_algos.contracts import job_key
+from bon_algos.contracts import POLICIES_INDEX, job_key, policy_key, report_digest
+from tests.service.published import write_policy
+from tests.service.records import policy
 from worker import attempts
 
 
@@ -56,3 +62,69 @@ def test_of_a_job_that_may_go_on_and_of_one_that_redis_has_forgotten_everything_
 def test_a_place_without_jobs_and_policies_is_swept_without_complaint(client, tmp_path):
     attempts.sweep(client, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what was written and is in no registry --------------------------------------------------------------
+
+
+def aged(directory):
+    """It lies there since more than a day."""
+    a_day_ago = time.time() - attempts.ORPHAN_SECONDS - 1
+    os.utime(directory, (a_day_ago, a_day_ago))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("state", "published_by", "stays"),
+    [("failed", None, False), ("succeeded", "job_1", True), ("failed", "job_2", True), ("running", None, True)],
+)
+def test_a_policy_that_a_job_succeeded_with_stays_whoever_wrote_it_and_whatever_the_registry_holds(
+    client, tmp_path, state, published_by, stays
+):
+    """After Redis was lost `bonsai rebuild` restores jobs, and no policy whose files it could not read. Of the two jobs
+    the first one wrote the directory."""
+    written = write_policy(tmp_path)
+    home = aged(tmp_path / "policies" / written.digest)
+    for job_id in ("job_1", "job_2"):
+        (tmp_path / "jobs" / job_id).mkdir(parents=True)
+        client.hset(job_key(job_id), "state", "failed")
+    client.hset(job_key("job_1"), "state", state)
+    if published_by is not None:
+        client.hset(job_key(published_by), mapping={"state": "succeeded", "policy_id": written.policy_id})
+    attempts.sweep(client, tmp_path)
+    assert home.exists() == stays
+
+
+def reported(artefacts, number, manifest=None):
+    """The aged directory of a report, and the manifest that names it, changed in place where it lies there."""
+    files = {"report.json": str(number) * 64}
+    report = artefacts / "reports" / report_digest(files)
+    report.mkdir(parents=True)
+    (report / "report.json").write_text("{}")
+    if manifest is not None:
+        manifest = manifest.model_copy(update={"report_files": files})
+        (artefacts / "policies" / manifest.digest / "manifest.json").write_text(manifest.model_dump_json())
+    return aged(report), manifest
+
+
+def test_a_report_that_no_policy_names_goes_after_a_day(client, tmp_path):
+    """Its job was killed, fenced or cancelled before the policy had its name. One policy is registered and has its
+    files elsewhere, one lies there and is not registered."""
+    lost, _ = reported(tmp_path, 1)
+    lying, _ = reported(tmp_path, 2, write_policy(tmp_path))
+    registered, written = reported(tmp_path, 3, write_policy(tmp_path, {"adapter_config.json": b"{}"}))
+    shutil.rmtree(tmp_path / "policies" / written.digest)
+    record = policy(written.policy_id, written=written)
+    client.hset(policy_key(record.id), "record", record.model_dump_json())
+    client.zadd(POLICIES_INDEX, {record.id: 1.0})
+    fresh, _ = reported(tmp_path, 4)
+    os.utime(fresh)
+    attempts.sweep(client, tmp_path)
+    assert [one.exists() for one in (lost, lying, registered, fresh)] == [False, True, True, True]
+
+
+def test_while_a_policy_does_not_say_which_report_is_its_own_all_stay(client, tmp_path):
+    lost, _ = reported(tmp_path, 1)
+    (tmp_path / "policies" / write_policy(tmp_path).digest / "manifest.json").write_text("{")
+    attempts.sweep(client, tmp_path)
+    assert lost.exists()

@@ -33,14 +33,16 @@ from bon_algos.contracts import (
 )
 from bonsai.registry.auditing import verified_audit
 from tests.archive.records import archive_at, feedback, group
-from tests.service.records import manifest
+from tests.service.records import BASE, manifest
 from tests.worker import world
 from worker import erased_windows
 from worker.compaction import Compaction, Limits
 from worker.dataset import freeze
 from worker.erasing import Eraser
 from worker.erasures import Erasures
-from worker.lease import claim
+from worker.errors import JobFailed
+from worker.lease import Lease, claim
+from worker.publish import read_published
 from worker.sources import windows
 
 AT_ONCE = Limits(entries=3, bytes=2**20, seconds=0.0, hot_groups=3, hot_seconds=0.0)
@@ -257,10 +259,14 @@ def submitted(client, job_id):
     assert isinstance(epoch, int)
 
 
-def registered(client, policy_id, job_id, parent):
+def made(policy_id, job_id, parent):
     spec = JobSpec(method=Method(type="bon_forward_kl"))
-    made = manifest(policy_id).model_copy(update={"job_id": job_id, "parent_policy_id": parent, "spec": spec})
-    record = PolicyRecord(id=policy_id, kind="lora", state="candidate", created_at=0.0, manifest=made)
+    own = manifest(policy_id).model_copy(update={"job_id": job_id, "parent_policy_id": parent, "spec": spec})
+    return PolicyRecord(id=policy_id, kind="lora", state="candidate", created_at=0.0, manifest=own)
+
+
+def registered(client, policy_id, job_id, parent):
+    record = made(policy_id, job_id, parent)
     client.hset(policy_key(policy_id), mapping={"record": record.model_dump_json(), "version": 1})
     client.zadd(POLICIES_INDEX, {policy_id: 0.0})
 
@@ -282,6 +288,46 @@ def test_L23_a_job_that_reads_the_window_fails_and_what_was_learned_is_tainted(c
     assert told == [b"failed", erased_windows.CODE.encode(), b"2"]
     assert not (directory / "jobs" / "job_1" / "window" / "pools.jsonl.z").exists()
     assert ADA.encode() not in everywhere(client, directory)
+
+
+def test_a_job_whose_parent_is_tainted_while_it_trains_registers_nothing(client, place):
+    """Its own window holds nothing of the user; the job is past reading it when the erasure comes."""
+    directory, compaction = place
+    frozen(client, directory, "job_1")
+    registered(client, STUDENT, "job_1", world.BASE)
+    submitted(client, "job_2")
+    with Lease(client, "job_2", 1, lease_seconds=60, heartbeat_seconds=20) as lease:
+        asked(client)
+        (receipt,) = erase(client, directory, compaction)
+        assert receipt.policies == (STUDENT,)
+        with pytest.raises(JobFailed, match="erased") as failed:
+            lease.finish_succeeded(made(GRANDCHILD, "job_2", STUDENT), "{}")
+        assert client.zscore(POLICIES_INDEX, GRANDCHILD) is None
+        lease.finish_failed(failed.value.code, failed.value.message)
+    assert client.hmget(job_key("job_2"), ["state", "error_code"]) == [b"failed", b"policy_unusable"]
+
+
+def test_what_is_registered_while_its_parent_is_being_marked_is_tainted_too(client, place, redis_url):
+    class Interrupted(redis.Redis):
+        """Between the look at the registry and the first mark a job ends."""
+
+        def transaction(self, *args, **kwargs):
+            if client.zscore(POLICIES_INDEX, GRANDCHILD) is None:
+                registered(client, GRANDCHILD, "job_2", STUDENT)
+            return super().transaction(*args, **kwargs)
+
+    registered(client, STUDENT, "job_1", world.BASE)
+    with Interrupted.from_url(redis_url) as slow:
+        assert erased_windows.taint(slow, frozenset({"job_1"})) == (STUDENT, GRANDCHILD)
+    assert PolicyRecord.model_validate_json(client.hget(policy_key(GRANDCHILD), "record")).tainted
+
+
+def test_a_job_does_not_begin_with_a_tainted_policy(client, place):
+    directory, _ = place
+    registered(client, STUDENT, "job_1", world.BASE)
+    erased_windows.taint(client, frozenset({"job_1"}))
+    with pytest.raises(JobFailed, match="erased"):
+        read_published(client, directory, STUDENT, BASE)
 
 
 def test_what_the_audit_tells_of_a_taint_is_told_once_and_chained(client, place, redis_url):

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import redis
 import torch
 
 from bon_algos.contracts import POLICIES_INDEX, job_key
+from tests.worker.forks import until
 from tests.worker.small_job import SPEC
 from worker import checkpoint
 from worker.device import locks_of, sole_use
@@ -123,6 +126,32 @@ def test_F43_a_job_whose_worker_is_asked_to_stop_goes_on_elsewhere_and_has_lost_
     assert f"resumed at step {kept.step}" in (job.directory / "2.log").read_text()
     assert job.the_policy().manifest.digest == undisturbed
     assert (job.attempts, job.ends(), job.leftovers()) == (1, ["succeeded"], [])
+
+
+DELIVERY = """
+import sys
+from pathlib import Path
+from worker import tasks
+tasks.distill("job_1", redis_url=sys.argv[1], artefacts=Path(sys.argv[2]), lease_seconds=60)
+"""
+
+
+@pytest.mark.parametrize("whom", ["the worker's child", "the training alone"])
+def test_F43_a_job_whose_process_was_still_loading_is_handed_over_too(whom, redis_url, tmp_path):
+    """Who trains cannot say that it heard: only who was asked to stop knows that nothing has failed."""
+    with redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        client.hset(job_key("job_1"), mapping={"state": "queued", "epoch": 0, "attempts": 0})
+        delivery = subprocess.Popen([sys.executable, "-c", DELIVERY, redis_url, str(tmp_path)])
+        children = Path(f"/proc/{delivery.pid}/task/{delivery.pid}/children")
+        training = int(until(children.read_text, "a training process"))
+        until(lambda: b"job_process" in Path(f"/proc/{training}/cmdline").read_bytes(), "its own program")
+        is_asked = whom == "the worker's child"
+        os.kill(delivery.pid if is_asked else training, signal.SIGTERM)
+        assert delivery.wait(60) == 0
+        job = client.hgetall(job_key("job_1"))
+    assert (job["state"], job["lease_until"]) == ("queued" if is_asked else "running", "0")
+    assert (job["attempts"], job.get("parked")) == ("1", "1" if is_asked else None)
+    assert ("ended with -15" in job.get("last_error", "")) != is_asked
 
 
 def test_F44_what_a_newer_gateway_adds_to_a_jobs_record_is_passed_over(small, undisturbed):

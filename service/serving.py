@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from time import time
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from bon_algos.contracts import CandidateGroup, PolicyId, Route, Sampling
 from service.access import Caller
 from service.best_of_n import Answer, Budget
 from service.catalogue import Catalogue
+from service.errors import InvalidField, RewardModelUnavailable
 from service.experiments import Assignment, assign, exposure_of, parse_forced_arm
 from service.feedback import FeedbackBook
 from service.generation import (
@@ -131,22 +133,36 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         forced=None if around.forced_arm is None else parse_forced_arm(around.forced_arm, route, snapshot),
     )
     sampling, group_id = request.sampling(max_tokens), f"resp_{uuid7().hex}"
-    assignment, plan = planned(
+    settle = partial(
+        planned,
         route,
         assignment,
         n,
         serving.learned.of(route),
+        served=snapshot.served,
         is_policy_law=sampling.is_policy_law,
-        position=share_of(group_id),
         holdout_share=serving.holdout_share,
     )
-    if assignment.arm.n > 1 or request.wait_for_reward:
-        serving.reward_test.require_passed()
-        serving.reward_model.require_room(prompt.prompt, request.messages)
+    assignment, plan = settle(position=share_of(group_id))
+    try:
+        _require_scorable(serving, request, assignment, prompt)
+    except (InvalidField, RewardModelUnavailable):
+        # What one sample could answer is not refused because chance would have had n of it.
+        assignment, plan = settle(position=1.0)
+        _require_scorable(serving, request, assignment, prompt)
     budget = budget_of(request, route, assignment.arm.n, around.started, first=plan.stops(assignment.arm.n)[0])
     group = _empty_group(serving, request, around.caller, assignment, prompt, sampling, route, group_id)
     group = group.model_copy(update={"stop_reason": plan.stop_reason}) if isinstance(plan, Fixed) else group
     return Prepared(group, budget, around.caller, _warnings(assignment, group), plan)
+
+
+def _require_scorable(
+    serving: Serving, request: GenerateRequest, assignment: Assignment, prompt: EncodedPrompt
+) -> None:
+    """Raises RewardModelUnavailable, InvalidField."""
+    if assignment.arm.n > 1 or request.wait_for_reward:
+        serving.reward_test.require_passed()
+        serving.reward_model.require_room(prompt.prompt, request.messages)
 
 
 def _empty_group(

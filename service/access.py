@@ -48,7 +48,6 @@ class Caller(NamedTuple):
     """The sender of one request, by the key it came with."""
 
     key_id: str
-    """What is counted together."""
     tenant: str
     role: Role
     routes: tuple[str, ...] | None = None

@@ -134,6 +134,10 @@ class GatewaySettings(BaseSettings):
     """Drawn for one key, prompts included, in any minute."""
     key_tokens_in_flight: int | None = Field(None, ge=1)
     """Of one key's requests: prompt + n × max_tokens."""
+    tenant_requests_per_minute: int | None = Field(None, ge=1)
+    tenant_tokens_per_minute: int | None = Field(None, ge=1)
+    tenant_tokens_in_flight: int | None = Field(None, ge=1)
+    """Of all keys of one tenant together."""
     webhook_private_addresses: bool = False
     """Whether webhooks may lead to addresses that are not public: loopback, private networks, cloud metadata."""
     webhook_plain_http: bool = False

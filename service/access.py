@@ -52,6 +52,8 @@ class Caller(NamedTuple):
     role: Role
     routes: tuple[str, ...] | None = None
     """Those of the tenant's routes that the key is good for; None: all."""
+    store: bool = True
+    """Whether the texts of a request are kept that does not say."""
 
     def may(self, right: Right) -> bool:
         return self.role in ROLES[right]

@@ -200,7 +200,7 @@ def _empty_group(
         softness=route.softness if assignment.arm.n > 1 else None,
         selected=None,
         status="unscored",
-        store=request.store,
+        store=caller.store if request.store is None else request.store,
     )
 
 

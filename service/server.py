@@ -105,7 +105,7 @@ class ImpatientProtocol(HttpToolsProtocol):
     headers of any length.
 
     It also queues a request that comes while another runs, and reads no more until then: nobody would hear that the
-    client has gone, and engines would work on for it. Here whatever comes behind a request that runs is read and thrown
+    client has gone, and engines would work on for it. Here a request that comes behind one that runs is read and thrown
     away, and the connection is closed after the answer: the client has to ask for the rest again (RFC 9112, 9.3.2).
     """
 
@@ -162,10 +162,6 @@ class ImpatientProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if not self._is_overtaken:
             super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        if not self._is_overtaken:
-            super().send_400_response(msg)
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -6,7 +6,7 @@ What is said yes to is on disk before it is said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import time
@@ -143,26 +143,34 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         is_policy_law=sampling.is_policy_law,
         holdout_share=serving.holdout_share,
     )
-    assignment, plan = settle(position=share_of(group_id))
-    try:
-        _require_scorable(serving, request, assignment, prompt)
-    except (InvalidField, RewardModelUnavailable):
-        # What one sample could answer is not refused because chance would have had n of it.
-        assignment, plan = settle(position=1.0)
-        _require_scorable(serving, request, assignment, prompt)
+    assignment, plan = _scorable(settle, share_of(group_id), serving, request, prompt)
     budget = budget_of(request, route, assignment.arm.n, around.started, first=plan.stops(assignment.arm.n)[0])
     group = _empty_group(serving, request, around.caller, assignment, prompt, sampling, route, group_id)
     group = group.model_copy(update={"stop_reason": plan.stop_reason}) if isinstance(plan, Fixed) else group
     return Prepared(group, budget, around.caller, _warnings(assignment, group), plan)
 
 
-def _require_scorable(
-    serving: Serving, request: GenerateRequest, assignment: Assignment, prompt: EncodedPrompt
-) -> None:
-    """Raises RewardModelUnavailable, InvalidField."""
-    if assignment.arm.n > 1 or request.wait_for_reward:
-        serving.reward_test.require_passed()
-        serving.reward_model.require_room(prompt.prompt, request.messages)
+def _scorable(
+    settle: Callable[..., tuple[Assignment, Plan]],
+    position: float,
+    serving: Serving,
+    request: GenerateRequest,
+    prompt: EncodedPrompt,
+) -> tuple[Assignment, Plan]:
+    """What answers. settle: `planned` but for the position. Raises RewardModelUnavailable, InvalidField."""
+
+    def settled(position: float) -> tuple[Assignment, Plan]:
+        assignment, plan = settle(position=position)
+        if assignment.arm.n > 1 or request.wait_for_reward:
+            serving.reward_test.require_passed()
+            serving.reward_model.require_room(prompt.prompt, request.messages)
+        return assignment, plan
+
+    try:
+        return settled(position)
+    except (InvalidField, RewardModelUnavailable):
+        # What one sample could answer is not refused because chance would have had n of it.
+        return settled(1.0)
 
 
 def _empty_group(

@@ -48,11 +48,12 @@ class Caller(NamedTuple):
     """The sender of one request, by the key it came with."""
 
     key_id: str
-    """What is counted together."""
     tenant: str
     role: Role
     routes: tuple[str, ...] | None = None
     """Those of the tenant's routes that the key is good for; None: all."""
+    store: bool = True
+    """Whether the texts of a request are kept that does not say."""
 
     def may(self, right: Right) -> bool:
         return self.role in ROLES[right]

@@ -1,7 +1,7 @@
-"""What one key may take: requests and tokens in a minute, and tokens at once.
+"""What one key, or one tenant, may take: requests and tokens in a minute, and tokens at once.
 
-Owns: the counts of one gateway process, and when a key has something left. Does not own: the clock, which is handed in;
-the queue that all keys share (fair_queue.py). Several gateways count each for itself.
+Owns: the counts of one gateway process, and when somebody has something left. Does not own: the clock, which is handed
+in; the queue that all share (fair_queue.py). Several gateways count each for itself.
 
 A request counts with the most it can cost as long as it goes on, and with what it drew for a minute after it has ended.
 So no minute has more than the limit in it, wherever that minute begins.
@@ -13,17 +13,18 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from service.errors import OverBudget, RateLimited
 
 WINDOW_SECONDS: Final = 60
-MAX_IDLE_KEYS: Final = 1000
+Whose = Literal["key", "tenant"]
+MAX_IDLE_BOOKS: Final = 1000
 """With more books than this, those that have nothing in them are thrown away."""
 
 
-class KeyLimits(NamedTuple):
-    """Of every key; None is no limit."""
+class TakingLimits(NamedTuple):
+    """Of every key, or of every tenant; None is no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -32,7 +33,7 @@ class KeyLimits(NamedTuple):
 
 @dataclass
 class _Book:
-    """What a key is doing, and what it did in the last minute."""
+    """What somebody is doing, and did in the last minute."""
 
     requests: int = 0
     """Under way."""
@@ -57,49 +58,74 @@ def _forgotten_at(second: int) -> int:
     return second + 1 + WINDOW_SECONDS
 
 
-class Allowances:
-    """The books of all keys."""
+class Left(NamedTuple):
+    """Of one limit."""
 
-    def __init__(self, limits: KeyLimits) -> None:
+    what: Literal["requests", "tokens"]
+    limit: int
+    remaining: int
+    reset: int
+    """Seconds until nothing counts any more."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """`x-ratelimit-…` as OpenAI names them."""
+        return {
+            f"x-ratelimit-limit-{self.what}": str(self.limit),
+            f"x-ratelimit-remaining-{self.what}": str(self.remaining),
+            f"x-ratelimit-reset-{self.what}": f"{self.reset}s",
+        }
+
+
+class Allowances:
+    """The books of all keys, or of all tenants."""
+
+    def __init__(self, whose: Whose, limits: TakingLimits) -> None:
+        self._whose = whose
         self._limits = limits
         self._books: dict[str, _Book] = {}
 
-    def take(self, key: str, most: int, now: float) -> None:
+    def take(self, name: str, most: int, now: float) -> None:
         """Count a request that begins and may cost `most` tokens. Raises OverBudget when it alone is above a limit,
-        RateLimited when the key has not enough left; then nothing is counted."""
+        RateLimited when there is not enough left; then nothing is counted."""
         self._require_possible(most)
-        book = self._book(key, now)
+        book = self._book(name, now)
         for limit, wanted, ended, of_what in (
             (self._limits.requests_per_minute, book.requests + 1, book.ended_requests, "requests"),
             (self._limits.tokens_per_minute, book.tokens + most, book.ended_tokens, "tokens"),
         ):
             if limit is not None and (seconds := _seconds_until(wanted, ended, limit, now)):
-                raise _limited(f"this key may have {limit} {of_what} in a minute, and has not enough left", seconds)
+                raise _limited(
+                    f"this {self._whose} may have {limit} {of_what} in a minute, and has not enough left", seconds
+                )
         if self._limits.tokens_in_flight is not None and book.tokens + most > self._limits.tokens_in_flight:
-            raise _limited(f"this key may have {self._limits.tokens_in_flight} tokens under way at once", 1)
+            raise _limited(f"this {self._whose} may have {self._limits.tokens_in_flight} tokens under way at once", 1)
         book.requests += 1
         book.tokens += most
 
-    def give_back(self, key: str, most: int) -> None:
+    def give_back(self, name: str, most: int) -> None:
         """A request that was taken was not carried out: it never counted."""
-        book = self._books[key]
+        book = self._books[name]
         book.requests -= 1
         book.tokens -= most
 
-    def settle(self, key: str, most: int, drawn: int, now: float) -> None:
+    def settle(self, name: str, most: int, drawn: int, now: float) -> None:
         """A request that was taken has ended and drew so many tokens."""
-        self.give_back(key, most)
-        book = self._book(key, now)
+        self.give_back(name, most)
+        book = self._book(name, now)
         book.ended_requests[math.floor(now)] += 1
         book.ended_tokens[math.floor(now)] += drawn
 
-    def headers(self, key: str, now: float) -> dict[str, str]:
-        """`x-ratelimit-…` as OpenAI names them, for the limits that there are."""
-        book = self._book(key, now)
-        return {
-            **_headers("requests", book.requests, book.ended_requests, self._limits.requests_per_minute, now),
-            **_headers("tokens", book.tokens, book.ended_tokens, self._limits.tokens_per_minute, now),
-        }
+    def left(self, name: str, now: float) -> list[Left]:
+        """Of the limits that there are in a minute."""
+        book = self._book(name, now)
+        requests, tokens = self._limits.requests_per_minute, self._limits.tokens_per_minute
+        found = []
+        if requests is not None:
+            found.append(_left("requests", book.requests, book.ended_requests, requests, now))
+        if tokens is not None:
+            found.append(_left("tokens", book.tokens, book.ended_tokens, tokens, now))
+        return found
 
     def _require_possible(self, most: int) -> None:
         for limit, of_what in (
@@ -108,18 +134,19 @@ class Allowances:
         ):
             if limit is not None and most > limit:
                 error = OverBudget(
-                    f"this request may cost {most} tokens (prompt + n × max_tokens); a key may have {limit} {of_what}",
+                    f"this request may cost {most} tokens (prompt + n × max_tokens); a {self._whose} may have {limit} "
+                    f"{of_what}",
                     facts={"tokens": most, "limit": limit},
                 )
                 error.retry_after = WINDOW_SECONDS
                 raise error
 
-    def _book(self, key: str, now: float) -> _Book:
-        if len(self._books) > MAX_IDLE_KEYS:
+    def _book(self, name: str, now: float) -> _Book:
+        if len(self._books) > MAX_IDLE_BOOKS:
             for other in self._books.values():
                 other.forget(now)
-            self._books = {name: book for name, book in self._books.items() if not book.is_empty}
-        book = self._books.setdefault(key, _Book())
+            self._books = {other: book for other, book in self._books.items() if not book.is_empty}
+        book = self._books.setdefault(name, _Book())
         book.forget(now)
         return book
 
@@ -143,14 +170,10 @@ def _seconds_until(wanted: int, ended: Mapping[int, int], limit: int, now: float
     return WINDOW_SECONDS
 
 
-def _headers(what: str, under_way: int, ended: Mapping[int, int], limit: int | None, now: float) -> dict[str, str]:
-    if limit is None:
-        return {}
+def _left(
+    what: Literal["requests", "tokens"], under_way: int, ended: Mapping[int, int], limit: int, now: float
+) -> Left:
     used = under_way + sum(ended.values())
     newest = math.floor(now) if under_way else max(ended, default=None)
     reset = 0 if newest is None else math.ceil(_forgotten_at(newest) - now)
-    return {
-        f"x-ratelimit-limit-{what}": str(limit),
-        f"x-ratelimit-remaining-{what}": str(max(0, limit - used)),
-        f"x-ratelimit-reset-{what}": f"{reset}s",
-    }
+    return Left(what, limit, max(0, limit - used), reset)

@@ -19,7 +19,7 @@ from archive.storage import archive_url
 from bon_algos.chat import ChatTokenizer
 from bon_algos.scoring import open_readers
 from service.access import rights
-from service.allowances import Allowances, KeyLimits
+from service.allowances import Allowances, TakingLimits
 from service.api_key import read_pepper
 from service.authentication import Authentication
 from service.control import Control, TrainingData, open_control
@@ -143,12 +143,18 @@ def _fleet(pool: EnginePool, publishers: Publishers, settings: GatewaySettings) 
 
 
 def _limits(settings: GatewaySettings) -> Limits:
-    of_a_key = KeyLimits(
+    of_a_key = TakingLimits(
         requests_per_minute=settings.key_requests_per_minute,
         tokens_per_minute=settings.key_tokens_per_minute,
         tokens_in_flight=settings.key_tokens_in_flight,
     )
-    return Limits(FairQueue(settings.max_tokens_in_flight, settings.max_tokens_waiting), Allowances(of_a_key))
+    of_a_tenant = TakingLimits(
+        requests_per_minute=settings.tenant_requests_per_minute,
+        tokens_per_minute=settings.tenant_tokens_per_minute,
+        tokens_in_flight=settings.tenant_tokens_in_flight,
+    )
+    queue = FairQueue(settings.max_tokens_in_flight, settings.max_tokens_waiting)
+    return Limits(queue, Allowances("key", of_a_key), Allowances("tenant", of_a_tenant))
 
 
 def _training_data(

@@ -74,7 +74,8 @@ class CompletionOptions(Record):
     metadata: Metadata = Field(default_factory=dict, max_length=16)
     timeout_ms: int | None = Field(None, ge=1)
     quorum: int | None = Field(None, ge=1)
-    store: bool = True
+    store: bool | None = None
+    """Left out: as its key was made with."""
 
 
 class GenerateRequest(CompletionOptions):

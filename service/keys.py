@@ -61,6 +61,8 @@ class KeyRequest(Record):
     routes: tuple[RouteName, ...] | None = Field(None, fail_fast=True, min_length=1, max_length=100)
     expires_at: float | None = None
     """Seconds since the epoch."""
+    store: bool = True
+    """Whether the texts of its requests are kept where a request does not say."""
 
 
 class KeyRecord(Record):
@@ -75,6 +77,7 @@ class KeyRecord(Record):
     created_at: float
     created_by: str
     expires_at: float | None = None
+    store: bool = True
     revoked_at: float | None = None
 
     def state(self, now: float) -> str:
@@ -134,7 +137,7 @@ class KeyRing:
         if state != "active":
             raise Unauthenticated(f"the key is {state}", param="Authorization", code=f"{state}_key")
         self._note_use(record.id, int(now) // _HOUR * _HOUR)
-        return Caller(record.id, record.tenant, record.role, record.routes)
+        return Caller(record.id, record.tenant, record.role, record.routes, record.store)
 
     def _note_use(self, identity: str, hour: int) -> None:
         if self._used.get(identity) != hour:
@@ -205,6 +208,7 @@ class Keys:
             created_at=now,
             created_by=by.key_id,
             expires_at=asked.expires_at,
+            store=asked.store,
         )
         route = self._default_route.model_copy(update={"tenant": tenant})
 

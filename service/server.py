@@ -1,7 +1,8 @@
 """The HTTP server: uvicorn, with an end that loses nothing and patience that ends.
 
-Owns: what a signal does, how long a connection may take for its headers and leave a reply unread. Does not own: what is
-still accepted (draining.py), the time a body may take (json_body.py).
+Owns: what a signal does, how long a connection may take for its headers and leave a reply unread, what becomes of what
+comes behind a request that runs. Does not own: what is still accepted (draining.py), the time a body may take
+(json_body.py).
 """
 
 from __future__ import annotations
@@ -101,7 +102,12 @@ class Server(uvicorn.Server):
 
 class ImpatientProtocol(HttpToolsProtocol):
     """One connection. uvicorn waits for ever for a first request, for the end of headers and for a reader, and takes
-    headers of any length."""
+    headers of any length.
+
+    It also queues a request that comes while another runs, and reads no more until then: nobody would hear that the
+    client has gone, and engines would work on for it. Here a request that comes behind one that runs is read and thrown
+    away, and the connection is closed after the answer: the client has to ask for the rest again (RFC 9112, 9.3.2).
+    """
 
     def __init__(
         self, *args: Any, header_seconds: float, max_header_bytes: int, unread_seconds: float, **more: Any
@@ -111,6 +117,8 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._max_header_bytes = max_header_bytes
         self._header_bytes: int | None = None
         """Of a request whose headers have begun and not ended."""
+        self._is_overtaken = False
+        """Whether another request has begun behind the one that runs."""
         self._unread_seconds = unread_seconds
         self._headers_due: asyncio.TimerHandle | None = None
         self._reading_due: asyncio.TimerHandle | None = None
@@ -122,6 +130,8 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._expect_headers()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_overtaken:
+            return
         if self._header_bytes is not None:
             self._header_bytes += len(data)
         super().data_received(data)
@@ -134,11 +144,24 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._header_bytes = 0
+        if self.cycle is None or self.cycle.response_complete:
+            self._header_bytes = 0
+        else:
+            self._is_overtaken = True
+            self.cycle.keep_alive = False
 
     def on_headers_complete(self) -> None:
-        self._header_bytes = None
-        super().on_headers_complete()
+        if not self._is_overtaken:
+            self._header_bytes = None
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_overtaken:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._is_overtaken:
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()

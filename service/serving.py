@@ -6,8 +6,9 @@ What is said yes to is on disk before it is said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from time import time
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from bon_algos.contracts import CandidateGroup, PolicyId, Route, Sampling
 from service.access import Caller
 from service.best_of_n import Answer, Budget
 from service.catalogue import Catalogue
+from service.errors import InvalidField, RewardModelUnavailable
 from service.experiments import Assignment, assign, exposure_of, parse_forced_arm
 from service.feedback import FeedbackBook
 from service.generation import (
@@ -134,24 +136,46 @@ def prepare(serving: Serving, request: GenerateRequest, around: Circumstances) -
         forced=None if around.forced_arm is None else parse_forced_arm(around.forced_arm, route, snapshot),
     )
     sampling, group_id = request.sampling(max_tokens), f"resp_{uuid7().hex}"
-    assignment, plan = planned(
+    settle = partial(
+        planned,
         route,
         assignment,
         n,
         serving.learned.of(route),
+        served=snapshot.served,
         is_policy_law=sampling.is_policy_law,
-        position=share_of(group_id),
         holdout_share=serving.holdout_share,
     )
-    if assignment.arm.n > 1 or request.wait_for_reward:
-        serving.reward_test.require_passed()
-        serving.reward_model.require_room(prompt.prompt, request.messages)
+    assignment, plan = _scorable(settle, share_of(group_id), serving, request, prompt)
     timeout_ms = asked_timeout(request.timeout_ms, around.timeout, route.deadline_ms)
     first = plan.stops(assignment.arm.n)[0]
     budget = budget_of(request, route, assignment.arm.n, around.started, first=first, timeout_ms=timeout_ms)
     group = _empty_group(serving, request, around.caller, assignment, prompt, sampling, route, group_id)
     group = group.model_copy(update={"stop_reason": plan.stop_reason}) if isinstance(plan, Fixed) else group
     return Prepared(group, budget, around.caller, _warnings(assignment, group), plan)
+
+
+def _scorable(
+    settle: Callable[..., tuple[Assignment, Plan]],
+    position: float,
+    serving: Serving,
+    request: GenerateRequest,
+    prompt: EncodedPrompt,
+) -> tuple[Assignment, Plan]:
+    """What answers. settle: `planned` but for the position. Raises RewardModelUnavailable, InvalidField."""
+
+    def settled(position: float) -> tuple[Assignment, Plan]:
+        assignment, plan = settle(position=position)
+        if assignment.arm.n > 1 or request.wait_for_reward:
+            serving.reward_test.require_passed()
+            serving.reward_model.require_room(prompt.prompt, request.messages)
+        return assignment, plan
+
+    try:
+        return settled(position)
+    except (InvalidField, RewardModelUnavailable):
+        # What one sample could answer is not refused because chance would have had n of it.
+        return settled(1.0)
 
 
 def _empty_group(
@@ -189,7 +213,7 @@ def _empty_group(
         softness=route.softness if assignment.arm.n > 1 else None,
         selected=None,
         status="unscored",
-        store=request.store,
+        store=caller.store if request.store is None else request.store,
     )
 
 

@@ -115,8 +115,9 @@ class GatewaySettings(BaseSettings):
     default_max_tokens: int = Field(64, ge=1)
     """Of the route `default`, when it is made."""
     holdout_share: float = Field(0.02, ge=0, le=0.5, allow_inf_nan=False)
-    """Of the requests to a route whose strategy looks at rewards: all n of the base policy, whatever they are, so that
-    the ledger goes on to tell what best-of-n is worth. Of distilled_first as many again are probes."""
+    """Of the requests that one sample or a strategy that looks at rewards would answer: all n of the policy that
+    best-of-n draws from, whatever they are, so that the ledger goes on to tell what best-of-n is worth. Of
+    distilled_first as many again are probes."""
     learning_seconds: float = Field(30, gt=0)
     """Between two looks at what the ledger tells strategies."""
     reconcile_seconds: float = Field(5, gt=0)
@@ -133,6 +134,10 @@ class GatewaySettings(BaseSettings):
     """Drawn for one key, prompts included, in any minute."""
     key_tokens_in_flight: int | None = Field(None, ge=1)
     """Of one key's requests: prompt + n × max_tokens."""
+    tenant_requests_per_minute: int | None = Field(None, ge=1)
+    tenant_tokens_per_minute: int | None = Field(None, ge=1)
+    tenant_tokens_in_flight: int | None = Field(None, ge=1)
+    """Of all keys of one tenant together."""
     webhook_private_addresses: bool = False
     """Whether webhooks may lead to addresses that are not public: loopback, private networks, cloud metadata."""
     webhook_plain_http: bool = False

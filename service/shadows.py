@@ -25,13 +25,11 @@ from service.catalogue import Catalogue
 from service.errors import GatewayError
 from service.experiments import BUCKETS, bucket, exposure_of
 from service.ledger import Ledger
-from service.limits import Limits
+from service.limits import SHADOW_KEY, Limits
 from service.measurements import Measurements
 from service.trials import SILENT_AFTER
 
 AT_ONCE: Final = 8
-KEY: Final = "shadow"
-"""As which caller shadows take their turns."""
 log = logging.getLogger("bonsai.shadows")
 
 
@@ -90,7 +88,9 @@ class Shadows:
         deadline = started + route.deadline_ms / 1000
         budget = Budget(started=started, deadline=deadline, scoring_starts=deadline, quorum=1)
         try:
-            async with self._limits.admitted(Caller(KEY, group.tenant, "inference"), group, 1, deadline) as admission:
+            async with self._limits.admitted(
+                Caller(SHADOW_KEY, group.tenant, "inference"), group, 1, deadline
+            ) as admission:
                 filled = await best_of_n(group, budget, self._engine, self._reward_model, wait_for_reward=False)
                 admission.group = filled.group
             self._ledger.append(filled.group)

@@ -111,34 +111,42 @@ def planned(
     n: int | None,
     learned: Learned,
     *,
+    served: frozenset[str],
     is_policy_law: bool,
     position: float,
     holdout_share: float,
 ) -> tuple[Assignment, Plan]:
     """The strategy that answers, and the arm it aims at. Pure.
 
-    n: what the request names. is_policy_law: whether it is sampled as what was learned from. position: `share_of` its
-    group. The first `holdout_share` always has all n of the policy that best-of-n draws from, on a route with a circle
-    at least `collect_share`; of distilled_first the next share is probes. What is forced or in an experiment is fixed.
+    n: what the request names. served: see Snapshot. is_policy_law: whether it is sampled as what was learned from.
+    position: `share_of` its group. What would not have all n of the policy that best-of-n draws from always has them in
+    the first share, see `_held_out_share`; of distilled_first the next share is probes. What is forced or in an
+    experiment is fixed.
     """
     is_free = assignment.experiment_id is None and assignment.reason in ("default", "live", "n_above_equivalent")
-    # Where the live policy is not served, the base answers, and the assignment says so.
-    sampled = route.base_policy if assignment.reason == "default" else route.best_of_n_policy
+    sampled = route.best_of_n_policy if route.best_of_n_policy in served else route.base_policy
     teacher = Arm(policy=sampled, n=route.default_n if n is None else n)
-    if is_free and assignment.reason == "live" and position < (route.collect_share or 0.0):
-        return replace(assignment, arm=teacher, reason="default"), Fixed("holdout")
-    if route.strategy not in ("adaptive", "distilled_first") or not is_free:
+    looks_at_rewards = route.strategy in ("adaptive", "distilled_first")
+    share = _held_out_share(route, assignment, holdout_share)
+    may_be_held_out = (is_free or assignment.reason == "canary") and teacher.n > 1
+    if may_be_held_out and (looks_at_rewards or assignment.arm != teacher) and position < share:
+        return replace(assignment, arm=teacher, reason="default", experiment_id=None), Fixed("holdout")
+    if not looks_at_rewards or not is_free:
         return assignment, Fixed()
-    if position < holdout_share:
-        return replace(assignment, arm=teacher, reason="default"), Fixed("holdout")
     if route.strategy == "adaptive":
         return _adaptive(assignment, learned, is_policy_law=is_policy_law)
     if assignment.reason != "live":
         return _fixed(assignment, "no live policy stands in for this n: best-of-n answered")
     if not is_policy_law:
         return _fixed(replace(assignment, arm=teacher, reason="default"), f"{_UNKNOWN_LAW}: best-of-n answered")
-    rule = None if position < 2 * holdout_share else learned.escalation
+    rule = None if position < share + holdout_share else learned.escalation
     return replace(assignment, arm=teacher), DistilledFirst(assignment.arm.policy, rule)
+
+
+def _held_out_share(route: Route, assignment: Assignment, holdout_share: float) -> float:
+    """Of what the live policy answers a circle sets its own. Not of what its canary answers: a circle that collects
+    from every request would never see its canary answer one."""
+    return holdout_share if route.collect_share is None or assignment.reason != "live" else route.collect_share
 
 
 _UNKNOWN_LAW: Final = "the route's strategy knows rewards at temperature 1 with nothing cut off or penalised"

@@ -127,10 +127,10 @@ StopReason = Literal[
 ]
 """Why no more was drawn.
 
-fixed: what was asked for was. holdout: the same, where the route's strategy would have looked at the rewards.
-gain_below_price, cap: of adaptive. above_threshold: the live policy's sample was good enough; below_threshold: it was
-not, and best-of-n was drawn beside it; probe: that was drawn whatever the sample was worth. no_time, wave_failed: a
-further wave could not be had, or not whole.
+fixed: what was asked for was. holdout: all n, where the route's strategy would have looked at the rewards, or one
+sample have answered. gain_below_price, cap: of adaptive. above_threshold: the live policy's sample was good enough;
+below_threshold: it was not, and best-of-n was drawn beside it; probe: that was drawn whatever the sample was worth.
+no_time, wave_failed: a further wave could not be had, or not whole.
 """
 
 

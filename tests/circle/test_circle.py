@@ -155,7 +155,8 @@ def test_promotion_needs_a_reason_moves_traffic_and_is_taken_back_by_one_call(st
     assert refused.status_code in (409, 422)
     reason = {"route": "default", "override_reason": "the circle's test"}
     assert stack.http.post(f"/policies/{policy['id']}/promote", json=reason).status_code == 200
-    stands_in = stack.generate(prompts[5], n=N)
+    answers = [stack.generate(prompts[5], n=N) for _ in range(4)]
+    stands_in = next(one for one in answers if one["selection"]["stop_reason"] != "holdout")
     assert (stands_in["arm"], stands_in["arm_reason"]) == (f"{policy['id']}:1", "live")
     larger = stack.generate(prompts[5], n=N + 1)
     assert (larger["arm"], larger["arm_reason"]) == (f"{stack.base_policy}:{N + 1}", "n_above_equivalent")

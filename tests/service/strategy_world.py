@@ -38,7 +38,7 @@ def gateway(tmp_path: Path, engine: StubEngine, reward: StubReward, redis_url: s
         contexts = []
 
         def start(**settings: float) -> World:
-            values = {"learning_seconds": 0.05, "holdout_share": 0.0, **settings}
+            values = {"learning_seconds": 0.05, **settings}
             context = running_gateway(gateway_settings(tmp_path, engine_url, reward_url, redis_url, **values))
             contexts.append(context)
             return World(context.__enter__(), engine, reward, redis_url)

@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.allowances import MAX_IDLE_KEYS, WINDOW_SECONDS, Allowances, KeyLimits
+from service.allowances import MAX_IDLE_BOOKS, WINDOW_SECONDS, Allowances, TakingLimits
 from service.errors import OverBudget, RateLimited
 
 
 def of_tokens(limit: int) -> Allowances:
-    return Allowances(KeyLimits(tokens_per_minute=limit))
+    return Allowances("key", TakingLimits(tokens_per_minute=limit))
 
 
 def test_without_limits_everything_goes_and_no_header_is_told():
-    books = Allowances(KeyLimits())
+    books = Allowances("key", TakingLimits())
     for _ in range(1000):
         books.take("a", 10**9, 0.0)
-    assert books.headers("a", 0.0) == {}
+    assert books.left("a", 0.0) == []
 
 
 def test_a_request_is_charged_with_its_most_and_settled_with_what_was_drawn():
@@ -33,7 +33,7 @@ def test_a_request_is_charged_with_its_most_and_settled_with_what_was_drawn():
 
 
 def test_what_was_not_carried_out_never_counted():
-    books = Allowances(KeyLimits(requests_per_minute=1, tokens_per_minute=100))
+    books = Allowances("key", TakingLimits(requests_per_minute=1, tokens_per_minute=100))
     books.take("a", 100, 0.0)
     books.give_back("a", 100)
     books.take("a", 100, 0.0)
@@ -68,11 +68,11 @@ def test_a_request_that_can_never_be_is_over_budget_with_its_cost():
         of_tokens(100).take("a", 101, 0.0)
     assert refused.value.facts == {"tokens": 101, "limit": 100}
     with pytest.raises(OverBudget):
-        Allowances(KeyLimits(tokens_in_flight=50)).take("a", 51, 0.0)
+        Allowances("key", TakingLimits(tokens_in_flight=50)).take("a", 51, 0.0)
 
 
 def test_tokens_at_once_are_free_again_as_soon_as_a_request_ends():
-    books = Allowances(KeyLimits(tokens_in_flight=100))
+    books = Allowances("key", TakingLimits(tokens_in_flight=100))
     books.take("a", 60, 0.0)
     with pytest.raises(RateLimited):
         books.take("a", 60, 0.0)
@@ -81,7 +81,7 @@ def test_tokens_at_once_are_free_again_as_soon_as_a_request_ends():
 
 
 def test_requests_of_a_minute_are_counted():
-    books = Allowances(KeyLimits(requests_per_minute=2))
+    books = Allowances("key", TakingLimits(requests_per_minute=2))
     for _ in range(2):
         books.take("a", 1, 0.0)
         books.settle("a", 1, 1, 0.0)
@@ -91,12 +91,12 @@ def test_requests_of_a_minute_are_counted():
 
 
 def test_the_headers_say_what_is_left_and_when_everything_is():
-    books = Allowances(KeyLimits(requests_per_minute=10, tokens_per_minute=1000))
+    books = Allowances("key", TakingLimits(requests_per_minute=10, tokens_per_minute=1000))
     books.take("a", 300, 0.0)
     books.settle("a", 300, 100, 5.0)
     books.take("a", 200, 6.0)
-    told = books.headers("a", 6.0)
-    assert told == {
+    requests, tokens = books.left("a", 6.0)
+    assert requests.headers | tokens.headers == {
         "x-ratelimit-limit-requests": "10",
         "x-ratelimit-remaining-requests": "8",
         "x-ratelimit-reset-requests": "61s",
@@ -104,15 +104,15 @@ def test_the_headers_say_what_is_left_and_when_everything_is():
         "x-ratelimit-remaining-tokens": "700",
         "x-ratelimit-reset-tokens": "61s",
     }
-    assert books.headers("b", 6.0)["x-ratelimit-reset-tokens"] == "0s"
+    assert [one.reset for one in books.left("b", 6.0)] == [0, 0]
 
 
 def test_books_with_nothing_in_them_are_thrown_away():
     books = of_tokens(100)
-    for key in range(3 * MAX_IDLE_KEYS):
+    for key in range(3 * MAX_IDLE_BOOKS):
         books.take(str(key), 1, float(key))
         books.settle(str(key), 1, 1, float(key))
-    assert len(books._books) <= MAX_IDLE_KEYS + 1
+    assert len(books._books) <= MAX_IDLE_BOOKS + 1
 
 
 REQUESTS = st.lists(

@@ -256,7 +256,7 @@ def test_C23_a_chunk_without_end_is_413(still_world):
 
 
 def test_C25_what_follows_a_body_is_no_part_of_it(still_world):
-    """It is the connection's next request (HTTP/1.1 9.3.2), and where it is none the connection ends at once."""
+    """It is another request (HTTP/1.1 9.3.2), and where it is none the connection ends at once."""
     with connected(still_world.client) as connection:
         two = b'{}{"prompt":"hi"}\r\n\r\n'
         connection.sendall(still_world.client.written("POST", GENERATE, two, "Content-Length: 2"))

@@ -9,15 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.fair_queue import MAX_WAITING, FairQueue, Ticket
+from service.fair_queue import MAX_WAITING, FairQueue, Owner, Ticket
 
 KEYS = st.sampled_from("abcd")
 COSTS = st.integers(1, 150)
 BUDGET = 100
 
 
-def entered(queue: FairQueue, key: str, *costs: int) -> list[Ticket]:
-    return [queue.enter(key, cost) for cost in costs]
+def owner(name: str) -> Owner:
+    """`key`, of the tenant that most tests have, or `tenant/key`."""
+    tenant, _, key = name.rpartition("/")
+    return Owner(tenant or "default", key)
+
+
+def entered(queue: FairQueue, name: str, *costs: int) -> list[Ticket]:
+    return [queue.enter(owner(name), cost) for cost in costs]
 
 
 def order_of(queue: FairQueue, running: list[Ticket]) -> list[Ticket]:
@@ -60,7 +66,7 @@ def test_keys_share_tokens_not_requests():
     queue = FairQueue(30, 10_000)
     entered(queue, "a", *[30] * 5)
     entered(queue, "b", *[10] * 15)
-    assert "".join(ticket.key for ticket in order_of(queue, [])) == "abbb" * 5
+    assert "".join(ticket.owner.key for ticket in order_of(queue, [])) == "abbb" * 5
 
 
 def test_whoever_was_idle_has_saved_up_nothing():
@@ -72,7 +78,7 @@ def test_whoever_was_idle_has_saved_up_nothing():
         if turn == 100:
             entered(queue, "b", *[1] * 5)
         [ticket] = queue.admit(0.0)
-        order.append(ticket.key)
+        order.append(ticket.owner.key)
         queue.leave(ticket, 0.0)
     assert "".join(order[100:]) == "bababababa"
 
@@ -92,51 +98,117 @@ def test_a_large_request_is_waited_for_and_runs_alone():
     assert queue.admit(2.0) == [behind]
 
 
+# --- tenants ---------------------------------------------------------------------------------------------
+
+
+def test_a_tenant_with_many_keys_gets_what_one_with_a_single_key_gets():
+    """Ten keys with ten requests each against one with a hundred: until all are served, turn by turn."""
+    queue = FairQueue(10, 100_000)
+    for number in range(10):
+        entered(queue, f"many/{number}", *[10] * 10)
+    entered(queue, "single/a", *[10] * 100)
+    order = order_of(queue, [])
+    assert [ticket.owner.tenant for ticket in order] == ["many", "single"] * 100
+    # Within the tenant its keys take turns.
+    assert [ticket.owner.key for ticket in order[::2]] == [str(number) for number in range(10)] * 10
+
+
+def test_a_key_that_was_never_seen_gives_its_tenant_no_turn_of_its_own():
+    """A thousand keys with one request each, against one that has three."""
+    queue = FairQueue(10, 1_000_000)
+    for number in range(1000):
+        entered(queue, f"many/{number}", 10)
+    entered(queue, "single/a", 10, 10, 10)
+    assert [ticket.owner.tenant for ticket in order_of(queue, [])][:6] == ["many", "single"] * 3
+
+
+def test_what_a_key_had_counts_in_its_tenant_when_its_tenant_has_nothing_waiting_in_between():
+    queue = FairQueue(10, 1000)
+    for ticket in entered(queue, "t/a", 10, 10, 10):
+        queue.admit(0.0)
+        queue.leave(ticket, 0.0)
+    [late_a], [early_b] = entered(queue, "t/a", 10), entered(queue, "t/b", 10)
+    assert order_of(queue, []) == [early_b, late_a]
+
+
+def test_the_wait_of_a_key_whose_tenant_has_much_waiting():
+    queue = FairQueue(10, 10_000)
+    [first] = entered(queue, "many/a", 10)
+    queue.admit(0.0)
+    queue.leave(first, 1.0)
+    for number in range(10):
+        entered(queue, f"many/{number}", 10)
+    queue.admit(1.0)
+    # 10 in flight, and the nine that wait: of a budget of 10 each takes a second. Another tenant waits for the first.
+    assert queue.expected_wait(owner("many/5"), 10) == pytest.approx(10.0)
+    assert queue.expected_wait(owner("single/a"), 10) == pytest.approx(1.0)
+
+
+def test_a_tenant_fills_two_thirds_of_the_queue_with_however_many_keys():
+    queue = FairQueue(1, 90_000)
+    keys = [owner(f"many/{number}") for number in range(1000)]
+    while room := [key for key in keys if queue.has_room(key, 30)]:
+        queue.enter(room[0], 30)
+    assert queue.tokens_waiting == 60_000
+    assert queue.has_room(owner("single/a"), 10_000)
+
+
+def test_of_tenants_that_are_gone_nothing_is_kept():
+    """One comes again and again, and so what the others had is soon long ago."""
+    queue = FairQueue(1, 10**9)
+    for number in range(3 * MAX_WAITING):
+        for name in (f"{number}/a", "regular/a"):
+            [ticket] = entered(queue, name, 1)
+            queue.admit(0.0)
+            queue.leave(ticket, 0.0)
+    assert len(queue._keys) <= MAX_WAITING + 2
+
+
 # --- how long, and how much room -------------------------------------------------------------------------
 
 
 def test_the_wait_is_what_must_leave_before_at_the_pace_of_a_full_budget():
     queue = FairQueue(100, 10_000)
-    assert queue.expected_wait("a", 100) == 0.0
+    assert queue.expected_wait(owner("a"), 100) == 0.0
     [first] = entered(queue, "a", 100)
     queue.admit(0.0)
-    assert queue.expected_wait("a", 100) == 0.0, "nothing is known before something has finished"
+    assert queue.expected_wait(owner("a"), 100) == 0.0, "nothing is known before something has finished"
     queue.leave(first, 4.0)
     entered(queue, "a", 100, 100, 100)
     queue.admit(4.0)
     # 100 in flight, 200 of a's own before it, 100 of itself, all but 100 must leave: 300 tokens, 4 s for each 100.
-    assert queue.expected_wait("a", 100) == pytest.approx(12.0)
+    assert queue.expected_wait(owner("a"), 100) == pytest.approx(12.0)
     # A new key waits only for what is in flight.
-    assert queue.expected_wait("b", 100) == pytest.approx(4.0)
+    assert queue.expected_wait(owner("b"), 100) == pytest.approx(4.0)
     # A giant waits until it is alone.
-    assert queue.expected_wait("b", 10**9) == pytest.approx(4.0)
+    assert queue.expected_wait(owner("b"), 10**9) == pytest.approx(4.0)
 
 
 def test_one_key_fills_half_of_the_queue_and_a_newcomer_finds_room():
     queue = FairQueue(1, 100_000)
-    while queue.has_room("greedy", 1000):
-        queue.enter("greedy", 1000)
+    while queue.has_room(owner("greedy"), 1000):
+        queue.enter(owner("greedy"), 1000)
     assert queue.tokens_waiting == 50_000
-    assert queue.has_room("new", 1000)
-    assert not queue.has_room("greedy", 1000)
+    assert queue.has_room(owner("new"), 1000)
+    assert not queue.has_room(owner("greedy"), 1000)
 
 
 def test_small_requests_fill_the_queue_by_their_number():
     queue = FairQueue(1, 100 * MAX_WAITING)
-    while queue.has_room("greedy", 1):
-        queue.enter("greedy", 1)
+    while queue.has_room(owner("greedy"), 1):
+        queue.enter(owner("greedy"), 1)
     assert queue.num_waiting == MAX_WAITING // 2
 
 
 def test_a_request_larger_than_the_queue_waits_alone():
     queue = FairQueue(10, 20)
-    assert queue.has_room("a", 50)
-    queue.enter("a", 50)
-    assert not queue.has_room("b", 5)
+    assert queue.has_room(owner("a"), 50)
+    queue.enter(owner("a"), 50)
+    assert not queue.has_room(owner("b"), 5)
 
 
 def test_a_queue_without_room_holds_nobody():
-    assert not FairQueue(10, 0).has_room("a", 5)
+    assert not FairQueue(10, 0).has_room(owner("a"), 5)
 
 
 # --- whatever happens ------------------------------------------------------------------------------------
@@ -154,7 +226,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(key=KEYS, cost=COSTS)
     def comes(self, key, cost):
-        self.waiting.append(self.queue.enter(key, cost))
+        self.waiting.append(self.queue.enter(owner(key), cost))
         self.turn()
 
     @precondition(lambda self: self.running)
@@ -197,8 +269,8 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def a_key_is_served_in_its_order(self):
         for key in "abcd":
-            waiting = [ticket.number for ticket in self.waiting if ticket.key == key]
-            running = [ticket.number for ticket in self.running if ticket.key == key]
+            waiting = [ticket.number for ticket in self.waiting if ticket.owner.key == key]
+            running = [ticket.number for ticket in self.running if ticket.owner.key == key]
             assert not waiting or not running or max(running) < min(waiting)
 
     def teardown(self):
@@ -226,8 +298,8 @@ def test_keys_that_wait_differ_by_at_most_one_request_of_each(costs, budget):
     served = [0] * len(costs)
     history = [tuple(served)]
     for ticket in order_of(queue, []):
-        served[int(ticket.key)] += ticket.cost
-        left[int(ticket.key)] -= 1
+        served[int(ticket.owner.key)] += ticket.cost
+        left[int(ticket.owner.key)] -= 1
         if not all(left):
             break
         history.append(tuple(served))
@@ -240,14 +312,14 @@ def test_keys_that_wait_differ_by_at_most_one_request_of_each(costs, budget):
 def test_a_newcomer_is_behind_at_most_one_request_of_every_other_key(waiting, budget, turns):
     queue = FairQueue(budget, 10**6)
     for key, cost in waiting:
-        queue.enter(key, cost)
+        queue.enter(owner(key), cost)
     running = queue.admit(0.0)
     for _ in range(turns):
         queue.leave(running.pop(0), 0.0)
         running += queue.admit(0.0)
         if not running:
             return
-    newcomer = queue.enter("new", 7)
+    newcomer = queue.enter(owner("new"), 7)
     order = order_of(queue, running)
-    before = [ticket.key for ticket in order[: order.index(newcomer)]]
+    before = [ticket.owner.key for ticket in order[: order.index(newcomer)]]
     assert len(before) == len(set(before))

@@ -324,6 +324,25 @@ def test_store_false_keeps_rewards_and_counts_and_no_text(world):
     assert not group.is_unbiased
 
 
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_a_key_says_whether_texts_are_kept_where_a_request_does_not(world, path):
+    made = world.client.post("/keys", {"name": "n", "role": "inference", "store": False}).json
+    assert (made["store"], world.client.get(f"/keys/{made['id']}").json["store"]) == (False, False)
+    silent = world.client.with_key(made["key"])
+    asked = HI if path == "/generate" else {"model": "default", **HI}
+    for body in (asked, {**asked, "store": True}):
+        assert silent.post(path, body).status == 200
+    assert world.client.post(path, asked).status == 200
+    assert [(group.store, bool(group.prompt)) for group in world.groups(3)] == [
+        (False, False),
+        (True, True),
+        (True, True),
+    ]
+    # The reply is kept nowhere, so it cannot be replayed.
+    refused = silent.post(path, asked, {"Idempotency-Key": "one"})
+    assert (refused.status, refused.json["error"]["param"]) == (422, "Idempotency-Key")
+
+
 def test_a_forced_arm_answers_and_is_no_exposure(world):
     body = world.client.post("/generate", HI, {"x-bonsai-arm": "base:3"}).json
     assert (body["arm"], body["arm_reason"], body["experiment"]) == (f"{BASE}:3", "forced", None)

@@ -60,6 +60,7 @@ def test_a_key_is_shown_once_and_good_at_once(world):
         "created_at": shown["created_at"],
         "created_by": key_id(world.client.key),
         "expires_at": until,
+        "store": True,
         "revoked_at": None,
         "last_used_at": None,
     }

@@ -10,10 +10,10 @@ import pytest
 
 from bon_algos.contracts import CandidateGroup
 from service.access import Caller
-from service.allowances import Allowances, KeyLimits
+from service.allowances import Allowances, TakingLimits
 from service.errors import EngineBroken, OverBudget, Overloaded, RateLimited
-from service.fair_queue import FairQueue
-from service.limits import Limits
+from service.fair_queue import FairQueue, Owner
+from service.limits import SHADOW_KEY, Limits
 from service.request_cost import FEWEST, CompletionLengths, drawn_tokens
 from tests.service.records import group
 
@@ -23,8 +23,11 @@ ONE = group([(0.0, 3)])
 """A prompt of 1 token and at most 8 drawn: 9; in fact 4."""
 
 
+UNLIMITED = Allowances("tenant", TakingLimits())
+
+
 def limits_of(budget: int, room: int = 10**6, **of_a_key: int) -> Limits:
-    return Limits(FairQueue(budget, room), Allowances(KeyLimits(**of_a_key)))
+    return Limits(FairQueue(budget, room), Allowances("key", TakingLimits(**of_a_key)), UNLIMITED)
 
 
 class Drawing:
@@ -183,8 +186,8 @@ async def test_a_request_that_would_be_admitted_too_late_is_refused_before_it_wa
 async def test_retry_after_is_the_estimated_wait():
     """Each token was in flight for 3 s by the queue's clock; 10 budgets must leave before."""
     queue = FairQueue(9, room=180)
-    limits = Limits(queue, Allowances(KeyLimits()))
-    ticket = queue.enter("greedy", 9)
+    limits = Limits(queue, Allowances("key", TakingLimits()), UNLIMITED)
+    ticket = queue.enter(Owner("default", "greedy"), 9)
     queue.admit(0.0)
     queue.leave(ticket, 3.0)
     before = await drawings(limits, 11)
@@ -244,6 +247,59 @@ async def test_whoever_was_never_admitted_is_charged_nothing():
     await waiting.go_away()
     assert left(limits) == 100 - 9
     await running.end()
+
+
+def tenant_limits(budget: int, **of_a_tenant: int) -> Limits:
+    of_a_key = TakingLimits(tokens_per_minute=1000)
+    return Limits(
+        FairQueue(budget, 10**6), Allowances("key", of_a_key), Allowances("tenant", TakingLimits(**of_a_tenant))
+    )
+
+
+async def test_all_keys_of_a_tenant_together_have_its_limit():
+    limits = tenant_limits(1000, tokens_per_minute=30)
+    running = [Drawing(limits, Caller(f"key-{number}", "many", "inference")) for number in range(3)]
+    await settled()
+    refused = Drawing(limits, Caller("another", "many", "inference"))
+    with pytest.raises(RateLimited, match="this tenant may have 30 tokens in a minute"):
+        await refused.task
+    assert limits.headers(Caller("another", "many", "inference"))["x-ratelimit-remaining-tokens"] == "3"
+    [other] = await drawings(limits, 1, Caller("a", "single", "inference"))
+    assert other.is_admitted
+    for one in [*running, other]:
+        await one.end()
+    # Each drew 4 in fact.
+    assert limits.headers(Caller("key-0", "many", "inference"))["x-ratelimit-remaining-tokens"] == str(30 - 3 * 4)
+
+
+async def test_what_a_tenants_limit_refuses_its_key_has_not_used():
+    limits = tenant_limits(1000, tokens_in_flight=9)
+    [running] = await drawings(limits, 1)
+    with pytest.raises(RateLimited, match="this tenant may have 9 tokens under way"):
+        await Drawing(limits, OTHER).task
+    assert limits.headers(OTHER)["x-ratelimit-remaining-tokens"] == "1000"
+    await running.end()
+
+
+async def test_a_shadow_is_charged_to_no_tenant():
+    limits = tenant_limits(1000, tokens_per_minute=30)
+    [shadow] = await drawings(limits, 1, Caller(SHADOW_KEY, "default", "inference"))
+    assert limits.headers(GREEDY)["x-ratelimit-remaining-tokens"] == "30"
+    await shadow.end()
+
+
+async def test_many_keys_of_one_tenant_and_one_of_another_get_equal_shares_under_load():
+    """S7. Fifty keys with two requests each, and one with a hundred, one place: whoever was begun, in its order."""
+    limits, begun = limits_of(budget=9), list[str]()
+
+    async def request(caller: Caller) -> None:
+        async with limits.admitted(caller, ONE, ONE.requested, monotonic() + 60):
+            begun.append(caller.tenant)
+            await asyncio.sleep(0)
+
+    many = [Caller(f"key-{number // 2}", "many", "inference") for number in range(100)]
+    await asyncio.gather(*(request(caller) for caller in [*many, *[Caller("a", "single", "inference")] * 100]))
+    assert abs(begun[:100].count("many") - begun[:100].count("single")) <= 2
 
 
 async def test_refusals_are_counted_by_their_kind():

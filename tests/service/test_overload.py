@@ -225,3 +225,12 @@ def test_no_key_gets_more_than_its_limit_under_load(world_with):
     # One more of 2 + 2 × 20 must not have fitted.
     assert 500 - 42 < sum(served) <= 500
     assert len(world.engine.requests) == len(served)
+
+
+def test_another_key_buys_a_tenant_no_more(world_with):
+    """S7. Its admin may make as many as it likes."""
+    world = world_with(tenant_requests_per_minute=1)
+    made = world.client.post("/keys", {"name": "another", "role": "inference"})
+    assert world.client.post("/generate?n=2", ASKED).headers["x-ratelimit-remaining-requests"] == "0"
+    another = world.client.with_key(made.json["key"])
+    assert_refused(another.post("/generate?n=2", ASKED), 429, "rate_limited")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import resource
 import socket
 import threading
@@ -109,6 +110,51 @@ def test_slow_connections_delay_nobody(world):
         assert [world.client.post("/generate?n=2", {"prompt": "hi"}).status for _ in range(5)] == [200] * 5
         assert [all_of(connection)[:13] for connection in in_headers] == [b"HTTP/1.1 408 "] * MANY
     assert world.client.get("/ready").json["limits"]["requests_in_flight"] == 0
+
+
+# --- requests behind one that runs -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"prompt": "hi"}', b'{"prompt": "' + b"x" * 200_000 + b'"}'], ids=["small", "large"]
+)
+@pytest.mark.parametrize("is_at_once", [True, False])
+def test_a_client_that_leaves_behind_a_second_request_stops_the_engine(world, body, is_at_once):
+    """Whatever it has sent behind the one that runs, and whenever."""
+    world.engine.script.fault = "silent"
+    first, second = (world.client.written("POST", "/generate?n=2", one) for one in (b'{"prompt": "hi"}', body))
+    with connected(world.client) as connection:
+        connection.sendall(first + second if is_at_once else first)
+        wait_until(lambda: world.engine.active == 1)
+        if not is_at_once:
+            connection.sendall(second)
+    wait_until(lambda: world.engine.active == 0, seconds=1)
+    assert len(world.engine.aborted_at) == len(world.engine.requests) == 1
+
+
+@pytest.mark.parametrize("behind", [WHOLE, HALF_HEADERS], ids=["whole", "half"])
+def test_what_comes_behind_a_request_that_runs_is_for_another_connection(world, behind):
+    """The first answer says so, and nothing follows it."""
+    request = world.client.written("POST", "/generate?n=2", b'{"prompt": "hi"}')
+    with connected(world.client) as connection:
+        connection.sendall(request + behind)
+        answer = all_of(connection)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close" in head.lower()
+    assert json.loads(body)["candidates"]["requested"] == 2
+    assert len(world.engine.requests) == 1
+
+
+def test_a_second_request_after_the_first_answer_is_answered_on_the_same_connection(world):
+    with connected(world.client) as connection:
+        for _ in range(2):
+            connection.sendall(world.client.written("POST", "/generate?n=2", b'{"prompt": "hi"}'))
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(65_536)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b"connection: close" not in answer.lower()
 
 
 # --- replies that nobody reads ---------------------------------------------------------------------------

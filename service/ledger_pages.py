@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from itertools import islice
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 from redis.asyncio import Redis
 
 from archive.reading import Archive, Question
 from archive.tables import SegmentSet, Stored
-from bon_algos.contracts import LEDGER_STREAM, Candidate, CandidateGroup, Feedback, Outcome, feedback_key
+from bon_algos.contracts import Candidate, CandidateGroup, Feedback, Outcome, feedback_key
 from bon_algos.ledger_entries import EntryId, UnreadableRecord, record_of, with_outcome
 from service.access import Caller
-from service.errors import StoreUnavailable
 from service.feedback import feedback_object
 from service.ledger_query import LedgerQuery, cursor_text, read_cursor, served_reward
+from service.ledger_reading import Entry, archive_pages, stream_page
 from service.store import translated
 
 KINDS: Final[tuple[SegmentSet, ...]] = ("groups", "outcomes")
-PAGE_ENTRIES: Final = 200
 MOST_ENTRIES: Final = 20_000
 """Looked at for one request; the cursor goes on from there."""
 OUTCOME_MILLISECONDS: Final = 120_000
 """A reward that was measured after the reply is delivered so soon after its group."""
-Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class Row(NamedTuple):
@@ -76,23 +73,14 @@ class LedgerPages:
         """Entries, newest first, from a little behind the cursor on, where late rewards may stand."""
         start = None if before is None else EntryId(before.ms + OUTCOME_MILLISECONDS, 0)
         newest = "+" if start is None else f"({start}"
-        while page := await self._stream_page(newest):
+        while page := await stream_page(self._redis, newest):
             start = EntryId.parse(page[-1][0])
             newest = f"({start}"
             if chunk := await asyncio.to_thread(_decoded, page):
                 yield chunk
         question = Question(KINDS, tenant, query.route, since=query.since, until=query.until, before=start)
-        found = self._archive.records(question)
-        try:
-            while chunk := await asyncio.to_thread(lambda: list(islice(found, PAGE_ENTRIES))):
-                yield chunk
-        except OSError as error:
-            raise StoreUnavailable("the ledger's archive did not answer", code="archive_unavailable") from error
-
-    async def _stream_page(self, newest: str) -> list[Entry]:
-        with translated():
-            found: Any = await self._redis.xrevrange(LEDGER_STREAM, newest, "-", count=PAGE_ENTRIES)
-        return cast("list[Entry]", found)
+        async for chunk in archive_pages(self._archive, question):
+            yield chunk
 
     async def _with_feedback(
         self, groups: Sequence[tuple[EntryId, CandidateGroup]], query: LedgerQuery

@@ -75,8 +75,8 @@ class CompactorSettings(BrokerSettings):
     """A batch is written when it has so many entries, so many bytes, or when its first entry has waited so long."""
     hot_groups: int = Field(20_000, ge=0)
     hot_seconds: float = Field(3600.0, ge=0)
-    """What stays in Redis: at least the newest groups, and all that are younger. Curves, strategies and `bonsai replay`
-    look at no other."""
+    """What stays in Redis: at least the newest groups, and all that are younger. Strategies and `bonsai replay` look
+    at no other."""
     merge_bytes: int = Field(64 * 2**20, ge=1)
     """Of a file that small ones are merged into, at most."""
     retention: Retention = Retention()

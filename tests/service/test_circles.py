@@ -16,6 +16,7 @@ import pytest
 import redis as blocking_redis
 from redis.asyncio import Redis
 
+from archive.reading import Archive
 from bon_algos.contracts import (
     Arm,
     Circle,
@@ -46,6 +47,7 @@ from tests.service.records import BASE, PASSED, REWARD_MODEL, group, job_spec, m
 from tests.service.records import report as summary_report
 from tests.service.test_redis_model import deliver
 from tests.service.test_reports import a_report
+from worker.compaction import Compaction, Limits
 from worker.lease import Lease, claim
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +57,7 @@ SPEC = CircleSpec.model_validate(
         "n": 4, "min_groups": 8, "shadow": {"share": 0.5, "answers": 5}, "canary": {"share": 0.5, "answers": 5},
     }
 )  # fmt: skip
+NOTHING_HOT = Limits(entries=100, bytes=2**20, seconds=0.0, hot_groups=0, hot_seconds=0.0)
 
 
 @dataclass
@@ -182,7 +185,8 @@ async def turning(redis_url: str, tmp_path: Path) -> AsyncIterator[Turning]:
         await catalogue.refresh()
         jobs = Jobs(redis, n_cap=64, max_lora_rank=64)
         woken = Dispatcher(redis, lambda job_id, priority: None, seconds=5)
-        means = Means(catalogue, jobs, woken, Policies(redis), Trials(redis), Curves(of_bytes), tmp_path)
+        curves = Curves(of_bytes, Archive.at(str(tmp_path / "archive")))
+        means = Means(catalogue, jobs, woken, Policies(redis), Trials(redis), curves, tmp_path)
         driver = CircleDriver(redis, means, seconds=5)
         with blocking_redis.Redis.from_url(redis_url) as store:
             world = Turning(redis, store, driver.circles, driver, means, tmp_path)
@@ -221,6 +225,17 @@ async def test_it_goes_round_twice_by_itself_and_everything_is_done_once(turning
     rows, _ = await turning.means.jobs.list(20)
     newest = rows[0]["bonsai"]["spec"]["training"]
     assert (newest["start_from"], newest["reference"]) == (FIRST, "start")
+
+
+async def test_groups_that_the_stream_has_no_more_are_fresh_all_the_same(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    compaction = Compaction(turning.store, Archive.at(str(turning.directory / "archive")), NOTHING_HOT)
+    compaction.open()
+    while compaction.step(wait_seconds=0.01) is not None:
+        pass
+    assert await turning.redis.xlen("bonsai:ledger") == 0
+    assert (await turning.look()).turn is not None
 
 
 async def test_what_the_base_drew_is_nothing_fresh_when_another_is_live(turning: Turning):

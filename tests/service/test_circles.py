@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import time
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from redis.asyncio import Redis
 
 from archive.reading import Archive
 from bon_algos.contracts import (
+    TURNS_KEPT,
     Arm,
     Circle,
     CircleSpec,
@@ -27,6 +29,7 @@ from bon_algos.contracts import (
     Turn,
     circle_key,
     experiment_stats_key,
+    job_key,
     policy_key,
     report_digest,
 )
@@ -34,7 +37,8 @@ from service.access import GATEWAY
 from service.audit import Audit
 from service.catalogue import Catalogue
 from service.circle_driver import CircleDriver, Means
-from service.circles import Circles
+from service.circle_rules import DAY_SECONDS
+from service.circles import Circles, circle_object
 from service.curve import Curves
 from service.dispatch import Dispatcher
 from service.errors import Conflict
@@ -257,6 +261,38 @@ async def test_three_refused_turns_stop_it_and_nothing_was_tried(turning: Turnin
     assert (ended.status, [turn.outcome for turn in ended.turns]) == ("stopped", ["refused"] * 2)
     found = (await turning.means.catalogue.refresh()).route("default")
     assert (found.live_policy, found.shadow, found.canary) == (None, None, None)
+
+
+async def test_more_turns_than_are_kept_count_as_long_as_they_are_of_today(turning: Turning):
+    spec = CircleSpec.model_validate({**SPEC.model_dump(), "budgets": {"jobs_per_day": 61}})
+    circle, _ = await turning.circles.put("default", spec, GATEWAY)
+    over = Turn(number=1, began_at=time(), parent=BASE, phase="over", seconds=2.0, outcome="promoted")
+    earlier = circle.model_copy(update={"turns": (over,) * (TURNS_KEPT + 10)})
+    await turning.redis.set(circle_key("default"), earlier.model_dump_json())
+    await turned(turning, FIRST, gain=0.05)
+    await turning.groups(BASE)
+    after = await turning.look()
+    assert (after.turn, len(after.turns), after.reason) == (None, 61, "61 jobs in 24 hours: the budget")
+    assert circle_object(after, time())["spent"]["gpu_seconds"] == pytest.approx(120.0, abs=1.0)
+
+
+async def test_turns_of_days_ago_make_room(turning: Turning):
+    circle, _ = await turning.circles.put("default", SPEC, GATEWAY)
+    over = Turn(number=1, began_at=time() - 2 * DAY_SECONDS, parent=BASE, phase="over", outcome="promoted")
+    earlier = circle.model_copy(update={"turns": (over,) * (TURNS_KEPT + 10)})
+    await turning.redis.set(circle_key("default"), earlier.model_dump_json())
+    assert len((await turned(turning, FIRST)).turns) == TURNS_KEPT
+
+
+async def test_a_job_that_several_processes_train_spends_as_many_gpus(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    job_id = (await turning.look(2)).turn.job_id  # type: ignore[union-attr]
+    await turning.redis.hset(job_key(str(job_id)), mapping={"spent_ms": 5_000, "gpu_ms": 20_000})
+    assert (await turning.look()).turn.seconds == 20.0  # type: ignore[union-attr]
+    # A worker of an older version tells time alone.
+    await turning.redis.hset(job_key(str(job_id)), "spent_ms", 30_000)
+    assert (await turning.look()).turn.seconds == 30.0  # type: ignore[union-attr]
 
 
 async def test_second_reward_that_falls_stops_it_at_once(turning: Turning):

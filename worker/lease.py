@@ -76,7 +76,7 @@ move(KEYS[1], KEYS[2], 'running', 'attempt', attempt)
 return epoch
 """
 )
-"""KEYS job, events. ARGV lease ms, worker, processes it trains in. -> epoch; -1 final or unknown, -2 held, -3 cancelled,
+"""KEYS job, events. ARGV lease ms, worker, processes that train. -> epoch; -1 final or unknown, -2 held, -3 cancelled,
 -4 paused."""
 
 BEAT: Final = (

@@ -20,8 +20,8 @@ class Asked(NamedTuple):
     status: int
 
 
-def method(name: str = "jbond", **parameters: object) -> dict[str, object]:
-    return {"method": {"type": name, name: parameters}}
+def method(**parameters: object) -> dict[str, object]:
+    return {"method": {"type": "jbond", "jbond": parameters}}
 
 
 def job(name: str, body: object, status: int = 422) -> Asked:

@@ -1,7 +1,7 @@
 """A circle with real Redis: it goes round by itself, once, whoever dies in it; and it can be stopped.
 
 The worker's part is played through its own lease, as a worker would. The rules are in test_circle_rules.py; the whole
-with real engines is `benchmarks.turns`.
+with real engines is tests/circle/test_turning.py and `benchmarks.turns`.
 """
 
 from __future__ import annotations

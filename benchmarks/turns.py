@@ -68,21 +68,21 @@ class Worth(NamedTuple):
 
 
 async def unattended(client: BonsaiClient, console: Console, turns: int) -> RunningCircle:
-    """Traffic until the circle has stopped. Raises TimeoutError after an hour."""
+    """Traffic until the circle has stopped, or for an hour: then the claims are of how far it came."""
     seen, told, prompts = await client.put_circle(ROUTE, circle_spec(turns)), "", cycle(logged_prompts())
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while seen.status == "running":
-            until = time.monotonic() + LOOK_EVERY
-            while time.monotonic() < until:
-                width = COLLECTING if seen.turn is None else OTHERWISE
-                await asyncio.gather(*(client.generate(next(prompts), n=N) for _ in range(width)))
-                if seen.turn is not None:
-                    await asyncio.sleep(QUIET_SECONDS)
-            seen = await client.circle(ROUTE)
-            phase = "collecting" if seen.turn is None else f"turn {seen.turn.number}: {seen.turn.phase}"
-            if phase != told:
-                console.print(f"{time.strftime('%H:%M:%S')}  {phase}  live: {seen.live_policy or 'base'}")
-                told = phase
+    ends_at = time.monotonic() + DEADLINE_SECONDS
+    while seen.status == "running" and time.monotonic() < ends_at:
+        until = time.monotonic() + LOOK_EVERY
+        while time.monotonic() < until:
+            width = COLLECTING if seen.turn is None else OTHERWISE
+            await asyncio.gather(*(client.generate(next(prompts), n=N) for _ in range(width)))
+            if seen.turn is not None:
+                await asyncio.sleep(QUIET_SECONDS)
+        seen = await client.circle(ROUTE)
+        phase = "collecting" if seen.turn is None else f"turn {seen.turn.number}: {seen.turn.phase}"
+        if phase != told:
+            console.print(f"{time.strftime('%H:%M:%S')}  {phase}  live: {seen.live_policy or 'base'}")
+            told = phase
     console.print(f"{time.strftime('%H:%M:%S')}  {seen.status}: {seen.reason}")
     return seen
 
@@ -106,6 +106,11 @@ async def _worths(client: BonsaiClient, ended: RunningCircle) -> list[Worth]:
     return found
 
 
+def turns_of(ended: RunningCircle) -> tuple[Turn, ...]:
+    """With the one that the deadline cut off."""
+    return ended.turns if ended.turn is None else (*ended.turns, ended.turn)
+
+
 def rows_of(worths: Sequence[Worth], turns: Sequence[Turn]) -> list[tuple[str, ...]]:
     base = worths[0]
     of_policy = {one.policy: one.quality for one in worths[1:]}
@@ -118,7 +123,7 @@ def rows_of(worths: Sequence[Worth], turns: Sequence[Turn]) -> list[tuple[str, .
 
 def _turn_row(turn: Turn, quality: measure.Quality | None) -> tuple[str, ...]:
     numbers = ("–",) * 5 if quality is None else _numbers(quality)
-    return f"turn {turn.number}, {turn.outcome}", *numbers, f"{turn.seconds:.0f}", _lasted(turn)
+    return f"turn {turn.number}, {turn.outcome or turn.phase}", *numbers, f"{turn.seconds:.0f}", _lasted(turn)
 
 
 def _numbers(quality: measure.Quality) -> tuple[str, ...]:
@@ -148,7 +153,7 @@ def claims_of(ended: RunningCircle, worths: Sequence[Worth], turns: int) -> list
     return [
         claims.at_least("turns that came to their end unattended", len(ended.turns), turns),
         claims.at_most("turns whose job, proof or trial broke", broken, 0),
-        claims.at_least("turns that were promoted", len(worths) - 1, 1),
+        claims.at_least("turns that were promoted", len(worths) - 1, turns),
         claims.above("gold reward of the last live policy above the base's, lower 95 % bound", first_to_last.low, 0.0),
         claims.at_least("gold reward from one live policy to the next, upper 95 % bound, worst", _worst(steps), 0.0),
         claims.at_most("KL to the base, nats", ended.spent.kl_base, circle_spec(turns).budgets.max_kl),
@@ -161,7 +166,7 @@ def _worst(steps: Sequence[Interval]) -> float:
 
 def figures_of(ended: RunningCircle, worths: Sequence[Worth]) -> dict[str, object]:
     return {
-        "turns": [turn.model_dump(mode="json") for turn in ended.turns],
+        "turns": [turn.model_dump(mode="json") for turn in turns_of(ended)],
         "worth": [{"policy": one.policy, **one.quality.model_dump()} for one in worths],
         "gold_steps": [step.model_dump() for step in gold_steps(worths)],
     }
@@ -185,7 +190,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bonsai-") as directory:
         place = options.directory or Path(directory)
         ended, worths = asyncio.run(measured(place, console, options.turns))
-    rows = rows_of(worths, ended.turns)
+    rows = rows_of(worths, turns_of(ended))
     console.print(claims.table(f"{options.turns} turns, n = {N}, 95 % intervals", COLUMNS, rows))
     if options.markdown is not None:
         options.markdown.write_text(claims.markdown(COLUMNS, rows))

@@ -32,6 +32,8 @@ class JobDetails(Reply):
     metrics: dict[str, float | None] = Field(default_factory=dict)
     seconds: float = 0.0
     """That workers have spent on it, over all attempts."""
+    gpu_seconds: float = 0.0
+    """The same of each process that trained it."""
     seconds_left: float | None = None
     attempts: int = 0
     report: EvaluationReport | None = None

@@ -21,7 +21,6 @@ from redis.asyncio import Redis
 from bon_algos.contracts import (
     CIRCLES_LEASE,
     LEDGER_COUNTS,
-    TURNS_KEPT,
     Circle,
     Interval,
     JobState,
@@ -50,6 +49,7 @@ from service.circle_rules import (
     Wait,
     decide,
     kl_base_of,
+    turns_kept,
 )
 from service.circles import Circles
 from service.curve import Curves
@@ -158,7 +158,7 @@ class CircleDriver:
         except JobNotFound:
             return None
         error = "" if job["error"] is None else f"{job['error']['code']}: {job['error']['message']}"
-        return JobFacts(cast(JobState, job["status"]), job["bonsai"]["seconds"], job["fine_tuned_model"], error)
+        return JobFacts(cast(JobState, job["status"]), job["bonsai"]["gpu_seconds"], job["fine_tuned_model"], error)
 
     async def _report(self, policy: PolicyRecord) -> PolicyReport | None:
         try:
@@ -279,7 +279,7 @@ class CircleDriver:
         self, circle: Circle, turn: Turn, end: End, update: Mapping[str, object] | None = None
     ) -> None:
         over = {"phase": "over", "ended_at": time(), "outcome": end.outcome, "reason": end.reason}
-        kept = (*circle.turns, turn.model_copy(update=over))[-TURNS_KEPT:]
+        kept = turns_kept((*circle.turns, turn.model_copy(update=over)), time())
         refused = {} if end.outcome in ("promoted", "stopped") else {"refusals": circle.refusals + 1}
         stopped = {"status": "stopped", "reason": end.reason} if end.stops else {}
         changed = {"turn": None, "turns": kept, **refused, **stopped, **(update or {})}

@@ -13,11 +13,13 @@ The gate is the paired report on held-out prompts. What is decided is written in
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from bon_algos.contracts import (
     FINAL_JOB_STATES,
+    TURNS_KEPT,
     Circle,
     CircleSpec,
     Interval,
@@ -39,6 +41,7 @@ JUDGED_FROM: Final = 10
 class JobFacts:
     state: JobState
     seconds: float
+    """GPU-seconds."""
     policy: str | None
     error: str
 
@@ -167,7 +170,7 @@ def _collecting(circle: Circle, facts: Facts) -> Decision:
         return Stop(f"{circle.refusals} turns in a row promoted nothing")
     if (foreseen := foreseen_kl(circle)) > budgets.max_kl:
         return Stop(f"another turn would be {foreseen:.2f} nats from the first reference; at most {budgets.max_kl:g}")
-    today = [turn for turn in circle.turns if facts.now - turn.began_at < DAY_SECONDS]
+    today = of_last_day(circle.turns, facts.now)
     if len(today) >= budgets.jobs_per_day:
         return Wait(f"{len(today)} jobs in 24 hours: the budget")
     spent, next_one = sum(turn.seconds for turn in today), max((turn.seconds for turn in circle.turns), default=0.0)
@@ -176,6 +179,16 @@ def _collecting(circle: Circle, facts: Facts) -> Decision:
     if facts.counted - circle.counted < spec.min_groups or facts.fresh is None:
         return Wait(f"{max(0, facts.counted - circle.counted)} of {spec.min_groups} fresh groups")
     return _whether_to_gain(spec, facts.fresh)
+
+
+def of_last_day(turns: Sequence[Turn], now: float) -> list[Turn]:
+    """Those that budgets count."""
+    return [turn for turn in turns if now - turn.began_at < DAY_SECONDS]
+
+
+def turns_kept(turns: Sequence[Turn], now: float) -> tuple[Turn, ...]:
+    """The newest, and however many budgets count."""
+    return tuple(turns[-max(TURNS_KEPT, len(of_last_day(turns, now))) :])
 
 
 def _whether_to_gain(spec: CircleSpec, fresh: FreshGroups) -> Decision:
@@ -218,7 +231,7 @@ def _training(circle: Circle, turn: Turn, facts: Facts) -> Decision:
         return End("failed", job.error or f"the job was {job.state}")
     if job.state == "paused":
         return Wait("the job is paused")
-    earlier = sum(one.seconds for one in circle.turns if facts.now - one.began_at < DAY_SECONDS)
+    earlier = sum(one.seconds for one in of_last_day(circle.turns, facts.now))
     if earlier + job.seconds > circle.spec.budgets.gpu_seconds_per_day:
         return CancelJob("the job is over the budget of GPU-seconds")
     return Wait(f"the job is {job.state}")

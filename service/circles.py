@@ -26,7 +26,7 @@ from bon_algos.contracts import (
 )
 from service.access import Caller
 from service.audit import AuditChain
-from service.circle_rules import DAY_SECONDS, foreseen_kl
+from service.circle_rules import foreseen_kl, of_last_day
 from service.errors import CircleNotFound, Conflict, InvalidField, RouteNotFound
 from service.registry import read_policy
 from service.store import transact, translated
@@ -158,7 +158,8 @@ class Circles:
 
 def circle_object(circle: Circle, now: float) -> dict[str, Any]:
     """The circle of the API."""
-    today = [turn for turn in (*circle.turns, circle.turn) if turn is not None and now - turn.began_at < DAY_SECONDS]
+    under_way = () if circle.turn is None else (circle.turn,)
+    today = of_last_day((*circle.turns, *under_way), now)
     return {
         "id": circle.route,
         "object": "bonsai.circle",

@@ -119,7 +119,8 @@ async def open_control(
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
         key_ring, jobs = KeyRing(redis, pepper, admin), Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank)
         dispatcher = Dispatcher(redis, partial(send_job, open_producer(redis_url)), seconds=reconcile_seconds)
-        means = Means(catalogue, jobs, dispatcher, policies, Trials(redis), Curves(redis_of_bytes), artefacts)
+        curves = Curves(redis_of_bytes, archive)
+        means = Means(catalogue, jobs, dispatcher, policies, Trials(redis), curves, artefacts)
         control = Control(
             catalogue=catalogue,
             routes=Routes(redis, reward_model=reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens),
@@ -137,7 +138,7 @@ async def open_control(
             streams=JobStreams(redis_that_waits),
             dispatcher=dispatcher,
             publishers=open_publishers(catalogue, policies),
-            curves=means.curves,
+            curves=curves,
             learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
             keys=Keys(redis, key_ring, pepper, admin, default),
             key_ring=key_ring,

@@ -13,20 +13,23 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from hashlib import blake2b
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 from redis.asyncio import Redis
 
-from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, Interval, Route
-from bon_algos.ledger_entries import UnreadableRecord, group_of
+from archive.reading import SKEW_SECONDS, Archive, Question
+from bon_algos.contracts import CandidateGroup, Interval, Route
+from bon_algos.ledger_entries import EntryId, UnreadableRecord, group_of
 from bon_algos.order import Array, best_of_k_values, mean_interval
 from service.errors import Conflict
-from service.store import translated
+from service.ledger_reading import Entry, archive_pages, archived_to, stream_page
 
-PAGE_ENTRIES: Final = 200
 MOST_PAGES: Final = 200
-"""Of the ledger, newest first: groups that lie deeper are not looked for."""
+"""Of the stream, newest first: what lies deeper and is not in the archive either is not looked for."""
+MOST_ARCHIVED: Final = 200_000
+"""Groups of the route that are looked at in the archive."""
 DEFAULT_GROUPS: Final = 1000
 MOST_GROUPS: Final = 5000
 DEFAULT_LOSS: Final = 0.05
@@ -53,57 +56,120 @@ class Curve:
         return next(k for k, end in enumerate(ends, start=1) if end <= loss * gain or k == self.n)
 
 
+class Draws(NamedTuple):
+    """What a curve needs of a group: with all their tokens thousands would be gigabytes."""
+
+    prompt: bytes
+    """A digest of its tokens."""
+    rewards: tuple[float, ...]
+    is_complete: tuple[bool, ...]
+    tokens: int
+    """Of all candidates."""
+
+    @classmethod
+    def of(cls, group: CandidateGroup) -> Draws:
+        return cls(
+            blake2b(repr(group.prompt_token_ids).encode(), digest_size=16).digest(),
+            tuple(cast(float, one.reward) for one in group.candidates),
+            tuple(one.is_complete for one in group.candidates),
+            sum(len(one.token_ids) for one in group.candidates),
+        )
+
+
 class Curves:
     """Reads the ledger for curves."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, archive: Archive) -> None:
         """redis: one that answers in bytes."""
-        self._redis = redis
+        self._redis, self._archive = redis, archive
 
     async def of(self, route: Route, *, num_groups: int, n: int | None, since: float = 0.0) -> Curve:
         """The curve of the newest groups of n candidates from `since` on; n None: of the most frequent n among them.
 
-        Raises Conflict (too_few_groups) with fewer than two prompts.
+        Raises Conflict (too_few_groups) with fewer than two prompts, StoreUnavailable.
         """
-        skipped: Counter[str] = Counter()
-        chosen: list[CandidateGroup] = []
-        newest = "+"
+        found = _Found(route, num_groups, n, since)
+        before = await self._read_stream(found)
+        if found.has_room:
+            await self._read_archive(found, before)
+        return await asyncio.to_thread(_curve, found.alike, found.skipped)
+
+    async def _read_stream(self, found: _Found) -> EntryId | None:
+        """What the archive does not have yet; the oldest entry that was read. What both have is read from the archive,
+        which keeps routes apart: the stream holds everybody's groups, and must be read through for those of one."""
+        since = EntryId(max(0, int((found.since - SKEW_SECONDS) * 1000)), 0)
+        oldest = max(since, await archived_to(self._archive))
+        newest, before = "+", None
         for _ in range(MOST_PAGES):
-            if len(chosen) >= num_groups:
-                break
-            with translated():
-                page = cast(
-                    "list[tuple[bytes, dict[bytes, bytes]]]",
-                    await self._redis.xrevrange(LEDGER_STREAM, newest, "-", count=PAGE_ENTRIES),
-                )
+            page = await stream_page(self._redis, newest, f"({oldest}")
             if not page:
                 break
-            newest = f"({page[-1][0].decode()}"
+            before = EntryId.parse(page[-1][0])
+            newest = f"({before}"
             # A page is many thousand candidates: reading it must not hold up requests.
-            fitting = await asyncio.to_thread(_fitting, [fields for _, fields in page], route, n, skipped)
-            chosen += [group for group in fitting if group.created_at >= since]
-        return await asyncio.to_thread(_curve, chosen[:num_groups], n, skipped)
+            await asyncio.to_thread(found.take_entries, page)
+            if not found.has_room:
+                break
+        return before
+
+    async def _read_archive(self, found: _Found, before: EntryId | None) -> None:
+        route, looked = found.route, 0
+        question = Question(("groups",), route.tenant, route.name, since=found.since, before=before)
+        async for page in archive_pages(self._archive, question):
+            await asyncio.to_thread(found.take, [cast(CandidateGroup, one.record) for one in page])
+            looked += len(page)
+            if not found.has_room or looked >= MOST_ARCHIVED:
+                return
 
 
-def _fitting(
-    entries: Iterable[dict[bytes, bytes]], route: Route, n: int | None, skipped: Counter[str]
-) -> list[CandidateGroup]:
-    chosen = []
-    for fields in entries:
-        try:
-            group = group_of(fields)
-        except UnreadableRecord:
-            # Of another version: it must not take the curve away from all the others.
-            skipped["unreadable"] += 1
-            continue
-        if group is None or (group.tenant, group.route) != (route.tenant, route.name):
-            continue
-        reason = unfit(group, route, n)
-        if reason is None:
-            chosen.append(group)
-        else:
-            skipped[reason] += 1
-    return chosen
+class _Found:
+    """The groups that tell of a route's curve, and why others do not."""
+
+    def __init__(self, route: Route, num_groups: int, n: int | None, since: float) -> None:
+        self.route, self.since = route, since
+        self._num_groups, self._n = num_groups, n
+        self._of_n: dict[int, list[Draws]] = {}
+        self._unfit: Counter[str] = Counter()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._most) < self._num_groups
+
+    @property
+    def alike(self) -> list[Draws]:
+        """The newest of the n asked for, or of the most frequent one."""
+        return self._most[: self._num_groups]
+
+    @property
+    def skipped(self) -> Counter[str]:
+        others = sum(map(len, self._of_n.values())) - len(self._most)
+        return self._unfit + Counter(other_n=others)
+
+    @property
+    def _most(self) -> list[Draws]:
+        return max(self._of_n.values(), key=len, default=[])
+
+    def take_entries(self, entries: Iterable[Entry]) -> None:
+        for _, fields in entries:
+            try:
+                group = group_of(fields)
+            except UnreadableRecord:
+                # Of another version: it must not take the curve away from all the others.
+                self._unfit["unreadable"] += 1
+                continue
+            if group is not None and (group.tenant, group.route) == (self.route.tenant, self.route.name):
+                self.take([group])
+
+    def take(self, groups: Iterable[CandidateGroup]) -> None:
+        """Groups of the route."""
+        for group in groups:
+            if group.created_at < self.since:
+                continue
+            reason = unfit(group, self.route, self._n)
+            if reason is None:
+                self._of_n.setdefault(group.requested, []).append(Draws.of(group))
+            else:
+                self._unfit[reason] += 1
 
 
 def unfit(group: CandidateGroup, route: Route, n: int | None) -> str | None:
@@ -125,44 +191,40 @@ def unfit(group: CandidateGroup, route: Route, n: int | None) -> str | None:
     return None
 
 
-def _curve(groups: Sequence[CandidateGroup], n: int | None, skipped: Counter[str]) -> Curve:
-    if n is None and groups:
-        [(n, _)] = Counter(group.requested for group in groups).most_common(1)
-    alike = [group for group in groups if group.requested == n]
-    skipped["other_n"] += len(groups) - len(alike)
-    prompts = [group.prompt_token_ids for group in alike]
-    if n is None or len(set(prompts)) < 2:
+def _curve(alike: Sequence[Draws], skipped: Counter[str]) -> Curve:
+    """Of groups of one n."""
+    prompts = [one.prompt for one in alike]
+    if len(set(prompts)) < 2:
         raise Conflict(
             f"{len(set(prompts))} prompts of this route have groups to learn a curve from, and two are needed: serve "
             "requests with n of at least 2 first",
             code="too_few_groups",
-            facts={"groups_found": len(alike), "skipped": dict(+skipped)},
+            facts={"groups_found": len(alike), "skipped": dict(skipped)},
         )
-    value_BM = np.array([[cast(float, one.reward) for one in group.candidates] for group in alike])
+    value_BM = np.array([one.rewards for one in alike])
     curve_PM = _by_prompt(best_of_k_values(value_BM, _ranking(alike, value_BM)), prompts)
-    lengths = [len(one.token_ids) for group in alike for one in group.candidates]
     return Curve(
-        n=n,
+        n=value_BM.shape[1],
         groups=len(alike),
         prompts=len(curve_PM),
-        skipped=dict(+skipped),
+        skipped=dict(skipped),
         reward=tuple(mean_interval(column) for column in curve_PM.T),
         missing=tuple(mean_interval(curve_PM[:, -1] - column) for column in curve_PM.T),
-        tokens_per_candidate=float(np.mean(lengths)),
+        tokens_per_candidate=sum(one.tokens for one in alike) / value_BM.size,
     )
 
 
-def _ranking(groups: Sequence[CandidateGroup], value_BM: Array) -> Array:
+def _ranking(alike: Sequence[Draws], value_BM: Array) -> Array:
     """Numbers that order candidates as they are served: every incomplete one below every complete one."""
-    is_complete_BM = np.array([[one.is_complete for one in group.candidates] for group in groups])
+    is_complete_BM = np.array([one.is_complete for one in alike])
     width = value_BM.max() - value_BM.min() + 1.0
     ranking: Array = value_BM - np.where(is_complete_BM, 0.0, width)
     return ranking
 
 
-def _by_prompt(curve_BM: Array, prompts: Sequence[tuple[int, ...]]) -> Array:
+def _by_prompt(curve_BM: Array, prompts: Sequence[bytes]) -> Array:
     """The mean of each prompt's rows: however often it was asked, it is one observation."""
-    rows: dict[tuple[int, ...], list[Array]] = {}
+    rows: dict[bytes, list[Array]] = {}
     for prompt, row in zip(prompts, curve_BM, strict=True):
         rows.setdefault(prompt, []).append(row)
     return np.stack([np.mean(own, axis=0) for own in rows.values()])

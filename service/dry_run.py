@@ -22,7 +22,6 @@ from archive.reading import Archive, Question
 from bon_algos.acceptance import Choice, Requirements
 from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import (
-    LEDGER_STREAM,
     CandidateGroup,
     DataReport,
     Feedback,
@@ -37,19 +36,17 @@ from bon_algos.data_report import data_report
 from bon_algos.ledger_entries import EntryId, NewestFirst
 from bon_algos.row_files import Row, rows_of
 from bon_algos.uploaded import Source, group_of
-from service.errors import InvalidField, Overloaded, StoreUnavailable
+from service.errors import InvalidField, Overloaded
 from service.files import Files
+from service.ledger_reading import Entry, archive_pages, stream_page
 from service.store import translated
 
-PAGE_ENTRIES: Final = 200
 MOST_ENTRIES: Final = 40_000
 MOST_GROUPS: Final = 2_000
 MOST_SECONDS: Final = 20.0
 PAGE_ROWS: Final = 64
 LIKE_JOBS: Final = 100
 """The newest jobs among which like ones are looked for."""
-
-Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class DryRuns:
@@ -95,8 +92,7 @@ class DryRuns:
         newest_first = NewestFirst(tenant, spec.window.routes or (spec.route,))
         newest, before = "+", None
         while reading.has_room:
-            with translated():
-                page = cast("list[Entry]", await self._redis.xrevrange(LEDGER_STREAM, newest, "-", count=PAGE_ENTRIES))
+            page = await stream_page(self._redis, newest)
             if not page:
                 await self._read_archive(reading, spec, tenant, newest_first, before)
                 return
@@ -112,20 +108,14 @@ class DryRuns:
         """What the stream has no more, as `worker.ledger.groups_newest_first` reads it. Raises StoreUnavailable."""
         routes = spec.window.routes or (spec.route,)
         alone = routes[0] if len(routes) == 1 else None
-        found = self._archive.records(
-            Question(("groups", "outcomes"), tenant, alone, since=spec.window.since, before=before)
-        )
-        while reading.has_room:
-            try:
-                page = await asyncio.to_thread(lambda: list(islice(found, PAGE_ENTRIES)))
-            except OSError as error:
-                raise StoreUnavailable("the ledger's archive did not answer", code="archive_unavailable") from error
-            if not page:
-                reading.is_whole = True
-                return
+        question = Question(("groups", "outcomes"), tenant, alone, since=spec.window.since, before=before)
+        async for page in archive_pages(self._archive, question):
             reading.num_entries += len(page)
             groups = list(newest_first.among(one.record for one in page))
             await asyncio.to_thread(reading.take, groups, await self._feedback(spec, groups))
+            if not reading.has_room:
+                return
+        reading.is_whole = True
 
     async def _feedback(self, spec: JobSpec, groups: Sequence[CandidateGroup]) -> dict[str, list[Feedback]]:
         if spec.window.feedback is None:

@@ -30,7 +30,8 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     ├── UnsupportedMediaType        415  unsupported_media_type
     ├── InvalidField                422  invalid_field          parsed, and one field is wrong: `param` names it
     ├── RateLimited                 429  rate_limited           one key has used up what it may; + Retry-After
-    │   └── OverBudget                   over_budget            this request alone is more than that
+    │   ├── OverBudget                   over_budget            this request alone is more than that
+    │   └── QueueFull                    queue_full             a tenant has as many jobs as it may
     ├── TooManyWrongKeys            429  too_many_wrong_keys    + Retry-After
     ├── HeadersTooLarge             431  headers_too_large
     ├── ClientGone                  499  client_gone            never sent: nobody is there to read it
@@ -200,6 +201,11 @@ class RateLimited(GatewayError):
 
 class OverBudget(RateLimited):
     default_code = "over_budget"
+
+
+class QueueFull(RateLimited):
+    default_code = "queue_full"
+    retry_after = 60
 
 
 class TooManyWrongKeys(GatewayError):

@@ -58,6 +58,7 @@ def job_object(job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
             "steps": int(fields.get("steps", 0)),
             "metrics": _metrics(fields),
             "seconds": int(fields.get("spent_ms", 0)) / 1000,
+            "gpu_seconds": _gpu_seconds(fields),
             "seconds_left": _number(fields, "seconds_left") if is_running else None,
             "tokens": {"trained": trained, "sampled": int(fields.get("sampled_tokens", 0))},
             "attempts": int(fields.get("attempts", 0)),
@@ -132,6 +133,11 @@ def _hyperparameters(spec: JobSpec) -> dict[str, Any]:
     default = type(method).model_fields["learning_rate"].default
     times = round(method.learning_rate / default, 6)
     return {"batch_size": method.prompts_per_step, "learning_rate_multiplier": times, "n_epochs": "auto"}
+
+
+def _gpu_seconds(fields: Mapping[str, str]) -> float:
+    """A worker of an older version counts time alone: then it is one GPU's."""
+    return max(int(fields.get("gpu_ms", 0)), int(fields.get("spent_ms", 0))) / 1000
 
 
 def _stopping(fields: Mapping[str, str]) -> str | None:

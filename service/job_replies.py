@@ -40,6 +40,7 @@ JOB: Final = Named(
             steps=WHOLE,
             metrics=METRICS,
             seconds=NUMBER,
+            gpu_seconds=NUMBER,
             seconds_left=maybe(NUMBER),
             tokens=members(trained=WHOLE, sampled=WHOLE),
             attempts=WHOLE,

@@ -10,21 +10,30 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 from bon_algos.contracts import FINAL_JOB_STATES, JOB_LUA
+from bon_algos.contracts.job_states import JOB_PREFIX
 from service.errors import Conflict, GatewayError, JobNotFound
 
 Wish = Literal["pause", "resume", "cancel"]
 
 # KEYS: job, events, jobs index, open jobs, idempotency key, files. ARGV: job id, spec, tenant, model, priority, steps,
-# digest of the body or "" without an idempotency key, its life in seconds, the file it learns from or "". Returns ""
-# for a new job, "no_file" when that file was deleted meanwhile, else "digest job" of the earlier request.
+# digest of the body or "" without an idempotency key, its life in seconds, the file it learns from or "", how many open
+# jobs a tenant may have. Returns "" for a new job, "no_file" when that file was deleted meanwhile, "full" when the
+# tenant has as many jobs, else "digest job" of the earlier request.
 SUBMIT: Final = (
     JOB_LUA
+    + f"local PREFIX = '{JOB_PREFIX}'\n"
     + """
 if ARGV[7] ~= '' then
   local earlier = redis.call('GET', KEYS[5])
   if earlier then return earlier end
 end
 if ARGV[9] ~= '' and redis.call('HEXISTS', KEYS[6], ARGV[9]) == 0 then return 'no_file' end
+local own = 0
+for _, id in ipairs(redis.call('SMEMBERS', KEYS[4])) do
+  local job = redis.call('HMGET', PREFIX .. id, 'tenant', 'state')
+  if job[1] == ARGV[3] and (job[2] == 'queued' or job[2] == 'running') then own = own + 1 end
+end
+if own >= tonumber(ARGV[10]) then return 'full' end
 if ARGV[7] ~= '' then
   redis.call('SET', KEYS[5], ARGV[7] .. ' ' .. ARGV[1], 'EX', ARGV[8])
 end

@@ -40,7 +40,7 @@ from bon_algos.contracts import (
     route_key,
 )
 from bon_algos.crash_points import crash_point
-from service.errors import FileNotFound, InvalidField, JobNotFound, PolicyNotFound
+from service.errors import FileNotFound, InvalidField, JobNotFound, PolicyNotFound, QueueFull
 from service.idempotency import KEPT_SECONDS, Idempotency
 from service.job_object import checkpoint_object, event_object, finished_object, job_object
 from service.job_scripts import SCRIPTS, SUBMIT, Wish, refusal
@@ -55,6 +55,8 @@ from service.training_checks import (
 
 GROUPS_NEEDED: Final = 4
 """Two prompts to learn from and two held out: below that no split of the ledger can be trained and judged."""
+MOST_OPEN_JOBS: Final = 100
+"""Of a tenant, queued and running: workers are shared by all."""
 
 _JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 _EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
@@ -87,7 +89,7 @@ class Jobs:
     ) -> Submitted:
         """Record a job. model: the policy that it begins with, None: the one its route is based on.
         Raises InvalidField for a spec this installation cannot run, an empty ledger, or an idempotency key that was
-        used for another body; PolicyNotFound for a policy it names that is none."""
+        used for another body; PolicyNotFound for a policy it names that is none; QueueFull."""
         check_spec(spec, n_cap=self._n_cap, max_lora_rank=self._max_lora_rank, now=time())
         job_id = f"job_{uuid7().hex}"
         key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
@@ -100,12 +102,14 @@ class Jobs:
                 keys=[job_key(job_id), job_events_key(job_id), jobs_index(tenant), OPEN_JOBS, key, files_key(tenant)],
                 args=[
                     *(job_id, spec.model_dump_json(), tenant, model or "", spec.priority, _steps(spec)),
-                    *(digest, KEPT_SECONDS, spec.training_file or ""),
+                    *(digest, KEPT_SECONDS, spec.training_file or "", MOST_OPEN_JOBS),
                 ],
             )
             crash_point("submit.recorded")
         if kept == "no_file":
             raise _no_file()
+        if kept == "full":
+            raise QueueFull(f"{MOST_OPEN_JOBS} jobs are queued or running: wait until one has ended, or cancel one")
         if idempotency is None or not kept:
             return Submitted(job_id, is_replayed=False)
         return Submitted(idempotency.answer(cast(str, kept)), is_replayed=True)

@@ -25,8 +25,9 @@ from bon_algos.escalation import EscalationRule, Pair, learned_escalation
 from bon_algos.ledger_entries import UnreadableRecord, group_of
 from bon_algos.stopping import LoggedDraws, StoppingRule, learned_rules, stops_of
 from service.catalogue import Catalogue
-from service.curve import PAGE_ENTRIES, unfit
+from service.curve import unfit
 from service.errors import StoreFull, StoreUnavailable
+from service.ledger_reading import PAGE_ENTRIES
 from service.store import translated
 
 GROUPS_NEEDED: Final = 100

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
-from itertools import islice
 from typing import Any, Final, NamedTuple, cast
 
 from redis.asyncio import Redis
@@ -18,18 +17,16 @@ from archive.tables import SegmentSet, Stored
 from bon_algos.contracts import LEDGER_STREAM, Candidate, CandidateGroup, Feedback, Outcome, feedback_key
 from bon_algos.ledger_entries import EntryId, UnreadableRecord, record_of, with_outcome
 from service.access import Caller
-from service.errors import StoreUnavailable
 from service.feedback import feedback_object
 from service.ledger_query import LedgerQuery, cursor_text, read_cursor, served_reward
+from service.ledger_reading import PAGE_ENTRIES, Entry, archive_pages, stream_page
 from service.store import translated
 
 KINDS: Final[tuple[SegmentSet, ...]] = ("groups", "outcomes")
-PAGE_ENTRIES: Final = 200
 MOST_ENTRIES: Final = 20_000
 """Looked at for one request, the cursor goes on from there; and so many more of the stream for late rewards."""
 OUTCOME_MILLISECONDS: Final = 120_000
 """A reward that was measured after the reply is delivered so soon after its group."""
-Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class Row(NamedTuple):
@@ -75,13 +72,13 @@ class LedgerPages:
     async def _chunks(self, query: LedgerQuery, before: EntryId | None, tenant: str) -> AsyncIterator[list[Stored]]:
         """Groups and outcomes beyond the cursor, newest first."""
         newest = "+" if before is None else f"({before}"
-        while page := await self._stream_page(newest):
+        while page := await stream_page(self._redis, newest):
             before = EntryId.parse(page[-1][0])
             newest = f"({before}"
             if chunk := await asyncio.to_thread(_decoded, page, (b"group", b"outcome")):
                 yield chunk
         question = Question(KINDS, tenant, query.route, since=query.since, until=query.until, before=before)
-        async for chunk in self._archived(question):
+        async for chunk in archive_pages(self._archive, question):
             yield chunk
 
     async def _late_outcomes(self, cursor: EntryId, tenant: str) -> dict[str, Outcome]:
@@ -95,23 +92,10 @@ class LedgerPages:
         oldest = await self._stream_from("-", "+", 1)
         hot = EntryId.parse(oldest[0][0]) if oldest else end
         if hot > cursor:  # the stream no longer has all of them
-            async for chunk in self._archived(Question(("outcomes",), tenant, before=min(hot, end), after=cursor)):
+            question = Question(("outcomes",), tenant, before=min(hot, end), after=cursor)
+            async for chunk in archive_pages(self._archive, question):
                 found += chunk
         return {one.record.group_id: one.record for one in found if isinstance(one.record, Outcome)}
-
-    async def _archived(self, question: Question) -> AsyncIterator[list[Stored]]:
-        found = self._archive.records(question)
-        try:
-            while chunk := await asyncio.to_thread(lambda: list(islice(found, PAGE_ENTRIES))):
-                yield chunk
-        except OSError as error:
-            raise StoreUnavailable("the ledger's archive did not answer", code="archive_unavailable") from error
-
-    async def _stream_page(self, newest: str) -> list[Entry]:
-        """Newest first."""
-        with translated():
-            found: Any = await self._redis.xrevrange(LEDGER_STREAM, newest, "-", count=PAGE_ENTRIES)
-        return cast("list[Entry]", found)
 
     async def _stream_from(self, oldest: str, newest: str, count: int) -> list[Entry]:
         """Oldest first."""

@@ -17,6 +17,7 @@ from service.errors import (
     JobNotFound,
     Overloaded,
     PolicyNotFound,
+    QueueFull,
     RateLimited,
     RouteNotFound,
     StoreFull,
@@ -68,7 +69,7 @@ TRAINING_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
             {"n": 16, "method": {"type": "bond", "bond": {"n": 16, "steps": 200}}},
         ),
         (DRY_RUN, ONCE),
-        (RouteNotFound, PolicyNotFound, FileNotFound, Overloaded, StoreFull),
+        (RouteNotFound, PolicyNotFound, FileNotFound, QueueFull, Overloaded, StoreFull),
         headers=("Location",),
     ),
     ("POST", "/v1/fine_tuning/jobs"): Operation(
@@ -80,7 +81,7 @@ TRAINING_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
             nulls="left out at the top",
         ),
         (DRY_RUN, ONCE),
-        (RouteNotFound, PolicyNotFound, FileNotFound, Overloaded, StoreFull),
+        (RouteNotFound, PolicyNotFound, FileNotFound, QueueFull, Overloaded, StoreFull),
         headers=("Location",),
     ),
     **{

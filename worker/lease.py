@@ -71,13 +71,14 @@ local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 local attempt = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
 redis.call('HSETNX', KEYS[1], 'started_at', string.format('%.3f', now / 1000))
 redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[1]), 'worker', ARGV[2],
-  'seen_at', string.format('%d', now), 'trained_before', job[2] or '0', 'sampled_before', job[3] or '0')
+  'processes', ARGV[3], 'seen_at', string.format('%d', now), 'trained_before', job[2] or '0',
+  'sampled_before', job[3] or '0')
 move(KEYS[1], KEYS[2], 'running', 'attempt', attempt)
 return epoch
 """
 )
-"""KEYS job, events. ARGV lease ms, worker. -> epoch; -1 final or unknown, -2 held, -3 cancelled, -4 paused.
-The message has arrived: when the job is lost the next one is sent at once."""
+"""KEYS job, events. ARGV lease ms, worker, processes that train. -> epoch; -1 final or unknown, -2 held, -3 cancelled,
+-4 paused. The message has arrived: when the job is lost the next one is sent at once."""
 
 BEAT: Final = (
     JOB_LUA
@@ -187,11 +188,13 @@ ClaimRefusal = Literal["final", "held", "cancelled", "paused"]
 _REFUSALS: Final[dict[int, ClaimRefusal]] = {-1: "final", -2: "held", -3: "cancelled", -4: "paused"}
 
 
-def claim(client: redis.Redis, job_id: str, *, lease_seconds: float, worker: str) -> int | ClaimRefusal:
-    """Take the job for one lease; the new epoch, or why not."""
+def claim(
+    client: redis.Redis, job_id: str, *, lease_seconds: float, worker: str, processes: int = 1
+) -> int | ClaimRefusal:
+    """Take the job for one lease; the new epoch, or why not. processes: that train it, one per device."""
     keys = (job_key(job_id), job_events_key(job_id))
     crash_point("claim.asked")
-    answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker))
+    answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker, processes))
     crash_point("claim.granted")
     return _REFUSALS.get(answer, answer)
 

@@ -16,13 +16,15 @@ from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfigSetting
 
 
 class BrokerSettings(BaseSettings):
-    """What the Celery process needs: where messages come from."""
+    """What the Celery process needs: where messages come from, and what a job that it claims takes up."""
 
     model_config = SettingsConfigDict(env_prefix="BONSAI_", frozen=True, extra="ignore")
 
     redis_url: str = "redis://127.0.0.1:6379/0"
     artefacts: Path
     lease_seconds: float = Field(60.0, gt=0)
+    train_processes: int = Field(1, ge=1, le=64)
+    """That train one job together on this machine: on CUDA, one for each device that the worker sees."""
 
 
 class WorkerSettings(BrokerSettings):
@@ -47,8 +49,6 @@ class WorkerSettings(BrokerSettings):
     """Part of what makes a run repeatable bit for bit: sums are split by thread."""
     device: Literal["cpu", "cuda"] | None = None
     """None: CUDA when there is one."""
-    train_processes: int = Field(1, ge=1, le=64)
-    """That train one job together on this machine: on CUDA, one for each device that the worker sees."""
     train_parallelism: Literal["data", "fsdp"] = "data"
     """data: every process holds the whole model. fsdp: its weights are spread over the processes."""
     engine_patience_seconds: float = Field(600.0, gt=0)
@@ -75,8 +75,8 @@ class CompactorSettings(BrokerSettings):
     """A batch is written when it has so many entries, so many bytes, or when its first entry has waited so long."""
     hot_groups: int = Field(20_000, ge=0)
     hot_seconds: float = Field(3600.0, ge=0)
-    """What stays in Redis: at least the newest groups, and all that are younger. Curves, strategies and `bonsai replay`
-    look at no other."""
+    """What stays in Redis: at least the newest groups, and all that are younger. Strategies and `bonsai replay` look
+    at no other."""
     merge_bytes: int = Field(64 * 2**20, ge=1)
     """Of a file that small ones are merged into, at most."""
     retention: Retention = Retention()

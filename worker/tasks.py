@@ -35,6 +35,7 @@ def distill(
     redis_url: str,
     artefacts: Path,
     lease_seconds: float,
+    processes: int,
     run: Callable[[str, int, Path], int] | None = None,
 ) -> None:
     """Drive one job to its end, or do nothing when it is not this worker's to drive. Safe to run twice.
@@ -44,7 +45,7 @@ def distill(
     # The second is not connected before the job has ended: over a link that was idle for so long nothing may pass.
     with open_redis(redis_url, lease_seconds) as once, open_redis(redis_url, lease_seconds, tries_again=True) as client:
         worker = f"{socket.gethostname()}:{os.getpid()}"
-        epoch = lease.claim(once, job_id, lease_seconds=lease_seconds, worker=worker)
+        epoch = lease.claim(once, job_id, lease_seconds=lease_seconds, worker=worker, processes=processes)
         if isinstance(epoch, str):
             log.info("job %s is not to be run: %s", job_id, epoch)
         else:

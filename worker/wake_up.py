@@ -21,4 +21,5 @@ def wake_up(job_id: str) -> None:
         redis_url=settings.redis_url,
         artefacts=settings.artefacts,
         lease_seconds=settings.lease_seconds,
+        processes=settings.train_processes,
     )

@@ -16,6 +16,7 @@ from bon_algos.contracts.record import DEFAULT_TENANT, SCHEMA_VERSION, PolicyId,
 from bon_algos.contracts.training import Precision, TrainingSetup
 
 TURNS_KEPT: Final = 50
+"""Of those that are over, at least."""
 
 
 class TrialRule(Record):
@@ -47,8 +48,8 @@ class Budgets(Record):
     jobs_per_day: int = Field(4, ge=1, le=1000)
     """Begun in any 24 hours."""
     gpu_seconds_per_day: float = Field(86_400.0, gt=0, le=1e9)
-    """That workers spent on jobs begun in the last 24 hours; a worker counts as one GPU. A job that would not fit, by
-    the longest one before, waits; one that is over it is cancelled."""
+    """That workers spent on jobs begun in the last 24 hours; of a job that several processes train, each counts as one
+    GPU. A job that would not fit, by the longest one before, waits; one that is over it is cancelled."""
     max_kl: float = Field(10.0, gt=0, le=1e6)
     """KL to the base, the first reference, in nats per completion; measured, and foreseen by the drift law."""
 
@@ -113,7 +114,7 @@ class Turn(Record):
     job_id: str | None = None
     policy: PolicyId | None = None
     seconds: float = 0.0
-    """That workers spent on its job."""
+    """GPU-seconds that workers spent on its job."""
     ended_at: float | None = None
     outcome: TurnOutcome | None = None
     reason: str = ""
@@ -147,7 +148,7 @@ class Circle(Record):
     turn: Turn | None = None
     """Under way."""
     turns: tuple[Turn, ...] = ()
-    """Those that are over, the newest last; `TURNS_KEPT` at most."""
+    """Those that are over, the newest last: `TURNS_KEPT` of them, and all that began in the last 24 hours."""
     num_turns: int = 0
     """Ever begun."""
     kl_base: float = 0.0

@@ -1,8 +1,8 @@
 """The lines of reliability.md 8.7 that a request to `/ledger` can have: what is asked, the status, the field at fault.
 
 Owns: the rows. Does not own: sending them (test_ledger_pages.py). L8, L9, L17, L20 to L23 and L28 need a state of their
-own and have tests there, in test_erasing.py and in test_retention.py. Not here, because there is no such thing: exports
-over HTTP (L11 to L14), replays (L15, L16), a legal hold (L27), an import (L31 to L38).
+own and have tests there, in test_erasing.py and in test_retention.py. Where the other lines are is said in
+test_bad_lines.py.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ FAULTY: Final[Mapping[str, tuple[Callable[[], bytes], int | None, str]]] = {
     "two prompts": (lambda: line(prompt_token_ids=[1]), 1, "has 2 of prompt, messages and prompt_token_ids"),
     "longer than the window": (lambda: line(prompt="x" * 256), 1, "the policy's window is 256"),
     "an unknown policy's name": (lambda: line(policy=CANARY), 1, "policy must be one of 'base'"),
-    "a text of no known end": (
+    "D46 a text of no known end": (
         lambda: line(completions=["a", "b"]),
         1,
         "completions[0] needs token_ids: the tokenizer does not say how a completion ends",
@@ -179,6 +179,7 @@ NO_JOB: Final[Mapping[str, tuple[Mapping[str, object], int, str | None]]] = {
     "D17 no such file": ({"training_file": NO_FILE}, 404, "training_file"),
     "D18 an unknown policy to begin with": ({"training": {"start_from": STUDENT}}, 404, "training.start_from"),
     "tags of a file": ({"training_file": NO_FILE, "window": {"tags": ["a"]}}, 422, "window.tags"),
+    "D18 an unknown parent": ({"training": {"start_from": STUDENT}}, 404, "training.start_from"),
     "D48 a boolean as a text": ({"dry_run": "yes"}, 422, "dry_run"),
 }
 """(members beside the method, status, `error.param`), refused with and without `dry_run`."""

@@ -1,7 +1,7 @@
 """A circle with real Redis: it goes round by itself, once, whoever dies in it; and it can be stopped.
 
 The worker's part is played through its own lease, as a worker would. The rules are in test_circle_rules.py; the whole
-with real engines is `benchmarks.turns`.
+with real engines is tests/circle/test_turning.py and `benchmarks.turns`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import hashlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import time
 from typing import Any
 
 import pytest
 import redis as blocking_redis
 from redis.asyncio import Redis
 
+from archive.reading import Archive
 from bon_algos.contracts import (
+    TURNS_KEPT,
     Arm,
     Circle,
     CircleSpec,
@@ -26,6 +29,7 @@ from bon_algos.contracts import (
     Turn,
     circle_key,
     experiment_stats_key,
+    job_key,
     policy_key,
     report_digest,
 )
@@ -33,7 +37,8 @@ from service.access import GATEWAY
 from service.audit import Audit
 from service.catalogue import Catalogue
 from service.circle_driver import CircleDriver, Means
-from service.circles import Circles
+from service.circle_rules import DAY_SECONDS
+from service.circles import Circles, circle_object
 from service.curve import Curves
 from service.dispatch import Dispatcher
 from service.errors import Conflict
@@ -46,6 +51,7 @@ from tests.service.records import BASE, PASSED, REWARD_MODEL, group, job_spec, m
 from tests.service.records import report as summary_report
 from tests.service.test_redis_model import deliver
 from tests.service.test_reports import a_report
+from worker.compaction import Compaction, Limits
 from worker.lease import Lease, claim
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +61,7 @@ SPEC = CircleSpec.model_validate(
         "n": 4, "min_groups": 8, "shadow": {"share": 0.5, "answers": 5}, "canary": {"share": 0.5, "answers": 5},
     }
 )  # fmt: skip
+NOTHING_HOT = Limits(entries=100, bytes=2**20, seconds=0.0, hot_groups=0, hot_seconds=0.0)
 
 
 @dataclass
@@ -182,7 +189,8 @@ async def turning(redis_url: str, tmp_path: Path) -> AsyncIterator[Turning]:
         await catalogue.refresh()
         jobs = Jobs(redis, n_cap=64, max_lora_rank=64)
         woken = Dispatcher(redis, lambda *sent: None, seconds=5)
-        means = Means(catalogue, jobs, woken, Policies(redis), Trials(redis), Curves(of_bytes), tmp_path)
+        curves = Curves(of_bytes, Archive.at(str(tmp_path / "archive")))
+        means = Means(catalogue, jobs, woken, Policies(redis), Trials(redis), curves, tmp_path)
         driver = CircleDriver(redis, means, seconds=5)
         with blocking_redis.Redis.from_url(redis_url) as store:
             world = Turning(redis, store, driver.circles, driver, means, tmp_path)
@@ -223,6 +231,17 @@ async def test_it_goes_round_twice_by_itself_and_everything_is_done_once(turning
     assert (newest["start_from"], newest["reference"]) == (FIRST, "start")
 
 
+async def test_groups_that_the_stream_has_no_more_are_fresh_all_the_same(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    compaction = Compaction(turning.store, Archive.at(str(turning.directory / "archive")), NOTHING_HOT)
+    compaction.open()
+    while compaction.step(wait_seconds=0.01) is not None:
+        pass
+    assert await turning.redis.xlen("bonsai:ledger") == 0
+    assert (await turning.look()).turn is not None
+
+
 async def test_what_the_base_drew_is_nothing_fresh_when_another_is_live(turning: Turning):
     await turning.circles.put("default", SPEC, GATEWAY)
     await turned(turning, FIRST)
@@ -242,6 +261,38 @@ async def test_three_refused_turns_stop_it_and_nothing_was_tried(turning: Turnin
     assert (ended.status, [turn.outcome for turn in ended.turns]) == ("stopped", ["refused"] * 2)
     found = (await turning.means.catalogue.refresh()).route("default")
     assert (found.live_policy, found.shadow, found.canary) == (None, None, None)
+
+
+async def test_more_turns_than_are_kept_count_as_long_as_they_are_of_today(turning: Turning):
+    spec = CircleSpec.model_validate({**SPEC.model_dump(), "budgets": {"jobs_per_day": 61}})
+    circle, _ = await turning.circles.put("default", spec, GATEWAY)
+    over = Turn(number=1, began_at=time(), parent=BASE, phase="over", seconds=2.0, outcome="promoted")
+    earlier = circle.model_copy(update={"turns": (over,) * (TURNS_KEPT + 10)})
+    await turning.redis.set(circle_key("default"), earlier.model_dump_json())
+    await turned(turning, FIRST, gain=0.05)
+    await turning.groups(BASE)
+    after = await turning.look()
+    assert (after.turn, len(after.turns), after.reason) == (None, 61, "61 jobs in 24 hours: the budget")
+    assert circle_object(after, time())["spent"]["gpu_seconds"] == pytest.approx(120.0, abs=1.0)
+
+
+async def test_turns_of_days_ago_make_room(turning: Turning):
+    circle, _ = await turning.circles.put("default", SPEC, GATEWAY)
+    over = Turn(number=1, began_at=time() - 2 * DAY_SECONDS, parent=BASE, phase="over", outcome="promoted")
+    earlier = circle.model_copy(update={"turns": (over,) * (TURNS_KEPT + 10)})
+    await turning.redis.set(circle_key("default"), earlier.model_dump_json())
+    assert len((await turned(turning, FIRST)).turns) == TURNS_KEPT
+
+
+async def test_a_job_that_several_processes_train_spends_as_many_gpus(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    job_id = (await turning.look(2)).turn.job_id  # type: ignore[union-attr]
+    await turning.redis.hset(job_key(str(job_id)), mapping={"spent_ms": 5_000, "gpu_ms": 20_000})
+    assert (await turning.look()).turn.seconds == 20.0  # type: ignore[union-attr]
+    # A worker of an older version tells time alone.
+    await turning.redis.hset(job_key(str(job_id)), "spent_ms", 30_000)
+    assert (await turning.look()).turn.seconds == 30.0  # type: ignore[union-attr]
 
 
 async def test_second_reward_that_falls_stops_it_at_once(turning: Turning):

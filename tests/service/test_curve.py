@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from zlib import compress
 
 import numpy as np
 import pytest
 import redis
 
+from archive.reading import Archive
+from archive.storage import archive_url
 from bon_algos.contracts import LEDGER_STREAM, Interval, Sampling
-from service.curve import Curve
-from tests.service.records import BASE, REWARD_MODEL, STUDENT, group
+from service.curve import Curve, Curves
+from service.ledger_reading import PAGE_ENTRIES
+from service.store import open_redis
+from tests.service.records import BASE, REWARD_MODEL, STUDENT, group, route
+from worker.compaction import Compaction, Limits
 
 CURVE = "/routes/default/curve"
+ALL_TRIMMED = Limits(entries=10_000, bytes=2**30, seconds=0.0, hot_groups=0, hot_seconds=0.0)
+ALL_HOT = Limits(entries=10_000, bytes=2**30, seconds=0.0, hot_groups=1000, hot_seconds=0.0)
 
 
 def logged(world, *groups) -> None:
@@ -21,6 +29,16 @@ def logged(world, *groups) -> None:
         for one in groups:
             data = compress(one.model_dump_json().encode())
             store.xadd(LEDGER_STREAM, {"kind": one.kind, "id": one.id, "data": data})
+
+
+def archived(url: str, archive: Archive, limits: Limits) -> int:
+    """Entries that the stream still has when all are in the archive."""
+    with redis.Redis.from_url(url) as store:
+        compaction = Compaction(store, archive, limits)
+        compaction.open()
+        while compaction.step(wait_seconds=0.01) is not None:
+            pass
+        return int(store.xlen(LEDGER_STREAM))
 
 
 def drawn(identity: str, prompt: int, rewards, **changes):
@@ -99,6 +117,55 @@ def test_a_record_of_another_version_is_counted_and_takes_the_curve_from_nobody(
             store.xadd(LEDGER_STREAM, {"kind": "group", "id": "x", "data": data})
     body = world.client.get(CURVE).json
     assert (body["groups"], body["skipped"]) == (2, {"unreadable": 2})
+
+
+def test_groups_that_the_stream_has_no_more_are_found_in_the_archive(world, tmp_path: Path):
+    logged(world, *(drawn(f"g{i}", i % 5, [float(i), 1.0, 2.0]) for i in range(30)))
+    before = world.client.get(CURVE).json
+    archive = Archive.at(archive_url("", tmp_path / "artefacts"))
+    assert archived(world.redis_url, archive, ALL_TRIMMED) == 0
+    assert world.client.get(CURVE).json == before
+    logged(world, *(drawn(f"h{i}", i % 5, [0.0, 0.0, 0.0]) for i in range(3)))
+    body = world.client.get(f"{CURVE}?groups=32").json
+    assert (body["groups"], before["groups"]) == (32, 30)
+
+
+def test_an_archive_that_does_not_answer_is_503(world, tmp_path: Path):
+    logged(world, drawn("a", 1, [9.0, 1.0]), drawn("b", 2, [0.0, 0.0]))
+    root = tmp_path / "artefacts" / "ledger" / "_manifest"
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "root.e1.json").write_text("damaged")
+    reply = world.client.get(CURVE)
+    assert (reply.status, reply.json["error"]["code"]) == (503, "archive_unavailable")
+
+
+def test_groups_of_another_n_do_not_take_the_place_of_those_of_the_most_frequent_one(world):
+    """Every other group is of 2: a page has fewer of 3 than are wanted, and more of both."""
+    logged(world, *(drawn(f"g{i}", i, [1.0, 2.0, 3.0] if i % 2 else [1.0, 2.0]) for i in range(2 * PAGE_ENTRIES)))
+    body = world.client.get(f"{CURVE}?groups={PAGE_ENTRIES * 3 // 4}").json
+    assert (body["n"], body["groups"]) == (3, PAGE_ENTRIES * 3 // 4)
+
+
+@pytest.mark.anyio
+async def test_a_flood_of_another_route_hides_nothing_and_is_not_read(redis_url: str, tmp_path: Path):
+    """All of it is hot, and archived: what is archived is read from there, route by route."""
+    own = [drawn(f"g{i}", i, [1.0, float(i)]) for i in range(4)]
+    flood = [drawn(f"f{i}", 1, [1.0], route="another") for i in range(3 * PAGE_ENTRIES)]
+    archive = Archive.at(str(tmp_path / "archive"))
+    with redis.Redis.from_url(redis_url) as store:
+        for one in (*own, *flood):
+            store.xadd(LEDGER_STREAM, {"kind": "group", "id": one.id, "data": compress(one.model_dump_json().encode())})
+        assert archived(redis_url, archive, ALL_HOT) == len(own) + len(flood)
+        before = pages_read(store)
+        async with open_redis(redis_url, in_bytes=True) as of_bytes:
+            curve = await Curves(of_bytes, archive).of(route(), num_groups=4, n=None)
+        assert (curve.groups, pages_read(store) - before) == (4, 1)
+
+
+def pages_read(store: redis.Redis) -> int:
+    """Of the stream, by anybody."""
+    told = store.info("commandstats")
+    return int(told["cmdstat_xrevrange"]["calls"]) if "cmdstat_xrevrange" in told else 0
 
 
 def test_the_smallest_n_within_a_loss():

@@ -19,9 +19,17 @@ from bon_algos.contracts import (
     jobs_index,
     policy_key,
 )
-from service.errors import Conflict, InvalidField, JobNotFound, PolicyNotFound, StoreUnavailable, Unparseable
+from service.errors import (
+    Conflict,
+    InvalidField,
+    JobNotFound,
+    PolicyNotFound,
+    QueueFull,
+    StoreUnavailable,
+    Unparseable,
+)
 from service.idempotency import Idempotency
-from service.jobs import Jobs, check_spec
+from service.jobs import MOST_OPEN_JOBS, Jobs, check_spec
 from service.store import open_redis
 from tests.fixtures.redis import RedisServer
 from tests.service.records import BASE, STUDENT, job_spec, policy
@@ -120,6 +128,20 @@ async def test_the_same_key_and_body_are_one_job(jobs: Jobs, redis: Redis):
     second = await jobs.submit(job_spec(), key("k"))
     assert (second.job_id, first.is_replayed, second.is_replayed) == (first.job_id, False, True)
     assert await redis.zcard(jobs_index()) == 1
+
+
+async def test_D36_a_tenant_has_so_many_open_jobs_and_no_more(jobs: Jobs, redis: Redis):
+    await redis.hset(LEDGER_COUNTS, "acme/default", "100")
+    first = await jobs.submit(job_spec(), key("first"))
+    for _ in range(MOST_OPEN_JOBS - 1):
+        last = await jobs.submit(job_spec())
+    with pytest.raises(QueueFull):
+        await jobs.submit(job_spec(), key("another"))
+    assert (await jobs.submit(job_spec(), key("first"))).job_id == first.job_id
+    await jobs.submit(job_spec(), tenant="acme")
+    await jobs.grant("cancel", last.job_id)
+    # The key of what was refused is free.
+    assert not (await jobs.submit(job_spec(), key("another"))).is_replayed
 
 
 async def test_the_same_key_with_another_body_is_refused(jobs: Jobs, redis: Redis):

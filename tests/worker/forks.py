@@ -89,6 +89,7 @@ def _deliver(job_id: str, environment: dict[str, str], log: Path, largest_file: 
         redis_url=settings.redis_url,
         artefacts=settings.artefacts,
         lease_seconds=settings.lease_seconds,
+        processes=settings.train_processes,
         run=_train,
     )
 

@@ -202,8 +202,10 @@ def test_a_process_that_dies_gives_its_job_back_with_the_end_of_its_log(client, 
         if name.startswith("BONSAI_"):
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("BONSAI_POLICY_DIRECTORY", str(tmp_path / "nothing"))
-    tasks.distill(JOB, redis_url=environment["BONSAI_REDIS_URL"], artefacts=tmp_path, lease_seconds=60)
+    tasks.distill(JOB, redis_url=environment["BONSAI_REDIS_URL"], artefacts=tmp_path, lease_seconds=60, processes=3)
     assert client.hget(job_key(JOB), "state") == "running"
+    spent, on_devices = client.hmget(job_key(JOB), ["spent_ms", "gpu_ms"])
+    assert int(on_devices) == 3 * int(spent) > 0
     assert client.hget(job_key(JOB), "lease_until") == "0"
     assert "training process ended with 1" in client.hget(job_key(JOB), "last_error")
     assert "nothing" in client.hget(job_key(JOB), "last_error")
@@ -261,6 +263,6 @@ def test_all_ranks_end_with_the_first_and_when_the_job_is_cancelled(client, envi
 def test_a_message_for_a_job_that_is_held_starts_nothing(client, environment, tmp_path):
     submit(client)
     claim(client, JOB, lease_seconds=60, worker="elsewhere:1")
-    tasks.distill(JOB, redis_url=environment["BONSAI_REDIS_URL"], artefacts=tmp_path, lease_seconds=60)
+    tasks.distill(JOB, redis_url=environment["BONSAI_REDIS_URL"], artefacts=tmp_path, lease_seconds=60, processes=1)
     assert client.hget(job_key(JOB), "attempts") == "1"
     assert not (tmp_path / "jobs").exists()

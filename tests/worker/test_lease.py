@@ -35,8 +35,8 @@ def submit(client, state="queued", **fields):
     client.hset(job_key(JOB), mapping={"state": state, "epoch": 0, "attempts": 0, **fields})
 
 
-def take(client, seconds=60.0):
-    return claim(client, JOB, lease_seconds=seconds, worker="here:1")
+def take(client, seconds=60.0, processes=1):
+    return claim(client, JOB, lease_seconds=seconds, worker="here:1", processes=processes)
 
 
 def held(client, epoch, lease_seconds=60.0, heartbeat_seconds=60.0):
@@ -194,10 +194,12 @@ def test_time_is_spent_while_somebody_works_on_the_job(client):
     first.beat()
     expire(client)
     as_if_seen(1000)
-    second = held(client, take(client))
+    second = held(client, take(client, processes=4))
     as_if_seen(5)
     second.finish_failed("code", "message")
     assert 15_000 <= int(field(client, "spent_ms")) < 20_000
+    # 10 s of one process, 5 s of four.
+    assert 30_000 <= int(field(client, "gpu_ms")) < 50_000
 
 
 def test_a_success_that_comes_after_the_cancellation_registers_nothing(client):

@@ -43,7 +43,9 @@ from service.store import open_redis
 from service.tags import Tags
 from service.trials import Trials
 from service.webhook_delivery import delivering
+from service.webhook_http import sending
 from service.webhook_reach import Reach
+from service.webhook_samples import Samples
 from service.webhooks import Webhooks
 
 DEFAULT_ROUTE: Final = "default"
@@ -81,6 +83,7 @@ class Control:
     ledger_pages: LedgerPages
     erasures: ErasureBook
     webhooks: Webhooks
+    webhook_samples: Samples
     artefacts: Path
     max_body_bytes: int
 
@@ -113,10 +116,11 @@ async def open_control(
         open_redis(redis_url) as redis,
         open_redis(redis_url, in_bytes=True) as redis_of_bytes,
         open_redis(redis_url, reply_seconds=REPLY_SECONDS) as redis_that_waits,
+        sending(reach) as sender,
     ):
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
         key_ring = KeyRing(redis, pepper, admin)
-        jobs = Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank)
+        jobs, webhooks = Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank), Webhooks(redis, pepper, reach)
         dispatcher = Dispatcher(redis, partial(send_job, open_producer(redis_url)), seconds=reconcile_seconds)
         means = Means(catalogue, jobs, dispatcher, policies, Trials(redis), Curves(redis_of_bytes), artefacts)
         control = Control(
@@ -141,11 +145,12 @@ async def open_control(
             key_ring=key_ring,
             ledger_pages=LedgerPages(redis_of_bytes, archive, pepper),
             erasures=ErasureBook(redis),
-            webhooks=Webhooks(redis, pepper, reach),
+            webhooks=webhooks,
+            webhook_samples=Samples(webhooks, sender),
             artefacts=artefacts,
             max_body_bytes=max_body_bytes,
         )
-        async with _running(control), delivering(redis, control.webhooks):
+        async with _running(control), delivering(redis, webhooks, sender):
             yield control
 
 

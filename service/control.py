@@ -15,6 +15,8 @@ from pathlib import Path
 from time import time
 from typing import Final, NamedTuple
 
+from redis.asyncio import Redis
+
 from archive.reading import Archive
 from bon_algos.contracts import PolicyRecord, Route
 from service.audit import Audit
@@ -112,12 +114,7 @@ async def open_control(
     route and the base policy serve from the start."""
     base = PolicyRecord(id=base_policy_id, kind="base", state="live", created_at=time())
     default = _default_route(base_policy_id, reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens)
-    async with (
-        open_redis(redis_url) as redis,
-        open_redis(redis_url, in_bytes=True) as redis_of_bytes,
-        open_redis(redis_url, reply_seconds=REPLY_SECONDS) as redis_that_waits,
-        sending(reach) as sender,
-    ):
+    async with _open_stores(redis_url) as (redis, redis_of_bytes, redis_that_waits), sending(reach) as sender:
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
         key_ring = KeyRing(redis, pepper, admin)
         jobs, webhooks = Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank), Webhooks(redis, pepper, reach)
@@ -152,6 +149,17 @@ async def open_control(
         )
         async with _running(control), delivering(redis, webhooks, sender):
             yield control
+
+
+@asynccontextmanager
+async def _open_stores(redis_url: str) -> AsyncGenerator[tuple[Redis, Redis, Redis]]:
+    """Of text, of bytes, and of text that is waited for."""
+    async with (
+        open_redis(redis_url) as redis,
+        open_redis(redis_url, in_bytes=True) as redis_of_bytes,
+        open_redis(redis_url, reply_seconds=REPLY_SECONDS) as redis_that_waits,
+    ):
+        yield redis, redis_of_bytes, redis_that_waits
 
 
 @asynccontextmanager

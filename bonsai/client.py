@@ -37,6 +37,7 @@ _Reply = TypeVar("_Reply", bound=BaseModel)
 RECONNECT_SECONDS: Final = 1.0
 SILENT_SECONDS: Final = 30.0
 """A stream of events has a comment every 10 s."""
+WEBHOOKS = "/v1/webhook_endpoints"
 _NOT_NOW = (429, 503)
 """What a gateway answers that has done nothing yet and says when to come again."""
 
@@ -280,24 +281,28 @@ class BonsaiClient:
         """A tar archive of the PEFT directory. base: what the adapter says of its base model."""
         return await self._exchange("GET", f"/policies/{policy_id}/export?{urlencode({'base': base})}")
 
-    async def add_webhook(self, url: str, events: Sequence[str], description: str) -> Webhook:
-        """With its secret, which no other reply has."""
-        body = {"url": url, "events": list(events), "description": description}
-        return await self._call(Webhook, "POST", "/v1/webhooks", body)
+    async def add_webhook(self, url: str, event_types: Sequence[str], name: str) -> Webhook:
+        """With its secret, which no other reply but a rotation's has."""
+        body = {"name": name, "url": url, "event_types": list(event_types)}
+        return await self._call(Webhook, "POST", WEBHOOKS, body)
 
     async def webhooks(self) -> list[Webhook]:
-        return (await self._call(WebhookPage, "GET", "/v1/webhooks?limit=100")).data
+        return (await self._call(WebhookPage, "GET", f"{WEBHOOKS}?limit=100")).data
 
     async def remove_webhook(self, webhook_id: str) -> None:
-        await self._call(Reply, "DELETE", f"/v1/webhooks/{quote(webhook_id, safe='')}")
+        await self._call(Reply, "DELETE", _webhook(webhook_id))
 
-    async def test_webhook(self, webhook_id: str) -> WebhookTest:
-        return await self._call(WebhookTest, "POST", f"/v1/webhooks/{quote(webhook_id, safe='')}/test")
+    async def test_webhook(self, webhook_id: str, event_type: str) -> WebhookTest:
+        return await self._call(WebhookTest, "POST", f"{_webhook(webhook_id)}/test", {"event_type": event_type})
+
+    async def rotate_webhook(self, webhook_id: str, *, keeps_former: bool) -> Webhook:
+        """With its new secret."""
+        body = {"keep_old_secret_active_for_24_hours": keeps_former}
+        return await self._call(Webhook, "POST", f"{_webhook(webhook_id)}/rotate_secret", body)
 
     async def webhook_attempts(self, webhook_id: str, *, limit: int) -> WebhookAttempts:
         """Newest first."""
-        path = f"/v1/webhooks/{quote(webhook_id, safe='')}/deliveries?limit={limit}"
-        return await self._call(WebhookAttempts, "GET", path)
+        return await self._call(WebhookAttempts, "GET", f"{_webhook(webhook_id)}/deliveries?limit={limit}")
 
     async def start_experiment(self, route: str, weights: Mapping[tuple[str, int], int]) -> None:
         """Weights of the arms (policy, n), together 10,000."""
@@ -354,6 +359,10 @@ class _ErrorMembers(Reply):
 
 class _ErrorBody(Reply):
     error: _ErrorMembers
+
+
+def _webhook(webhook_id: str) -> str:
+    return f"{WEBHOOKS}/{quote(webhook_id, safe='')}"
 
 
 def _refusal(status: int, content: bytes) -> RequestRefused:

@@ -42,15 +42,29 @@ def list_webhooks(gateway: GatewayAddress) -> None:
 @webhooks.command()
 @click.argument("target", metavar="URL")
 @click.option("--event", "events", multiple=True, default=ENDS, show_default=True, help="Of which it is told; repeat.")
-@click.option("--description", default="", help="For people.")
+@click.option("--name", default="bonsai", show_default=True, help="For people.")
 @click.pass_obj
-def add(gateway: GatewayAddress, target: str, events: tuple[str, ...], description: str) -> None:
+def add(gateway: GatewayAddress, target: str, events: tuple[str, ...], name: str) -> None:
     """Have URL told. Prints the secret that its deliveries are signed with, this once."""
 
     async def work(client: BonsaiClient) -> None:
-        webhook = await client.add_webhook(target, events, description)
+        webhook = await client.add_webhook(target, events, name)
         _say(webhook)
-        click.echo(f"secret  {webhook.secret}")
+        click.echo(f"secret  {webhook.signing_secret}")
+
+    gateway.run(work)
+
+
+@webhooks.command()
+@click.argument("webhook_id")
+@click.option("--keep-former", is_flag=True, help="The former secret signs beside the new one for 24 hours.")
+@click.pass_obj
+def rotate(gateway: GatewayAddress, webhook_id: str, keep_former: bool) -> None:
+    """Make another secret, printed this once. The former one ends at once."""
+
+    async def work(client: BonsaiClient) -> None:
+        webhook = await client.rotate_webhook(webhook_id, keeps_former=keep_former)
+        click.echo(f"secret  {webhook.signing_secret}")
 
     gateway.run(work)
 
@@ -70,12 +84,14 @@ def remove(gateway: GatewayAddress, webhook_id: str) -> None:
 
 @webhooks.command()
 @click.argument("webhook_id")
+@click.option("--event", default=ENDS[0], show_default=True, help="Of which a sample is sent.")
 @click.pass_obj
-def test(gateway: GatewayAddress, webhook_id: str) -> None:
-    """Have an event sent that says nothing; `deliveries` shows what became of it."""
+def test(gateway: GatewayAddress, webhook_id: str, event: str) -> None:
+    """Send a sample of an event at once, and say what the receiver answers."""
 
     async def work(client: BonsaiClient) -> None:
-        click.echo(f"sent {(await client.test_webhook(webhook_id)).event}")
+        tested = await client.test_webhook(webhook_id, event)
+        click.echo(f"{tested.event_type} was answered with {tested.status_code}")
 
     gateway.run(work)
 
@@ -95,9 +111,10 @@ def deliveries(gateway: GatewayAddress, webhook_id: str, limit: int) -> None:
 
 
 def _say(webhook: Webhook) -> None:
-    state = "enabled" if webhook.enabled else f"disabled ({webhook.disabled_reason})"
-    waiting = f"{webhook.waiting} waiting" if webhook.waiting else ""
-    columns = (webhook.id, state, waiting, webhook.url, ",".join(webhook.events))
+    own = webhook.bonsai
+    state = "enabled" if own.enabled else f"disabled ({own.disabled_reason})"
+    waiting = f"{own.waiting} waiting" if own.waiting else ""
+    columns = (webhook.id, webhook.name, state, waiting, webhook.url, ",".join(webhook.event_types))
     click.echo("  ".join(column for column in columns if column))
 
 

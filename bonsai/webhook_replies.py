@@ -8,15 +8,20 @@ from __future__ import annotations
 from bonsai.job_replies import Reply
 
 
-class Webhook(Reply):
-    id: str
-    url: str
-    events: list[str]
+class OwnWebhookMembers(Reply):
     enabled: bool
     disabled_reason: str | None = None
     waiting: int
-    secret: str = ""
-    """Of a new one alone."""
+
+
+class Webhook(Reply):
+    id: str
+    name: str
+    url: str
+    event_types: list[str]
+    bonsai: OwnWebhookMembers
+    signing_secret: str = ""
+    """Where it was just made or rotated."""
 
 
 class WebhookPage(Reply):
@@ -24,7 +29,8 @@ class WebhookPage(Reply):
 
 
 class WebhookTest(Reply):
-    event: str
+    event_type: str
+    status_code: int
 
 
 class WebhookAttempt(Reply):

@@ -15,6 +15,8 @@ from pathlib import Path
 from time import time
 from typing import Final, NamedTuple
 
+from redis.asyncio import Redis
+
 from archive.reading import Archive
 from bon_algos.contracts import PolicyRecord, Route
 from service.audit import Audit
@@ -44,7 +46,9 @@ from service.store import open_redis
 from service.tags import Tags
 from service.trials import Trials
 from service.webhook_delivery import delivering
+from service.webhook_http import sending
 from service.webhook_reach import Reach
+from service.webhook_samples import Samples
 from service.webhooks import Webhooks
 
 DEFAULT_ROUTE: Final = "default"
@@ -83,6 +87,7 @@ class Control:
     ledger_pages: LedgerPages
     erasures: ErasureBook
     webhooks: Webhooks
+    webhook_samples: Samples
     artefacts: Path
     max_body_bytes: int
 
@@ -111,13 +116,10 @@ async def open_control(
     route and the base policy serve from the start."""
     base = PolicyRecord(id=base_policy_id, kind="base", state="live", created_at=time())
     default = _default_route(base_policy_id, reward_model_id, n_cap=n_cap, max_tokens=default_max_tokens)
-    async with (
-        open_redis(redis_url) as redis,
-        open_redis(redis_url, in_bytes=True) as redis_of_bytes,
-        open_redis(redis_url, reply_seconds=REPLY_SECONDS) as redis_that_waits,
-    ):
+    async with _open_stores(redis_url) as (redis, redis_of_bytes, redis_that_waits), sending(reach) as sender:
         catalogue, policies = Catalogue(redis, base, default), Policies(redis)
-        key_ring, jobs = KeyRing(redis, pepper, admin), Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank)
+        key_ring, webhooks = KeyRing(redis, pepper, admin), Webhooks(redis, pepper, reach)
+        jobs = Jobs(redis, n_cap=n_cap, max_lora_rank=max_lora_rank)
         dispatcher = Dispatcher(redis, partial(send_job, open_producer(redis_url)), seconds=reconcile_seconds)
         curves = Curves(redis_of_bytes, archive)
         means = Means(catalogue, jobs, dispatcher, policies, Trials(redis), curves, artefacts)
@@ -144,12 +146,24 @@ async def open_control(
             key_ring=key_ring,
             ledger_pages=LedgerPages(redis_of_bytes, archive, pepper),
             erasures=ErasureBook(redis),
-            webhooks=Webhooks(redis, pepper, reach),
+            webhooks=webhooks,
+            webhook_samples=Samples(webhooks, sender),
             artefacts=artefacts,
             max_body_bytes=max_body_bytes,
         )
-        async with _running(control), delivering(redis, control.webhooks):
+        async with _running(control), delivering(redis, webhooks, sender):
             yield control
+
+
+@asynccontextmanager
+async def _open_stores(redis_url: str) -> AsyncGenerator[tuple[Redis, Redis, Redis]]:
+    """Of text, of bytes, and of text that is waited for."""
+    async with (
+        open_redis(redis_url) as redis,
+        open_redis(redis_url, in_bytes=True) as redis_of_bytes,
+        open_redis(redis_url, reply_seconds=REPLY_SECONDS) as redis_that_waits,
+    ):
+        yield redis, redis_of_bytes, redis_that_waits
 
 
 @asynccontextmanager

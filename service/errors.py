@@ -29,6 +29,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     ├── BodyTooLarge                413  body_too_large
     ├── UnsupportedMediaType        415  unsupported_media_type
     ├── InvalidField                422  invalid_field          parsed, and one field is wrong: `param` names it
+    ├── ReceiverUnreached           424  receiver_unreached     a webhook's receiver gave no answer to a test
     ├── RateLimited                 429  rate_limited           one key has used up what it may; + Retry-After
     │   ├── OverBudget                   over_budget            this request alone is more than that
     │   └── QueueFull                    queue_full             a tenant has as many jobs as it may
@@ -192,6 +193,11 @@ class UnsupportedMediaType(GatewayError):
 
 class InvalidField(GatewayError):
     status, default_code = 422, "invalid_field"
+
+
+class ReceiverUnreached(GatewayError):
+    # No 5xx, after which OpenAI's clients would try again by themselves.
+    status, default_code = 424, "receiver_unreached"
 
 
 class RateLimited(GatewayError):

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from time import time
 from typing import Final, NamedTuple
 
@@ -23,7 +23,7 @@ from redis.asyncio import Redis
 from bon_algos.crash_points import crash_point
 from service.errors import StoreFull, StoreUnavailable
 from service.loops import running_loops
-from service.webhook_http import GONE, Answer, Sender, open_sender
+from service.webhook_http import GONE, Answer, Sender
 from service.webhook_outbox import Outbox
 from service.webhook_queue import Claimed, Delivery, Outcome
 from service.webhook_record import Reason, WebhookRecord
@@ -160,10 +160,7 @@ def judged(tried: Delivery, answer: Answer, now: float, chance: float, accepted_
 
 
 @asynccontextmanager
-async def delivering(redis: Redis, webhooks: Webhooks) -> AsyncGenerator[None]:
+async def delivering(redis: Redis, webhooks: Webhooks, sender: Sender) -> AsyncGenerator[None]:
     """Deliveries, until the block is left."""
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(webhooks.reach.resolver.close)
-        sender = await stack.enter_async_context(open_sender(webhooks.reach))
-        await stack.enter_async_context(running_loops(WebhookDelivery(redis, webhooks, sender).run()))
+    async with running_loops(WebhookDelivery(redis, webhooks, sender).run()):
         yield

@@ -1,7 +1,7 @@
 """What webhooks are told: the types of events, and how one is made of a job's move or an entry of the audit.
 
-Owns: the types, the form of an event (OpenAI's), what of the audit is one. Does not own: where moves and entries come
-from and who is told (webhook_outbox.py).
+Owns: the types, the form of an event (OpenAI's), what of the audit is one, samples. Does not own: where moves and
+entries come from and who is told (webhook_outbox.py).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ EventType = Literal[
     "bonsai.policy.failed",
 ]
 """What a webhook can ask for. The jobs' names are OpenAI's, as far as it has them."""
-TEST: Final = "webhook.test"
-"""Comes because somebody asked for it, whatever the webhook asks for."""
+SAMPLE_JOB: Final = "job_sample"
+SAMPLE_POLICY: Final = "policy_sample"
+"""Ids that nothing has: who asks for more about a sample finds nothing, and does nothing."""
 _TYPES: Final = frozenset(get_args(EventType))
 _OF_ONE: Final = frozenset({"policy_failed", "policy_import", "retire"})
 """Entries about one policy, which change nothing of a route."""
@@ -67,6 +68,15 @@ def job_event(place: str, fields: Mapping[str, str]) -> Event | None:
 def policy_event(place: str, change: PolicyChange) -> Event:
     data = {"id": change.policy, "route": change.route, "from": change.former, "to": change.state}
     return event_of(f"bonsai.policy.{change.state}", _at(place), data)
+
+
+def sample_event(kind: EventType, at: float) -> Event:
+    """One that nothing has happened for, in the form of those that it is a sample of."""
+    *_, subject, state = kind.split(".")
+    if subject == "job":
+        return event_of(kind, at, {"id": SAMPLE_JOB})
+    former = "canary" if state == "candidate" else "candidate"
+    return event_of(kind, at, {"id": SAMPLE_POLICY, "route": None, "from": former, "to": state})
 
 
 def policy_changes(entry: Mapping[str, str]) -> Iterator[PolicyChange]:

@@ -67,6 +67,16 @@ async def open_sender(reach: Reach, *, seconds: float = ATTEMPT_SECONDS) -> Asyn
         yield Sender(session)
 
 
+@asynccontextmanager
+async def sending(reach: Reach) -> AsyncGenerator[Sender]:
+    """The sender of a whole gateway, with which the resolver ends too."""
+    try:
+        async with open_sender(reach) as sender:
+            yield sender
+    finally:
+        await reach.resolver.close()
+
+
 def _judged(status: int) -> Answer:
     if 200 <= status < 300:
         return Answer(status)

@@ -84,7 +84,7 @@ class Outbox:
 def _pairs(enabled: Sequence[WebhookRecord], happened: Sequence[Happened]) -> Iterator[tuple[WebhookRecord, Event]]:
     for tenant, event in happened:
         for record in enabled:
-            if record.tenant == tenant and event.type in record.events:
+            if record.tenant == tenant and event.type in record.event_types:
                 yield record, event
 
 

@@ -9,23 +9,49 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from service.replies import FLAG, NUMBER, TEXT, WHOLE, Named, Schema, Shown, kind, maybe, members, one_of
+from service.replies import FLAG, NUMBER, TEXT, WHOLE, Named, Schema, kind, listed, maybe, members, one_of, rows
+from service.webhook_events import EventType
 from service.webhook_queue import Outcome
-from service.webhook_record import WebhookRecord
+from service.webhook_record import Reason
 
-_MORE: Final[Mapping[str, Schema]] = {
-    "object": kind("bonsai.webhook"),
-    "enabled": FLAG,
-    "former_secret_until": maybe(NUMBER),
-    "waiting": WHOLE,
-    "last_accepted_at": maybe(NUMBER),
+_WEBHOOK: Final[Mapping[str, Schema]] = {
+    "id": TEXT,
+    "object": kind("webhook_endpoint"),
+    "name": TEXT,
+    "url": TEXT,
+    "event_types": rows(one_of(EventType)),
+    "signing_secret_hint": TEXT,
+    "created_at": WHOLE,
+    "updated_at": WHOLE,
+    "bonsai": members(
+        enabled=FLAG,
+        disabled_at=maybe(NUMBER),
+        disabled_reason=maybe(one_of(Reason)),
+        former_secret_until=maybe(NUMBER),
+        waiting=WHOLE,
+        last_accepted_at=maybe(NUMBER),
+        created_by=TEXT,
+    ),
 }
-_WITHOUT: Final = ("tenant", "generation", "rotated_at")
-WEBHOOK: Final = Named("Webhook", Shown(WebhookRecord, _WITHOUT, _MORE))
+WEBHOOK: Final = Named("WebhookEndpoint", members(**_WEBHOOK))
 WEBHOOK_WITH_SECRET: Final = Named(
-    "WebhookWithSecret", Shown(WebhookRecord, _WITHOUT, {**_MORE, "secret": {"type": "string", "pattern": "^whsec_"}})
+    "WebhookEndpointWithSecret",
+    members(**_WEBHOOK, signing_secret={"type": "string", "pattern": "^whsec_"}),
 )
-TESTED: Final = members(object=kind("bonsai.webhook.test"), webhook=TEXT, event=TEXT)
+DELETED: Final = Named(
+    "DeletedWebhookEndpoint", members(id=TEXT, object=kind("webhook_endpoint.deleted"), deleted={"const": True})
+)
+TESTED: Final = Named(
+    "WebhookEndpointTest",
+    members(
+        object=kind("webhook_endpoint.test"),
+        webhook_endpoint_id=TEXT,
+        event_type=one_of(EventType),
+        success={"const": True},
+        status_code=WHOLE,
+    ),
+)
+EVENT_TYPES: Final = listed(one_of(EventType), is_paged=False)
 ATTEMPT: Final = Named(
     "WebhookAttempt",
     members(

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from typing import Final
 
 PREFIX: Final = "whsec_"
+HINT_CHARACTERS: Final = 4
+"""24 bits of 256: enough to tell two secrets apart, too few to guess one."""
 
 
 def webhook_secret(pepper: bytes, webhook_id: str, generation: int) -> bytes:
@@ -25,6 +27,11 @@ def webhook_secret(pepper: bytes, webhook_id: str, generation: int) -> bytes:
 def shown(secret: bytes) -> str:
     """The secret as its receiver is given it."""
     return PREFIX + b64encode(secret).decode()
+
+
+def hint(secret: bytes) -> str:
+    """By which somebody who has the secret knows it again."""
+    return f"{shown(secret)[: len(PREFIX) + HINT_CHARACTERS]}..."
 
 
 def signed_headers(event_id: str, at: int, body: bytes, secrets: Iterable[bytes]) -> dict[str, str]:

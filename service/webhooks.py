@@ -1,7 +1,8 @@
-"""Webhooks: made, listed, changed, tried, given another secret, deleted; and disabled where nobody takes what comes.
+"""Webhooks: made, listed, changed, given another secret, deleted; and disabled where nobody takes what comes.
 
 Owns: the webhooks of one Redis and the rules for them. Does not own: the record of one (webhook_record.py), where it
-may lead (webhook_reach.py), its deliveries (webhook_queue.py, webhook_outbox.py, webhook_delivery.py).
+may lead (webhook_reach.py), its deliveries (webhook_queue.py, webhook_outbox.py, webhook_delivery.py), samples of them
+(webhook_samples.py).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from service.access import GATEWAY, Caller
 from service.audit import AuditChain
 from service.errors import Conflict, InvalidField, WebhookNotFound
 from service.store import transact, translated
-from service.webhook_events import TEST, event_of
-from service.webhook_queue import DeliveryQueue, attempt_object, forget, put
+from service.webhook_queue import DeliveryQueue, attempt_object, forget
 from service.webhook_reach import Reach
 from service.webhook_record import Reason, WebhookChange, WebhookRecord, WebhookRequest, once, webhook_object
+from service.webhook_signature import hint
 
 MAX_WEBHOOKS: Final = 20
 """Of a tenant."""
@@ -52,13 +53,15 @@ class Webhooks:
     async def create(self, asked: WebhookRequest, by: Caller) -> tuple[dict[str, Any], str]:
         """The webhook and its secret, which nobody is told again. Raises InvalidField, Conflict."""
         await self.reach.require(asked.url)
+        now = int(self._clock())
         record = WebhookRecord(
             id=f"wh_{uuid7().hex}",
             tenant=by.tenant,
+            name=asked.name,
             url=asked.url,
-            events=once(asked.events),
-            description=asked.description,
-            created_at=self._clock(),
+            event_types=once(asked.event_types),
+            created_at=now,
+            updated_at=now,
             created_by=by.key_id,
         )
 
@@ -82,22 +85,26 @@ class Webhooks:
 
     async def get(self, webhook_id: str, tenant: str) -> dict[str, Any]:
         """Raises WebhookNotFound."""
-        return await self._object(await self._owned(webhook_id, tenant))
+        return await self._object(await self.owned(webhook_id, tenant))
 
     async def change(self, webhook_id: str, asked: WebhookChange, by: Caller) -> dict[str, Any]:
         """What waited while it was disabled is delivered when it is enabled again. Raises WebhookNotFound,
         InvalidField."""
         if asked.url is not None:
-            await self._owned(webhook_id, by.tenant)
+            await self.owned(webhook_id, by.tenant)
             await self.reach.require(asked.url)
         return await self._object(
             await self._written(webhook_id, by, "webhook_change", lambda one: one.amended(asked, self._clock()))
         )
 
-    async def rotate(self, webhook_id: str, by: Caller) -> tuple[dict[str, Any], str]:
-        """The webhook and its new secret. The one before signs beside it for a day; one before that no more. Raises
-        WebhookNotFound."""
-        record = await self._written(webhook_id, by, "webhook_rotate", lambda one: one.rotated(self._clock()))
+    async def rotate(self, webhook_id: str, by: Caller, *, keeps_former: bool) -> tuple[dict[str, Any], str]:
+        """The webhook and its new secret. keeps_former: the one before signs beside it for a day; one before that no
+        more. Raises WebhookNotFound."""
+
+        def become(one: WebhookRecord) -> WebhookRecord:
+            return one.rotated(self._clock(), keeps_former=keeps_former)
+
+        record = await self._written(webhook_id, by, "webhook_rotate", become)
         return await self._object(record), record.secret(self._pepper)
 
     async def delete(self, webhook_id: str, by: Caller) -> None:
@@ -113,27 +120,11 @@ class Webhooks:
 
         await transact(self._redis, (WEBHOOKS,), change)
 
-    async def test(self, webhook_id: str, by: Caller) -> str:
-        """Queue an event that says nothing but that it is one; its id. Raises WebhookNotFound, Conflict."""
-        event = event_of(TEST, self._clock(), {"id": webhook_id})
-
-        async def change(pipe: Pipeline) -> None:
-            record = await _read(pipe, webhook_id, by.tenant)
-            if not record.is_enabled:
-                raise Conflict("the webhook is disabled: enable it first", code="webhook_disabled")
-            if await waiting(pipe, webhook_id) >= MAX_WAITING:
-                raise Conflict(f"{MAX_WAITING} deliveries wait for the webhook already", code="webhook_overfull")
-            pipe.multi()  # type: ignore[no-untyped-call]
-            put(pipe, webhook_id, event, self._clock())
-
-        await transact(self._redis, (WEBHOOKS,), change)
-        return event.id
-
     async def attempts(
         self, webhook_id: str, tenant: str, limit: int, after: str | None
     ) -> tuple[Sequence[dict[str, Any]], bool]:
         """Newest first; and whether there are more. Raises WebhookNotFound, InvalidField."""
-        await self._owned(webhook_id, tenant)
+        await self.owned(webhook_id, tenant)
         if after is not None and not _ATTEMPT_ID.fullmatch(after):
             raise InvalidField("after is not the id of an attempt", param="after")
         rows, has_more = await self.queue.attempts(webhook_id, limit, after)
@@ -163,7 +154,8 @@ class Webhooks:
     def secrets(self, record: WebhookRecord, now: float) -> list[bytes]:
         return record.secrets(self._pepper, now)
 
-    async def _owned(self, webhook_id: str, tenant: str) -> WebhookRecord:
+    async def owned(self, webhook_id: str, tenant: str) -> WebhookRecord:
+        """Raises WebhookNotFound."""
         with translated():
             return await _read(self._redis, webhook_id, tenant)
 
@@ -181,7 +173,8 @@ class Webhooks:
     async def _object(self, record: WebhookRecord) -> dict[str, Any]:
         with translated():
             count = await waiting(self._redis, record.id)
-        return webhook_object(record, count, await self.queue.accepted_at(record.id))
+        secret, *_ = record.secrets(self._pepper, self._clock())
+        return webhook_object(record, hint(secret), count, await self.queue.accepted_at(record.id))
 
 
 async def read_webhooks(redis: Redis) -> list[WebhookRecord]:

@@ -163,7 +163,7 @@ REACH = Reach(private_addresses=True, plain_http=True)
 async def subscribe(redis_url: str, url: str) -> None:
     """A webhook, and a job that ended."""
     async with open_redis(redis_url) as redis:
-        asked = WebhookRequest(url=url, events=("fine_tuning.job.cancelled",))
+        asked = WebhookRequest(name="n", url=url, event_types=("fine_tuning.job.cancelled",))
         await Webhooks(redis, bytes(32), REACH).create(asked, GATEWAY)
         jobs = Jobs(redis, n_cap=64, max_lora_rank=32)
         await jobs.grant("cancel", (await jobs.submit(job_spec())).job_id)

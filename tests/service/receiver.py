@@ -10,13 +10,17 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any, Literal, NamedTuple
 
 from aiohttp import web
 
 from tests.stubs.server import running
 
-Behaviour = int | Literal["hangs", "endless", "breaks", "redirects"]
+Behaviour = int | Literal["hangs", "waits", "endless", "breaks", "redirects"]
+
+WAITS_SECONDS = 10.0
+"""For a test that never says so."""
 
 
 class Received(NamedTuple):
@@ -40,6 +44,8 @@ class Receiver:
     script: list[Behaviour] = field(default_factory=list)
     received: list[Received] = field(default_factory=list)
     url: str = ""
+    goes_on: Event = field(default_factory=Event)
+    """Set by a test, it ends what waits."""
 
     @property
     def ids(self) -> list[str]:
@@ -60,6 +66,9 @@ class Receiver:
         match behaviour:
             case "hangs":
                 await asyncio.Event().wait()
+            case "waits":
+                await asyncio.to_thread(self.goes_on.wait, WAITS_SECONDS)
+                return web.Response(status=204)
             case "endless":
                 return await self._endless(request)
             case "breaks":

@@ -27,6 +27,7 @@ ROLES: tuple[Role, ...] = ("admin", "operator", "trainer", "inference", "viewer"
 ALL = "admin operator trainer inference viewer"
 READERS = "admin operator trainer viewer"
 ANYBODY = "anybody"
+WEBHOOK_ACTS = ("/test", "/rotate_secret")
 
 MATRIX = {
     ("POST", "/generate"): "admin operator inference",
@@ -97,11 +98,12 @@ MATRIX = {
     ("GET", "/v1/files/{file_id}/content"): "admin operator trainer",
     ("DELETE", "/v1/files/{file_id}"): "admin operator trainer",
     **{
-        (method, f"/v1/webhooks{path}"): "admin operator"
+        (method, f"/v1/webhook_{path}"): "admin operator"
         for method, path in (
-            *(("POST", path) for path in ("", "/{webhook_id}/test", "/{webhook_id}/rotate")),
-            *(("GET", path) for path in ("", "/{webhook_id}", "/{webhook_id}/deliveries")),
-            *((method, "/{webhook_id}") for method in ("PATCH", "DELETE")),
+            ("GET", "event_types"),
+            *(("POST", f"endpoints{path}") for path in ("", *(f"/{{webhook_id}}{one}" for one in ("", *WEBHOOK_ACTS)))),
+            *(("GET", f"endpoints{path}") for path in ("", "/{webhook_id}", "/{webhook_id}/deliveries")),
+            ("DELETE", "endpoints/{webhook_id}"),
         )
     },
     ("POST", "/keys"): "admin",

@@ -72,7 +72,7 @@ TESTS: Final[Mapping[str, Mapping[str, str]]] = {
     "test_ledger_pages.py": {
         "L1": "test_pages_go_on_from_the_stream_into_the_archive",
         "L9": "test_L9_without_the_right_to_content_texts_are_withheld",
-        "L21": "test_L21_asked_twice_it_is_the_same_receipt",
+        "L21": "test_L21_asked_twice_it_is_the_same_receipt_about_all_until_then",
         "L25": "test_L25_an_unknown_receipt_is_404",
     },
     "../bonsai/test_ledger_command.py": {

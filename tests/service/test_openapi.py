@@ -294,6 +294,16 @@ def test_the_control_plane_answers_as_described(world: World):
     assert content.headers["content-type"] in DOCUMENT["paths"]["/v1/files/{file_id}/content"]["get"]["responses"][
         "200"]["content"]  # fmt: skip
     ask("DELETE", "/v1/files/{file_id}", file_id=file)
+    asked = {"name": "n", "url": "https://93.184.215.14/", "event_types": ["fine_tuning.job.failed"]}
+    webhook = ask("POST", "/v1/webhook_endpoints", asked)["id"]
+    ask("GET", "/v1/webhook_endpoints")
+    one = "/v1/webhook_endpoints/{webhook_id}"
+    ask("GET", one, webhook_id=webhook)
+    ask("POST", one, {"bonsai": {"enabled": False}}, webhook_id=webhook)
+    ask("POST", f"{one}/rotate_secret", {"keep_old_secret_active_for_24_hours": True}, webhook_id=webhook)
+    ask("GET", f"{one}/deliveries", webhook_id=webhook)
+    ask("DELETE", one, webhook_id=webhook)
+    ask("GET", "/v1/webhook_event_types")
     ask("GET", "/v1/models")
     ask("GET", "/v1/models/{model}", model="default")
     ask("POST", "/engines/{name}/drain", name="policy-0")

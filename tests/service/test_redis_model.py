@@ -49,7 +49,9 @@ from service.store import open_redis
 from service.tags import Tags
 from service.tokenizer_files import read_tokenizer
 from service.webhook_delivery import WebhookDelivery
+from service.webhook_events import sample_event
 from service.webhook_http import open_sender
+from service.webhook_queue import put
 from service.webhook_reach import Reach
 from service.webhook_record import WebhookRequest
 from service.webhooks import Webhooks
@@ -159,8 +161,11 @@ async def go_through_webhooks(redis: Redis) -> None:
     webhooks = Webhooks(redis, bytes(32), reach)
     with Receiver().listening() as receiver:
         for url in (receiver.url, "http://127.0.0.1:1/"):
-            webhook, _ = await webhooks.create(WebhookRequest(url=url, events=("fine_tuning.job.failed",)), GATEWAY)
-            await webhooks.test(webhook["id"], GATEWAY)
+            asked = WebhookRequest(name="n", url=url, event_types=("fine_tuning.job.failed",))
+            webhook, _ = await webhooks.create(asked, GATEWAY)
+            async with redis.pipeline() as pipe:
+                put(pipe, webhook["id"], sample_event("fine_tuning.job.failed", 0.0), 0.0)
+                await pipe.execute()
         async with open_sender(reach) as sender, asyncio.TaskGroup() as group:
             await WebhookDelivery(redis, webhooks, sender).start(group)
 

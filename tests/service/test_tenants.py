@@ -79,8 +79,8 @@ def acme(still_world: World) -> Owned:
     key = client.post("/keys", {"name": "b", "role": "viewer"}).json["id"]
     assert client.post("/ledger/erasures", {"user": "somebody"}).json["id"] == ERASURE
     file = uploaded(client, line()).json["id"]
-    asked = {"url": "https://93.184.215.14/", "events": ["fine_tuning.job.failed"]}
-    webhook = client.post("/v1/webhooks", asked).json["id"]
+    told = {"name": "n", "url": "https://93.184.215.14/", "event_types": ["fine_tuning.job.failed"]}
+    webhook = client.post("/v1/webhook_endpoints", told).json["id"]
     return Owned(client, response, job, key, file, webhook)
 
 
@@ -145,13 +145,16 @@ def foreign(owned: Owned) -> dict[tuple[str, str], tuple[str, object]]:
         ("GET", "/v1/files/{file_id}/content"): (f"/v1/files/{owned.file}/content", None),
         ("DELETE", "/v1/files/{file_id}"): (f"/v1/files/{owned.file}", None),
         **{
-            (method, f"/v1/webhooks/{{webhook_id}}{path}"): (f"/v1/webhooks/{owned.webhook}{path}", body)
+            (method, f"/v1/webhook_endpoints/{{webhook_id}}{path}"): (
+                f"/v1/webhook_endpoints/{owned.webhook}{path}",
+                body,
+            )
             for method, path, body in (
                 ("GET", "", None),
-                ("PATCH", "", {"enabled": False}),
+                ("POST", "", {"bonsai": {"enabled": False}}),
                 ("DELETE", "", None),
-                ("POST", "/test", None),
-                ("POST", "/rotate", None),
+                ("POST", "/test", {"event_type": "fine_tuning.job.failed"}),
+                ("POST", "/rotate_secret", {}),
                 ("GET", "/deliveries", None),
             )
         },
@@ -170,7 +173,8 @@ WITHOUT_OBJECTS = {
     ("POST", "/ledger/erasures"),
     # Of one's own, whatever others have of the same content: test_files.py.
     ("POST", "/v1/files"),
-    ("GET", "/tags"), ("GET", "/audit"), ("GET", "/v1/webhooks"), ("POST", "/v1/webhooks"),
+    ("GET", "/tags"), ("GET", "/audit"), ("GET", "/v1/webhook_endpoints"), ("POST", "/v1/webhook_endpoints"),
+    ("GET", "/v1/webhook_event_types"),
     # Names a directory, whose manifest says whose it is.
     ("POST", "/policies"),
     # Makes a route of the caller's own, as `test_one_name_is_as_many_routes_as_tenants` sees.
@@ -209,7 +213,7 @@ def test_nothing_of_a_tenant_was_changed_by_those_tries(acme):
     found = acme.client.get(f"/policies/{acme.policy}").json
     assert (found["live_on"], found["state"], found["is_protected"]) == ([], "candidate", False)
     assert acme.client.get("/tags/best").json["policy"] == acme.policy
-    kept = acme.client.get(f"/v1/webhooks/{acme.webhook}").json
+    kept = acme.client.get(f"/v1/webhook_endpoints/{acme.webhook}").json["bonsai"]
     assert (kept["enabled"], kept["former_secret_until"], kept["waiting"]) == (True, None, 0)
     assert len(acme.client.get(f"/v1/feedback?response={acme.response}").json["data"]) == 1
     assert acme.client.get("/routes/chat/curve").status in (200, 409)
@@ -239,8 +243,8 @@ def test_lists_hold_what_is_ones_own(acme, others, who):
     assert ids(others[who], f"/v1/feedback?response={acme.response}") == set()
     assert ids(others[who], "/v1/feedback?session=lunch") == set()
     assert (acme.key in ids(others[who], "/keys")) == (who == "default")
-    assert ids(others[who], "/tags") == ids(others[who], "/v1/webhooks") == set()
-    assert ids(acme.client, "/v1/webhooks") == {acme.webhook}
+    assert ids(others[who], "/tags") == ids(others[who], "/v1/webhook_endpoints") == set()
+    assert ids(acme.client, "/v1/webhook_endpoints") == {acme.webhook}
     assert acme.key not in {row["about"].get("key") for row in others[who].get("/audit?limit=100").json["data"]}
     assert ids(acme.client, "/tags") == {"best"}
     assert {row["event"] for row in acme.client.get("/audit?limit=100").json["data"]} >= {"route_put", "tag_put"}

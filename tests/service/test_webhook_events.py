@@ -64,7 +64,7 @@ class Told:
 
 async def told_of(redis: Redis, by: Caller = GATEWAY) -> Told:
     webhooks = Webhooks(redis, bytes(32), Reach(private_addresses=True, plain_http=True))
-    asked = WebhookRequest(url="http://127.0.0.1:1/", events=get_args(EventType))
+    asked = WebhookRequest(name="n", url="http://127.0.0.1:1/", event_types=get_args(EventType))
     webhook, _ = await webhooks.create(asked, by)
     return Told(redis, Outbox(redis, webhooks, lambda: 0.0), webhook["id"])
 

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.draining import Draining
 from service.edge import MAX_HEADER_BYTES
@@ -106,7 +106,8 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     It also queues a request that comes while another runs, and reads no more until then: nobody would hear that the
     client has gone, and engines would work on for it. Here a request that comes behind one that runs is read and thrown
-    away, and the connection is closed after the answer: the client has to ask for the rest again (RFC 9112, 9.3.2).
+    away, and the connection is closed after the answer: the client has to ask for the rest again (RFC 9112, 9.3.2). A
+    client that has all of an answer may ask for the next thing while whoever sent it has not ended yet; that is queued.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if self.cycle is None or self.cycle.response_complete:
+        if self.cycle is None or _is_answered(self.cycle):
             self._header_bytes = 0
         else:
             self._is_overtaken = True
@@ -212,3 +213,11 @@ class ImpatientProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self._expect_reading(unread)
+
+
+def _is_answered(cycle: RequestResponseCycle) -> bool:
+    """Whether the client has all of the answer."""
+    if cycle.response_complete or not cycle.response_started:
+        return cycle.response_complete
+    has_length = not cycle.chunked_encoding
+    return has_length and (cycle.expected_content_length == 0 or cycle.scope["method"] == "HEAD")

@@ -157,6 +157,47 @@ def test_a_second_request_after_the_first_answer_is_answered_on_the_same_connect
             assert b"connection: close" not in answer.lower()
 
 
+async def lifespan(receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+    for done in ("startup", "shutdown"):
+        await receive()
+        await send({"type": f"lifespan.{done}.complete"})
+
+
+class Lingerer:
+    """Answers at once and whole; of /slow it ends when it is told to."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self._status = status
+        self._body = body
+        self.has_answered, self.may_end = threading.Event(), threading.Event()
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        if scope["type"] == "lifespan":
+            return await lifespan(receive, send)
+        length = [(b"content-length", str(len(self._body)).encode())] if self._body else []
+        await send({"type": "http.response.start", "status": self._status, "headers": length})
+        await send({"type": "http.response.body", "body": self._body, "more_body": True})
+        self.has_answered.set()
+        if scope["path"] == "/slow":
+            await asyncio.to_thread(self.may_end.wait, 10)
+        await send({"type": "http.response.body"})
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "body"), [("GET", 200, b"whole"), ("HEAD", 200, b"whole"), ("DELETE", 204, b"")]
+)
+def test_whoever_has_all_of_an_answer_may_ask_for_the_next_before_it_has_ended(tmp_path, method, status, body):
+    app = Lingerer(status, body)
+    with served(app, tmp_path, unread_seconds=5) as client, connected(client) as connection:
+        connection.sendall(client.written(method, "/slow", b""))
+        assert app.has_answered.wait(10)
+        connection.sendall(client.written(method, "/", b"", "Connection: close"))
+        client.request(method, "/")  # by now the server has read what was sent before
+        app.may_end.set()
+        answer = all_of(connection)
+    assert answer.count(b"HTTP/1.1 %d " % status) == 2
+
+
 # --- replies that nobody reads ---------------------------------------------------------------------------
 
 
@@ -171,10 +212,7 @@ class Sender:
 
     async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
         if scope["type"] == "lifespan":
-            for done in ("startup", "shutdown"):
-                await receive()
-                await send({"type": f"lifespan.{done}.complete"})
-            return
+            return await lifespan(receive, send)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         sending = asyncio.create_task(self._sent(send))
         while (await receive())["type"] != "http.disconnect":
@@ -192,7 +230,7 @@ class Sender:
 
 
 @contextmanager
-def served(sender: Sender, tmp_path, unread_seconds: float) -> Iterator[Client]:
+def served(sender: Sender | Lingerer, tmp_path, unread_seconds: float) -> Iterator[Client]:
     """The sender behind our server."""
     urls = ("http://127.0.0.1:1", "http://127.0.0.1:2", "redis://127.0.0.1:3")
     settings = gateway_settings(tmp_path, *urls, unread_seconds=unread_seconds)

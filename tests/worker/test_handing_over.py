@@ -132,7 +132,7 @@ DELIVERY = """
 import sys
 from pathlib import Path
 from worker import tasks
-tasks.distill("job_1", redis_url=sys.argv[1], artefacts=Path(sys.argv[2]), lease_seconds=60)
+tasks.distill("job_1", redis_url=sys.argv[1], artefacts=Path(sys.argv[2]), lease_seconds=60, processes=1)
 """
 
 
@@ -141,13 +141,13 @@ def test_F43_a_job_whose_process_was_still_loading_is_handed_over_too(whom, redi
     """Who trains cannot say that it heard: only who was asked to stop knows that nothing has failed."""
     with redis.Redis.from_url(redis_url, decode_responses=True) as client:
         client.hset(job_key("job_1"), mapping={"state": "queued", "epoch": 0, "attempts": 0})
-        delivery = subprocess.Popen([sys.executable, "-c", DELIVERY, redis_url, str(tmp_path)])
-        children = Path(f"/proc/{delivery.pid}/task/{delivery.pid}/children")
-        training = int(until(children.read_text, "a training process"))
-        until(lambda: b"job_process" in Path(f"/proc/{training}/cmdline").read_bytes(), "its own program")
-        is_asked = whom == "the worker's child"
-        os.kill(delivery.pid if is_asked else training, signal.SIGTERM)
-        assert delivery.wait(60) == 0
+        with subprocess.Popen([sys.executable, "-c", DELIVERY, redis_url, str(tmp_path)]) as delivery:
+            children = Path(f"/proc/{delivery.pid}/task/{delivery.pid}/children")
+            training = int(until(children.read_text, "a training process"))
+            until(lambda: b"job_process" in Path(f"/proc/{training}/cmdline").read_bytes(), "its own program")
+            is_asked = whom == "the worker's child"
+            os.kill(delivery.pid if is_asked else training, signal.SIGTERM)
+            assert delivery.wait(60) == 0
         job = client.hgetall(job_key("job_1"))
     assert (job["state"], job["lease_until"]) == ("queued" if is_asked else "running", "0")
     assert (job["attempts"], job.get("parked")) == ("1", "1" if is_asked else None)

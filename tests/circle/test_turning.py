@@ -6,6 +6,7 @@ is tests/service/test_circles.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
@@ -32,8 +33,9 @@ PROMPTS_OF_IT = list(training_prompts()[:PROMPTS])
 
 
 @pytest.fixture(scope="module")
-def ended(stack: RealStack) -> dict[str, Any]:
-    """The circle when its one turn is over."""
+def ended(stack: RealStack) -> Iterator[dict[str, Any]]:
+    """The circle when its one turn is over. Undone afterwards: an engine has few places, and other tests' policies need
+    one."""
     assert stack.http.put(f"/routes/{ROUTE}", json={"default_n": N}).status_code == 201
     assert stack.http.put(CIRCLE, json=SPEC).status_code == 201
     stack.fill_ledger(PROMPTS_OF_IT, N, route=ROUTE)
@@ -45,7 +47,10 @@ def ended(stack: RealStack) -> dict[str, Any]:
             stack.generate(next(prompts), n=N, route=ROUTE)
         return seen if seen["status"] == "stopped" else None
 
-    return wait_until(look, "the turn is over", seconds=240) or {}
+    yield wait_until(look, "the turn is over", seconds=240) or {}
+    assert stack.http.post(f"/routes/{ROUTE}/rollback", json={"reason": "the tests are over"}).status_code == 200
+    assert stack.http.delete(CIRCLE).status_code == 204
+    assert stack.http.delete(f"/routes/{ROUTE}").status_code == 204
 
 
 def test_it_was_promoted_through_every_gate(ended):

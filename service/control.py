@@ -141,7 +141,7 @@ async def open_control(
             dispatcher=dispatcher,
             publishers=open_publishers(catalogue, policies),
             curves=curves,
-            learned=LearnedStrategies(redis_of_bytes, catalogue, seconds=learning_seconds),
+            learned=LearnedStrategies(redis_of_bytes, archive, catalogue, seconds=learning_seconds),
             keys=Keys(redis, key_ring, pepper, admin, default),
             key_ring=key_ring,
             ledger_pages=LedgerPages(redis_of_bytes, archive, pepper),

@@ -20,14 +20,15 @@ from typing import Any, Final, cast
 import numpy as np
 from redis.asyncio import Redis
 
+from archive.reading import Archive, Question
 from bon_algos.contracts import LEDGER_STREAM, Candidate, CandidateGroup, Route, of_tenant
 from bon_algos.escalation import EscalationRule, Pair, learned_escalation
-from bon_algos.ledger_entries import UnreadableRecord, group_of
+from bon_algos.ledger_entries import EntryId, UnreadableRecord, group_of
 from bon_algos.stopping import LoggedDraws, StoppingRule, learned_rules, stops_of
 from service.catalogue import Catalogue
 from service.curve import unfit
 from service.errors import StoreFull, StoreUnavailable
-from service.ledger_reading import PAGE_ENTRIES
+from service.ledger_reading import PAGE_ENTRIES, archive_pages
 from service.store import translated
 
 GROUPS_NEEDED: Final = 100
@@ -37,6 +38,8 @@ MOST_GROUPS: Final = 500
 """The newest of a route; older ones are forgotten."""
 MOST_PAGES: Final = 100
 """Of the ledger, looked through for groups of a route that was not learned about before."""
+MOST_ARCHIVED: Final = 20_000
+"""Groups of the route, looked through in the archive."""
 MOST_OF_N: Final = 4
 """Times the route's n that a request may draw, within the route's cap."""
 NEWS_SHARE: Final = 0.1
@@ -60,9 +63,9 @@ class Learned:
 class LearnedStrategies:
     """What one gateway process has learned."""
 
-    def __init__(self, redis: Redis, catalogue: Catalogue, *, seconds: float) -> None:
+    def __init__(self, redis: Redis, archive: Archive, catalogue: Catalogue, *, seconds: float) -> None:
         """redis: one that answers in bytes. seconds: between two looks at the ledger."""
-        self._redis = redis
+        self._redis, self._archive = redis, archive
         self._catalogue = catalogue
         self._seconds = seconds
         self._seen: dict[str, _Seen] = {}
@@ -113,17 +116,30 @@ class LearnedStrategies:
             self._newest = newest[0][0] if newest else b"0-0"
 
     async def _read_back(self, seen: _Seen) -> None:
-        """What was logged before, newest first."""
-        before = self._newest
+        """What was logged before, newest first: in the stream, and behind it in the archive, where each route's groups
+        lie by themselves."""
+        before, oldest = self._newest, self._newest
         for _ in range(MOST_PAGES):
             page = await self._page(before, forwards=False)
             if not page or seen.is_full:
+                break
+            seen.add_older(await asyncio.to_thread(_groups, page))
+            oldest = page[-1][0]
+            before = b"(" + oldest
+        try:
+            await self._read_archive(seen, EntryId.parse(oldest))
+        except StoreUnavailable as error:
+            log.warning("of %s only what the stream holds is learned from: %s", seen.route.name, error.message)
+
+    async def _read_archive(self, seen: _Seen, before: EntryId) -> None:
+        # Where the stream is empty nothing of the archive is behind it.
+        behind = before if before > EntryId(0, 0) else None
+        question, looked = Question(("groups",), seen.route.tenant, seen.route.name, before=behind), 0
+        async for page in archive_pages(self._archive, question):
+            seen.add_older([cast(CandidateGroup, one.record) for one in page])
+            looked += len(page)
+            if seen.is_full or looked >= MOST_ARCHIVED:
                 return
-            for group in await asyncio.to_thread(_groups, page):
-                is_of_route = (group.tenant, group.route) == (seen.route.tenant, seen.route.name)
-                if is_of_route and not seen.is_full:
-                    seen.add(group, is_newest=False)
-            before = b"(" + page[-1][0]
 
     async def _page(
         self, end: bytes, *, forwards: bool, count: int = PAGE_ENTRIES
@@ -160,6 +176,13 @@ class _Seen:
     @property
     def has_news(self) -> bool:
         return self._news > NEWS_SHARE * (len(self._draws) + len(self._pairs) - self._news)
+
+    def add_older(self, groups: Iterable[CandidateGroup]) -> None:
+        """As many of the route's as there is room for, newest first."""
+        for group in groups:
+            is_of_route = (group.tenant, group.route) == (self.route.tenant, self.route.name)
+            if is_of_route and not self.is_full:
+                self.add(group, is_newest=False)
 
     def add(self, group: CandidateGroup, *, is_newest: bool) -> None:
         pair = _pair(group, self.route)

@@ -47,7 +47,9 @@ def ended(stack: RealStack) -> Iterator[dict[str, Any]]:
             stack.generate(next(prompts), n=N, route=ROUTE)
         return seen if seen["status"] == "stopped" else None
 
-    yield wait_until(look, "the turn is over", seconds=240) or {}
+    over = wait_until(look, "the turn is over", seconds=240)
+    assert over is not None
+    yield over
     assert stack.http.post(f"/routes/{ROUTE}/rollback", json={"reason": "the tests are over"}).status_code == 200
     assert stack.http.delete(CIRCLE).status_code == 204
     assert stack.http.delete(f"/routes/{ROUTE}").status_code == 204

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import redis
 
+from archive.reading import Archive
+from archive.storage import archive_url
 from bon_algos.contracts import LEDGER_STREAM, Arm, CandidateGroup, Route
 from bon_algos.escalation import Pair, learned_escalation
 from service.catalogue import Catalogue
@@ -36,6 +38,7 @@ from tests.service.strategy_world import (
     log_history,
 )
 from tests.service.test_admin_routes import proven_candidate, send
+from tests.service.test_curve import ALL_TRIMMED, archived
 from tests.service.test_generate import send_and_leave
 from tests.stubs.tokenizer import token_ids
 
@@ -159,11 +162,35 @@ def test_a_record_that_cannot_be_read_stops_no_learning(gateway):
     assert known(world)["groups"] == GROUPS_NEEDED
 
 
-def test_without_redis_what_is_learned_waits(unused_port):
+@pytest.mark.parametrize("behind", [0, 7], ids=["all of it", "but the newest"])
+def test_what_the_stream_has_no_more_is_learned_from_the_archive(gateway, tmp_path, behind):
+    world = gateway()
+    log_history(world, np.random.default_rng(0).normal(size=(GROUPS_NEEDED, N)))
+    assert archived(world.redis_url, Archive.at(archive_url("", tmp_path / "artefacts")), ALL_TRIMMED) == 0
+    if behind:
+        log_history(world, np.random.default_rng(1).normal(size=(behind, N)), first=GROUPS_NEEDED)
+    send(world, "PUT", "/routes/default", ROUTE)
+    wait_until(lambda: known(world)["adaptive"] is not None, 60)
+    assert known(world)["groups"] == GROUPS_NEEDED + behind
+
+
+def test_without_its_archive_a_gateway_learns_from_the_stream(gateway, tmp_path):
+    world = gateway()
+    root = tmp_path / "artefacts" / "ledger" / "_manifest"
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "root.e1.json").write_text("damaged")
+    log_history(world, np.random.default_rng(0).normal(size=(GROUPS_NEEDED, N)))
+    send(world, "PUT", "/routes/default", ROUTE)
+    wait_until(lambda: known(world)["adaptive"] is not None, 60)
+
+
+def test_without_redis_what_is_learned_waits(unused_port, tmp_path):
     async def run() -> bool:
         url = f"redis://127.0.0.1:{unused_port}"
         async with open_redis(url) as texts, open_redis(url, in_bytes=True) as in_bytes:
-            learned = LearnedStrategies(in_bytes, Catalogue(texts, policy(BASE), route()), seconds=0.01)
+            learned = LearnedStrategies(
+                in_bytes, Archive.at(str(tmp_path)), Catalogue(texts, policy(BASE), route()), seconds=0.01
+            )
             with pytest.raises(StoreUnavailable):
                 await learned.look()
             with pytest.raises(TimeoutError):

@@ -1,0 +1,127 @@
+"""A circle that is stopped, deleted, or given other rules, at whatever moment: no job and no trial of it is left."""
+
+from __future__ import annotations
+
+import pytest
+
+from bon_algos.contracts import Circle, CircleSpec, circle_key
+from service.access import GATEWAY
+from service.errors import Conflict
+from tests.service.records import BASE
+from tests.service.turning import FIRST, SECOND, SPEC, Turning, turned, turning
+
+__all__ = ["turning"]
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_stopping_cancels_its_job(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    under_way = await turning.look(2)
+    assert under_way.turn is not None
+    await turning.circles.stop("default", "enough", GATEWAY)
+    ended = await turning.look()
+    assert (ended.turn, ended.turns[0].outcome) == (None, "stopped")
+    assert under_way.turn.job_id is not None
+    assert (await turning.means.jobs.get(under_way.turn.job_id))["status"] == "cancelled"
+    again = await turning.circles.start("default", GATEWAY)
+    assert (again.status, again.refusals) == ("running", 0)
+    with pytest.raises(Conflict):
+        await turning.circles.start("default", GATEWAY)
+
+
+async def test_stopping_takes_its_canary_away_and_leaves_what_is_live(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turned(turning, FIRST)
+    await turning.groups(FIRST)
+    await turning.look(2)
+    await turning.work(SECOND)
+    await turning.prove(SECOND)
+    await turning.look(2)
+    assert (await turning.means.catalogue.refresh()).route("default").shadow is not None
+    await turning.circles.stop("default", "enough", GATEWAY)
+    await turning.look()
+    found = (await turning.means.catalogue.refresh()).route("default")
+    assert (found.live_policy, found.shadow) == (FIRST, None)
+
+
+async def test_stopped_while_its_job_is_being_submitted_no_job_is_left(turning: Turning):
+    """The gateway that drives had looked before; it finds that it came too late, and takes the job back."""
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    looked_at = await turning.look()
+    await turning.circles.stop("default", "enough", GATEWAY)
+    await turning.look()
+    await turning.driver.step(looked_at)
+    [job], _ = await turning.means.jobs.list(20)
+    ended = await turning.circle()
+    assert (job["status"], ended.status, ended.turn) == ("cancelled", "stopped", None)
+
+
+async def submitted_and_died(turning: Turning) -> Circle:
+    """A gateway has asked for the turn's job and died before it wrote that down."""
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    looked_at = await turning.look()
+    await turning.driver.step(looked_at)
+    await turning.redis.set(circle_key("default"), looked_at.model_dump_json())
+    return looked_at
+
+
+async def test_stopped_after_a_gateway_died_with_a_job_unwritten_no_job_is_left(turning: Turning):
+    await submitted_and_died(turning)
+    await turning.circles.stop("default", "enough", GATEWAY)
+    with pytest.raises(Conflict, match="being ended"):
+        await turning.circles.delete("default", GATEWAY)
+    ended = await turning.look()
+    [job], _ = await turning.means.jobs.list(20)
+    assert (job["status"], ended.turn) == ("cancelled", None)
+    await turning.circles.delete("default", GATEWAY)
+
+
+async def test_rules_changed_after_a_gateway_died_with_a_job_unwritten_it_is_the_turns_job(turning: Turning):
+    await submitted_and_died(turning)
+    await turning.circles.put("default", CircleSpec.model_validate({**SPEC.model_dump(), "n": 8}), GATEWAY)
+    going_on = await turning.look()
+    assert (await turning.jobs(), going_on.turns) == (1, ())
+    [job], _ = await turning.means.jobs.list(20)
+    assert going_on.turn is not None
+    assert going_on.turn.job_id == job["id"]
+
+
+async def test_deleted_while_its_job_is_being_submitted_no_job_is_left(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    looked_at = await turning.look()
+    await turning.circles.stop("default", "enough", GATEWAY)
+    await turning.look()
+    await turning.circles.delete("default", GATEWAY)
+    await turning.driver.step(looked_at)
+    [job], _ = await turning.means.jobs.list(20)
+    assert job["status"] == "cancelled"
+
+
+async def test_stopped_while_its_policy_becomes_shadow_it_is_on_no_trial(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    await turning.look(2)
+    await turning.work(FIRST)
+    await turning.prove(FIRST)
+    looked_at = await turning.look()
+    await turning.circles.stop("default", "enough", GATEWAY)
+    await turning.look()
+    await turning.driver.step(looked_at)
+    found = (await turning.means.catalogue.refresh()).route("default")
+    assert (found.shadow, (await turning.circle()).status) == (None, "stopped")
+
+
+async def test_a_roll_back_by_hand_stops_it(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turned(turning, FIRST)
+    await turning.means.policies.roll_back("default")
+    ended = await turning.look()
+    assert ended.status == "stopped"
+    assert "somebody else" in ended.reason
+    again = await turning.circles.start("default", GATEWAY)
+    assert again.live_policy is None

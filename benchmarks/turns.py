@@ -1,9 +1,12 @@
 """Three turns of the circle with nobody at it, on the demo's models: what each turn earned, and what it cost.
 
 One request begins it (`PUT /routes/default/circle`); after that there is nothing but traffic. Each turn waits for fresh
-groups of the policy that is live, distils best-of-16 of it, goes through the gate with the gold reward as the second
+groups of the policy that is live, distils best-of-n of it, goes through the gate with the gold reward as the second
 reward model, and is shadow, then canary, then live. Afterwards every policy that was live is measured on prompts that
 nothing else has sent.
+
+Turns multiply: three of n = 3 aim at best-of-27 of the base. The demo's gold reward falls for more than 64
+(docs/log.md, "A gold reward that peaks"), so that a second turn with --n 16 is refused, and the circle stops by itself.
 """
 
 from __future__ import annotations
@@ -20,21 +23,22 @@ from typing import Final, NamedTuple
 from rich.console import Console
 
 from benchmarks import claims
-from bon_algos.contracts import CircleSpec, Interval, Turn
+from bon_algos.contracts import Budgets, CircleSpec, Interval, Turn
 from bon_algos.order import mean_interval
 from bonsai.client import BonsaiClient, RunningCircle, open_client
 from bonsai.demo import measure, progress, traffic
 from bonsai.demo.charts import plus_minus
 from bonsai.demo.grammar import gold_reward
-from bonsai.demo.job import METHODS, N, logged_prompts
+from bonsai.demo.job import METHODS, logged_prompts
 from bonsai.demo.prompts import held_out_prompts
 from bonsai.up import Options, prepare, running_stack
 
 TURNS: Final = 3
+N: Final = 3
 DRAWS: Final = 32
 """Of each prompt, to measure a policy by."""
 ROUTE: Final = "default"
-LEAST_GROUPS: Final = 600
+LEAST_GROUPS: Final = 1200
 COLLECTING, OTHERWISE = 6, 1
 """Requests under way at one time: many while a turn waits for groups, one while a worker trains on the same cores."""
 QUIET_SECONDS: Final = 0.5
@@ -44,12 +48,15 @@ DEADLINE_SECONDS: Final = 3600.0
 COLUMNS = ("one sample of", "reward", "gold reward", "win rate, %", "KL, nats", "tokens", "job, s", "turn, s")
 
 
-def circle_spec(turns: int) -> CircleSpec:
+def circle_spec(turns: int, n: int) -> CircleSpec:
     return CircleSpec.model_validate(
         {
             "method": METHODS["offline_bond"].model_dump(exclude_none=True),
-            "n": N,
+            "n": n,
             "collect_share": 0.5,
+            "held_out_fraction": 0.2,
+            # What so few held-out prompts cannot tell from nothing.
+            "gate": {"judge_margin": 0.5},
             "min_groups": LEAST_GROUPS,
             "max_groups": 4 * LEAST_GROUPS,
             "shadow": {"share": 0.3, "answers": 20},
@@ -67,15 +74,15 @@ class Worth(NamedTuple):
     quality: measure.Quality
 
 
-async def unattended(client: BonsaiClient, console: Console, turns: int) -> RunningCircle:
+async def unattended(client: BonsaiClient, console: Console, turns: int, n: int) -> RunningCircle:
     """Traffic until the circle has stopped, or for an hour: then the claims are of how far it came."""
-    seen, told, prompts = await client.put_circle(ROUTE, circle_spec(turns)), "", cycle(logged_prompts())
+    seen, told, prompts = await client.put_circle(ROUTE, circle_spec(turns, n)), "", cycle(logged_prompts())
     ends_at = time.monotonic() + DEADLINE_SECONDS
     while seen.status == "running" and time.monotonic() < ends_at:
         until = time.monotonic() + LOOK_EVERY
         while time.monotonic() < until:
             width = COLLECTING if seen.turn is None else OTHERWISE
-            await asyncio.gather(*(client.generate(next(prompts), n=N) for _ in range(width)))
+            await asyncio.gather(*(client.generate(next(prompts), n=n) for _ in range(width)))
             if seen.turn is not None:
                 await asyncio.sleep(QUIET_SECONDS)
         seen = await client.circle(ROUTE)
@@ -111,12 +118,13 @@ def turns_of(ended: RunningCircle) -> tuple[Turn, ...]:
     return ended.turns if ended.turn is None else (*ended.turns, ended.turn)
 
 
-def rows_of(worths: Sequence[Worth], turns: Sequence[Turn]) -> list[tuple[str, ...]]:
-    base = worths[0]
+def rows_of(worths: Sequence[Worth], turns: Sequence[Turn], n: int) -> list[tuple[str, ...]]:
+    """With what the turns aim at, as far as there are draws of the base to tell of it."""
+    base, aims = worths[0], [k for k in (n ** (i + 1) for i in range(len(turns))) if k <= DRAWS]
     of_policy = {one.policy: one.quality for one in worths[1:]}
     return [
         ("the base", *_numbers(base.quality), "–", "–"),
-        (f"(best of {N} of the base)", *_numbers(measure.quality_of_best(base.pool, N)), "–", "–"),
+        *((f"(best of {k} of the base)", *_numbers(measure.quality_of_best(base.pool, k)), "–", "–") for k in aims),
         *(_turn_row(turn, of_policy.get(turn.policy or "")) for turn in turns),
     ]
 
@@ -156,7 +164,7 @@ def claims_of(ended: RunningCircle, worths: Sequence[Worth], turns: int) -> list
         claims.at_least("turns that were promoted", len(worths) - 1, turns),
         claims.above("gold reward of the last live policy above the base's, lower 95 % bound", first_to_last.low, 0.0),
         claims.at_least("gold reward from one live policy to the next, upper 95 % bound, worst", _worst(steps), 0.0),
-        claims.at_most("KL to the base, nats", ended.spent.kl_base, circle_spec(turns).budgets.max_kl),
+        claims.at_most("KL to the base, nats", ended.spent.kl_base, Budgets().max_kl),
     ]
 
 
@@ -172,26 +180,27 @@ def figures_of(ended: RunningCircle, worths: Sequence[Worth]) -> dict[str, objec
     }
 
 
-async def measured(directory: Path, console: Console, turns: int) -> tuple[RunningCircle, list[Worth]]:
+async def measured(directory: Path, console: Console, turns: int, n: int) -> tuple[RunningCircle, list[Worth]]:
     async with (
         running_stack(prepare(Options(directory=directory, port=0))) as stack,
         open_client(stack.url, api_key=stack.api_key) as client,
     ):
-        ended = await unattended(client, console, turns)
+        ended = await unattended(client, console, turns, n)
         return ended, await _worths(client, ended)
 
 
 def main() -> int:
     parser = claims.arguments(__doc__ or "")
     parser.add_argument("--turns", type=int, default=TURNS, help="how often it goes round")
+    parser.add_argument("--n", type=int, default=N, help="of the best-of-n that is served and distilled")
     parser.add_argument("--directory", type=Path, help="keep the stack's state there")
     options = parser.parse_args()
     console = progress.fit(Console(highlight=False))
     with tempfile.TemporaryDirectory(prefix="bonsai-") as directory:
         place = options.directory or Path(directory)
-        ended, worths = asyncio.run(measured(place, console, options.turns))
-    rows = rows_of(worths, turns_of(ended))
-    console.print(claims.table(f"{options.turns} turns, n = {N}, 95 % intervals", COLUMNS, rows))
+        ended, worths = asyncio.run(measured(place, console, options.turns, options.n))
+    rows = rows_of(worths, turns_of(ended), options.n)
+    console.print(claims.table(f"{options.turns} turns, n = {options.n}, 95 % intervals", COLUMNS, rows))
     if options.markdown is not None:
         options.markdown.write_text(claims.markdown(COLUMNS, rows))
     return claims.finish(claims_of(ended, worths, options.turns), options.json, figures_of(ended, worths), console)

@@ -56,8 +56,14 @@ def test_only_all_turns_are_enough(promoted: int, holds: bool):
 def test_after_the_deadline_the_table_and_the_claims_are_of_what_there_was(tmp_path):
     for promoted in (0, 1):
         ended, measured = circle(promoted, under_way=True), worths(promoted)
-        rows = turns.rows_of(measured, turns.turns_of(ended))
-        assert [row[0] for row in rows[2:]] == [*(["turn 1, promoted"] * promoted), f"turn {promoted + 1}, training"]
+        rows = turns.rows_of(measured, turns.turns_of(ended), 3)
+        aims = [f"(best of {3**i} of the base)" for i in range(1, promoted + 2)]
+        assert [row[0] for row in rows] == [
+            "the base",
+            *aims,
+            *(["turn 1, promoted"] * promoted),
+            f"turn {promoted + 1}, training",
+        ]
         claimed = turns.claims_of(ended, measured, 3)
         assert claims.finish(claimed, tmp_path / "told.json", turns.figures_of(ended, measured)) == 1
         told = json.loads((tmp_path / "told.json").read_text())

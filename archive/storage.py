@@ -36,7 +36,7 @@ class Storage:
     def put(self, name: str, content: bytes) -> None:
         """Write a file, or put another content in its place, so that a reader sees one or the other."""
         if self._is_local:
-            _put_durably(Path(self._root) / name, content)
+            put_durably(Path(self._root) / name, content)
             return
         with self._files.open_output_stream(f"{self._root}/{name}", compression=None) as file:
             file.write(content)
@@ -90,7 +90,7 @@ def archive_url(setting: str, artefacts: Path) -> str:
     return setting or str(artefacts / "ledger")
 
 
-def _put_durably(final: Path, content: bytes) -> None:
+def put_durably(final: Path, content: bytes) -> None:
     """Written aside, synced, renamed, and the directory synced: a kill or a power cut leaves the one or the other."""
     final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     aside = final.parent / f".{final.name}.{secrets.token_hex(4)}.part"

@@ -13,14 +13,13 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
-import os
-import secrets
 from pathlib import Path
 from typing import Final, cast
 
 from pydantic import Field, ValidationError
 from redis.asyncio import Redis
 
+from archive.storage import put_durably
 from bon_algos.contracts import FINAL_JOB_STATES, SCHEMA_VERSION, UNRECORDED_JOBS, Record, job_key
 from service.errors import StoreFull, StoreUnavailable
 from service.store import translated
@@ -116,7 +115,7 @@ def _keep(directory: Path, record: JobFile) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         former = _read(file)
         if former is None or (former.rank <= record.rank and former != record):
-            _replace(file, record.model_dump_json(indent=1))
+            put_durably(file, record.model_dump_json(indent=1).encode())
 
 
 def _read(file: Path) -> JobFile | None:
@@ -124,20 +123,3 @@ def _read(file: Path) -> JobFile | None:
         return JobFile.model_validate_json(file.read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-
-
-def _replace(file: Path, text: str) -> None:
-    aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("w", encoding="utf-8") as content:
-            content.write(text)
-            content.flush()
-            os.fsync(content.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

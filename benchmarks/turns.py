@@ -49,13 +49,9 @@ COLUMNS = ("one sample of", "reward", "gold reward", "win rate, %", "KL, nats", 
 
 
 def circle_spec(turns: int, n: int) -> CircleSpec:
-    """The method aims up to a quarter above n, as the demo's does: a policy lands a little below."""
-    aim = int(1.25 * n)
-    asked = METHODS["offline_bond"].model_dump(exclude_none=True)
-    asked["offline_bond"] |= {"n": aim, "backward_n": aim}
     return CircleSpec.model_validate(
         {
-            "method": asked,
+            "method": METHODS["offline_bond"].model_dump(exclude_unset=True),  # how far it goes follows from n
             "n": n,
             "collect_share": 0.5,
             "held_out_fraction": 0.2,

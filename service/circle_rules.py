@@ -202,8 +202,9 @@ def _whether_to_gain(spec: CircleSpec, fresh: FreshGroups) -> Decision:
 
 def foreseen_kl(circle: Circle) -> float:
     """KL to the first reference after one more turn, nats. The drift law: best-of-m has x − 1 + e^−x, where x = log m,
-    and best-of-n of it x + log n in the place of x. What was measured of the live policy says at which x it stands."""
-    x = _log_size(circle.kl_base) + math.log(circle.spec.n)
+    and best-of-n of it x + log n in the place of x. What was measured of the live policy says at which x it stands, and
+    n is what the method aims at, which may be more than a request draws."""
+    x = _log_size(circle.kl_base) + circle.spec.log_aim
     return x - 1 + math.exp(-x)
 
 

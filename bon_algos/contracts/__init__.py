@@ -44,6 +44,7 @@ from bon_algos.contracts.jobs import (
     Label,
     Window,
 )
+from bon_algos.contracts.method_families import LoggedSpec, SampledSpec, TrainingSpec
 from bon_algos.contracts.methods import (
     METHOD_NAMES,
     AlgorithmSpec,
@@ -58,13 +59,10 @@ from bon_algos.contracts.methods import (
     IpoSpec,
     IterativeBondSpec,
     JBondSpec,
-    LoggedSpec,
     Method,
     MethodName,
     OfflineBondSpec,
     RlooSpec,
-    SampledSpec,
-    TrainingSpec,
     VbonSpec,
 )
 from bon_algos.contracts.names import (

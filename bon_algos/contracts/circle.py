@@ -6,11 +6,13 @@ which it goes on (`service.circle_rules`), nor what is done (`service.circle_dri
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from bon_algos.contracts.jobs import Interval, JobSpec, Window
+from bon_algos.contracts.method_families import MOST_N
 from bon_algos.contracts.methods import Method
 from bon_algos.contracts.record import DEFAULT_TENANT, SCHEMA_VERSION, PolicyId, Record, RouteName
 from bon_algos.contracts.training import Precision, TrainingSetup
@@ -57,9 +59,10 @@ class Budgets(Record):
 class CircleSpec(Record):
     """Body of `PUT /routes/{route}/circle`."""
 
-    method: Method = Field(default_factory=lambda: Method.model_validate({"type": "offline_bond", "offline_bond": {}}))
-    n: int = Field(16, ge=2, le=4096)
+    n: int = Field(16, ge=2, le=MOST_N)
     """Each turn learns best-of-n of the policy that is live."""
+    method: Method = Field(default_factory=lambda: Method(type="offline_bond"), validate_default=True)
+    """What it leaves out of how far one turn is to go follows from n."""
     precision: Precision | None = None
     seed: int = Field(0, ge=0, lt=2**62)
     """Of the first turn; each has the next one."""
@@ -81,6 +84,17 @@ class CircleSpec(Record):
     max_turns: int | None = Field(None, ge=1, le=10_000)
     max_refusals: int = Field(3, ge=1, le=1000)
     """Turns in a row that promote nothing, after which it stops."""
+
+    @field_validator("method")
+    @classmethod
+    def aims_at_n(cls, method: Method, so_far: ValidationInfo) -> Method:
+        return method.towards(so_far.data["n"]) if "n" in so_far.data else method
+
+    @property
+    def log_aim(self) -> float:
+        """log of the best-of-n of the live policy that a turn is to end at; of n for a method that aims at none."""
+        aim = self.method.spec.log_aim
+        return math.log(self.n) if aim is None else aim
 
     def job(self, route: str, number: int, live_policy: str | None) -> JobSpec:
         """What a turn asks a worker for. number: of the turn, from 1."""

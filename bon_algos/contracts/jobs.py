@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from bon_algos.contracts.job_states import JobPriority
+from bon_algos.contracts.method_families import MOST_N
 from bon_algos.contracts.methods import Method, MethodName
 from bon_algos.contracts.record import FileId, PolicyId, Record, RouteName, Tag
 from bon_algos.contracts.training import TrainingSetup
@@ -61,13 +62,13 @@ class JobSpec(Record):
     """What `POST /distill` asks for."""
 
     route: RouteName = "default"
+    n: int = Field(16, ge=2, le=MOST_N)
+    """The best-of-n that the finished policy stands in for."""
     method: Method
     training: TrainingSetup = TrainingSetup()
     window: Window = Window()
     training_file: FileId | None = None
     """Learn from this file (`/v1/files`) instead of the ledger; of the window `max_groups` and `policies` count."""
-    n: int = Field(16, ge=2, le=4096)
-    """The best-of-n that the finished policy stands in for."""
     held_out_fraction: float = Field(0.1, gt=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**63)
     priority: JobPriority = "normal"
@@ -75,6 +76,11 @@ class JobSpec(Record):
     suffix: Label | None = None
     """A label for people; policies are named by their digest."""
     metadata: JobMetadata = Field(default_factory=dict, max_length=16)
+
+    @field_validator("method")
+    @classmethod
+    def aims_at_n(cls, method: Method, so_far: ValidationInfo) -> Method:
+        return method.towards(so_far.data["n"]) if "n" in so_far.data else method
 
     @property
     def policies(self) -> tuple[PolicyId, ...]:

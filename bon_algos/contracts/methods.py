@@ -5,48 +5,21 @@ Owns the parameters, their ranges and what they mean. Does not own what becomes 
 
 from __future__ import annotations
 
-from typing import Final, Literal, cast, get_args
+import math
+from typing import Final, Literal, Self, cast, get_args
 
 from pydantic import Field, model_validator
 
+from bon_algos.contracts.method_families import (
+    MOST_N,
+    ContrastSpec,
+    LoggedSpec,
+    SampledSpec,
+    TrainingSpec,
+    WeighedSpec,
+    a_little_above,
+)
 from bon_algos.contracts.record import PolicyId, Record
-
-
-class TrainingSpec(Record):
-    """What every method needs to be trained."""
-
-    @property
-    def candidates_needed(self) -> int:
-        """How many logged candidates a prompt must have, all its groups pooled."""
-        return 2  # something to be ranked among
-
-    steps: int = Field(200, ge=1, le=1_000_000)
-    prompts_per_step: int = Field(16, ge=2, le=4096)
-    """Each prompt brings its candidates; the baseline of on-policy methods needs at least two."""
-    learning_rate: float = Field(1e-3, gt=0, le=1)
-    warmup_steps: int = Field(10, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 8
-    """One of the ranks the engine can serve."""
-    lora_alpha: float = Field(32.0, gt=0, le=4096)
-
-
-class LoggedSpec(TrainingSpec):
-    """What methods that learn from n logged candidates of a prompt share."""
-
-    n: int = Field(16, ge=2, le=4096)
-    """The best-of-n that is learned; at most the number of candidates of a prompt, all its groups pooled."""
-
-    @property
-    def candidates_needed(self) -> int:
-        return self.n
-
-
-class WeighedSpec(LoggedSpec):
-    """What methods that look at all candidates of a prompt, some at a time, share."""
-
-    candidates_per_prompt: int = Field(4, ge=1, le=4096)
-    """Candidates looked at when a prompt's turn comes: drawn so that the loss is unbiased, others at the next turn."""
 
 
 class BondSpec(TrainingSpec):
@@ -55,9 +28,9 @@ class BondSpec(TrainingSpec):
 
     Samples are drawn while the step before trains, so they are one update old."""
 
-    n: int = Field(20, ge=2, le=4096)
-    """The best-of-n aimed at; a policy lands a little below, so aim a little above the n to be replaced.
-    Beyond the number of a prompt's candidates, best of them all is imitated."""
+    n: int = Field(20, ge=2, le=MOST_N)
+    """The best-of-n aimed at; a policy lands a little below, so aim a little above the n to be replaced. Left out: a
+    quarter above the job's n. Beyond the number of a prompt's candidates, best of them all is imitated."""
     jeffreys_weight: float = Field(0.6, ge=0, le=1)
     """Weight of the backward KL, from fresh samples; 0 is imitation of logged candidates alone."""
     return_floor: float = Field(-15.0, ge=-1000, le=0)
@@ -72,14 +45,21 @@ class BondSpec(TrainingSpec):
     """The policy is the mean of its weights over so many last steps, imitation aside (SWA, arXiv 1803.05407): fresh
     samples are few, and what one step's noise opens up is where a policy drifts from its reference."""
 
+    @property
+    def log_aim(self) -> float | None:
+        return math.log(self.n)
+
+    def towards(self, n: int) -> Self:
+        return self._with_missing(n=a_little_above(n))
+
 
 class OfflineBondSpec(LoggedSpec):
     """BOND (arXiv 2407.14622, eq. 15) from logged candidates alone: its backward part by importance weights, held to
     the reference by the exact KL of every token, which sees what no candidate says."""
 
-    backward_n: int = Field(20, ge=2, le=4096)
+    backward_n: int = Field(20, ge=2, le=MOST_N)
     """The best-of-n aimed at by the backward part, which may be more than there are candidates: a policy lands a little
-    below."""
+    below. Left out: a quarter above the job's n."""
     jeffreys_weight: float = Field(0.6, ge=0, le=1)
     """Weight of the backward KL; 0 is imitation alone."""
     token_kl_weight: float = Field(0.12, ge=0, le=100)
@@ -95,6 +75,13 @@ class OfflineBondSpec(LoggedSpec):
     interpolation: float = Field(0.96, gt=0, le=1)
     """How far from the reference's weights to those the policy is put in the end (LITI, WARP, arXiv 2406.16768): the
     last of the way brings little reward and much KL."""
+
+    @property
+    def log_aim(self) -> float | None:
+        return math.log(self.backward_n if self.jeffreys_weight else self.n)
+
+    def towards(self, n: int) -> Self:
+        return super().towards(n)._with_missing(backward_n=a_little_above(n))
 
 
 class JBondSpec(TrainingSpec):
@@ -112,6 +99,11 @@ class JBondSpec(TrainingSpec):
     @property
     def candidates_needed(self) -> int:
         return 1  # its prompts are all that is used of the ledger
+
+    @property
+    def log_aim(self) -> float | None:
+        """Best-of-2 of where its anchor is in the end, by the drift law (algorithms.md 1.3)."""
+        return math.log(2) + self.steps * math.log1p(self.anchor_rate)
 
 
 class IterativeBondSpec(TrainingSpec):
@@ -142,13 +134,9 @@ class IterativeBondSpec(TrainingSpec):
     def candidates_needed(self) -> int:
         return 1
 
-
-class SampledSpec(TrainingSpec):
-    """What methods share that learn from fresh samples of the policy alone, several of each prompt: each one's baseline
-    is the mean of the others. Samples are drawn while the step before trains, so they are one update old."""
-
-    samples_per_prompt: int = Field(4, ge=2, le=64)
-    """Fresh samples of a prompt at its turn."""
+    @property
+    def log_aim(self) -> float | None:
+        return math.log(self.n) * math.ceil(self.steps / self.anchor_steps)
 
 
 class VbonSpec(SampledSpec):
@@ -156,10 +144,17 @@ class VbonSpec(SampledSpec):
     whole completions. Logged candidates estimate the quantiles. Published: n = 1/β + 1 by the KL coefficient β, up to
     300 reference samples of a prompt, clip range .2, four epochs on every batch."""
 
-    n: int = Field(16, ge=2, le=4096)
-    """The best-of-n aimed at; there may be fewer candidates."""
+    n: int = Field(16, ge=2, le=MOST_N)
+    """The best-of-n aimed at; there may be fewer candidates. Left out: the job's n."""
     clip_range: float = Field(0.2, gt=0, lt=1)
     """By how much π/π_old of a completion may leave 1 before its gradient ends; π_old drew it."""
+
+    @property
+    def log_aim(self) -> float | None:
+        return math.log(self.n)
+
+    def towards(self, n: int) -> Self:
+        return self._with_missing(n=n)
 
 
 class RlooSpec(SampledSpec):
@@ -172,13 +167,6 @@ class RlooSpec(SampledSpec):
 
 class BonSftSpec(LoggedSpec):
     """Supervised fine-tuning on the best of n logged candidates: the forward KL with the winner's sample alone."""
-
-
-class ContrastSpec(LoggedSpec):
-    """What methods share that also push logged completions down: in large steps they push the end of the sequence down
-    with them, or mass to where no log looks, and it is their rate that keeps them near the reference."""
-
-    learning_rate: float = Field(1e-4, gt=0, le=1)
 
 
 class BonbonSpec(ContrastSpec):
@@ -240,6 +228,15 @@ class InterpolationSpec(Record):
     @property
     def candidates_needed(self) -> int:
         return 1  # its prompts are what it is evaluated on
+
+    @property
+    def log_aim(self) -> float | None:
+        """Where its policy was; it ends nearer."""
+        return None
+
+    def towards(self, n: int) -> Self:
+        """What it is taken back to does not depend on n."""
+        return self
 
 
 MethodName = Literal[
@@ -311,6 +308,10 @@ class Method(Record):
         if self.interpolation is not None:
             return self.interpolation
         return self.algorithm
+
+    def towards(self, n: int) -> Method:
+        """The method of a job that is to replace best-of-n: what was left out of how far to go is filled in."""
+        return self.model_copy(update={self.type: self.spec.towards(n)})
 
     @property
     def algorithm(self) -> AlgorithmSpec:

@@ -1,6 +1,7 @@
 """What a record means: which candidate is best, which groups may teach, what a spec refuses."""
 
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -13,9 +14,11 @@ from bon_algos.contracts import (
     BonForwardKlSpec,
     Candidate,
     CandidateGroup,
+    CircleSpec,
     JBondSpec,
     JobSpec,
     Method,
+    OfflineBondSpec,
     Sampling,
 )
 
@@ -122,6 +125,47 @@ def test_a_method_has_the_vetted_defaults_and_no_foreign_parameters():
     assert Method.model_validate({"type": "bon_forward_kl", "bon_forward_kl": {"n": 8}}).spec == BonForwardKlSpec(n=8)
     with pytest.raises(ValidationError, match="parameters of jbond given for method bon_forward_kl"):
         Method.model_validate({"type": "bon_forward_kl", "jbond": {}})
+
+
+@pytest.mark.parametrize(
+    ("method", "n", "aims"),
+    [
+        ({"type": "offline_bond"}, 4, {"n": 4, "backward_n": 5}),
+        ({"type": "offline_bond", "offline_bond": {"backward_n": 9}}, 4, {"n": 4, "backward_n": 9}),
+        ({"type": "offline_bond", "offline_bond": {"n": 8}}, 64, {"n": 8, "backward_n": 80}),
+        ({"type": "bon_sft"}, 64, {"n": 16}),  # as many candidates as a prompt mostly has
+        ({"type": "bond"}, 16, {"n": 20}),
+        ({"type": "bond"}, 4096, {"n": 4096}),
+        ({"type": "vbon"}, 64, {"n": 64}),
+        ({"type": "jbond"}, 64, {}),
+        ({"type": "iterative_bond"}, 64, {"n": 2}),
+    ],
+)
+def test_a_method_aims_at_the_jobs_n_unless_it_says_otherwise(method, n, aims):
+    job = JobSpec.model_validate({"method": method, "n": n})
+    assert job.method.spec.model_dump(include=aims.keys()) == aims
+    assert JobSpec.model_validate_json(job.model_dump_json()) == job
+
+
+def test_a_circles_turns_aim_at_its_n():
+    circle = CircleSpec.model_validate({"n": 3})
+    again = CircleSpec.model_validate_json(circle.model_dump_json())
+    assert again.job("default", 1, None).method.spec == OfflineBondSpec(n=3, backward_n=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "log_aim"),
+    [
+        ({"type": "offline_bond"}, math.log(20)),
+        ({"type": "offline_bond", "offline_bond": {"jeffreys_weight": 0}}, math.log(16)),
+        ({"type": "jbond", "jbond": {"steps": 1_000_000, "anchor_rate": 1}}, 1_000_001 * math.log(2)),
+        ({"type": "iterative_bond", "iterative_bond": {"steps": 101, "anchor_steps": 50}}, math.log(2**3)),
+        ({"type": "rloo"}, None),
+    ],
+)
+def test_how_far_a_method_goes(method, log_aim):
+    found = Method.model_validate(method).spec.log_aim
+    assert found == (None if log_aim is None else pytest.approx(log_aim))
 
 
 @pytest.mark.parametrize(

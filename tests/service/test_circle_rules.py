@@ -109,7 +109,7 @@ def test_yesterdays_jobs_are_in_no_budget():
     [
         ({"spec": spec(max_turns=2), "num_turns": 2}, "all 2 turns"),
         ({"refusals": 3}, "3 turns in a row"),
-        ({"spec": spec(budgets={"max_kl": 0.6})}, "0.64 nats"),
+        ({"spec": spec(budgets={"max_kl": 0.6})}, "0.81 nats"),
         ({"live_policy": OTHER}, "somebody else"),
     ],
 )
@@ -122,7 +122,15 @@ def test_a_circle_stops_by_itself(changes, said):
 @pytest.mark.parametrize("m", [1, 2, 4, 16, 4096])
 def test_by_the_drift_law_best_of_4_of_best_of_m_is_best_of_4m(m):
     """log n − (n − 1)/n nats (`order.kl_bound`); m is known by the KL that was measured."""
-    assert foreseen_kl(circle(kl_base=kl_bound(m))) == pytest.approx(kl_bound(4 * m), abs=1e-6)
+    aims_at_4 = spec(method={"type": "bon_sft"})
+    assert foreseen_kl(circle(spec=aims_at_4, kl_base=kl_bound(m))) == pytest.approx(kl_bound(4 * m), abs=1e-6)
+
+
+def test_a_turn_is_foreseen_by_what_its_method_aims_at():
+    further = spec(method={"type": "offline_bond", "offline_bond": {"backward_n": 20}})
+    assert foreseen_kl(circle(spec=further)) == pytest.approx(kl_bound(20), abs=1e-6)
+    aims_at_none = spec(method={"type": "rloo"})
+    assert foreseen_kl(circle(spec=aims_at_none)) == pytest.approx(kl_bound(4), abs=1e-6)
 
 
 # --- its job ---------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ Fault = Literal[
     "refused",  # 400: a field it does not take
     "refused_inside",  # the same in a stream: 200, and a 400 instead of a choice
     "silent",  # accepts, then never says a word
+    "stalls",  # a first piece, and then not a word
     "cut",  # the connection breaks in the middle of the stream
     "no_end",  # the stream ends without [DONE]
     "garbage",  # not JSON
@@ -140,6 +141,8 @@ class StubEngine:
                 await asyncio.sleep(rest)
             for chunk in _chunks(body, script, i):
                 await response.write(b"data: " + chunk + b"\n\n")
+                if script.fault == "stalls":
+                    await asyncio.Event().wait()
         if script.fault != "no_end":
             await response.write(b"data: [DONE]\n\n")
         await response.write_eof()

@@ -31,6 +31,7 @@ from service.openai_bodies import StreamOptions
 from service.openai_replies import Part, Shape, whole
 from service.replays import Reply
 from service.serving import Prepared, Serving, answer
+from service.tracing import named
 from service.vllm import Listener
 
 KEEP_ALIVE_SECONDS: Final = 10.0
@@ -136,10 +137,10 @@ class _Events:
                     yield event
                 yield DONE
             except GatewayError as error:
-                log.warning("%s %d %s after the stream had begun", request_id, error.status, error.code)
+                log.warning("%s %d %s after the stream had begun", named(request_id), error.status, error.code)
                 yield _data(problem(error, request_id))
             except Exception as error:
-                log.error("request %s failed after its stream had begun", request_id, exc_info=error)
+                log.error("request %s failed after its stream had begun", named(request_id), exc_info=error)
                 yield _data(problem(GatewayError("the gateway failed; its log has the details"), request_id))
 
     async def _said(self, heard: list[Piece | None]) -> AsyncGenerator[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -69,6 +70,8 @@ class StubEngine:
         self.script = EngineScript(models=[base])
         self.requests: list[dict[str, Any]] = []
         """Without canaries, which are no traffic."""
+        self.heads: list[Mapping[str, str]] = []
+        """The headers of the same."""
         self.num_canaries = 0
         self.num_lists = 0
         self.aborted_at: list[float] = []
@@ -101,6 +104,7 @@ class StubEngine:
             self.num_canaries += 1
         else:
             self.requests.append(body)
+            self.heads.append(request.headers)
         if body["model"] not in script.models or body["model"] in script.unknown:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         if (status := {"busy": 503, "error": 500, "refused": 400}.get(script.fault)) is not None:

@@ -34,6 +34,7 @@ from service.errors import (
     Unparseable,
     render,
 )
+from service.idempotency import HEADER
 from service.tracing import TRACE, named, trace_of
 
 MAX_HEADERS: Final = 100
@@ -44,6 +45,8 @@ ALWAYS: Final = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 """No reply is kept by a cache, taken for another type than it says, or shown inside a page."""
+SINGLE: Final = {name.lower().encode(): name for name in (HEADER, "x-bonsai-arm", "x-bonsai-timeout", "x-bonsai-unit")}
+"""Twice they would say two things, of which each of several proxies may believe another."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 log = logging.getLogger("bonsai.requests")
 
@@ -91,6 +94,8 @@ def _wrong_headers(scope: Scope) -> GatewayError | None:
         return Unparseable("a request may have a Content-Length or a Transfer-Encoding, not both")
     if names.count(b"host") != 1 and scope["http_version"] == "1.1":
         return Unparseable("a request must have one Host (RFC 9112, 3.2)")
+    if (twice := next((said for name, said in SINGLE.items() if names.count(name) > 1), None)) is not None:
+        return Unparseable(f"a request has at most one {twice}", param=twice)
     return None
 
 

@@ -59,6 +59,10 @@ class Budget:
     quorum: int
 
     @property
+    def seconds(self) -> float:
+        return self.deadline - self.started
+
+    @property
     def window(self) -> DrawingWindow:
         return DrawingWindow(soft=self.scoring_starts, hard=self.deadline, quorum=self.quorum)
 

@@ -1,7 +1,7 @@
 """Between the server and the routes: the request's id and caller, bounds and headers of all, errors in our shape.
 
-Owns: `X-Request-Id`, the number of headers, what every reply tells browsers and caches, the handlers that turn every
-exception into the one error body, and the one log line of a failed request. Does not own: the body's format
+Owns: `X-Request-Id`, the trace, the number of headers, what every reply tells browsers and caches, the handlers that
+turn every exception into the one error body, and the one log line of a failed request. Does not own: the body's format
 (errors.py), whose key it is (authentication.py). No line ever holds a payload.
 """
 
@@ -34,6 +34,8 @@ from service.errors import (
     Unparseable,
     render,
 )
+from service.idempotency import HEADER
+from service.tracing import TRACE, named, trace_of
 
 MAX_HEADERS: Final = 100
 MAX_HEADER_BYTES: Final = 32_768
@@ -43,6 +45,8 @@ ALWAYS: Final = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 """No reply is kept by a cache, taken for another type than it says, or shown inside a page."""
+SINGLE: Final = {name.lower().encode(): name for name in (HEADER, "x-bonsai-arm", "x-bonsai-timeout", "x-bonsai-unit")}
+"""Twice they would say two things, of which each of several proxies may believe another."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 log = logging.getLogger("bonsai.requests")
 
@@ -60,6 +64,8 @@ class Edge:
         request = Request(scope)
         request_id = request.state.request_id = _request_id(request)
         request.state.reply_headers = dict
+        # Also where there is none: the next request of a connection may inherit what the one before it was in.
+        TRACE.set(trace_of(scope["headers"]))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -88,6 +94,8 @@ def _wrong_headers(scope: Scope) -> GatewayError | None:
         return Unparseable("a request may have a Content-Length or a Transfer-Encoding, not both")
     if names.count(b"host") != 1 and scope["http_version"] == "1.1":
         return Unparseable("a request must have one Host (RFC 9112, 3.2)")
+    if (twice := next((said for name, said in SINGLE.items() if names.count(name) > 1), None)) is not None:
+        return Unparseable(f"a request has at most one {twice}", param=twice)
     return None
 
 
@@ -136,14 +144,14 @@ async def _path_error(request: Request, _error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    log.error("request %s failed", request.state.request_id, exc_info=error)
+    log.error("request %s failed", named(request.state.request_id), exc_info=error)
     return _rendered(request, GatewayError("the gateway failed; the log has the details under this request's id"))
 
 
 def _rendered(request: Request, error: GatewayError, headers: object = None) -> Response:
     request_id = request.state.request_id
     level = logging.WARNING if error.status >= 500 else logging.INFO
-    log.log(level, "%s %d %s %s", request_id, error.status, error.code, error.param or "")
+    log.log(level, "%s %d %s %s", named(request_id), error.status, error.code, error.param or "")
     response = render(error, request_id, cast("dict[str, str] | None", headers))
     response.headers.update({**ALWAYS, "X-Request-Id": request_id})
     if error.status in (BodyTimeout.status, BodyTooLarge.status):

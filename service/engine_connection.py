@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
+from service.tracing import TRACE
+
 CONNECT_SECONDS: Final = 1.0
 MAX_CONNECTIONS: Final = 512
 IDLE_SECONDS: Final = 2.0
@@ -180,6 +182,7 @@ class Connections:
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Length: {len(body)}\r\n"
         if body:
             head += "Content-Type: application/json\r\n"
+        head += TRACE.get().lines
         async with self._room:
             connection = self._kept() or await self._opened()
             try:

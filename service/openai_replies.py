@@ -10,8 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-from uuid_utils import uuid7
-
 from bon_algos.contracts import Alternatives, Candidate, CandidateGroup, FinishReason
 from bon_algos.tool_calls import Call, Spoken, read_calls, sayable
 from service.best_of_n import candidate_counts, selection_of, warnings_of
@@ -70,6 +68,12 @@ class Shape(ABC):
         """Without choices: what happened, and what it used if that is wanted."""
         used = {"usage": usage(group, ranked(group)[:1])} if include_usage else {}
         return {**self._head(self.chunk_object, group), "choices": [], **used, "bonsai": self.bonsai(group)}
+
+    def in_one_piece(self, group: CandidateGroup, *, include_usage: bool) -> list[dict[str, Any]]:
+        """The chunks that say at once all that a stream says piece by piece."""
+        anew = type(self)(self._serving, self._prepared, self._shown)
+        served = whole(group.candidates[cast(int, group.selected)])
+        return [anew.chunk(served, group, is_first=True), self.last_chunk(group, include_usage=include_usage)]
 
     def bonsai(self, group: CandidateGroup) -> dict[str, Any]:
         return {
@@ -132,7 +136,7 @@ class ChatShape(Shape):
 
     def choice(self, index: int, part: Part) -> dict[str, Any]:
         spoken = self._read(part.text)
-        calls = {"tool_calls": _call_objects(spoken.calls)} if spoken.calls else {}
+        calls = {"tool_calls": self._call_objects(spoken.calls, index)} if spoken.calls else {}
         content = None if spoken.calls and not spoken.text else spoken.text
         return {
             "index": index,
@@ -145,12 +149,17 @@ class ChatShape(Shape):
         spoken = self._released(part)
         role = {"role": "assistant"} if is_first else {}
         said = {"content": spoken.text} if spoken.text or (is_first and not spoken.calls) else {}
-        calls = [{"index": i, **call} for i, call in enumerate(_call_objects(spoken.calls))]
+        calls = [{"index": i, **call} for i, call in enumerate(self._call_objects(spoken.calls))]
         return {
             "delta": {**role, **said, **({"tool_calls": calls} if calls else {})},
             "logprobs": self._logprobs(part),
             "finish_reason": _finish_reason(part, spoken),
         }
+
+    def _call_objects(self, calls: Sequence[Call], choice: int = 0) -> list[dict[str, Any]]:
+        """Their ids follow from the reply's, so that a stream that is told again has the same."""
+        name = f"{self._prepared.group.id.replace('resp_', 'call_')}_{choice}"
+        return [{"id": f"{name}_{i}", "type": "function", "function": call._asdict()} for i, call in enumerate(calls)]
 
     def _read(self, text: str) -> Spoken:
         form = self._shown.calls
@@ -189,10 +198,6 @@ class ChatShape(Shape):
 
 def _finish_reason(part: Part, spoken: Spoken) -> str | None:
     return "tool_calls" if spoken.calls and part.finish_reason == "stop" else part.finish_reason
-
-
-def _call_objects(calls: Sequence[Call]) -> list[dict[str, Any]]:
-    return [{"id": f"call_{uuid7().hex}", "type": "function", "function": call._asdict()} for call in calls]
 
 
 def ranked(group: CandidateGroup) -> list[int]:

@@ -1,10 +1,12 @@
 """Server-sent events of one answer: keep-alive comments, progress, the winner's chunks, and what went wrong.
 
-Owns: what is sent when, and that the engine stops when the client goes away. Does not own: the form of a chunk
-(openai_replies.py), how the answer comes to be (serving.py).
+Owns: what is sent when, that the engine stops when the client goes away, what is kept of a stream for its
+`Idempotency-Key`. Does not own: the form of a chunk (openai_replies.py), how the answer comes to be (serving.py), how
+it is kept (replays.py).
 
 A single sample is passed on piece by piece as the engine says it. Of n candidates nobody knows the winner before the
-last is scored: until then the stream lives on comments, and then has the winner in the engine's own pieces.
+last is scored: until then the stream lives on comments, and then has the winner in the engine's own pieces. A stream
+that is asked for again under its key says the same in one piece: when it came is nobody's interest any more.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import asyncio
 import json
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final
 
 from starlette.responses import Response, StreamingResponse
@@ -23,9 +26,13 @@ from bon_algos.contracts import CandidateGroup
 from bon_algos.vllm_protocol import Piece
 from service.best_of_n import Answer
 from service.errors import GatewayError, problem
+from service.idempotency import Idempotency
 from service.openai_bodies import StreamOptions
 from service.openai_replies import Part, Shape, whole
+from service.replays import Reply
 from service.serving import Prepared, Serving, answer
+from service.tracing import named
+from service.vllm import Listener
 
 KEEP_ALIVE_SECONDS: Final = 10.0
 """Load balancers give up a connection that is silent for 60 s, some for 30."""
@@ -33,15 +40,16 @@ FIRST_SECONDS: Final = 0.5
 """So long an error may still have a status of its own: then the stream begins."""
 PING: Final = b": ping\n\n"
 DONE: Final = b"data: [DONE]\n\n"
+MEDIA_TYPE: Final = "text/event-stream"
 log = logging.getLogger("bonsai.requests")
 
 
 class Work:
     """An answer that is being made, and what is heard of it. Closing it stops the engine."""
 
-    def __init__(self, serving: Serving, prepared: Prepared) -> None:
+    def __init__(self, make: Callable[[Listener], Coroutine[Any, Any, Answer]]) -> None:
         self._heard: asyncio.Queue[Piece | None] = asyncio.Queue()
-        self._task = asyncio.create_task(answer(serving, prepared, wait_for_reward=False, hear=self._heard.put_nowait))
+        self._task = asyncio.create_task(make(self._heard.put_nowait))
         self._task.add_done_callback(lambda _: self._heard.put_nowait(None))
 
     async def next(self, seconds: float) -> Piece | None:
@@ -59,11 +67,38 @@ class Work:
 
 
 async def stream(
-    serving: Serving, prepared: Prepared, shape: Shape, options: StreamOptions | None, request_id: str
+    serving: Serving,
+    prepared: Prepared,
+    shape: Shape,
+    options: StreamOptions | None,
+    request_id: str,
+    asked: Idempotency | None,
 ) -> Response:
     """The response, as soon as there is something to send or `FIRST_SECONDS` have passed. Raises what went wrong until
-    then."""
-    work = Work(serving, prepared)
+    then, and as `Replays.begin`."""
+    group, options = prepared.group, options or StreamOptions()
+    headers = {
+        "X-Accel-Buffering": "no",
+        "x-bonsai-arm": str(group.arm),
+        **({} if prepared.policy is None else {"x-bonsai-policy": prepared.policy}),
+    }
+    if asked is not None and (earlier := await serving.replays.begin(asked, prepared.budget.seconds)) is not None:
+        return _again(earlier)
+
+    def kept(filled: Answer) -> Reply:
+        return Reply({"chunks": shape.in_one_piece(filled.group, include_usage=options.include_usage)}, headers)
+
+    def make(hear: Listener) -> Coroutine[Any, Any, Answer]:
+        draw = partial(answer, serving, prepared, wait_for_reward=False, hear=hear)
+        return draw() if asked is None else serving.replays.keep(asked, draw, kept)
+
+    work = Work(make)
+    events = _Events(work, shape, options, prepared).all(await _begun(work), request_id)
+    return StreamingResponse(events, headers=headers, media_type=MEDIA_TYPE)
+
+
+async def _begun(work: Work) -> list[Piece | None]:
+    """What was heard until there is something to send, or in `FIRST_SECONDS`. Raises what went wrong until then."""
     heard: list[Piece | None] = []
     try:
         heard.append(await work.next(FIRST_SECONDS))
@@ -74,14 +109,12 @@ async def stream(
     except BaseException:
         await work.aclose()
         raise
-    group = prepared.group
-    headers = {
-        "X-Accel-Buffering": "no",
-        "x-bonsai-arm": str(group.arm),
-        **({} if prepared.policy is None else {"x-bonsai-policy": prepared.policy}),
-    }
-    events = _Events(work, shape, options or StreamOptions(), prepared)
-    return StreamingResponse(events.all(heard, request_id), headers=headers, media_type="text/event-stream")
+    return heard
+
+
+def _again(earlier: Reply) -> Response:
+    events = [*map(_data, earlier.body["chunks"]), DONE]
+    return Response(b"".join(events), headers=earlier.headers, media_type=MEDIA_TYPE)
 
 
 class _Events:
@@ -104,10 +137,10 @@ class _Events:
                     yield event
                 yield DONE
             except GatewayError as error:
-                log.warning("%s %d %s after the stream had begun", request_id, error.status, error.code)
+                log.warning("%s %d %s after the stream had begun", named(request_id), error.status, error.code)
                 yield _data(problem(error, request_id))
             except Exception as error:
-                log.error("request %s failed after its stream had begun", request_id, exc_info=error)
+                log.error("request %s failed after its stream had begun", named(request_id), exc_info=error)
                 yield _data(problem(GatewayError("the gateway failed; its log has the details"), request_id))
 
     async def _said(self, heard: list[Piece | None]) -> AsyncGenerator[bytes]:

@@ -55,7 +55,7 @@ async def generate(request: Request) -> Response:
         reply["warnings"] += ledger_warnings(serving)
         return Reply(reply, headers_of(filled.group, monotonic() - started - filled.waited))
 
-    return await replied(request, serving, prepared, content, make)
+    return await replied(serving, prepared, once_of(request, prepared, content), make)
 
 
 def serving_of(request: Request) -> Serving:
@@ -65,14 +65,19 @@ def serving_of(request: Request) -> Serving:
     return serving
 
 
-async def replied(
-    request: Request, serving: Serving, prepared: Prepared, content: bytes, make: Callable[[], Awaitable[Reply]]
-) -> Response:
-    """The reply, drawn once for an `Idempotency-Key`."""
+def once_of(request: Request, prepared: Prepared, content: bytes) -> Idempotency | None:
+    """The request's `Idempotency-Key`, if it has one. Raises Unparseable, InvalidField where no reply may be kept."""
     asked = _idempotency(request, content) if HEADER in request.headers else None
     if asked is not None and not prepared.group.store:
         raise InvalidField(f"{HEADER} keeps the reply for a day, which store: false forbids", param=HEADER)
-    reply = await serving.replays.once(asked, prepared.budget.deadline - prepared.budget.started, make)
+    return asked
+
+
+async def replied(
+    serving: Serving, prepared: Prepared, asked: Idempotency | None, make: Callable[[], Awaitable[Reply]]
+) -> Response:
+    """The reply, drawn once for an `Idempotency-Key`."""
+    reply = await serving.replays.once(asked, prepared.budget.seconds, make)
     return Response(to_json(reply.body), headers=reply.headers, media_type="application/json")
 
 

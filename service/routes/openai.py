@@ -16,7 +16,6 @@ from starlette.responses import JSONResponse, Response
 
 from service.access import caller_of, needs
 from service.errors import InvalidField, NotFound
-from service.idempotency import HEADER
 from service.json_body import parse_model, query_parameters, read_body
 from service.openai_bodies import Body, ChatBody, CompletionBody, addressed, in_words_of
 from service.openai_messages import SCHEMA_MEMBERS
@@ -24,7 +23,15 @@ from service.openai_replies import ChatShape, CompletionShape, Shape
 from service.openai_stream import stream
 from service.plain_route import PlainRoute
 from service.replays import Reply
-from service.routes.generate import circumstances_of, headers_of, prepared_aside, replied, serving_of, while_connected
+from service.routes.generate import (
+    circumstances_of,
+    headers_of,
+    once_of,
+    prepared_aside,
+    replied,
+    serving_of,
+    while_connected,
+)
 from service.serving import Circumstances, Prepared, Serving, answer, prepare
 
 router = APIRouter(prefix="/v1", route_class=PlainRoute)
@@ -66,17 +73,16 @@ async def _served(
     shown = body.presentation(serving.tokenizer.call_format)
     prepared = prepared.with_alternatives(shown.alternatives)
     shape = shape_type(serving, prepared, shown)
+    asked = once_of(request, prepared, content)
     if body.stream:
-        if HEADER in request.headers:
-            raise InvalidField(f"a stream cannot be replayed: leave {HEADER} out", param=HEADER)
-        return await stream(serving, prepared, shape, body.stream_options, request.state.request_id)
+        return await stream(serving, prepared, shape, body.stream_options, request.state.request_id, asked)
 
     async def make() -> Reply:
         filled = await while_connected(request.receive, answer(serving, prepared, wait_for_reward=False))
         headers = headers_of(filled.group, monotonic() - around.started - filled.waited)
         return Reply(shape.reply(filled.group, body.n), headers)
 
-    return await replied(request, serving, prepared, content, make)
+    return await replied(serving, prepared, asked, make)
 
 
 # --- models ----------------------------------------------------------------------------------------------

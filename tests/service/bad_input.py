@@ -548,9 +548,10 @@ COUNTS = (
     wrong("O30 two limits", {"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", (CHAT,)),
     wrong("O30 max_completion_tokens 0", {"max_completion_tokens": 0}, "max_completion_tokens", (CHAT,)),
     wrong("O30 max_completion_tokens 10^9", {"max_completion_tokens": 10**9}, "max_completion_tokens", (CHAT,)),
-    # A stream cannot be replayed, and store: false forbids to keep the reply.
-    Row("C38 a stream with a key", 422, "Idempotency-Key", OPENAI, {"stream": True}, headers={"Idempotency-Key": "k"}),
+    # store: false forbids to keep the reply.
     Row("C38 O31 store: false with a key", 422, "Idempotency-Key", fields={"store": False},
+        headers={"Idempotency-Key": "k"}),
+    Row("C38 O31 store: false of a stream with a key", 422, "Idempotency-Key", OPENAI, {"store": False, "stream": True},
         headers={"Idempotency-Key": "k"}),
 )  # fmt: skip
 UNKNOWN = unknown(

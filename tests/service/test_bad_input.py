@@ -304,6 +304,19 @@ def test_malformed_http_ends_before_a_handler_runs(still_world, sent_bytes):
     assert CANARY.encode() not in answer
 
 
+@pytest.mark.parametrize("name", ["Idempotency-Key", "x-bonsai-arm", "x-bonsai-timeout", "x-bonsai-unit"])
+def test_a_header_that_decides_about_the_answer_comes_once(still_world, name):
+    """Though both say the same: whoever sent it did not mean to."""
+    body = json.dumps(PLAIN[GENERATE]).encode()
+    lines = (f"Content-Length: {len(body)}", f"{name}: 1", f"{name.upper()}: 1")
+    with connected(still_world.client) as connection:
+        connection.sendall(still_world.client.written("POST", GENERATE, body, *lines))
+        with connection.makefile("rb") as reply:
+            head, _, answer = reply.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(answer)["error"]["param"] == name
+
+
 # --- nothing is forgotten --------------------------------------------------------------------------------
 
 

@@ -151,6 +151,39 @@ def test_a_streamed_call_comes_whole_behind_its_words(world, client, best_of):
 
 
 @pytest.mark.parametrize("best_of", [1, 3])
+def test_a_streamed_call_that_is_told_again_is_the_same_call(world, client, best_of):
+    """Its id too: the client may have answered it already."""
+    world.engine.script.completions = ["Let me see.\n" + CALL + CALL]
+
+    def told() -> tuple[str, list[dict[str, object]]]:
+        chunks = client.chat.completions.create(
+            model="default",
+            messages=ASK,
+            tools=[WEATHER],
+            stream=True,
+            extra_body={"best_of": best_of},
+            extra_headers={"Idempotency-Key": "once"},
+        )
+        deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+        words = "".join(delta.content or "" for delta in deltas)
+        return words, [call.to_dict() for delta in deltas for call in delta.tool_calls or ()]
+
+    words, calls = told()
+    assert told() == (words, calls)
+    assert words == "Let me see."
+    assert [call["index"] for call in calls] == [0, 1]
+    assert len({call["id"] for call in calls}) == 2
+    assert len(world.engine.requests) == 1
+
+
+def test_every_call_of_every_choice_has_an_id_of_its_own(world, client):
+    world.engine.script.completions = [CALL + CALL]
+    asked = [client.chat.completions.create(model="default", messages=ASK, tools=[WEATHER], n=2) for _ in range(2)]
+    ids = {call.id for reply in asked for choice in reply.choices for call in choice.message.tool_calls}
+    assert len(ids) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("best_of", [1, 3])
 def test_log_probs_of_a_streamed_call_are_of_every_token_once(world, client, best_of):
     """Words are held back while they may become a call; their tokens are told as they come."""
     world.engine.script.completions = ["Let me see.\n" + CALL]

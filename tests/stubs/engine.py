@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,6 +26,7 @@ Fault = Literal[
     "refused",  # 400: a field it does not take
     "refused_inside",  # the same in a stream: 200, and a 400 instead of a choice
     "silent",  # accepts, then never says a word
+    "stalls",  # a first piece, and then not a word
     "cut",  # the connection breaks in the middle of the stream
     "no_end",  # the stream ends without [DONE]
     "garbage",  # not JSON
@@ -68,6 +70,8 @@ class StubEngine:
         self.script = EngineScript(models=[base])
         self.requests: list[dict[str, Any]] = []
         """Without canaries, which are no traffic."""
+        self.heads: list[Mapping[str, str]] = []
+        """The headers of the same."""
         self.num_canaries = 0
         self.num_lists = 0
         self.aborted_at: list[float] = []
@@ -100,6 +104,7 @@ class StubEngine:
             self.num_canaries += 1
         else:
             self.requests.append(body)
+            self.heads.append(request.headers)
         if body["model"] not in script.models or body["model"] in script.unknown:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         if (status := {"busy": 503, "error": 500, "refused": 400}.get(script.fault)) is not None:
@@ -140,6 +145,8 @@ class StubEngine:
                 await asyncio.sleep(rest)
             for chunk in _chunks(body, script, i):
                 await response.write(b"data: " + chunk + b"\n\n")
+                if script.fault == "stalls":
+                    await asyncio.Event().wait()
         if script.fault != "no_end":
             await response.write(b"data: [DONE]\n\n")
         await response.write_eof()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ class StubReward:
         self.model = model
         self.script = RewardScript()
         self.requests: list[dict[str, Any]] = []
+        self.heads: list[Mapping[str, str]] = []
+        """The headers of the same."""
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**30)
@@ -49,6 +51,7 @@ class StubReward:
     async def _classify(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.requests.append(body)
+        self.heads.append(request.headers)
         script = self.script
         if script.fault in ("busy", "error"):
             return web.json_response({"error": {}}, status=503 if script.fault == "busy" else 500)

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Final
 
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from bon_algos.contracts import CandidateGroup
 from bon_algos.vllm_protocol import Piece
@@ -66,6 +67,19 @@ class Work:
         await asyncio.wait({self._task})
 
 
+class Streamed(StreamingResponse):
+    """The events of a work, which ends with the response: also where the client has gone before the first event, and
+    nobody ever asks the generator of events for one."""
+
+    def __init__(self, work: Work, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(events, headers=headers, media_type=MEDIA_TYPE)
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._work):
+            await super().__call__(scope, receive, send)
+
+
 async def stream(
     serving: Serving,
     prepared: Prepared,
@@ -94,7 +108,7 @@ async def stream(
 
     work = Work(make)
     events = _Events(work, shape, options, prepared).all(await _begun(work), request_id)
-    return StreamingResponse(events, headers=headers, media_type=MEDIA_TYPE)
+    return Streamed(work, events, headers)
 
 
 async def _begun(work: Work) -> list[Piece | None]:
@@ -127,21 +141,20 @@ class _Events:
         self._is_first = True
 
     async def all(self, heard: list[Piece | None], request_id: str) -> AsyncGenerator[bytes]:
-        async with aclosing(self._work):
-            for comment in self._comment(PING):
-                yield comment
-            try:
-                async for event in self._said(heard):
-                    yield event
-                for event in self._told(self._work.answer()):
-                    yield event
-                yield DONE
-            except GatewayError as error:
-                log.warning("%s %d %s after the stream had begun", named(request_id), error.status, error.code)
-                yield _data(problem(error, request_id))
-            except Exception as error:
-                log.error("request %s failed after its stream had begun", named(request_id), exc_info=error)
-                yield _data(problem(GatewayError("the gateway failed; its log has the details"), request_id))
+        for comment in self._comment(PING):
+            yield comment
+        try:
+            async for event in self._said(heard):
+                yield event
+            for event in self._told(self._work.answer()):
+                yield event
+            yield DONE
+        except GatewayError as error:
+            log.warning("%s %d %s after the stream had begun", named(request_id), error.status, error.code)
+            yield _data(problem(error, request_id))
+        except Exception as error:
+            log.error("request %s failed after its stream had begun", named(request_id), exc_info=error)
+            yield _data(problem(GatewayError("the gateway failed; its log has the details"), request_id))
 
     async def _said(self, heard: list[Piece | None]) -> AsyncGenerator[bytes]:
         """While the work is going on."""

@@ -221,6 +221,7 @@ async def started_gateway(
         "ARTEFACTS": str(directory / "artefacts"),
         "SPOOL": str(directory / "spool"),
         "PORT": str(port),
+        "REWARD_PAIRS": "none",
         **settings,
     }
     environment = {f"BONSAI_{name}": value for name, value in ours.items()}

@@ -63,9 +63,11 @@ _STACK_OPTIONS = (
     ),
     click.option(
         "--reward-pairs",
-        type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        default=None,
-        help="JSON list of known pairs that the reward model must rank rightly before it chooses anything.",
+        envvar="BONSAI_REWARD_PAIRS",
+        default="",
+        metavar="FILE|none",
+        help="JSON list of known pairs that the reward model must rank rightly before it chooses anything; none: it is "
+        "not tested. Default: built-in pairs, for a reward model that vLLM serves.",
     ),
     click.option(
         "--judge-function",

@@ -1,7 +1,7 @@
 """Whether each kind of process can do its work: the question asked, and the answer in words.
 
 Each probe returns None when it can, else what it waits for, within seconds. A probe never raises for a process
-that is not up yet.
+that is not up yet; the gateway's raises Hopeless for a reward model that was refused, which is for this life.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from bonsai import redis_server
 from bonsai.engines import engine_phase
-from bonsai.processes import LogTail, Probe
+from bonsai.processes import Hopeless, LogTail, Probe
+from service.reward_test import MAY_CHOOSE, WAITING
 
 _COMPACTOR_READY = re.compile(r"the compactor (works|waits)")
 _CELERY_READY = re.compile(r"celery@\S+ ready\.")
@@ -71,7 +72,8 @@ async def compactor(log: LogTail) -> str | None:
 
 
 def what_is_missing(body: bytes) -> str:
-    """The parts whose state the gateway's `/ready` does not call ok, in words."""
+    """The parts whose state the gateway's `/ready` does not call good, in words. Raises Hopeless when the reward model
+    did not pass its test."""
     try:
         parts = json.loads(body)
     except ValueError:
@@ -79,7 +81,13 @@ def what_is_missing(body: bytes) -> str:
     if not isinstance(parts, dict):
         return "not ready"
     states = {name: value for name, value in parts.items() if isinstance(value, str) and name != "status"}
-    return "; ".join(f"{name}: {value}" for name, value in states.items() if value != "ok") or "not ready"
+    test = states.get("reward_test", WAITING)
+    if test not in (WAITING, *MAY_CHOOSE):
+        raise Hopeless(test)
+    return (
+        "; ".join(f"{name}: {value}" for name, value in states.items() if value not in ("ok", *MAY_CHOOSE))
+        or "not ready"
+    )
 
 
 async def _get(url: str, socket: Path | None, headers: Mapping[str, str] | None = None) -> tuple[int, bytes] | None:

@@ -24,7 +24,7 @@ from bonsai.leftovers import Guard, read_row
 State = Literal["waiting", "starting", "ready", "restarting", "stopping", "failed", "stopped"]
 LogTail = Callable[[], str]
 Probe = Callable[[LogTail], Awaitable[str | None]]
-"""None when the process can do its work, else what it waits for. Gets the log of this life so far."""
+"""None when the process can do its work, else what it waits for. Gets the log of this life so far. Raises Hopeless."""
 
 TAIL_BYTES = 64 * 1024
 PROBE_SECONDS = 5.0
@@ -76,6 +76,10 @@ class ProcessFailed(Exception):
         return f"{self.name}: {self.reason}"
 
 
+class Hopeless(Exception):
+    """What a probe has found will not change while this process lives; the message says what it is."""
+
+
 def back_off(deaths: int) -> float:
     """Seconds before the next start after `deaths` (at least 1) quick deaths in a row: doubles, up to 10 s."""
     return min(FIRST_PAUSE * 2.0 ** (deaths - 1), LONGEST_PAUSE)
@@ -92,6 +96,7 @@ class SupervisedProcess:
         self._state: State = "waiting"
         self._detail = ""
         self._was_ready = False
+        self._refusal = ""
         self._restarts = 0
         self._log_start = 0
 
@@ -102,11 +107,14 @@ class SupervisedProcess:
 
     async def keep(self) -> None:
         """Run it, and run it again when it dies, until `stop`. Raises ProcessFailed when that is hopeless:
-        a first life that ends before it was ready, or five deaths in a row."""
+        a first life that ends before it was ready, or of which its probe says so, or five deaths in a row."""
         deaths = 0
         while True:
             began = time.monotonic()
             exit_status = await self._live()
+            if self._refusal:
+                self._set("failed", self._refusal)
+                raise ProcessFailed(self.spec.name, self._refusal, self.spec.log, self.log_tail())
             if self._stopping.is_set():
                 return self._set("stopped", "")
             deaths = 1 if time.monotonic() - began > LONG_LIFE_SECONDS else deaths + 1
@@ -186,9 +194,16 @@ class SupervisedProcess:
     async def _probe(self) -> None:
         began = time.monotonic()
         while True:
-            waits_for = await self._ask()
+            try:
+                waits_for = await self._ask()
+            except Hopeless as found:
+                waits_for = str(found)
+                # What worked once is not taken down by what a later life of it finds.
+                self._refusal = "" if self._was_ready else waits_for
             if self._stopping.is_set():
                 return
+            if self._refusal:
+                return self.stop()
             if waits_for is None:
                 self._was_ready = True
                 self.ready.set()

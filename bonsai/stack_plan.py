@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import bonsai
-from bon_algos.contracts import RewardConfig
+from bon_algos.contracts import RewardConfig, VllmMember
 from bonsai import engines, function_reward, model_directory, probes, redis_server
 from bonsai.model_directory import ModelDirectory
 from bonsai.placement import Placement, cache_bytes, place
@@ -27,12 +27,16 @@ from bonsai.redis_server import RedisServer
 from bonsai.reward_function import RewardFunction, function_spec, open_function
 from bonsai.reward_plan import Reward, RewardDirectory, config_of, open_directory, read_config
 from bonsai.runtime_directory import StateDirectory
-from service.reward_test import read_pairs
+from service.known_pairs import NO_PAIRS, read_pairs
 
 SHIPPED_MODELS = Path(bonsai.__file__).parent / "demo" / "models"
 DEMO_JUDGE = "bonsai.demo.gold:reward"
 SECRETS_OF_OURS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "BONSAI_API_KEY")
 """To fetch a model, and for clients of a gateway; no process of the stack needs them."""
+UNTESTED = (
+    "the reward model is untested: nobody has seen that it tells better from worse. "
+    "--reward-pairs takes pairs of which you know the better"
+)
 GATEWAY_SHUTDOWN_SECONDS = 2
 """For requests that run when the stack is taken down: all of it has ten seconds."""
 WORKER_NICENESS = 5
@@ -58,8 +62,9 @@ class Options:
     """A RewardConfig as JSON: reward models that somebody else runs."""
     reward_seconds: float = function_reward.SECONDS
     """That one call of the reward function may take."""
-    reward_pairs: Path | None = None
-    """Known pairs; None: the demo's for the demo's reward model, none for another."""
+    reward_pairs: str = ""
+    """A file of known pairs, or "none": the reward model is not tested; "" is the demo's for the demo's reward model,
+    for another what the gateway has built in."""
     judge_function: str = ""
     """module:function: a second reward model for reports; "" is the demo's for the demo's models, none for others."""
     judge_config: Path | None = None
@@ -99,7 +104,15 @@ class Plan:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return (self.redis.warning,) if self.redis is not None and self.redis.warning else ()
+        of_redis = self.redis.warning if self.redis is not None else ""
+        return tuple(filter(None, (of_redis, "" if self._is_tested else UNTESTED)))
+
+    @property
+    def _is_tested(self) -> bool:
+        """The built-in pairs are about reward models of general text alone."""
+        members = config_of(self.reward, Path("/")).members
+        pairs = self.options.reward_pairs or any(isinstance(member, VllmMember) for member in members)
+        return bool(pairs) and pairs != NO_PAIRS
 
 
 def prepare(options: Options) -> Plan:
@@ -112,9 +125,9 @@ def prepare(options: Options) -> Plan:
     digests = options.directory / "model-digests.json"
     policy_path = model_directory.resolve(options.policy, "policy", SHIPPED_MODELS / "policy")
     policy = model_directory.open_model(policy_path, "policy", options.max_model_len)
-    if options.reward_pairs is not None:
+    if options.reward_pairs not in ("", NO_PAIRS):
         try:
-            read_pairs(options.reward_pairs)
+            read_pairs(Path(options.reward_pairs))
         except ValueError as error:
             raise model_directory.BadModel(f"--reward-pairs: {error}") from None
     reward = _reward(options, digests)
@@ -180,11 +193,13 @@ def redis_url(plan: Plan, state: StateDirectory) -> str:
     return plan.options.redis_url or f"unix://{quote(str(state.redis_socket))}"
 
 
-def reward_pairs(plan: Plan) -> Path | None:
-    if plan.options.reward_pairs is not None:
-        return plan.options.reward_pairs.resolve()
+def reward_pairs(plan: Plan) -> str:
+    """What the gateway is told; "" leaves it to the gateway, which has pairs of its own."""
+    told = plan.options.reward_pairs
+    if told:
+        return told if told == NO_PAIRS else str(Path(told).resolve())
     is_shipped = isinstance(plan.reward, RewardDirectory) and plan.reward.model.path == SHIPPED_MODELS / "reward"
-    return SHIPPED_MODELS.with_name("reward_pairs.json") if is_shipped else None
+    return str(SHIPPED_MODELS.with_name("reward_pairs.json")) if is_shipped else ""
 
 
 def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, str]:
@@ -192,7 +207,7 @@ def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, 
     pairs = reward_pairs(plan)
     judge = {} if plan.judge is None else {"BONSAI_JUDGE_REWARD_MODEL": _told(plan.judge, state.judge_socket)}
     return {
-        **({} if pairs is None else {"BONSAI_REWARD_PAIRS": str(pairs)}),
+        **({"BONSAI_REWARD_PAIRS": pairs} if pairs else {}),
         **judge,
         "BONSAI_REDIS_URL": redis_url(plan, state),
         "BONSAI_POLICY_ENGINE_URLS": json.dumps([f"unix://{state.policy_socket}"]),

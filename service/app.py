@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from archive.reading import Archive
 from archive.storage import archive_url
 from bon_algos.chat import ChatTokenizer
+from bon_algos.contracts import VllmMember
 from bon_algos.scoring import open_readers
 from service.access import rights
 from service.allowances import Allowances, TakingLimits
@@ -31,6 +32,7 @@ from service.feedback import FeedbackBook
 from service.files import Files
 from service.fleet import running_fleet
 from service.keys import admin_record
+from service.known_pairs import NO_PAIRS, general_pairs, read_pairs
 from service.ledger import Ledger
 from service.limits import Limits
 from service.loops import running_loops
@@ -42,7 +44,7 @@ from service.replays import Replays
 from service.replica import Replica
 from service.residency import DRAIN_SECONDS
 from service.reward import RewardModel
-from service.reward_test import RewardTest, read_pairs
+from service.reward_test import Exam, RewardTest
 from service.routes import (
     audit,
     circles,
@@ -228,15 +230,35 @@ async def _reporting(ledger: Ledger, settings: GatewaySettings) -> AsyncGenerato
 
 @asynccontextmanager
 async def _rewarding(settings: GatewaySettings) -> AsyncGenerator[tuple[RewardModel, RewardTest]]:
-    """The reward model and its test, which runs as soon as its engine answers."""
+    """The reward model and its test, which runs as soon as its engines answer."""
     readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     reward_model = RewardModel(settings.reward_model, readers)
     try:
-        test = RewardTest(reward_model, read_pairs(settings.reward_pairs) if settings.reward_pairs else ())
+        test = RewardTest(_exams(settings, reward_model))
         async with running_loops(test.run()):
             yield reward_model, test
     finally:
         await reward_model.close()
+
+
+def _exams(settings: GatewaySettings, reward_model: RewardModel) -> list[Exam]:
+    """The operator's own pairs are about the whole; the built-in ones about each member that reads general text."""
+    if settings.reward_pairs == NO_PAIRS:
+        return []
+    if settings.reward_pairs is not None:
+        return [Exam(reward_model.score, read_pairs(settings.reward_pairs))]
+    members = settings.reward_model.members
+    pairs = general_pairs()
+    return [
+        Exam(
+            partial(reward_model.score_of_member, place),
+            pairs,
+            title="the reward model" if len(members) == 1 else f"the reward model {member.id}",
+            is_general=True,
+        )
+        for place, member in enumerate(members)
+        if isinstance(member, VllmMember)
+    ]
 
 
 @asynccontextmanager

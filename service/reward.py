@@ -80,6 +80,12 @@ class RewardModel:
             log.warning("%d of %d completions have no reward: %s", missing, len(scores), reason)
         return scores
 
+    async def score_of_member(
+        self, i: int, prompt: str, messages: Sequence[Message] | None, completions: Sequence[str]
+    ) -> list[Score]:
+        """As `score`, of one member alone and not scaled."""
+        return await self._scores_of(i, [Completion(prompt, messages, text) for text in completions])
+
     async def _scores_of(self, i: int, completions: Sequence[Completion]) -> list[Score]:
         scores, calls = await _read(self._readers[i], completions)
         answers = await _all(self._answer(self._http[i], call) for call in calls)

@@ -1,59 +1,31 @@
 """Before a reward model chooses anything: does it know better from worse?
 
-Owns: known pairs, scoring them once its engine answers, the verdict and what it means for requests. Does not own: the
-reward model (reward.py), telling operators (routes/health.py).
+Owns: scoring known pairs once the engines answer, the verdict and what it means for requests. Does not own: the pairs
+(known_pairs.py), the reward model (reward.py), telling operators (routes/health.py).
 
 A reward model behind the wrong chat template, or whose number is not the one it was trained to give, answers politely
-and chooses badly. With pairs that an operator knows the answer to it is found out before anybody is served by it.
+and chooses badly. With pairs that the answer is known of it is found out before anybody is served by it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from pathlib import Path
-from typing import Annotated, Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
-
-from bon_algos.contracts import Message, Record
-from service.best_of_n import Scorer
+from bon_algos.contracts import Message
+from bon_algos.scoring import Score
 from service.errors import GatewayError, RewardModelUnavailable
+from service.known_pairs import Pair
 
 AGAIN_SECONDS: Final = 1.0
-TEST_SECONDS: Final = 60.0
+PAIR_SECONDS: Final = 60.0
+WAITING: Final = "waiting"
+PASSED: Final = "passed"
+UNTESTED: Final = "untested"
+MAY_CHOOSE: Final = (PASSED, UNTESTED)
 log = logging.getLogger("bonsai.reward")
-Text = Annotated[str, Field(min_length=1, max_length=100_000)]
-
-
-class Pair(Record):
-    """Two answers of which one is known to be better."""
-
-    prompt: Text | None = None
-    messages: tuple[Message, ...] | None = Field(None, min_length=1)
-    better: Text
-    worse: Text
-
-    @model_validator(mode="after")
-    def one_prompt(self) -> Pair:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("exactly one of prompt and messages is required")
-        return self
-
-
-_PAIRS: Final = TypeAdapter(Annotated[tuple[Pair, ...], Field(min_length=1, max_length=1000)])
-
-
-def read_pairs(file: Path) -> tuple[Pair, ...]:
-    """A JSON list of pairs. ValueError, in words, when it cannot be read or holds something else."""
-    try:
-        return _PAIRS.validate_json(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        fault = error.errors(include_input=False, include_url=False)[0]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
-        raise ValueError(f"{file}{place and f', {place}'}: {fault['msg']}") from None
 
 
 class RewardModelRefused(RewardModelUnavailable):
@@ -61,57 +33,117 @@ class RewardModelRefused(RewardModelUnavailable):
     retry_after = 60
 
 
-class RewardTest:
-    """One test of one reward model."""
+class Exam(NamedTuple):
+    """Who is asked about which pairs."""
 
-    def __init__(self, scorer: Scorer, pairs: tuple[Pair, ...]) -> None:
-        self._scorer = scorer
-        self._pairs = pairs
-        self._wrong: int | None = None if pairs else 0
+    score: Callable[[str, Sequence[Message] | None, Sequence[str]], Awaitable[list[Score]]]
+    """As `Scorer.score`."""
+    pairs: tuple[Pair, ...]
+    title: str = "the reward model"
+    is_general: bool = False
+    """The pairs are the built-in ones: half of them are enough, and what is too long for the window says nothing. An
+    operator's own must all be ranked rightly."""
+
+
+class Grades(NamedTuple):
+    """How many of an exam's pairs were ranked how."""
+
+    right: int
+    alike: int
+    wrong: int
+    unscored: int
+    """One of the two answers has no finite reward."""
 
     @property
-    def state(self) -> str:
-        """For an operator: passed, no pairs, waiting for the engine, or what is wrong."""
-        if not self._pairs:
-            return "no pairs"
-        if self._wrong is None:
-            return "waiting"
-        return "passed" if self._wrong == 0 else self._refusal
+    def total(self) -> int:
+        return sum(self)
+
+
+class RewardTest:
+    """One test of one reward model: an exam of it, or of each of its members; without any it is untested."""
+
+    def __init__(self, exams: Sequence[Exam]) -> None:
+        self._exams = exams
+        self.state: str = WAITING if exams else UNTESTED
+        """For an operator: passed, untested, waiting for the engines, or what is wrong."""
 
     @property
     def may_choose(self) -> bool:
-        return self._wrong == 0
+        return self.state in MAY_CHOOSE
 
     def require_passed(self) -> None:
         """Raises RewardModelUnavailable while the test waits, RewardModelRefused when it was not passed."""
-        if self._wrong is None:
+        if self.state == WAITING:
             raise RewardModelUnavailable("the reward model has not been tested on its known pairs yet")
-        if self._wrong:
-            raise RewardModelRefused(self._refusal)
+        if not self.may_choose:
+            raise RewardModelRefused(self.state)
 
     async def run(self) -> None:
-        """Test as soon as the engine answers; then there is a verdict."""
-        while self._wrong is None:
+        """Test as soon as the engines answer; then there is a verdict."""
+        while self.state == WAITING:
             try:
-                async with asyncio.timeout(TEST_SECONDS):
-                    self._wrong = await self._count_wrong()
+                self.state = verdict([(exam, await _grades(exam)) for exam in self._exams])
             except (GatewayError, TimeoutError) as error:
                 log.info("the reward model's test waits: %s", error)
                 await asyncio.sleep(AGAIN_SECONDS)
-        log.log(logging.ERROR if self._wrong else logging.INFO, "the reward model's test: %s", self.state)
+        if self.state == UNTESTED:
+            log.warning("the reward model is untested; BONSAI_REWARD_PAIRS takes pairs of which you know the better")
+        else:
+            log.log(logging.INFO if self.may_choose else logging.ERROR, "the reward model's test: %s", self.state)
 
-    async def _count_wrong(self) -> int:
-        wrong = 0
-        for pair in self._pairs:
-            scores = await self._scorer.score(pair.prompt or "", pair.messages, [pair.better, pair.worse])
-            better, worse = (score.reward for score in scores)
-            wrong += better is None or worse is None or better <= worse
-        return wrong
 
-    @property
-    def _refusal(self) -> str:
-        return (
-            f"the reward model ranks {self._wrong} of {len(self._pairs)} known pairs wrongly, so that it chooses and "
-            "measures nothing: is its chat template the one it was trained with, its score taken before any "
-            "activation, and higher better?"
+def verdict(graded: Sequence[tuple[Exam, Grades]]) -> str:
+    """The state that the exams lead to: the first refusal, in words, if there is one."""
+    refusals = [_refusal(exam, grades) for exam, grades in graded if _fails(exam, grades)]
+    if refusals:
+        return refusals[0]
+    return PASSED if any(grades.total for _, grades in graded) else UNTESTED
+
+
+def _fails(exam: Exam, grades: Grades) -> bool:
+    if not grades.total:
+        return False
+    if not exam.is_general or grades.alike == grades.total:
+        return grades.right < grades.total
+    return grades.right + grades.alike / 2 < grades.total / 2
+
+
+async def _grades(exam: Exam) -> Grades:
+    right = alike = wrong = unscored = 0
+    for pair in exam.pairs:
+        async with asyncio.timeout(PAIR_SECONDS):
+            scores = await exam.score(pair.prompt or "", pair.messages, [pair.better, pair.worse])
+        if exam.is_general and any(score.failure == "too_long" for score in scores):
+            continue
+        better, worse = (score.reward for score in scores)
+        if better is None or worse is None:
+            unscored += 1
+        else:
+            right, alike, wrong = right + (better > worse), alike + (better == worse), wrong + (better < worse)
+    return Grades(right, alike, wrong, unscored)
+
+
+def _refusal(exam: Exam, grades: Grades) -> str:
+    """What it did, what follows, and the usual causes."""
+    pairs = f"{grades.total} {'built-in' if exam.is_general else 'known'} pairs"
+    if grades.unscored == grades.total:
+        did = f"has no finite reward for any of {pairs}"
+        causes = (
+            "is its window long enough, does its chat template take these, are its weights whole and its precision the "
+            "one it was trained in?"
         )
+    elif grades.alike == grades.total:
+        did = f"gives both answers the same reward in all of {pairs}"
+        causes = (
+            "a constant ranks nothing; is its score taken before any activation (of one label a softmax is always 1), "
+            "and does its chat template write the answer?"
+        )
+    else:
+        alike = f" and {grades.alike} alike" if grades.alike else ""
+        did = f"ranks {grades.wrong + grades.unscored} of {pairs} wrongly{alike}"
+        causes = (
+            "is its chat template the one it was trained with, its score taken before any activation, and higher "
+            "better?"
+        )
+    own = " If it is meant to do so: BONSAI_REWARD_PAIRS (--reward-pairs) takes pairs of your own, or none."
+    return f"{exam.title} {did}, so that it chooses and measures nothing: {causes}{own if exam.is_general else ''}"

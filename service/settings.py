@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from bon_algos.contracts import PolicyId, PrivateUrl, RewardConfigSetting, VllmMember
 from service.api_key import read_admin_key, read_pepper
 from service.fleet import MOST_ENGINES, read_engines
-from service.reward_test import read_pairs
+from service.known_pairs import PairsSetting
 
 
 def _replicas(urls: tuple[str, ...]) -> tuple[str, ...]:
@@ -37,11 +37,6 @@ PrivateUrls = Annotated[tuple[PrivateUrl, ...], AfterValidator(_replicas)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 
 
-def _readable_pairs(file: Path) -> Path:
-    read_pairs(file)
-    return file
-
-
 def _engines_file(file: Path) -> Path:
     read_engines(file)
     return file
@@ -57,7 +52,6 @@ def _pepper_file(file: Path) -> Path:
     return file
 
 
-PairsFile = Annotated[Path, AfterValidator(_readable_pairs)]
 EnginesFile = Annotated[Path, AfterValidator(_engines_file)]
 AdminKeyFile = Annotated[Path, AfterValidator(_admin_key_file)]
 PepperFile = Annotated[Path, AfterValidator(_pepper_file)]
@@ -81,8 +75,9 @@ class GatewaySettings(BaseSettings):
     """The base policy's model directory: tokenizer and chat template are read from it."""
     base_policy_id: PolicyId
     """Also the model's name in the policy engine."""
-    reward_pairs: PairsFile | None = None
-    """A JSON list of known pairs that the reward model must rank rightly before it chooses anything."""
+    reward_pairs: PairsSetting | None = None
+    """A JSON list of known pairs that the reward model must rank rightly before it chooses anything; `none`: it is not
+    tested. Left out: each vllm member must rank half of the built-in pairs rightly, and nothing else is tested."""
     max_model_len: int = Field(ge=2)
     """Window of the policy engine, tokens."""
     artefacts: Path

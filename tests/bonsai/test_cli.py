@@ -44,6 +44,7 @@ def test_help_names_every_option_of_up() -> None:
         "--cores",
         "--reward-function",
         "--reward-config",
+        "--reward-pairs",
     ):
         assert option in shown
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bonsai.leftovers import read_row
-from bonsai.processes import LogTail, ProcessFailed, ProcessSpec, ProcessStatus, SupervisedProcess, back_off
+from bonsai.processes import Hopeless, LogTail, ProcessFailed, ProcessSpec, ProcessStatus, SupervisedProcess, back_off
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +65,42 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     process = SupervisedProcess(spec(tmp_path, "", argv=("/nowhere/redis-server",)), lambda: None)
     with pytest.raises(ProcessFailed, match="could not be started"):
         run(process.keep())
+
+
+def test_what_its_probe_finds_hopeless_is_ended_with_the_reason(tmp_path: Path) -> None:
+    async def refused(log: LogTail) -> str | None:
+        raise Hopeless("the reward model ranks 12 of 12 pairs wrongly")
+
+    program = "print('up', flush=True); import time; time.sleep(600)"
+    process = SupervisedProcess(spec(tmp_path, program, probe=refused), lambda: None)
+    with pytest.raises(ProcessFailed, match="small: the reward model ranks 12 of 12 pairs wrongly"):
+        run(process.keep())
+    assert (process.status.state, process.guard) == ("failed", None)
+
+
+def test_what_was_ready_once_is_not_ended_by_its_probe(tmp_path: Path) -> None:
+    answers = iter([None])
+
+    async def refused_later(log: LogTail) -> str | None:
+        for answer in answers:
+            return answer
+        raise Hopeless("ranks wrongly")
+
+    async def until_it_starts_again() -> None:
+        keeping = asyncio.create_task(process.keep())
+        await process.ready.wait()
+        while process.status.state == "ready":
+            changed.clear()
+            await changed.wait()
+        assert process.status.detail.startswith("ranks wrongly")
+        process.stop()
+        await keeping
+
+    changed = asyncio.Event()
+    program = "print('up', flush=True); import time; time.sleep(600)"
+    process = SupervisedProcess(spec(tmp_path, program, probe=refused_later), changed.set)
+    run(until_it_starts_again())
+    assert process.status.state == "stopped"
 
 
 def test_statuses_tell_the_story(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from bon_algos.contracts import HttpMember, RewardConfig, VllmMember
 from bonsai import probes, up
 from bonsai.function_call import FunctionError
 from bonsai.model_directory import BadModel
-from bonsai.processes import ProcessSpec
+from bonsai.processes import Hopeless, ProcessSpec
 from bonsai.reward_function import RewardFunction
 from bonsai.runtime_directory import StateDirectory
 from bonsai.secrets import make_secrets
 from bonsai.stack_plan import Options, Plan, prepare, url_host
+from service.known_pairs import general_pairs, read_pairs
 from service.settings import GatewaySettings
 from tests.bonsai.test_model_directory import LLAMA, REWARD, write_model
 from worker.settings import CompactorSettings, WorkerSettings
@@ -150,6 +151,15 @@ def test_what_the_gateway_waits_for() -> None:
     body = b'{"status":"starting","engine":"unreachable","reward_model":"ok","redis":"ok","routes":1,"spool":{}}'
     assert probes.what_is_missing(body) == "engine: unreachable"
     assert probes.what_is_missing(b"<html>") == "not ready"
+    assert probes.what_is_missing(b'{"engine":"unreachable","reward_test":"untested"}') == "engine: unreachable"
+    assert probes.what_is_missing(b'{"engine":"ok","reward_test":"waiting"}') == "reward_test: waiting"
+
+
+def test_for_a_reward_model_that_was_refused_it_does_not_wait() -> None:
+    with pytest.raises(Hopeless, match="ranks 12 of 12 built-in pairs wrongly"):
+        probes.what_is_missing(
+            b'{"engine":"ok","reward_test":"the reward model ranks 12 of 12 built-in pairs wrongly"}'
+        )
 
 
 @pytest.mark.parametrize(("asked", "told"), [(None, "8"), (64, "64")])
@@ -235,6 +245,55 @@ def test_a_file_that_describes_no_reward_model_is_refused_in_words(
     (rewards / "reward.json").write_text(content)
     with pytest.raises(BadModel, match=f"--reward-config: .*{words}"):
         make_plan(reward="", reward_config=rewards / "reward.json")
+
+
+# --- known pairs ------------------------------------------------------------------------------------------
+
+PAIRS = '[{"prompt": "hi", "better": "a", "worse": "b"}]'
+
+
+def told_pairs(plan: Plan, tmp_path: Path) -> str | None:
+    return specs_of(plan, tmp_path)["gateway"].environment.get("BONSAI_REWARD_PAIRS")
+
+
+def test_the_demos_reward_model_is_asked_about_the_demos_grammar(make_plan: MakePlan, tmp_path: Path) -> None:
+    told = told_pairs(make_plan(policy="", reward=""), tmp_path)
+    assert told is not None
+    assert read_pairs(Path(told))[0] not in general_pairs()
+
+
+def test_another_one_is_asked_about_what_the_gateway_has_built_in(make_plan: MakePlan, tmp_path: Path) -> None:
+    plan = make_plan()
+    assert told_pairs(plan, tmp_path) is None
+    assert not any("untested" in warning for warning in plan.warnings)
+
+
+def test_who_wants_no_test_is_warned(make_plan: MakePlan, tmp_path: Path) -> None:
+    plan = make_plan(reward_pairs="none")
+    assert told_pairs(plan, tmp_path) == "none"
+    assert any("untested" in warning for warning in plan.warnings)
+
+
+def test_who_brings_a_function_is_warned_until_pairs_come_with_it(
+    make_plan: MakePlan, tmp_path: Path, rewards: Path
+) -> None:
+    plan = make_plan(reward="", reward_function="rewards:reward")
+    assert told_pairs(plan, tmp_path) is None
+    assert any("untested" in warning for warning in plan.warnings)
+    (rewards / "pairs.json").write_text(PAIRS)
+    plan = make_plan(reward="", reward_function="rewards:reward", reward_pairs="pairs.json")
+    assert told_pairs(plan, tmp_path) == str(rewards / "pairs.json")
+    assert not any("untested" in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize("content", [None, "[]"])
+def test_pairs_that_are_none_are_refused_before_anything_starts(
+    make_plan: MakePlan, rewards: Path, content: str | None
+) -> None:
+    if content is not None:
+        (rewards / "pairs.json").write_text(content)
+    with pytest.raises(BadModel, match=r"--reward-pairs: pairs\.json"):
+        make_plan(reward_pairs="pairs.json")
 
 
 # --- a second reward model --------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ def foreign() -> Iterator[RealStack]:
             directory,
             policy=str(directory / "policy"),
             reward=str(directory / "reward"),
+            reward_pairs="none",
             environment={**os.environ, "BONSAI_RECONCILE_SECONDS": "1"},
         ) as running:
             yield running

@@ -16,7 +16,7 @@ def test_a_whole_gateway_is_ready(world):
         "engine": "ok",
         "engines": {"in_rotation": 1, "of": 1},
         "reward_model": "ok",
-        "reward_test": "no pairs",
+        "reward_test": "untested",
         "redis": "ok",
         "routes": 1,
         "spool": {"has_room": True, "pending_bytes": 0, "dropped": 0, "damaged": 0, "refusals": 0},

@@ -289,3 +289,12 @@ def test_the_gateway_image_holds_the_gateway_alone():
 
 def test_the_worker_image_holds_the_torch_of_pyproject():
     assert f"torch=={install.torch_version(ROOT)} " in stages()["worker"]
+
+
+def test_what_images_copy_is_sent_to_the_builder():
+    """Nothing is, but what .dockerignore lets through."""
+    ignored, *others = (ROOT / ".dockerignore").read_text().split()
+    let_through = {line[1:] for line in others if line.startswith("!")}
+    copied = re.findall(r"^COPY (?!--from)(\S+)", (ROOT / "Dockerfile").read_text(), flags=re.M)
+    assert ignored == "*"
+    assert {name.split("/")[0] for name in copied} == let_through

@@ -29,6 +29,7 @@ from service.dispatch import Dispatcher, open_producer, send_job
 from service.file_form import FileForm
 from service.files import Files
 from service.idempotency import Idempotency
+from service.job_records import JobRecords
 from service.job_scripts import Wish
 from service.jobs import Jobs
 from service.journal import JournalWriter
@@ -77,6 +78,12 @@ async def reconcile(redis_url: str) -> None:
     """One pass over the open jobs."""
     async with open_redis(redis_url) as redis:
         await dispatcher(redis, redis_url).reconcile()
+
+
+async def record(redis_url: str, directory: Path) -> None:
+    """Of every job to which something happened, beside the artefacts."""
+    async with open_redis(redis_url) as redis:
+        await JobRecords(redis, directory).write()
 
 
 def _files(redis: Redis, directory: Path) -> Files:
@@ -186,6 +193,8 @@ async def play(scenario: str, redis_url: str, directory: Path) -> None:
             await wish(scenario, redis_url)
         case "reconcile":
             await reconcile(redis_url)
+        case "record":
+            await record(redis_url, directory)
         case "upload":
             await upload(redis_url, directory)
         case "forget":

@@ -19,6 +19,7 @@ from bon_algos.contracts import (
     POLICIES_INDEX,
     REGISTRY,
     ROUTES_INDEX,
+    UNRECORDED_JOBS,
     FileRecord,
     PolicyRecord,
     Route,
@@ -32,6 +33,7 @@ from bon_algos.contracts import (
 from bon_algos.crash_points import GATEWAY_POINTS
 from service.dispatch import waiting_list
 from service.errors import Conflict
+from service.job_records import DIRECTORY, JobFile
 from service.journal import FILE, read_journal
 from service.replays import SLACK_SECONDS
 from service.webhook_queue import CLAIM_SECONDS
@@ -52,6 +54,9 @@ def places(*prefixes: str) -> list[str]:
 SUBMITTING = places("submit", "dispatch")
 WISHING = places("wish")
 RECONCILING = places("reconcile")
+RECORDING = places("record")
+HALF_WRITTEN = "content.written"
+"""Of the archive's places: what gateways write durably passes it too."""
 UPLOADING, FORGETTING = ["file.settled", "file.recorded"], ["file.forgotten"]
 BEGINNING = places("seed", "journal")
 TRANSACTING = places("transaction")
@@ -62,7 +67,7 @@ TELLING = places("webhook")
 
 
 def test_every_place_is_somebodys():
-    tested = [*SUBMITTING, *WISHING, *RECONCILING, *UPLOADING, *FORGETTING, *BEGINNING]
+    tested = [*SUBMITTING, *WISHING, *RECONCILING, *RECORDING, *UPLOADING, *FORGETTING, *BEGINNING]
     tested += [*TRANSACTING, *DELETING, *ANSWERING, *LOGGING, *TELLING]
     assert sorted(tested) == sorted(GATEWAY_POINTS)
 
@@ -188,6 +193,25 @@ def is_settled(client, job_id):
     return client.llen(QUEUE_OF_BEGUN) > 0 or not client.sismember(OPEN_JOBS, job_id)
 
 
+@pytest.mark.parametrize("point", [*RECORDING, HALF_WRITTEN])
+def test_a_job_is_recorded_beside_the_artefacts_or_still_to_be_recorded(point, client, redis_url, tmp_path, dies):
+    """It was cancelled since it was last recorded, and no attempt tells the two apart."""
+    job_id = asyncio.run(mortal.submit(redis_url))
+    asyncio.run(mortal.record(redis_url, tmp_path))
+    asyncio.run(mortal.wish("cancel", redis_url))
+    file = tmp_path / DIRECTORY / f"{job_id}.json"
+
+    def recorded() -> str:
+        return JobFile.model_validate_json(file.read_bytes()).fields["state"]
+
+    dies("record", point)
+    assert recorded() == ("queued" if point in ("record.asked", HALF_WRITTEN) else "cancelled")
+    assert client.smembers(UNRECORDED_JOBS) == (set() if point == "record.told" else {job_id})
+    asyncio.run(mortal.record(redis_url, tmp_path))
+    assert (recorded(), client.smembers(UNRECORDED_JOBS)) == ("cancelled", set())
+    assert sorted(path.name for path in file.parent.iterdir()) == [".lock", file.name]
+
+
 @pytest.mark.parametrize("point", UPLOADING)
 def test_a_file_is_known_once_its_content_is_safe_and_is_one_file(point, client, redis_url, tmp_path, dies):
     dies("upload", point)
@@ -206,7 +230,7 @@ def test_a_file_that_is_half_deleted_is_none(point, client, redis_url, tmp_path,
     assert asyncio.run(mortal.upload(redis_url, tmp_path)) == file_id
 
 
-@pytest.mark.parametrize("point", BEGINNING)
+@pytest.mark.parametrize("point", [*BEGINNING, HALF_WRITTEN])
 def test_a_registry_and_its_journal_begin_once(point, client, redis_url, tmp_path, dies):
     dies("begin", point)
     name, text = client.get(REGISTRY), (tmp_path / FILE).read_bytes() if (tmp_path / FILE).exists() else None
@@ -217,6 +241,7 @@ def test_a_registry_and_its_journal_begin_once(point, client, redis_url, tmp_pat
     assert journal is not None
     assert journal.registry == client.get(REGISTRY) == (name or journal.registry)
     assert [one.id for one in journal.policies] == [BASE]
+    assert sorted(path.name for path in (tmp_path / FILE).parent.iterdir()) == [".lock", FILE.name]
 
 
 @pytest.mark.parametrize("point", DELETING)

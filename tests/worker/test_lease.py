@@ -17,7 +17,9 @@ from bon_algos.contracts import (
     job_key,
     policy_key,
 )
+from tests.fixtures.fault_proxy import FaultProxy
 from worker import lease as leases
+from worker import tasks
 from worker.errors import JobCancelled, JobParked, LeaseLost
 from worker.lease import Lease, claim
 
@@ -58,6 +60,29 @@ def test_a_queued_job_is_claimed_once(client):
     assert take(client) == "held"
     assert field(client, "state") == "running"
     assert field(client, "attempts") == "1"
+
+
+def test_a_claim_whose_reply_is_lost_is_asked_again_and_is_one_attempt(client, shared_redis, tmp_path):
+    """What runs then is the epoch that Redis knows."""
+    ran = []
+
+    def train(job_id, epoch, _):
+        ran.append((job_id, epoch, take(client)))
+        return 0
+
+    submit(client)
+    with FaultProxy(shared_redis.socket) as proxy:
+        proxy.lose_reply_to(b"EVAL")
+        tasks.distill(
+            JOB,
+            redis_url=proxy.url,
+            artefacts=tmp_path,
+            lease_seconds=60,
+            processes=1,
+            run=train,
+        )
+    assert ran == [(JOB, 1, "held")]
+    assert [field(client, name) for name in ("epoch", "attempts")] == ["1", "1"]
 
 
 def test_an_expired_lease_is_taken_over_with_a_new_epoch_and_the_first_start_stays(client):

@@ -44,8 +44,11 @@ WorkerPoint = Literal[
     "release.recorded",
     "park.asked",
     "park.recorded",
+    "orphan.renamed",
+    "report.removed",
 ]
-"""In the order in which a job passes them; the last four only when it is given back, parked with its state or not."""
+"""In the order in which a job passes them; four only when it is given back, parked with its state or not, and two
+when what others left is swept."""
 
 GatewayPoint = Literal[
     "submit.asked",

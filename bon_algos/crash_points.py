@@ -65,6 +65,7 @@ GatewayPoint = Literal[
     "file.settled",
     "file.recorded",
     "file.forgotten",
+    "content.lost",
     "seed.asked",
     "seed.committed",
     "transaction.asked",

@@ -34,6 +34,7 @@ from service.job_scripts import Wish
 from service.jobs import Jobs
 from service.journal import JournalWriter
 from service.ledger import Ledger
+from service.lost_uploads import LostUploads
 from service.policies import Policies
 from service.replays import Replays, Reply
 from service.spool import Spool
@@ -111,6 +112,12 @@ async def forget(redis_url: str, directory: Path) -> None:
         files = _files(redis, directory)
         for record in await files.all("default"):
             await files.delete(record.id, "default")
+
+
+async def sweep_uploads(redis_url: str, directory: Path) -> None:
+    """What every gateway does for uploads that others began to record or to delete."""
+    async with open_redis(redis_url) as redis:
+        await LostUploads(redis, directory).sweep()
 
 
 async def begin(redis_url: str, directory: Path) -> None:
@@ -199,6 +206,8 @@ async def play(scenario: str, redis_url: str, directory: Path) -> None:
             await upload(redis_url, directory)
         case "forget":
             await forget(redis_url, directory)
+        case "sweep uploads":
+            await sweep_uploads(redis_url, directory)
         case "begin":
             await begin(redis_url, directory)
         case "promote":

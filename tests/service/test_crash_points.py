@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from hashlib import sha256
+from pathlib import Path
+from time import time
 
 import pytest
 import redis
@@ -35,6 +38,7 @@ from service.dispatch import waiting_list
 from service.errors import Conflict
 from service.job_records import DIRECTORY, JobFile
 from service.journal import FILE, read_journal
+from service.lost_uploads import LOST_SECONDS
 from service.replays import SLACK_SECONDS
 from service.webhook_queue import CLAIM_SECONDS
 from tests.fixtures.gateway import read_ledger, wait_until
@@ -57,7 +61,7 @@ RECONCILING = places("reconcile")
 RECORDING = places("record")
 HALF_WRITTEN = "content.written"
 """Of the archive's places: what gateways write durably passes it too."""
-UPLOADING, FORGETTING = ["file.settled", "file.recorded"], ["file.forgotten"]
+UPLOADING, FORGETTING, LOST = ["file.settled", "file.recorded"], ["file.forgotten"], ["content.lost"]
 BEGINNING = places("seed", "journal")
 TRANSACTING = places("transaction")
 DELETING = places("deletion")
@@ -67,7 +71,7 @@ TELLING = places("webhook")
 
 
 def test_every_place_is_somebodys():
-    tested = [*SUBMITTING, *WISHING, *RECONCILING, *RECORDING, *UPLOADING, *FORGETTING, *BEGINNING]
+    tested = [*SUBMITTING, *WISHING, *RECONCILING, *RECORDING, *UPLOADING, *FORGETTING, *LOST, *BEGINNING]
     tested += [*TRANSACTING, *DELETING, *ANSWERING, *LOGGING, *TELLING]
     assert sorted(tested) == sorted(GATEWAY_POINTS)
 
@@ -228,6 +232,66 @@ def test_a_file_that_is_half_deleted_is_none(point, client, redis_url, tmp_path,
     dies("forget", point)
     assert client.hlen(files_key()) == 0
     assert asyncio.run(mortal.upload(redis_url, tmp_path)) == file_id
+
+
+def contents(directory: Path) -> list[str]:
+    return sorted(f"{path.parent.name}/{path.name}" for path in (directory / "files").glob("*/*"))
+
+
+def aged(directory: Path) -> None:
+    """All contents lie there since more than a day."""
+    a_day_ago = time() - LOST_SECONDS - 1
+    for path in (directory / "files").glob("*/*"):
+        os.utime(path, (a_day_ago, a_day_ago))
+
+
+@pytest.mark.parametrize(("scenario", "point"), [("upload", "file.settled"), ("forget", "file.forgotten")])
+def test_a_content_that_no_record_names_goes_after_a_day_with_the_next_sweep(
+    scenario, point, client, redis_url, tmp_path, dies
+):
+    asyncio.run(mortal.begin(redis_url, tmp_path))
+    if scenario == "forget":
+        asyncio.run(mortal.upload(redis_url, tmp_path))
+    dies(scenario, point)
+    (lost,) = contents(tmp_path)
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    assert contents(tmp_path) == [lost]  # its gateway may be about to record it
+    aged(tmp_path)
+    file_id = asyncio.run(mortal.upload(redis_url, tmp_path))
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    record = FileRecord.model_validate_json(client.hget(files_key(), file_id))
+    assert contents(tmp_path) == [f"default/{record.stored_as}"]
+    aged(tmp_path)
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    assert contents(tmp_path) == [f"default/{record.stored_as}"]
+
+
+def test_of_a_redis_that_was_lost_no_content_is_removed(client, redis_url, tmp_path):
+    """Nor where the registry was never written down."""
+    asyncio.run(mortal.upload(redis_url, tmp_path))
+    aged(tmp_path)
+    kept = contents(tmp_path)
+    client.delete(files_key())
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    assert contents(tmp_path) == kept
+    asyncio.run(mortal.begin(redis_url, tmp_path))
+    client.set(REGISTRY, "reg_of_an_empty_redis")
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    assert contents(tmp_path) == kept
+
+
+@pytest.mark.parametrize("point", LOST)
+def test_a_sweep_of_lost_uploads_that_was_begun_ends_with_the_next(point, client, redis_url, tmp_path, dies):
+    """Of two tenants, and of one upload that never arrived as a whole."""
+    asyncio.run(mortal.begin(redis_url, tmp_path))
+    for name in ("default/a", "acme/b", "acme/arriving-c"):
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / name).write_text("{}")
+    aged(tmp_path)
+    dies("sweep uploads", point)
+    assert len(contents(tmp_path)) == 2
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    assert contents(tmp_path) == []
 
 
 @pytest.mark.parametrize("point", [*BEGINNING, HALF_WRITTEN])

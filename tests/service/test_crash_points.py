@@ -23,6 +23,7 @@ from bon_algos.contracts import (
     REGISTRY,
     ROUTES_INDEX,
     UNRECORDED_JOBS,
+    WEBHOOKS,
     FileRecord,
     PolicyRecord,
     Route,
@@ -32,6 +33,7 @@ from bon_algos.contracts import (
     jobs_index,
     policy_key,
     route_key,
+    webhook_queue_key,
 )
 from bon_algos.crash_points import GATEWAY_POINTS
 from service.dispatch import waiting_list
@@ -41,6 +43,8 @@ from service.journal import FILE, read_journal
 from service.lost_uploads import LOST_SECONDS
 from service.replays import SLACK_SECONDS
 from service.webhook_queue import CLAIM_SECONDS
+from service.webhook_record import WebhookRecord
+from service.webhooks import MAX_WAITING
 from tests.fixtures.gateway import read_ledger, wait_until
 from tests.service import mortal
 from tests.service.published import write_policy
@@ -371,3 +375,16 @@ def test_a_webhook_is_told_at_least_once_and_under_one_id(point, client, redis_u
         asyncio.run(mortal.tell(redis_url, later=2 * CLAIM_SECONDS))
     assert len(receiver.received) == (2 if point == "webhook.answered" else 1)
     assert len(set(receiver.ids)) == 1
+
+
+@pytest.mark.parametrize("point", ["transaction.committed", "transaction.committed:2"])
+def test_a_webhook_that_is_too_far_behind_is_disabled_before_it_misses_anything(point, client, redis_url, dies):
+    with Receiver().listening() as receiver:
+        asyncio.run(mortal.subscribe(redis_url, receiver.url))
+        (webhook_id,) = client.hkeys(WEBHOOKS)
+        client.zadd(webhook_queue_key(webhook_id), {f"evt_{number}": 9e15 for number in range(MAX_WAITING)})
+        dies("tell", point)
+        asyncio.run(mortal.tell(redis_url))
+    kept = WebhookRecord.model_validate_json(client.hget(WEBHOOKS, webhook_id))
+    assert (kept.is_enabled, kept.disabled_reason) == (False, "overfull")
+    assert client.zcard(webhook_queue_key(webhook_id)) == MAX_WAITING

@@ -106,6 +106,7 @@ ArchivePoint = Literal[
     "reply.removed",
     "job.failed",
     "policies.tainted",
+    "erasure.told",
     "content.removed",
     "sources.written",
     "erasure.recorded",

@@ -321,6 +321,7 @@ class Eraser:
         jobs = {"jobs": {*erasure.jobs, *concerned}, "policies": {*erasure.policies, *policies}}
         told = erasure.model_copy(update={name: tuple(sorted(found)) for name, found in jobs.items()})
         self._write(erasure, told)
+        crash_point("erasure.told")
         for job_id, gone in concerned.items():
             delete_content(windows(self._artefacts)[job_id], gone)
         return told

@@ -116,8 +116,8 @@ RELEASE: Final = (
     JOB_LUA
     + _FENCE
     + """
-redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])
 spend(KEYS[1])
+redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])
 tell(KEYS[1], KEYS[2], 'given_back', ARGV[2])
 return 1
 """

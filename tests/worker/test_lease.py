@@ -20,6 +20,7 @@ from bon_algos.contracts import (
 from tests.fixtures.fault_proxy import FaultProxy
 from worker import lease as leases
 from worker import tasks
+from worker.erased_windows import fail_jobs
 from worker.errors import JobCancelled, JobParked, LeaseLost
 from worker.lease import Lease, claim
 
@@ -225,6 +226,20 @@ def test_time_is_spent_while_somebody_works_on_the_job(client):
     assert 15_000 <= int(field(client, "spent_ms")) < 20_000
     # 10 s of one process, 5 s of four.
     assert 30_000 <= int(field(client, "gpu_ms")) < 50_000
+
+
+def test_a_clock_that_is_set_forward_is_not_spent(client):
+    """An hour, in the middle of a lease of a minute: no more than that minute can have passed."""
+    submit(client)
+    lease = held(client, take(client))
+    for name in ("seen_at", "lease_until"):
+        client.hincrby(job_key(JOB), name, -3_600_000)
+    lease.beat()
+    assert int(field(client, "spent_ms")) <= 60_000
+    assert leases.release(client, JOB, lease.epoch, "later")
+    client.hincrby(job_key(JOB), "seen_at", -3_600_000)
+    fail_jobs(client, [JOB])  # an hour after it was given back
+    assert int(field(client, "spent_ms")) <= 61_000
 
 
 def test_a_success_that_comes_after_the_cancellation_registers_nothing(client):

@@ -248,7 +248,7 @@ class CircleDriver:
             reason = f"turn {turn.number} of the circle: through the gate, shadow and canary"
             served, replaces = self._snapshot(circle).served, Replaces(policy=circle.live_policy)
             await self._means.policies.promote(
-                policy, circle.route, reason, served, None, _caller(circle), replaces=replaces
+                policy, circle.route, reason, served, None, _caller(circle), replaces=replaces, circle=circle
             )
         log.info("turn %d of the circle of %s: %s is live", turn.number, circle.route, policy)
         update = {

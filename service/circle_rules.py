@@ -139,11 +139,12 @@ Decision = Wait | Begin | Submit | CancelJob | Prove | Try | Promote | End | Sto
 def decide(circle: Circle, facts: Facts) -> Decision:
     """The next thing to do."""
     turn = circle.turn
+    is_moved = facts.route.live_policy != circle.live_policy
+    if is_moved and turn is not None and turn.policy is not None and turn.policy == facts.route.live_policy:
+        return Promote()  # done before a crash or a stop; what remains is to write it down
     if circle.status == "stopped":
         return Wait(circle.reason) if turn is None else End("stopped", circle.reason)
-    if facts.route.live_policy != circle.live_policy:
-        if turn is not None and turn.policy is not None and turn.policy == facts.route.live_policy:
-            return Promote()  # done before a crash; what remains is to write it down
+    if is_moved:
         reason = "somebody else moved the live policy: look, and start the circle again"
         return Stop(reason) if turn is None else End("stopped", reason, stops=True)
     if turn is None:

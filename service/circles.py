@@ -179,6 +179,14 @@ def circle_object(circle: Circle, now: float) -> dict[str, Any]:
     }
 
 
+async def require_as_decided(pipe: Pipeline, circle: Circle) -> None:
+    """For a change of something else that a circle decided on: watch it. Raises Conflict where it was stopped, deleted
+    or otherwise changed since."""
+    current = await _read(pipe, circle_key(circle.route, circle.tenant))
+    if current is None or current.version != circle.version:
+        raise Conflict("the circle was changed since it decided: it looks again", code="circle_changed")
+
+
 async def _read(pipe: Pipeline, key: str) -> Circle | None:
     await pipe.watch(key)
     row = cast("str | None", await pipe.get(key))

@@ -116,6 +116,42 @@ async def test_stopped_while_its_policy_becomes_shadow_it_is_on_no_trial(turning
     assert (found.shadow, (await turning.circle()).status) == (None, "stopped")
 
 
+async def as_canary(turning: Turning) -> Circle:
+    """A circle whose next look promotes."""
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    await turning.look(2)
+    await turning.work(FIRST)
+    await turning.prove(FIRST)
+    await turning.look(2)
+    await turning.answers(FIRST)
+    await turning.look()
+    await turning.answers(FIRST)
+    return await turning.circle()
+
+
+async def test_stopped_after_it_was_decided_to_promote_nothing_is_promoted(turning: Turning):
+    """The gateway that drives saw the circle before it was stopped."""
+    looked_at = await as_canary(turning)
+    await turning.circles.stop("default", "enough", GATEWAY)
+    await turning.driver.step(looked_at)
+    assert (await turning.means.catalogue.refresh()).route("default").live_policy is None
+    ended = await turning.look()
+    found = (await turning.means.catalogue.refresh()).route("default")
+    assert (found.live_policy, found.canary, ended.turns[0].outcome) == (None, None, "stopped")
+    assert await turning.promotions() == 0
+
+
+async def test_stopped_after_it_has_promoted_the_turn_says_so(turning: Turning):
+    """The gateway that drives died before it wrote the end of the turn."""
+    looked_at = await as_canary(turning)
+    await turning.driver.step(looked_at)
+    await turning.redis.set(circle_key("default"), looked_at.model_dump_json())
+    await turning.circles.stop("default", "enough", GATEWAY)
+    ended = await turning.look()
+    assert (ended.status, ended.live_policy, ended.turns[0].outcome) == ("stopped", FIRST, "promoted")
+
+
 async def test_a_roll_back_by_hand_stops_it(turning: Turning):
     await turning.circles.put("default", SPEC, GATEWAY)
     await turned(turning, FIRST)

@@ -130,6 +130,7 @@ class CircleDriver:
             counted=counted,
             fresh=await self._fresh(circle, route, counted) if turn is None else None,
             job=None if turn is None or turn.job_id is None else await self._job(turn.job_id, circle.tenant),
+            live=snapshot.policies.get(route.live_policy or ""),
             policy=policy,
             report=None if policy is None else await self._report(policy),
             is_served=policy is not None and policy.id in snapshot.served,

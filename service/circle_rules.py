@@ -73,7 +73,9 @@ class Facts:
     """Groups that the route's count tells now."""
     fresh: FreshGroups | None = None
     job: JobFacts | None = None
+    live: PolicyRecord | None = None
     policy: PolicyRecord | None = None
+    """Of the turn under way."""
     report: PolicyReport | None = None
     is_served: bool = False
     trial: TrialFacts | None = None
@@ -165,6 +167,8 @@ def decide(circle: Circle, facts: Facts) -> Decision:
 
 def _collecting(circle: Circle, facts: Facts) -> Decision:
     spec, budgets = circle.spec, circle.spec.budgets
+    if facts.live is not None and _is_unfit(facts.live):
+        return Stop("the live policy is tainted or failed: roll back, or promote another, and start the circle again")
     if spec.max_turns is not None and circle.num_turns >= spec.max_turns:
         return Stop(f"all {spec.max_turns} turns are done")
     if circle.refusals >= spec.max_refusals:
@@ -244,9 +248,8 @@ def _training(circle: Circle, turn: Turn, facts: Facts) -> Decision:
 
 def _proving(circle: Circle, turn: Turn, facts: Facts) -> Decision:
     policy = facts.policy
-    if policy is None or policy.tainted or policy.state == "failed":
-        reason = "" if policy is None or policy.fingerprint is None else policy.fingerprint.reason
-        return End("failed", reason or "the policy is gone, tainted or refused by an engine")
+    if policy is None or _is_unfit(policy):
+        return _failed(policy)
     if facts.report is None:
         return End("refused", "the policy has no report that could be read")
     if (refused := through_gate(circle.spec, facts.report)) is not None:
@@ -254,6 +257,17 @@ def _proving(circle: Circle, turn: Turn, facts: Facts) -> Decision:
     if policy.fingerprint is None or not facts.is_served:
         return Wait("engines have not proved the policy yet")
     return Try("shadow")
+
+
+def _is_unfit(policy: PolicyRecord) -> bool:
+    """Whether no engine may serve it any more: it stays so."""
+    return policy.tainted or policy.state == "failed"
+
+
+def _failed(policy: PolicyRecord | None) -> End:
+    """Of a turn whose policy is gone or unfit."""
+    reason = "" if policy is None or policy.fingerprint is None else policy.fingerprint.reason
+    return End("failed", reason or "the policy is gone, tainted or refused by an engine")
 
 
 def through_gate(spec: CircleSpec, report: PolicyReport) -> End | None:
@@ -288,6 +302,8 @@ def _text(interval: Interval) -> str:
 
 def _trying(circle: Circle, turn: Turn, stage: Literal["shadow", "canary"], facts: Facts) -> Decision:
     assert turn.policy is not None
+    if facts.policy is None or _is_unfit(facts.policy):
+        return _failed(facts.policy)
     held = facts.route.stage_of(turn.policy)
     if held is None or facts.trial is None:
         return End("withdrawn", f"the policy is the route's {stage} no more", stops=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bon_algos.contracts import Circle, CircleSpec, circle_key
+from bon_algos.contracts import Circle, CircleSpec, PolicyRecord, circle_key, policy_key
 from service.access import GATEWAY
 from service.errors import Conflict
 from tests.service.records import BASE
@@ -150,6 +150,34 @@ async def test_stopped_after_it_has_promoted_the_turn_says_so(turning: Turning):
     await turning.circles.stop("default", "enough", GATEWAY)
     ended = await turning.look()
     assert (ended.status, ended.live_policy, ended.turns[0].outcome) == ("stopped", FIRST, "promoted")
+
+
+async def taint(turning: Turning, policy_id: str) -> None:
+    """As an erasure leaves a policy that learned from what was erased."""
+    row = await turning.redis.hget(policy_key(policy_id), "record")
+    assert row is not None
+    tainted = PolicyRecord.model_validate_json(row).model_copy(update={"tainted": True})
+    await turning.redis.hset(policy_key(policy_id), "record", tainted.model_dump_json())
+
+
+async def test_tainted_as_canary_its_turn_is_over(turning: Turning):
+    await as_canary(turning)
+    await taint(turning, FIRST)
+    after = await turning.look()
+    found = (await turning.means.catalogue.refresh()).route("default")
+    assert (after.status, after.turn, after.turns[0].outcome) == ("running", None, "failed")
+    assert (found.live_policy, found.canary) == (None, None)
+
+
+async def test_its_live_policy_tainted_it_stops_until_there_is_another(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turned(turning, FIRST)
+    await taint(turning, FIRST)
+    ended = await turning.look()
+    assert (ended.status, "tainted" in ended.reason) == ("stopped", True)
+    await turning.means.policies.roll_back("default")
+    again = await turning.circles.start("default", GATEWAY)
+    assert (again.status, again.live_policy) == ("running", None)
 
 
 async def test_a_roll_back_by_hand_stops_it(turning: Turning):

@@ -16,6 +16,7 @@ from pathlib import Path
 from time import time
 from typing import Any, Final, Literal, assert_never, cast
 
+from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from bon_algos.contracts import (
@@ -165,9 +166,12 @@ class CircleDriver:
         try:
             manifest = with_report(policy.manifest)
             content = await asyncio.to_thread(read_report, self._means.artefacts, manifest, "json")
+            return PolicyReport.model_validate_json(content)
         except ReportNotFound:
             return None
-        return PolicyReport.model_validate_json(content)
+        except ValidationError as error:
+            log.error("the report of %s is of another version: %d faults", policy.id, error.error_count())
+            return None
 
     async def _trial(self, route: Route, policy_id: str) -> TrialFacts | None:
         stage = route.stage_of(policy_id)

@@ -6,12 +6,14 @@ with real engines is tests/circle/test_turning.py and `benchmarks.turns`.
 
 from __future__ import annotations
 
+import json
 from time import time
 
 import pytest
 
 from archive.reading import Archive
 from bon_algos.contracts import (
+    CIRCLES_INDEX,
     TURNS_KEPT,
     CircleSpec,
     Turn,
@@ -21,7 +23,7 @@ from bon_algos.contracts import (
 from service.access import GATEWAY
 from service.circle_rules import DAY_SECONDS
 from service.circles import circle_object
-from service.errors import Conflict
+from service.errors import Conflict, Unavailable
 from service.routing import Routes
 from tests.service.records import BASE, REWARD_MODEL, numbered
 from tests.service.turning import FIRST, SECOND, SPEC, Turning, turned, turning
@@ -121,6 +123,26 @@ async def test_second_reward_that_falls_stops_it_at_once(turning: Turning):
     ended = await turned(turning, FIRST, judge=-0.5)
     assert (ended.status, ended.live_policy, ended.turns[0].outcome) == ("stopped", None, "refused")
     assert "exploited" in ended.reason
+
+
+async def test_F44_a_circle_of_another_version_holds_up_no_other(turning: Turning):
+    circle, _ = await turning.circles.put("default", SPEC, GATEWAY)
+    newer = {**circle.model_dump(mode="json"), "route": "newer", "colour": "green"}
+    await turning.redis.set(circle_key("newer"), json.dumps(newer))
+    await turning.redis.sadd(CIRCLES_INDEX, "newer")
+    assert [one.route for one in await turning.circles.list()] == ["default"]
+    with pytest.raises(Unavailable) as refused:
+        await turning.circles.get("newer", "default")
+    assert refused.value.code == "circle_of_other_version"
+    with pytest.raises(Unavailable):
+        await turning.circles.stop("newer", "enough", GATEWAY)
+
+
+async def test_F44_a_report_of_another_version_counts_as_none(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    ended = await turned(turning, FIRST, colour="green")
+    assert (ended.turn, ended.live_policy, ended.turns[0].outcome) == (None, None, "refused")
+    assert "no report" in ended.turns[0].reason
 
 
 async def test_a_job_that_cannot_be_asked_for_is_a_failed_turn(turning: Turning):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from redis.asyncio import Redis
 
@@ -128,6 +130,18 @@ async def test_the_same_key_and_body_are_one_job(jobs: Jobs, redis: Redis):
     second = await jobs.submit(job_spec(), key("k"))
     assert (second.job_id, first.is_replayed, second.is_replayed) == (first.job_id, False, True)
     assert await redis.zcard(jobs_index()) == 1
+
+
+async def test_F44_a_job_whose_spec_is_of_another_version_is_shown_as_it_was_written(jobs: Jobs, redis: Redis):
+    submitted, other = await jobs.submit(job_spec(seed=7)), await jobs.submit(job_spec())
+    newer = {**job_spec(seed=7).model_dump(mode="json"), "colour": "green", "method": {"type": "dreaming"}}
+    await redis.hset(job_key(submitted.job_id), "spec", json.dumps(newer))
+    rows, _ = await jobs.list(10)
+    assert {row["id"] for row in rows} == {submitted.job_id, other.job_id}
+    job = await jobs.get(submitted.job_id)
+    assert (job["bonsai"]["spec"], job["method"], job["seed"]) == (newer, {"type": "dreaming"}, 7)
+    assert job["training_file"] == "ledger:default"
+    assert (await jobs.grant("cancel", submitted.job_id))["status"] == "cancelled"
 
 
 async def test_D36_a_tenant_has_so_many_open_jobs_and_no_more(jobs: Jobs, redis: Redis):

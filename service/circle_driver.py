@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
 from typing import Any, Final, Literal, assert_never, cast
@@ -39,7 +39,6 @@ from service.circle_rules import (
     Decision,
     End,
     Facts,
-    FreshGroups,
     JobFacts,
     Promote,
     Prove,
@@ -50,12 +49,14 @@ from service.circle_rules import (
     Wait,
     decide,
     kl_base_of,
+    needs_groups,
     turns_kept,
 )
 from service.circles import Circles
 from service.curve import Curves
 from service.dispatch import Dispatcher
 from service.errors import CircleNotFound, Conflict, GatewayError, InvalidField, JobNotFound, NotFound, ReportNotFound
+from service.fresh_groups import FreshCurves
 from service.idempotency import Idempotency
 from service.jobs import Jobs
 from service.leadership import Leadership
@@ -89,6 +90,7 @@ class CircleDriver:
         self.circles = Circles(redis)
         self._redis = redis
         self._means = means
+        self._fresh = FreshCurves(means.curves)
         self._seconds = seconds
         self._leadership = Leadership(redis, CIRCLES_LEASE, seconds=LEASE_PASSES * seconds)
 
@@ -124,12 +126,10 @@ class CircleDriver:
         if route is None:
             return None
         policy = None if turn is None or turn.policy is None else snapshot.policies.get(turn.policy)
-        counted = await self._counted(circle)
-        return Facts(
+        facts = Facts(
             now=time(),
             route=route,
-            counted=counted,
-            fresh=await self._fresh(circle, route, counted) if turn is None else None,
+            counted=await self._counted(circle),
             job=None if turn is None or turn.job_id is None else await self._job(turn.job_id, circle.tenant),
             live=snapshot.policies.get(route.live_policy or ""),
             policy=policy,
@@ -137,22 +137,14 @@ class CircleDriver:
             is_served=policy is not None and policy.id in snapshot.served,
             trial=None if policy is None else await self._trial(route, policy.id),
         )
+        if not needs_groups(circle, facts):
+            return facts
+        return replace(facts, fresh=await self._fresh.of(circle, route, facts.counted))
 
     async def _counted(self, circle: Circle) -> int:
         with translated():
             told = await self._redis.hget(LEDGER_COUNTS, of_tenant(circle.tenant, circle.route))
         return int(told or 0)
-
-    async def _fresh(self, circle: Circle, route: Route, counted: int) -> FreshGroups | None:
-        """Only where there may be enough: reading them costs."""
-        least = circle.spec.min_groups
-        if circle.status == "stopped" or counted - circle.counted < least:
-            return None
-        try:
-            curve = await self._means.curves.of(route, num_groups=least, n=None, since=circle.since)
-        except Conflict:
-            return None
-        return FreshGroups(curve.groups, curve.missing[0])
 
     async def _job(self, job_id: str, tenant: str) -> JobFacts | None:
         try:

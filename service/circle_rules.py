@@ -165,7 +165,20 @@ def decide(circle: Circle, facts: Facts) -> Decision:
 # --- whether a turn may begin ----------------------------------------------------------------------------
 
 
+def needs_groups(circle: Circle, facts: Facts) -> bool:
+    """Whether what comes next depends on `Facts.fresh`, which costs much to find out."""
+    is_collecting = circle.turn is None and circle.status == "running"
+    return is_collecting and facts.route.live_policy == circle.live_policy and _held_back(circle, facts) is None
+
+
 def _collecting(circle: Circle, facts: Facts) -> Decision:
+    if (held_back := _held_back(circle, facts)) is not None:
+        return held_back
+    return _too_few(circle, facts) if facts.fresh is None else _whether_to_gain(circle.spec, facts.fresh)
+
+
+def _held_back(circle: Circle, facts: Facts) -> Decision | None:
+    """Why no turn begins, whatever the groups would say."""
     spec, budgets = circle.spec, circle.spec.budgets
     if facts.live is not None and _is_unfit(facts.live):
         return Stop("the live policy is tainted or failed: roll back, or promote another, and start the circle again")
@@ -181,9 +194,11 @@ def _collecting(circle: Circle, facts: Facts) -> Decision:
     spent, next_one = sum(turn.seconds for turn in today), max((turn.seconds for turn in circle.turns), default=0.0)
     if spent + next_one > budgets.gpu_seconds_per_day:
         return Wait(f"{spent:.0f} GPU-seconds in 24 hours, and the next job needs about {next_one:.0f}: the budget")
-    if facts.counted - circle.counted < spec.min_groups or facts.fresh is None:
-        return Wait(f"{max(0, facts.counted - circle.counted)} of {spec.min_groups} fresh groups")
-    return _whether_to_gain(spec, facts.fresh)
+    return _too_few(circle, facts) if facts.counted - circle.counted < spec.min_groups else None
+
+
+def _too_few(circle: Circle, facts: Facts) -> Wait:
+    return Wait(f"{max(0, facts.counted - circle.counted)} of {circle.spec.min_groups} fresh groups")
 
 
 def of_last_day(turns: Sequence[Turn], now: float) -> list[Turn]:

@@ -25,6 +25,7 @@ from service.circle_rules import (
     Wait,
     decide,
     foreseen_kl,
+    needs_groups,
     through_gate,
 )
 from tests.service.records import BASE, STUDENT, policy, route
@@ -98,6 +99,24 @@ def test_a_turn_waits(changes, facts, said):
     decision = decide(circle(**changes), facts)
     assert isinstance(decision, Wait)
     assert said in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_needed"),
+    [
+        ({}, True),
+        ({"counted": 60}, False),
+        ({"status": "stopped"}, False),
+        ({"turn": turn()}, False),
+        ({"live_policy": OTHER}, False),
+        ({"spec": spec(max_turns=2), "num_turns": 2}, False),
+        ({"spec": spec(budgets={"max_kl": 0.6})}, False),
+        ({"spec": spec(budgets={"jobs_per_day": 1}), "turns": (over(),)}, False),
+        ({"spec": spec(budgets={"gpu_seconds_per_day": 150}), "turns": (over(),)}, False),
+    ],
+)
+def test_groups_are_looked_at_where_nothing_else_forbids_a_turn(changes, is_needed):
+    assert needs_groups(circle(**changes), replace(READY, fresh=None)) == is_needed
 
 
 def test_yesterdays_jobs_are_in_no_budget():

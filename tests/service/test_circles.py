@@ -7,6 +7,7 @@ with real engines is tests/circle/test_turning.py and `benchmarks.turns`.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from time import time
 
 import pytest
@@ -21,10 +22,13 @@ from bon_algos.contracts import (
     job_key,
 )
 from service.access import GATEWAY
+from service.circle_driver import CircleDriver
 from service.circle_rules import DAY_SECONDS
 from service.circles import circle_object
+from service.curve import Curves
 from service.errors import Conflict, Unavailable
 from service.routing import Routes
+from service.store import open_redis
 from tests.service.records import BASE, REWARD_MODEL, numbered
 from tests.service.turning import FIRST, SECOND, SPEC, Turning, turned, turning
 from worker.compaction import Compaction, Limits
@@ -72,6 +76,39 @@ async def test_what_the_base_drew_is_nothing_fresh_when_another_is_live(turning:
     after = await turning.look(2)
     assert after.turn is None
     assert "fresh groups" in after.reason
+
+
+async def test_while_it_waits_its_curve_is_drawn_anew_after_a_tenth_more_groups(turning: Turning):
+    """Of 20 groups that is 22."""
+    spec = SPEC.model_copy(update={"min_groups": 20, "min_gain": 100.0})
+    await turning.circles.put("default", spec, GATEWAY)
+    await turning.groups(BASE, 20)
+    waits = (await turning.look()).reason
+    assert waits.startswith("best-of-n gains")
+    await turning.groups(BASE, 1, best=400.0)
+    assert (await turning.look()).reason == waits
+    await turning.groups(BASE, 1, best=400.0)
+    assert (await turning.look()).reason != waits
+
+
+async def test_other_rules_are_held_against_the_groups_at_once(turning: Turning):
+    spec = SPEC.model_copy(update={"min_groups": 10, "min_gain": 100.0})
+    await turning.circles.put("default", spec, GATEWAY)
+    await turning.groups(BASE, 20)
+    await turning.look()
+    await turning.circles.put("default", spec.model_copy(update={"min_groups": 20, "min_gain": 0.0}), GATEWAY)
+    assert (await turning.look()).turn is not None
+
+
+async def test_over_its_budget_it_does_not_look_at_groups(turning: Turning, unused_port: int):
+    """Where it did it would say that the ledger cannot be read."""
+    spec = CircleSpec.model_validate({**SPEC.model_dump(), "budgets": {"max_kl": 0.1}})
+    circle, _ = await turning.circles.put("default", spec, GATEWAY)
+    await turning.groups(BASE)
+    async with open_redis(f"redis://127.0.0.1:{unused_port}", in_bytes=True) as nobody:
+        blind = replace(turning.means, curves=Curves(nobody, Archive.at(str(turning.directory / "archive"))))
+        await CircleDriver(turning.redis, blind, seconds=5).step(circle)
+    assert "nats from the first reference" in (await turning.circle()).reason
 
 
 async def test_three_refused_turns_stop_it_and_nothing_was_tried(turning: Turning):

@@ -77,9 +77,9 @@ class Turning:
                 await self.driver.step(before)
         return await self.circle()
 
-    async def groups(self, drawn_by: str, count: int = 8) -> None:
+    async def groups(self, drawn_by: str, count: int = 8, best: float = 4.0) -> None:
         arm = Arm(policy=drawn_by, n=4)
-        rows = [group([(float(i % 3), 2), (4.0, 2), (0.0, 2), (float(i % 2), 2)], arm) for i in range(count)]
+        rows = [group([(float(i % 3), 2), (best, 2), (0.0, 2), (float(i % 2), 2)], arm) for i in range(count)]
         before = await self.redis.xlen("bonsai:ledger")
         later = {"created_at": 4e9}
         numbered_rows = [

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
-from typing import Any, Final, Literal, assert_never, cast
+from typing import Any, Final, Literal, TypeVar, assert_never, cast
 
 from pydantic import ValidationError
 from redis.asyncio import Redis
@@ -67,6 +67,7 @@ from service.trials import Trials
 
 log = logging.getLogger("bonsai.circle")
 LEASE_PASSES: Final = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,16 @@ class CircleDriver:
         except GatewayError as error:
             log.warning("the circle of %s waits: %s", circle.route, error.message)
             await self._note(circle, f"tried, and tries again: {error.message}")
+
+    async def stop(self, routes: Sequence[str], reason: str, by: Caller) -> dict[str, BaseException]:
+        """Stop these circles of the caller's tenant: all of them first, then their turns are ended, and what fails with
+        one keeps it from no other. The routes whose circle could not be stopped, and why. A turn that could not be
+        ended is tried again by whoever drives circles."""
+        found = {route: await _apart(self.circles.stop(route, reason, by)) for route in routes}
+        for route, circle in found.items():
+            if isinstance(circle, Circle) and (failure := await _apart(self.step(circle))) is not None:
+                log.error("the turn of the circle of %s is not ended yet", route, exc_info=failure)
+        return {route: failure for route, failure in found.items() if isinstance(failure, BaseException)}
 
     # --- the facts ---------------------------------------------------------------------------------------
 
@@ -312,6 +323,12 @@ class CircleDriver:
 
     def _snapshot(self, circle: Circle) -> Snapshot:
         return self._means.catalogue.of(circle.tenant)
+
+
+async def _apart(work: Awaitable[T]) -> T | BaseException:
+    """What it came to, or its failure, whatever it is."""
+    [outcome] = await asyncio.gather(work, return_exceptions=True)
+    return outcome
 
 
 def _caller(circle: Circle) -> Caller:

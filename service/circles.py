@@ -82,7 +82,7 @@ class Circles:
         with translated():
             row = cast("str | None", await self._redis.get(circle_key(name, tenant)))
         if row is None:
-            raise CircleNotFound("the route has no circle: PUT /routes/{route}/circle begins one")
+            raise _no_circle()
         return _parsed(row)
 
     async def list(self) -> Sequence[Circle]:
@@ -91,6 +91,12 @@ class Circles:
             names = sorted(cast("set[str]", await self._redis.smembers(CIRCLES_INDEX)))
             rows = cast("list[str | None]", await self._redis.mget(map(circle_key, names))) if names else []
         return [circle for name, row in zip(names, rows, strict=True) if (circle := _readable(name, row)) is not None]
+
+    async def routes(self, tenant: str) -> Sequence[str]:
+        """The tenant's routes that have a circle, of whatever version."""
+        with translated():
+            names = cast("set[str]", await self._redis.smembers(CIRCLES_INDEX))
+        return sorted(bare for name in names if of_tenant(tenant, bare := name.rpartition("/")[2]) == name)
 
     async def start(self, name: str, by: Caller) -> Circle:
         """Go on after a stop, from the policy that is live now. Raises CircleNotFound, Conflict while it runs."""
@@ -111,12 +117,14 @@ class Circles:
         Raises CircleNotFound; one that has stopped stays as it is."""
 
         async def change(pipe: Pipeline) -> Circle:
-            circle, _ = await _read_both(pipe, name, by.tenant)
+            circle = await _read(pipe, circle_key(name, by.tenant))
+            if circle is None:
+                raise _no_circle()
             if circle.status == "stopped":
                 return circle
             return await _changed(pipe, circle, "circle_stop", by, {"status": "stopped", "reason": reason})
 
-        return await transact(self._redis, (circle_key(name, by.tenant), route_key(name, by.tenant)), change)
+        return await transact(self._redis, (circle_key(name, by.tenant),), change)
 
     async def delete(self, name: str, by: Caller) -> None:
         """Raises CircleNotFound, Conflict while it runs or its last turn is being ended."""
@@ -197,6 +205,10 @@ async def _read(pipe: Pipeline, key: str) -> Circle | None:
     return None if row is None else _parsed(row)
 
 
+def _no_circle() -> CircleNotFound:
+    return CircleNotFound("the route has no circle: PUT /routes/{route}/circle begins one")
+
+
 def _parsed(row: str) -> Circle:
     try:
         return Circle.model_validate_json(row)
@@ -219,7 +231,7 @@ async def _read_both(pipe: Pipeline, name: str, tenant: str) -> tuple[Circle, Ro
     circle = await _read(pipe, circle_key(name, tenant))
     row = cast("str | None", await pipe.get(route_key(name, tenant)))
     if circle is None or row is None:
-        raise CircleNotFound("the route has no circle: PUT /routes/{route}/circle begins one")
+        raise _no_circle()
     return circle, Route.model_validate_json(row)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bon_algos.contracts import Circle, CircleSpec, PolicyRecord, circle_key, policy_key
+from bon_algos.contracts import ROUTES_INDEX, Circle, CircleSpec, PolicyRecord, Turn, circle_key, policy_key, route_key
 from service.access import GATEWAY
-from service.errors import Conflict
-from tests.service.records import BASE
+from service.errors import CircleNotFound, Conflict
+from tests.service.records import BASE, route
 from tests.service.turning import FIRST, SECOND, SPEC, Turning, turned, turning
 
 __all__ = ["turning"]
@@ -150,6 +150,23 @@ async def test_stopped_after_it_has_promoted_the_turn_says_so(turning: Turning):
     await turning.circles.stop("default", "enough", GATEWAY)
     ended = await turning.look()
     assert (ended.status, ended.live_policy, ended.turns[0].outcome) == ("stopped", FIRST, "promoted")
+
+
+async def test_all_are_stopped_whatever_fails_with_one(turning: Turning):
+    """The trial of its policy cannot be ended, for the policy's record is of another version."""
+    broken = await as_canary(turning)
+    spare_route = route().model_copy(update={"name": "spare"})
+    await turning.redis.set(route_key("spare"), spare_route.model_dump_json())
+    await turning.redis.sadd(ROUTES_INDEX, "spare")
+    begun = Turn(number=1, began_at=0.0, parent=BASE)
+    spare = broken.model_copy(update={"route": "spare", "turn": begun})
+    await turning.redis.set(circle_key("spare"), spare.model_dump_json())
+    await turning.redis.hset(policy_key(FIRST), "record", "{}")
+    failures = await turning.driver.stop(["default", "nowhere", "spare"], "enough", GATEWAY)
+    assert [(name, type(failure)) for name, failure in failures.items()] == [("nowhere", CircleNotFound)]
+    left, ended = await turning.circle(), await turning.circles.get("spare", "default")
+    assert (left.status, ended.status, ended.turn) == ("stopped", "stopped", None)
+    assert (left.turn is None, ended.turns[0].outcome) == (False, "stopped")
 
 
 async def taint(turning: Turning, policy_id: str) -> None:

@@ -16,6 +16,7 @@ from statistics import median
 from time import monotonic
 from typing import Any, Final, cast
 
+from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from archive.reading import Archive, Question
@@ -220,11 +221,14 @@ def _without_tokens(group: CandidateGroup) -> CandidateGroup:
 
 
 def _seconds_per_step(row: Sequence[bytes | None], method: str) -> float | None:
-    """Of a job that succeeded, evaluation and all attempts; None for any other."""
+    """Of a job that succeeded, evaluation and all attempts; None for any other, and for one of another version."""
     asked, state, spent_ms = row
     if state != b"succeeded" or not (asked and spent_ms):
         return None
-    spec = JobSpec.model_validate_json(asked)
+    try:
+        spec = JobSpec.model_validate_json(asked)
+    except ValidationError:
+        return None
     steps = getattr(spec.method.spec, "steps", None)
     if spec.method.type != method or not steps:
         return None

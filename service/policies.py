@@ -18,6 +18,7 @@ from redis.asyncio.client import Pipeline
 from bon_algos.contracts import (
     MOST_DESCRIPTION,
     ROUTES_INDEX,
+    Circle,
     FingerprintResult,
     PolicyId,
     PolicyRecord,
@@ -28,6 +29,7 @@ from bon_algos.contracts import (
 )
 from service.access import GATEWAY, Caller
 from service.audit import AuditChain
+from service.circles import require_as_decided
 from service.errors import Conflict, PolicyNotFound
 from service.idempotency import Idempotency
 from service.preconditions import ANY, Precondition
@@ -85,16 +87,20 @@ class Policies:
         *,
         precondition: Precondition = ANY,
         replaces: Replaces | None = None,
+        circle: Circle | None = None,
     ) -> Route:
         """Let a policy stand in for best-of-n on a route; the one before goes where roll-back finds it.
 
-        reason: why without an experiment's verdict; goes into the audit. served: what the engine serves now.
+        reason: why without an experiment's verdict; goes into the audit. served: what the engine serves now. circle:
+        which decided it, as it was then; one that has been stopped since promotes nothing.
         Raises Conflict with what to do about it, PreconditionFailed, PolicyNotFound, RouteNotFound.
         """
 
         async def change(pipe: Pipeline) -> Route:
             if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
                 return Route.model_validate_json(earlier)
+            if circle is not None:
+                await require_as_decided(pipe, circle)
             routes = await watched_routes(pipe, by.tenant)
             route = named(routes, route_name)
             policy = await read_policy(pipe, policy_id, by.tenant)

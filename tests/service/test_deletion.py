@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,13 @@ async def test_P9_what_an_experiment_a_job_or_a_tag_needs_or_somebody_protects_s
     await Tags(redis).remove("prod", GATEWAY)
     await policies.amend(A, PolicyChange(is_protected=False))
     await deletion.delete(A, GATEWAY)
+
+
+async def test_F44_a_job_whose_spec_is_of_another_version_may_need_it(policies: Policies, redis, deletion):
+    newer = {**job_spec().model_dump(mode="json"), "colour": "green"}
+    await redis.hset(job_key("job_1"), mapping={"spec": json.dumps(newer), "state": "running"})
+    await redis.zadd(jobs_index(), {"job_1": 1.0})
+    assert await reasons(deletion, A) == ["the job job_1 needs it"]
 
 
 async def test_the_parent_of_a_paused_job_stays_until_that_job_has_ended(policies: Policies, redis, deletion):

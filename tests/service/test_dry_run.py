@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from functools import partial
 from typing import Any
 
@@ -162,8 +163,11 @@ def test_how_long_it_takes_is_known_of_jobs_like_it(world):
     assert (unknown["expected_seconds"], unknown["expected_from_jobs"]) == (None, 0)
     with blocking_redis.Redis.from_url(world.redis_url) as client:
         made = {"spec": JobSpec.model_validate(asked).model_dump_json(), "tenant": "default"}
-        for i, (seconds, state) in enumerate([(100, "succeeded"), (1, "failed")]):
-            row = {**made, "spent_ms": seconds * 1000, "state": state, "created_at": i}
+        newer = {"spec": json.dumps({**JobSpec.model_validate(asked).model_dump(mode="json"), "colour": "green"})}
+        for i, (seconds, state, told) in enumerate(
+            [(100, "succeeded", {}), (1, "failed", {}), (1, "succeeded", newer)]
+        ):
+            row = {**made, **told, "spent_ms": seconds * 1000, "state": state, "created_at": i}
             client.hset(job_key(f"job_{i:032}"), mapping=row)
             client.zadd(jobs_index(), {f"job_{i:032}": i})
     twice = {"type": "bon_forward_kl", "bon_forward_kl": {"n": 4, "steps": 400}}

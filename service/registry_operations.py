@@ -98,9 +98,9 @@ REGISTRY_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         also=(MEDIA_TYPES["mermaid"], MEDIA_TYPES["dot"]),
     ),
     ("GET", "/policies/{policy_id}/export"): Operation(
-        "A policy as a PEFT directory, in a tar archive",
+        "A policy's files, in a tar archive",
         {200: None},
-        parameters=(query("base", "What the adapter says of its base.", type="string", pattern=BASE_PATTERN),),
+        parameters=(query("base", "What an adapter says of its base.", type="string", pattern=BASE_PATTERN),),
         errors=(PolicyNotFound, Conflict, InvalidField),
         headers=("ETag",),
         also=("application/x-tar",),

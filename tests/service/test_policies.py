@@ -15,6 +15,7 @@ from service.catalogue import Catalogue, Snapshot
 from service.errors import Conflict, InvalidField, PolicyNotFound, RouteNotFound
 from service.idempotency import Idempotency
 from service.policies import Policies, policy_object
+from service.preconditions import Precondition, etag, version_of
 from service.publishing import wanted_policies
 from service.routing import RouteRequest, Routes
 from service.store import open_redis
@@ -77,6 +78,16 @@ async def test_rolling_back_goes_the_same_way_to_the_base_and_no_further(policie
     with pytest.raises(Conflict) as refused:
         await policies.roll_back("default")
     assert refused.value.code == "nothing_to_roll_back"
+
+
+async def test_of_two_who_roll_back_what_both_saw_one_succeeds(policies: Policies, redis: Redis):
+    await policies.promote(A, "default", "r", SERVED)
+    seen = await policies.promote(B, "default", "r", SERVED)
+    both = Precondition(frozenset({etag(version_of(seen))}))
+    back = [policies.roll_back("default", precondition=both) for _ in range(2)]
+    ends = await asyncio.gather(*back, return_exceptions=True)
+    assert sorted(type(end).__name__ for end in ends) == ["PreconditionFailed", "Route"]
+    assert (await snapshot_of(redis)).route("default").live_policy == A
 
 
 async def test_rolling_back_passes_over_what_has_failed_since(policies: Policies, redis: Redis):

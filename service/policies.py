@@ -69,7 +69,8 @@ class Policies:
             probed = write_policy(pipe, probed)
             if not result.passed:
                 told = {"before": policy.state, "after": state, "reason": result.reason}
-                audit.append(pipe, "policy_failed", GATEWAY, policy=policy_id, data=json.dumps(told))
+                by = GATEWAY._replace(tenant=policy.tenant)
+                audit.append(pipe, "policy_failed", by, policy=policy_id, data=json.dumps(told))
             return probed
 
         return await transact(self._redis, [policy_key(policy_id)], change)

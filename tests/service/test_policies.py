@@ -11,6 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from bon_algos.contracts import AUDIT_STREAM, POLICIES_INDEX, PolicyRecord, policy_key
+from service.audit import Audit
 from service.catalogue import Catalogue, Snapshot
 from service.errors import Conflict, InvalidField, PolicyNotFound, RouteNotFound
 from service.idempotency import Idempotency
@@ -96,6 +97,17 @@ async def test_rolling_back_passes_over_what_has_failed_since(policies: Policies
     await policies.record_fingerprint(B, PASSED.model_copy(update={"passed": False, "reason": "other weights"}))
     assert (await policies.roll_back("default")).live_policy == A
     assert await states(redis) == ["live", "failed", "retired"]
+
+
+async def test_that_a_policy_failed_stands_in_the_audit_of_its_own_tenant(redis: Redis):
+    own = manifest(A).model_copy(update={"tenant": "acme"}).as_candidate()
+    await register(redis, own)
+    await Policies(redis).record_fingerprint(A, PASSED.model_copy(update={"passed": False, "reason": "other weights"}))
+    entries, _ = await Audit(redis).page("acme", 10, None)
+    assert [(entry["event"], entry["by"], entry["about"]) for entry in entries] == [
+        ("policy_failed", "gateway", {"policy": A})
+    ]
+    assert await Audit(redis).page("default", 10, None) == ([], False)
 
 
 async def test_a_policy_that_is_live_elsewhere_is_not_retired(policies: Policies, redis: Redis):

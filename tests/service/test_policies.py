@@ -91,6 +91,14 @@ async def test_of_two_who_roll_back_what_both_saw_one_succeeds(policies: Policie
     assert (await snapshot_of(redis)).route("default").live_policy == A
 
 
+async def test_P30_a_policy_is_retired_once(policies: Policies, redis: Redis):
+    assert (await policies.retire(A)).state == "retired"
+    with pytest.raises(Conflict) as refused:
+        await policies.retire(A)
+    assert refused.value.code == "policy_retired"
+    assert await redis.xlen(AUDIT_STREAM) == 1
+
+
 async def test_rolling_back_passes_over_what_has_failed_since(policies: Policies, redis: Redis):
     for policy_id in (A, B, C):
         await policies.promote(policy_id, "default", "r", SERVED)

@@ -61,6 +61,7 @@ from service.idempotency import Idempotency
 from service.jobs import Jobs
 from service.leadership import Leadership
 from service.policies import Policies, Replaces
+from service.preconditions import ANY, Precondition
 from service.report_files import read_report, with_report
 from service.store import translated
 from service.trials import Trials
@@ -117,11 +118,15 @@ class CircleDriver:
             log.warning("the circle of %s waits: %s", circle.route, error.message)
             await self._note(circle, f"tried, and tries again: {error.message}")
 
-    async def stop(self, routes: Sequence[str], reason: str, by: Caller) -> dict[str, BaseException]:
+    async def stop(
+        self, routes: Sequence[str], reason: str, by: Caller, *, precondition: Precondition = ANY
+    ) -> dict[str, BaseException]:
         """Stop these circles of the caller's tenant: all of them first, then their turns are ended, and what fails with
         one keeps it from no other. The routes whose circle could not be stopped, and why. A turn that could not be
         ended is tried again by whoever drives circles."""
-        found = {route: await _apart(self.circles.stop(route, reason, by)) for route in routes}
+        found = {
+            route: await _apart(self.circles.stop(route, reason, by, precondition=precondition)) for route in routes
+        }
         for route, circle in found.items():
             if isinstance(circle, Circle) and (failure := await _apart(self.step(circle))) is not None:
                 log.error("the turn of the circle of %s is not ended yet", route, exc_info=failure)

@@ -30,6 +30,7 @@ from service.access import Caller
 from service.audit import AuditChain
 from service.circle_rules import foreseen_kl, of_last_day
 from service.errors import CircleNotFound, Conflict, InvalidField, RouteNotFound, Unavailable
+from service.preconditions import ANY, Precondition, version_of
 from service.registry import read_policy
 from service.store import transact, translated
 from service.trials import CANARY_MOST
@@ -51,15 +52,18 @@ class Circles:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def put(self, name: str, spec: CircleSpec, by: Caller) -> tuple[Circle, bool]:
+    async def put(
+        self, name: str, spec: CircleSpec, by: Caller, *, precondition: Precondition = ANY
+    ) -> tuple[Circle, bool]:
         """Begin a route's circle, or give it other rules, which hold at once, but for a job that was asked for already;
-        and whether it is new. One that has stopped stays so. Raises RouteNotFound."""
+        and whether it is new. One that has stopped stays so. Raises RouteNotFound, PreconditionFailed."""
         key, of_route = circle_key(name, by.tenant), route_key(name, by.tenant)
 
         async def change(pipe: Pipeline) -> tuple[Circle, bool]:
             former, row = await _read(pipe, key), cast("str | None", await pipe.get(of_route))
             if row is None:
                 raise RouteNotFound("no such route", param="route")
+            precondition.require(circle_version(former))
             route = Route.model_validate_json(row)
             circle = (
                 Circle(route=name, tenant=by.tenant, spec=spec, since=0.0, **await _stands_at(pipe, route))
@@ -98,11 +102,13 @@ class Circles:
             names = cast("set[str]", await self._redis.smembers(CIRCLES_INDEX))
         return sorted(bare for name in names if of_tenant(tenant, bare := name.rpartition("/")[2]) == name)
 
-    async def start(self, name: str, by: Caller) -> Circle:
-        """Go on after a stop, from the policy that is live now. Raises CircleNotFound, Conflict while it runs."""
+    async def start(self, name: str, by: Caller, *, precondition: Precondition = ANY) -> Circle:
+        """Go on after a stop, from the policy that is live now. Raises CircleNotFound, PreconditionFailed, Conflict
+        while it runs."""
 
         async def change(pipe: Pipeline) -> Circle:
             circle, route = await _read_both(pipe, name, by.tenant)
+            precondition.require(circle_version(circle))
             if circle.status == "running":
                 raise Conflict("the circle runs already", code="circle_runs")
             fresh: dict[str, object] = {"status": "running", "reason": "", "refusals": 0}
@@ -112,25 +118,27 @@ class Circles:
 
         return await transact(self._redis, (circle_key(name, by.tenant), route_key(name, by.tenant)), change)
 
-    async def stop(self, name: str, reason: str, by: Caller) -> Circle:
+    async def stop(self, name: str, reason: str, by: Caller, *, precondition: Precondition = ANY) -> Circle:
         """No step is taken from here on; a turn under way is ended by whoever drives circles. The live policy stays.
-        Raises CircleNotFound; one that has stopped stays as it is."""
+        Raises CircleNotFound, PreconditionFailed; one that has stopped stays as it is."""
 
         async def change(pipe: Pipeline) -> Circle:
             circle = await _read(pipe, circle_key(name, by.tenant))
             if circle is None:
                 raise _no_circle()
+            precondition.require(circle_version(circle))
             if circle.status == "stopped":
                 return circle
             return await _changed(pipe, circle, "circle_stop", by, {"status": "stopped", "reason": reason})
 
         return await transact(self._redis, (circle_key(name, by.tenant),), change)
 
-    async def delete(self, name: str, by: Caller) -> None:
-        """Raises CircleNotFound, Conflict while it runs or its last turn is being ended."""
+    async def delete(self, name: str, by: Caller, *, precondition: Precondition = ANY) -> None:
+        """Raises CircleNotFound, PreconditionFailed, Conflict while it runs or its last turn is being ended."""
 
         async def change(pipe: Pipeline) -> None:
             circle, route = await _read_both(pipe, name, by.tenant)
+            precondition.require(circle_version(circle))
             if circle.status == "running":
                 raise Conflict("the circle runs: stop it first", code="circle_runs")
             if circle.turn is not None:  # whoever ends it cancels its job and its trial
@@ -166,6 +174,12 @@ class Circles:
                 _write(pipe, current.model_copy(update={**update, "version": current.version + 1}))
 
         await transact(self._redis, (circle_key(circle.route, circle.tenant),), change)
+
+
+def circle_version(circle: Circle | None) -> str | None:
+    """Another one with other rules, another status, another live policy and each turn; not with every note of what it
+    waits for, which nobody decided."""
+    return version_of(circle, "spec", "status", "live_policy", "num_turns")
 
 
 def circle_object(circle: Circle, now: float) -> dict[str, Any]:

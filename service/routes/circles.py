@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse, Response
 
 from bon_algos.contracts import Circle, CircleSpec
 from service.access import caller_of, needs
-from service.circles import circle_object, require_sense
+from service.circles import circle_object, circle_version, require_sense
 from service.errors import CircleNotFound, Unavailable
 from service.json_body import read_model
+from service.preconditions import Precondition, etag
 from service.routes.admin import control_of, cut, page_of, snapshot_of
 
 log = logging.getLogger("bonsai.circle")
@@ -44,40 +45,42 @@ async def put(request: Request, route: str) -> JSONResponse:
     caller.require_route(found.name)
     require_sense(spec)
     await control.jobs.check(spec.job(found.name, 1, found.live_policy), caller.tenant)
-    circle, is_new = await control.circle_driver.circles.put(found.name, spec, caller)
+    precondition = Precondition.of(request)
+    circle, is_new = await control.circle_driver.circles.put(found.name, spec, caller, precondition=precondition)
     await control.catalogue.refresh()
-    return JSONResponse(circle_object(circle, time()), 201 if is_new else 200)
+    return _shown(circle, 201 if is_new else 200)
 
 
 @router.get("/routes/{route}/circle", dependencies=[needs("read")])
 async def circle(request: Request, route: str) -> JSONResponse:
     control, caller = control_of(request), caller_of(request)
     caller.require_route(snapshot_of(request).route(route).name)
-    return JSONResponse(circle_object(await control.circle_driver.circles.get(route, caller.tenant), time()))
+    return _shown(await control.circle_driver.circles.get(route, caller.tenant))
 
 
 @router.post("/routes/{route}/circle/start", dependencies=[needs("move_traffic")])
 async def start(request: Request, route: str) -> JSONResponse:
     control, caller = control_of(request), caller_of(request)
     caller.require_route(snapshot_of(request).route(route).name)
-    return JSONResponse(circle_object(await control.circle_driver.circles.start(route, caller), time()))
+    return _shown(await control.circle_driver.circles.start(route, caller, precondition=Precondition.of(request)))
 
 
 @router.post("/routes/{route}/circle/stop", dependencies=[needs("move_traffic")])
 async def stop(request: Request, route: str) -> JSONResponse:
     caller_of(request).require_route(snapshot_of(request).route(route).name)
-    control, caller = control_of(request), caller_of(request)
-    for failure in (await control.circle_driver.stop([route], _by(request), caller)).values():
+    control, caller, precondition = control_of(request), caller_of(request), Precondition.of(request)
+    failures = await control.circle_driver.stop([route], _by(request), caller, precondition=precondition)
+    for failure in failures.values():
         raise failure
     await control.catalogue.refresh()
-    return JSONResponse(circle_object(await control.circle_driver.circles.get(route, caller.tenant), time()))
+    return _shown(await control.circle_driver.circles.get(route, caller.tenant))
 
 
 @router.delete("/routes/{route}/circle", dependencies=[needs("move_traffic")])
 async def delete(request: Request, route: str) -> Response:
     control, caller = control_of(request), caller_of(request)
     caller.require_route(snapshot_of(request).route(route).name)
-    await control.circle_driver.circles.delete(route, caller)
+    await control.circle_driver.circles.delete(route, caller, precondition=Precondition.of(request))
     await control.catalogue.refresh()
     return Response(status_code=204)
 
@@ -103,3 +106,7 @@ def _require_stopped(failures: dict[str, BaseException]) -> None:
             code="circles_not_stopped",
             facts={"not_stopped": list(left)},
         )
+
+
+def _shown(circle: Circle, status: int = 200) -> JSONResponse:
+    return JSONResponse(circle_object(circle, time()), status, headers={"ETag": etag(circle_version(circle))})

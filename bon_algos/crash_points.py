@@ -99,6 +99,7 @@ ArchivePoint = Literal[
     "reply.removed",
     "job.failed",
     "policies.tainted",
+    "unfinished.removed",
     "content.removed",
     "sources.written",
     "erasure.recorded",

@@ -122,11 +122,15 @@ class Distillation:
             training_file=spec.training_file,
             trained_before=self.lineage.trained,
             within=self.attempt,
+            check=self.require_nothing_erased,
         )
-        # Asked for since then: the eraser may have looked for windows before this one was there.
-        if Erasures.read(place.client).concern(self.directory / "window"):
-            raise JobFailed(erased_windows.CODE, erased_windows.MESSAGE)
+        self.require_nothing_erased(self.directory / "window")
         return window
+
+    def require_nothing_erased(self, window: Path) -> None:
+        """Raises JobFailed for what was asked to be erased since the groups were read, or the window was frozen."""
+        if Erasures.read(self.workplace.client).concern(window):
+            raise JobFailed(erased_windows.CODE, erased_windows.MESSAGE)
 
     @property
     def parent_policy_id(self) -> PolicyId:

@@ -325,11 +325,12 @@ class Eraser:
         # First the jobs, so that nobody reads a window that is half there.
         fail_jobs(self._client, concerned)
         crash_point("job.failed")
-        policies = taint(self._client, frozenset(concerned))
+        policies = taint(self._client, frozenset(concerned), erasure.tenant)
         crash_point("policies.tainted")
         jobs = {"jobs": {*erasure.jobs, *concerned}, "policies": {*erasure.policies, *policies}}
         told = erasure.model_copy(update={name: tuple(sorted(found)) for name, found in jobs.items()})
         self._write(erasure, told)
+        crash_point("erasure.told")
         for aside in unfinished(self._artefacts):
             delete_unfinished(aside, partial(self._is_source_concerned, erasure, traces.groups))
         for job_id, gone in concerned.items():

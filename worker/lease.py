@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -51,10 +52,11 @@ _REFUSALS: Final[dict[int, ClaimRefusal]] = {-1: "final", -2: "held", -3: "cance
 def claim(
     client: redis.Redis, job_id: str, *, lease_seconds: float, worker: str, processes: int = 1
 ) -> int | ClaimRefusal:
-    """Take the job for one lease; the new epoch, or why not. processes: that train it, one per device."""
+    """Take the job for one lease; the new epoch, or why not. processes: that train it, one per device. A client that
+    tries again where a reply was lost takes it once."""
     keys = (job_key(job_id), job_events_key(job_id))
     crash_point("claim.asked")
-    answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker, processes))
+    answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker, processes, secrets.token_hex(8)))
     crash_point("claim.granted")
     return _REFUSALS.get(answer, answer)
 

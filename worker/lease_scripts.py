@@ -27,7 +27,12 @@ CLAIM: Final = (
     JOB_LUA
     + _ASKED
     + """
-local job = redis.call('HMGET', KEYS[1], 'state', 'trained_tokens', 'sampled_tokens')
+local job = redis.call('HMGET', KEYS[1], 'state', 'trained_tokens', 'sampled_tokens', 'claim', 'epoch')
+if job[1] == 'running' and job[4] == ARGV[4] then
+  spend(KEYS[1])
+  redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[1]))
+  return tonumber(job[5])
+end
 if job[1] == 'paused' then return -4 end
 if job[1] ~= 'queued' and job[1] ~= 'running' then return -1 end
 if job[1] == 'running' and is_held(KEYS[1]) then return -2 end
@@ -38,14 +43,15 @@ local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 local attempt = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
 redis.call('HSETNX', KEYS[1], 'started_at', string.format('%.3f', now / 1000))
 redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[1]), 'worker', ARGV[2],
-  'processes', ARGV[3], 'seen_at', string.format('%d', now), 'trained_before', job[2] or '0',
+  'processes', ARGV[3], 'claim', ARGV[4], 'seen_at', string.format('%d', now), 'trained_before', job[2] or '0',
   'sampled_before', job[3] or '0')
 move(KEYS[1], KEYS[2], 'running', 'attempt', attempt)
 return epoch
 """
 )
-"""KEYS job, events. ARGV lease ms, worker, processes that train. -> epoch; -1 final or unknown, -2 held, -3 cancelled,
--4 paused. The message has arrived: when the job is lost the next one is sent at once."""
+"""KEYS job, events. ARGV lease ms, worker, processes that train, a name of this claim. -> epoch; -1 final or unknown,
+-2 held, -3 cancelled, -4 paused. The message has arrived: when the job is lost the next one is sent at once. The same
+claim again, whose reply was lost, is answered the same: no further attempt is counted."""
 
 BEAT: Final = (
     JOB_LUA
@@ -110,8 +116,8 @@ RELEASE: Final = (
     JOB_LUA
     + _FENCE
     + """
-redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])
 spend(KEYS[1])
+redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])
 tell(KEYS[1], KEYS[2], 'given_back', ARGV[2])
 return 1
 """

@@ -43,9 +43,9 @@ def distill(
     run: trains (job, epoch, log) in a process and returns its exit code; `run_job_process` unless told.
     """
     # The second is not connected before the job has ended: over a link that was idle for so long nothing may pass.
-    with open_redis(redis_url, lease_seconds) as once, open_redis(redis_url, lease_seconds, tries_again=True) as client:
+    with _connected(redis_url, lease_seconds) as first, _connected(redis_url, lease_seconds) as client:
         worker = f"{socket.gethostname()}:{os.getpid()}"
-        epoch = lease.claim(once, job_id, lease_seconds=lease_seconds, worker=worker, processes=processes)
+        epoch = lease.claim(first, job_id, lease_seconds=lease_seconds, worker=worker, processes=processes)
         if isinstance(epoch, str):
             log.info("job %s is not to be run: %s", job_id, epoch)
         else:
@@ -57,6 +57,11 @@ def distill(
             else:
                 _give_back(client, job_id, epoch, reason)
         attempts.sweep(client, artefacts)
+
+
+def _connected(redis_url: str, lease_seconds: float) -> redis.Redis:
+    """All that is asked here may be carried out twice."""
+    return open_redis(redis_url, lease_seconds, tries_again=True)
 
 
 def _hand_over(own: Lease) -> None:

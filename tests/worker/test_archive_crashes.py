@@ -137,3 +137,11 @@ def is_whole(client, archive):
     named |= {one.path for day in known for one in day.superseded}
     files = {name for kind in ("groups", "feedback", "outcomes") for name in archive.storage.names(kind)}
     assert files == named - {None}
+
+
+def test_what_was_being_written_when_a_compactor_died_is_removed(mortals, redis_url, tmp_path, erasure, client):
+    dies(mortals, "content.written:2", redis_url, tmp_path)
+    assert list(tmp_path.rglob(".*.part"))
+    client.delete(COMPACTOR_LEASE)
+    turn(redis_url, tmp_path)
+    assert not list(tmp_path.rglob(".*.part"))

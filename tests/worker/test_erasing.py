@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -27,15 +28,20 @@ from bon_algos.contracts import (
     JobSpec,
     Method,
     PolicyRecord,
+    TrainingSetup,
     erasure_id,
     feedback_key,
     idempotency_key,
     job_key,
+    jobs_index,
     policy_key,
     subject_digest,
 )
 from bon_algos.crash_points import CRASH_AT
 from bonsai.registry.auditing import verified_audit
+from service.access import GATEWAY
+from service.deletion import Deletion
+from service.store import open_redis
 from tests.archive.records import archive_at, feedback, group
 from tests.service.records import BASE, manifest
 from tests.worker import world
@@ -50,7 +56,7 @@ from worker.publish import read_published
 from worker.sources import windows
 
 AT_ONCE = Limits(entries=3, bytes=2**20, seconds=0.0, hot_groups=3, hot_seconds=0.0)
-STUDENT, GRANDCHILD = "pol-" + "1" * 16, "pol-" + "2" * 16
+STUDENT, GRANDCHILD, THIRD, UNCONCERNED = ("pol-" + digit * 16 for digit in "1234")
 ADA = "ada@example.org"
 
 
@@ -368,6 +374,36 @@ def test_L23_a_job_that_reads_the_window_fails_and_what_was_learned_is_tainted(c
     assert told == [b"failed", erased_windows.CODE.encode(), b"2"]
     assert not (directory / "jobs" / "job_1" / "window" / "pools.jsonl.z").exists()
     assert ADA.encode() not in everywhere(client, directory)
+
+
+def succeeded(client, job_id, policy_id, start_from):
+    spec = JobSpec(method=Method(type="bon_forward_kl"), training=TrainingSetup(start_from=start_from))
+    fields = {"state": "succeeded", "policy_id": policy_id, "spec": spec.model_dump_json()}
+    client.hset(job_key(job_id), mapping=fields)
+    client.zadd(jobs_index(), {job_id: 0.0})
+    registered(client, policy_id, job_id, world.BASE if start_from == "base" else start_from)
+
+
+async def deleted(redis_url, directory, *policies):
+    async with open_redis(redis_url) as store:
+        for policy_id in policies:
+            await Deletion(store, directory).delete(policy_id, GATEWAY)
+
+
+def test_what_was_made_from_a_policy_that_is_deleted_since_is_found_through_the_jobs(client, place, redis_url):
+    """Two generations are deleted, the third is in the registry. The user is in the window of the first alone."""
+    directory, compaction = place
+    frozen(client, directory, "job_1")
+    succeeded(client, "job_1", STUDENT, "base")
+    succeeded(client, "job_2", GRANDCHILD, STUDENT)
+    succeeded(client, "job_3", THIRD, GRANDCHILD)
+    succeeded(client, "job_4", UNCONCERNED, "base")
+    asyncio.run(deleted(redis_url, directory, STUDENT, GRANDCHILD))
+    asked(client)
+    (receipt,) = erase(client, directory, compaction)
+    assert (receipt.state, receipt.jobs, receipt.policies) == ("proven", ("job_1",), (THIRD,))
+    kept = [PolicyRecord.model_validate_json(client.hget(policy_key(one), "record")) for one in (THIRD, UNCONCERNED)]
+    assert [one.tainted for one in kept] == [True, False]
 
 
 def test_a_job_whose_parent_is_tainted_while_it_trains_registers_nothing(client, place):

@@ -17,7 +17,10 @@ from bon_algos.contracts import (
     job_key,
     policy_key,
 )
+from tests.fixtures.fault_proxy import FaultProxy
 from worker import lease as leases
+from worker import tasks
+from worker.erased_windows import fail_jobs
 from worker.errors import JobCancelled, JobParked, LeaseLost
 from worker.lease import Lease, claim
 
@@ -58,6 +61,29 @@ def test_a_queued_job_is_claimed_once(client):
     assert take(client) == "held"
     assert field(client, "state") == "running"
     assert field(client, "attempts") == "1"
+
+
+def test_a_claim_whose_reply_is_lost_is_asked_again_and_is_one_attempt(client, shared_redis, tmp_path):
+    """What runs then is the epoch that Redis knows."""
+    ran = []
+
+    def train(job_id, epoch, _):
+        ran.append((job_id, epoch, take(client)))
+        return 0
+
+    submit(client)
+    with FaultProxy(shared_redis.socket) as proxy:
+        proxy.lose_reply_to(b"EVAL")
+        tasks.distill(
+            JOB,
+            redis_url=proxy.url,
+            artefacts=tmp_path,
+            lease_seconds=60,
+            processes=1,
+            run=train,
+        )
+    assert ran == [(JOB, 1, "held")]
+    assert [field(client, name) for name in ("epoch", "attempts")] == ["1", "1"]
 
 
 def test_an_expired_lease_is_taken_over_with_a_new_epoch_and_the_first_start_stays(client):
@@ -200,6 +226,20 @@ def test_time_is_spent_while_somebody_works_on_the_job(client):
     assert 15_000 <= int(field(client, "spent_ms")) < 20_000
     # 10 s of one process, 5 s of four.
     assert 30_000 <= int(field(client, "gpu_ms")) < 50_000
+
+
+def test_a_clock_that_is_set_forward_is_not_spent(client):
+    """An hour, in the middle of a lease of a minute: no more than that minute can have passed."""
+    submit(client)
+    lease = held(client, take(client))
+    for name in ("seen_at", "lease_until"):
+        client.hincrby(job_key(JOB), name, -3_600_000)
+    lease.beat()
+    assert int(field(client, "spent_ms")) <= 60_000
+    assert leases.release(client, JOB, lease.epoch, "later")
+    client.hincrby(job_key(JOB), "seen_at", -3_600_000)
+    fail_jobs(client, [JOB])  # an hour after it was given back
+    assert int(field(client, "spent_ms")) <= 61_000
 
 
 def test_a_success_that_comes_after_the_cancellation_registers_nothing(client):

@@ -304,7 +304,7 @@ class Distillation:
         num_samples = samples_needed(self.spec.n)
         drawing = Drawing(self.rollouts, place.base_policy_id, place.policy_directory, self.spec.seed, self.lease.check)
         judged = patiently(
-            lambda: draw_judged(policy, pools, num_samples, drawing),
+            lambda: draw_judged(policy, pools, num_samples, drawing, has_all_draws=self.wanted().takes_all_draws),
             self.lease.wait,
             place.engine_patience_seconds,
         )

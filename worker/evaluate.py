@@ -4,8 +4,8 @@ Owns what is drawn and how draws become the report's numbers. Does not own the e
 nor whether the numbers are good enough: that is decided where traffic is moved.
 
 A prompt is one observation. Every sample is drawn from the engine, the policy's under its own name. The reference's
-draws that the ledger holds of a held-out prompt count beside its fresh ones: same law, same reward model, never learned
-from.
+draws that the ledger holds of a held-out prompt count beside its fresh ones where they are of its law: same reward
+model, never learned from. Chosen by what was said of them, or drawn in whatever way, they are not.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Judged(NamedTuple):
     pool: PromptPool
     policy: Sequence[Rollout]
     reference: Sequence[Rollout]
+    logged: Sequence[LoggedCandidate]
+    """What the window has of the reference's law beside them."""
 
     @property
     def order_policy(self) -> Array:
@@ -72,7 +74,7 @@ class Judged(NamedTuple):
 
     @property
     def _drawn_by_reference(self) -> Sequence[Rollout | LoggedCandidate]:
-        return [*self.reference, *self.pool.drawn_by_reference]
+        return [*self.reference, *self.logged]
 
 
 def samples_needed(n: int) -> int:

@@ -68,6 +68,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         every=2,
         job_id=JOB,
         policies=(),
+        feedback=None,
         tenant="default",
         training_file=None,
         training=None,
@@ -76,7 +77,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         spec = JobSpec(
             method=Method(type=method, **{method: given}),
             training=TrainingSetup(**(training or {})),
-            window=Window(policies=policies),
+            window=Window(policies=policies, feedback=feedback),
             training_file=training_file,
             n=8,
             held_out_fraction=0.3,

@@ -132,7 +132,8 @@ def test_what_the_reward_model_lost_on_both_sides_alike_favours_neither():
         for _ in range(3)
     ]
     there, back = (
-        report_of([drawn.row(i, *pair[::way]) for i, pair in enumerate(sides)], kl=[0.5] * 3).reward for way in (1, -1)
+        report_of([drawn.row(i, pair[one], pair[1 - one]) for i, pair in enumerate(sides)], kl=[0.5] * 3).reward
+        for one in (0, 1)
     )
     assert (there.policy, there.reference) == (back.reference, back.policy)
     assert there.gain.mean == pytest.approx(-back.gain.mean)

@@ -42,7 +42,9 @@ class LoggedCandidate(Record):
 
 
 class PromptPool(Record):
-    """A prompt with all its candidates in drawing order: the reference's, and those of other policies if wanted."""
+    """A prompt with all its candidates in drawing order: the reference's, and those of other policies if wanted.
+
+    Whoever asks what a window was trained on reads the members before `candidates` alone (`bon_algos.ancestors`)."""
 
     prompt_ids: tuple[int, ...]
     prompt: str
@@ -177,22 +179,16 @@ def _write(
 
 def read(directory: Path) -> FrozenWindow:
     """A frozen window, checked against its digest. Raises JobFailed when the file is not what was written."""
-    data, content = read_content(directory)
+    data = DataWindow.model_validate_json((directory / "window.json").read_text())
+    content = zlib.decompress((directory / "pools.jsonl.z").read_bytes())
+    if hashlib.sha256(content).hexdigest() != data.digest:
+        raise JobFailed("window_damaged", f"the frozen window does not match its digest {data.digest[:16]}")
     pools = list(_parse(content))
     return FrozenWindow(
         tuple(entry for entry in pools if entry.side == "train"),
         tuple(entry for entry in pools if entry.side == "held_out"),
         data,
     )
-
-
-def read_content(directory: Path) -> tuple[DataWindow, bytes]:
-    """What a frozen window says of itself, and its pools as they were written, one in a line. Raises as `read`."""
-    data = DataWindow.model_validate_json((directory / "window.json").read_text())
-    content = zlib.decompress((directory / "pools.jsonl.z").read_bytes())
-    if hashlib.sha256(content).hexdigest() != data.digest:
-        raise JobFailed("window_damaged", f"the frozen window does not match its digest {data.digest[:16]}")
-    return data, content
 
 
 def _parse(content: bytes) -> Iterator[PromptPool]:

@@ -85,9 +85,9 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         )
         if not client.exists(job_key(job_id)):
             client.hset(job_key(job_id), mapping={"state": "queued", "epoch": 0, "attempts": 0})
-        epoch = claim(client, job_id, lease_seconds=lease_seconds, worker="here:1")
-        assert isinstance(epoch, int)
-        lease = Lease(client, job_id, epoch, lease_seconds=lease_seconds, heartbeat_seconds=60)
+        own = claim(client, job_id, lease_seconds=lease_seconds, worker="here:1")
+        assert not isinstance(own, str)
+        lease = Lease(client, job_id, own, lease_seconds=lease_seconds, heartbeat_seconds=60)
         config = world.reward_model(engine.url, reward_directory)
         readers = open_readers(config, lambda member: read_tokenizer(member.directory))
         engines = Engines(engine.url, config, readers, lease.check)

@@ -51,7 +51,7 @@ from worker.dataset import freeze
 from worker.erasing import Eraser
 from worker.erasures import Erasures
 from worker.errors import JobFailed
-from worker.lease import Lease, claim
+from worker.lease import Claim, Lease, claim
 from worker.publish import read_published
 from worker.sources import windows
 
@@ -338,11 +338,13 @@ def test_a_window_whose_groups_were_to_be_erased_meanwhile_is_never_written(clie
     assert list((directory / "jobs" / "job_1").iterdir()) == []
 
 
-def submitted(client, job_id):
+def submitted(client, job_id) -> Claim:
+    """And claimed."""
     client.hset(job_key(job_id), mapping={"state": "queued", "epoch": 0, "attempts": 0})
     client.sadd(OPEN_JOBS, job_id)
-    epoch = claim(client, job_id, lease_seconds=60, worker="here:1")
-    assert isinstance(epoch, int)
+    own = claim(client, job_id, lease_seconds=60, worker="here:1")
+    assert not isinstance(own, str)
+    return own
 
 
 def made(policy_id, job_id, parent):
@@ -411,8 +413,8 @@ def test_a_job_whose_parent_is_tainted_while_it_trains_registers_nothing(client,
     directory, compaction = place
     frozen(client, directory, "job_1")
     registered(client, STUDENT, "job_1", world.BASE)
-    submitted(client, "job_2")
-    with Lease(client, "job_2", 1, lease_seconds=60, heartbeat_seconds=20) as lease:
+    own = submitted(client, "job_2")
+    with Lease(client, "job_2", own, lease_seconds=60, heartbeat_seconds=20) as lease:
         asked(client)
         (receipt,) = erase(client, directory, compaction)
         assert receipt.policies == (STUDENT,)

@@ -107,6 +107,7 @@ ArchivePoint = Literal[
     "job.failed",
     "policies.tainted",
     "erasure.told",
+    "unfinished.removed",
     "content.removed",
     "sources.written",
     "erasure.recorded",

@@ -93,9 +93,9 @@ class Turning:
         turn = (await self.circle()).turn
         assert turn is not None
         assert turn.job_id is not None
-        epoch = claim(self.store, turn.job_id, lease_seconds=60, worker="here:1")
-        assert isinstance(epoch, int)
-        lease = Lease(self.store, turn.job_id, epoch, lease_seconds=60, heartbeat_seconds=60)
+        own = claim(self.store, turn.job_id, lease_seconds=60, worker="here:1")
+        assert not isinstance(own, str)
+        lease = Lease(self.store, turn.job_id, own, lease_seconds=60, heartbeat_seconds=60)
         lease.finish_succeeded(self.made(policy_id, turn, **report), "")
 
     def made(self, policy_id: str, turn: Turn, **report: Any) -> PolicyRecord:

@@ -23,7 +23,7 @@ from bon_algos.imitation import best_of_n_imitation
 from bon_algos.importance import best_of_n_weights_of_shares
 from bon_algos.logprobs import TokenGroup
 from bon_algos.offline_bond import offline_bond_loss
-from bon_algos.order import best_of_n_weights, systematic_sample
+from bon_algos.order import best_of_n_weights, log_tilt_of_level, systematic_sample
 from bon_algos.preference import best_and_worst
 from bon_algos.quantiles import log_tilt_tie_aware, standing_among_others
 from bon_algos.regression import log_quantile_regression
@@ -62,7 +62,7 @@ def choose_best(group: LoggedGroup, uniform: float, *, n: int, count: int) -> Ch
 
 def choose_regressed(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
     """Candidates evenly spread over drawing order, each with its target: from the rewards of all the others, or from a
-    quantile that is given. ValueError for fewer than n candidates where it is counted."""
+    quantile or a level that is given. ValueError for fewer than n candidates where it is counted."""
     num_candidates = len(group.rewards)
     _check_targets(group, n)
     drawn = np.flatnonzero(
@@ -72,7 +72,7 @@ def choose_regressed(group: LoggedGroup, uniform: float, *, n: int, count: int) 
 
 
 def _check_targets(group: LoggedGroup, n: int) -> None:
-    if group.log_quantiles is None:
+    if group.log_quantiles is None and group.levels is None:
         _check_draws(group, n)
 
 
@@ -83,6 +83,9 @@ def _check_draws(group: LoggedGroup, n: int) -> None:
 
 def _log_tilts(group: LoggedGroup, n: int) -> NDArray[np.float64]:
     """log π_BoN/π_ref of every candidate; nats."""
+    if group.levels is not None:
+        lower_M, upper_M = np.asarray(group.levels).T
+        return log_tilt_of_level(lower_M, upper_M, n)
     if group.log_quantiles is not None:
         return math.log(n) + (n - 1) * np.asarray(group.log_quantiles)
     tilts: NDArray[np.float64] = log_tilt_tie_aware(standing_among_others(one_row(group.rewards)), n)[0].numpy()

@@ -373,11 +373,11 @@ def test_the_weighed_candidates_stand_for_the_references_law(count):
 @pytest.mark.slow
 def test_candidates_with_shares_are_chosen_as_the_references():
     """Averaged over 2,520 numbers: the imitated are best-of-2 of the shares, C² less C² below; the weighed stand for
-    their shares; every target is the given quantile's."""
+    their shares; every target is the given level's, of no breadth."""
     rewards, shares = [3.0, 1.0, 2.0, 0.0], [1 / 8, 1 / 2, 3 / 8, 0.0]
     best_N, quantiles = np.array([15 / 64, 16 / 64, 33 / 64, 0.0]), [-0.1, -1.0, -0.5, -3.0]
     tokens = TokenGroup([0], [[k] for k in range(4)])
-    group = LoggedGroup(tokens, rewards, [-1.0] * 4, log_quantiles=quantiles, shares=shares)
+    group = LoggedGroup(tokens, rewards, [-1.0] * 4, levels=[(exp(q), exp(q)) for q in quantiles], shares=shares)
     imitating = make_step(BonForwardKlSpec(n=2, candidates_per_prompt=3))
     weighing = make_step(OfflineBondSpec(n=2, backward_n=5, candidates_per_prompt=5))
     assert isinstance(imitating, LoggedStep)

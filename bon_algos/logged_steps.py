@@ -94,7 +94,8 @@ def _log_tilts(group: LoggedGroup, n: int) -> NDArray[np.float64]:
 
 def choose_weighed(group: LoggedGroup, uniform: float, *, n: int, backward_n: int, count: int) -> WeighedGroup:
     """Half of the candidates by their best-of-n weights, where the policy goes, and half by their shares of the
-    reference's law. Each stands for that law by how often it was drawn against how often that is to be expected."""
+    reference's law. Each stands for that law by how often it was drawn against how often that is to be expected: a sum
+    by these weights is unbiased for that over all. `offline_bond_loss` is not quite: its baseline is theirs too."""
     num_candidates, by_weight = len(group.rewards), count // 2
     weight_N = _best_of_n_weights(group, n)
     share_N = np.full(num_candidates, 1 / num_candidates) if group.shares is None else np.asarray(group.shares)

@@ -138,33 +138,42 @@ def quantile_of_shares(reward_N: ArrayLike, reference_M: ArrayLike, share_M: Arr
     The shares of what is below plus half of what ties; at equal shares `quantiles.log_quantile_mid_rank`. A reward that
     is itself among the draws should be left out of them. (N,), (M,), (M,) -> (N,); in [0, 1].
     """
-    reference, share = _vector(reference_M), _checked_shares(share_M, reference_M)
-    ascending = np.argsort(reference, kind="stable")
-    edge = np.minimum(np.concatenate(([0.0], np.cumsum(share[ascending]))), 1.0)
-    place = [np.searchsorted(reference[ascending], _vector(reward_N), side=side) for side in ("left", "right")]
-    quantile_N: Array = (edge[place[0]] + edge[place[1]]) / 2
+    below_N, at_most_N = _edges(_vector(reward_N), _vector(reference_M), _checked_shares(share_M, reference_M))
+    quantile_N: Array = (below_N + at_most_N) / 2
     return quantile_N
 
 
-def log_quantiles_of_shares(reward_M: ArrayLike, share_M: ArrayLike) -> Array:
-    """log of each draw's mid-rank quantile among the other draws, which count as their effective number E and half a
-    draw more on either side: (E·q + ½)/(E + 1), so that no draw is below all there is.
+def _edges(reward_N: Array, reference_M: Array, share_M: Array) -> tuple[Array, Array]:
+    """The shares of what is below each reward, and of what is at most it."""
+    ascending = np.argsort(reference_M, kind="stable")
+    inner = np.minimum(np.cumsum(share_M[ascending])[:-1], 1.0)
+    edge = np.concatenate(([0.0], inner, [1.0]))  # whatever rounding made of the sum
+    below, at_most = (np.searchsorted(reference_M[ascending], reward_N, side=side) for side in ("left", "right"))
+    return edge[below], edge[at_most]
 
-    At equal shares E = M − 1. (M,), (M,) -> (M,), nats, below 0. ValueError with fewer than two draws.
+
+def levels_of_shares(reward_M: ArrayLike, share_M: ArrayLike) -> Array:
+    """The reward level (L, U] of each draw in the reference's law, from the other draws: these count as their effective
+    number E, and the draw itself as one more on its own level, so that no draw is below all there is.
+
+        L = E·(share below)/(E + 1),   U = (E·(share at most) + 1)/(E + 1)
+
+    For `order.log_tilt_of_level`. At equal shares E = M − 1 and that is `quantiles.log_tilt_levels`; of draws that all
+    tie, each is on (0, 1]. (M,), (M,) -> (M, 2); L < U. ValueError with fewer than two draws.
     """
     reward, share = _vector(reward_M), _checked_shares(share_M, reward_M)
     if reward.size < 2:
         raise ValueError("a draw has no others to stand among")
-    return np.array([_log_quantile_among_others(reward, share, j) for j in range(reward.size)])
+    return np.array([_level_among_others(reward, share, j) for j in range(reward.size)])
 
 
-def _log_quantile_among_others(reward_M: Array, share_M: Array, j: int) -> float:
+def _level_among_others(reward_M: Array, share_M: Array, j: int) -> tuple[float, float]:
     others, weight = np.delete(reward_M, j), np.delete(share_M, j)
     if weight.sum() == 0:  # the draw stands for everything: nothing is known of its place
-        return math.log(0.5)
+        return 0.0, 1.0
     effective = effective_sample_size(weight)
-    quantile = float(quantile_of_shares([reward_M[j]], others, weight / weight.sum())[0])
-    return math.log((effective * quantile + 0.5) / (effective + 1))
+    below_1, at_most_1 = _edges(reward_M[j : j + 1], others, weight / weight.sum())
+    return effective * float(below_1[0]) / (effective + 1), (effective * float(at_most_1[0]) + 1) / (effective + 1)
 
 
 def best_of_n_weights_of_shares(reward_M: ArrayLike, share_M: ArrayLike, n: int) -> Array:

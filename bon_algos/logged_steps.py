@@ -23,7 +23,7 @@ from bon_algos.imitation import best_of_n_imitation
 from bon_algos.importance import best_of_n_weights_of_shares
 from bon_algos.logprobs import TokenGroup
 from bon_algos.offline_bond import offline_bond_loss
-from bon_algos.order import best_of_n_weights, systematic_sample
+from bon_algos.order import best_of_n_weights, log_tilt_of_level, systematic_sample
 from bon_algos.preference import best_and_worst
 from bon_algos.quantiles import log_tilt_tie_aware, standing_among_others
 from bon_algos.regression import log_quantile_regression
@@ -62,18 +62,30 @@ def choose_best(group: LoggedGroup, uniform: float, *, n: int, count: int) -> Ch
 
 def choose_regressed(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
     """Candidates evenly spread over drawing order, each with its target: from the rewards of all the others, or from a
-    quantile that is given. ValueError for fewer than n candidates where it is counted."""
+    quantile or a level that is given. ValueError for fewer than n candidates where it is counted."""
     num_candidates = len(group.rewards)
-    if group.log_quantiles is None and num_candidates < n:
-        raise ValueError(f"best-of-{n} from a group of {num_candidates} candidates")
+    _check_targets(group, n)
     drawn = np.flatnonzero(
         systematic_sample(np.full(num_candidates, 1 / num_candidates), min(count, num_candidates), uniform)
     )
     return _narrowed(group, drawn, _log_tilts(group, n)[drawn])
 
 
+def _check_targets(group: LoggedGroup, n: int) -> None:
+    if group.log_quantiles is None and group.levels is None:
+        _check_draws(group, n)
+
+
+def _check_draws(group: LoggedGroup, n: int) -> None:
+    if len(group.rewards) < n:
+        raise ValueError(f"best-of-{n} from a group of {len(group.rewards)} candidates")
+
+
 def _log_tilts(group: LoggedGroup, n: int) -> NDArray[np.float64]:
     """log π_BoN/π_ref of every candidate; nats."""
+    if group.levels is not None:
+        lower_M, upper_M = np.asarray(group.levels).T
+        return log_tilt_of_level(lower_M, upper_M, n)
     if group.log_quantiles is not None:
         return math.log(n) + (n - 1) * np.asarray(group.log_quantiles)
     tilts: NDArray[np.float64] = log_tilt_tie_aware(standing_among_others(one_row(group.rewards)), n)[0].numpy()
@@ -82,7 +94,8 @@ def _log_tilts(group: LoggedGroup, n: int) -> NDArray[np.float64]:
 
 def choose_weighed(group: LoggedGroup, uniform: float, *, n: int, backward_n: int, count: int) -> WeighedGroup:
     """Half of the candidates by their best-of-n weights, where the policy goes, and half by their shares of the
-    reference's law. Each stands for that law by how often it was drawn against how often that is to be expected."""
+    reference's law. Each stands for that law by how often it was drawn against how often that is to be expected: a sum
+    by these weights is unbiased for that over all. `offline_bond_loss` is not quite: its baseline is theirs too."""
     num_candidates, by_weight = len(group.rewards), count // 2
     weight_N = _best_of_n_weights(group, n)
     share_N = np.full(num_candidates, 1 / num_candidates) if group.shares is None else np.asarray(group.shares)
@@ -162,6 +175,7 @@ PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def choose_winner(group: LoggedGroup, uniform: float, *, n: int) -> ChosenGroup:
     """The best of n candidates drawn from the group."""
+    _check_draws(group, n)
     drawn = _drawn(group, uniform, n)
     best = drawn[np.argmax(np.asarray(group.rewards)[drawn])]
     return _narrowed(group, np.array([best]), np.ones(1))
@@ -169,17 +183,15 @@ def choose_winner(group: LoggedGroup, uniform: float, *, n: int) -> ChosenGroup:
 
 def choose_pair(group: LoggedGroup, uniform: float, *, n: int) -> ChosenGroup:
     """The best and the worst of n candidates drawn from the group; twice the same one where they all tie."""
+    _check_draws(group, n)
     drawn = _drawn(group, uniform, n)
     best_1, worst_1 = best_and_worst(one_row(np.asarray(group.rewards)[drawn].tolist()))
     return _narrowed(group, drawn[[int(best_1), int(worst_1)]], np.array([1.0, 0.0]))
 
 
-def _drawn(group: LoggedGroup, uniform: float, n: int) -> NDArray[np.intp]:
-    """Places of n candidates, each set of them as likely as any other, in drawing order."""
-    num_candidates = len(group.rewards)
-    if num_candidates < n:
-        raise ValueError(f"best-of-{n} from a group of {num_candidates} candidates")
-    return np.array(sorted(random.Random(uniform).sample(range(num_candidates), n)))
+def _drawn(group: LoggedGroup, uniform: float, count: int) -> NDArray[np.intp]:
+    """Places of so many candidates, each set of them as likely as any other, in drawing order."""
+    return np.array(sorted(random.Random(uniform).sample(range(len(group.rewards)), count)))
 
 
 def compare(groups: Sequence[ChosenGroup], policy: SequenceLogprobs, *, pair_loss: PairLoss) -> StepLoss:
@@ -199,11 +211,14 @@ def compare(groups: Sequence[ChosenGroup], policy: SequenceLogprobs, *, pair_los
 
 
 def choose_compared(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
-    """As `choose_regressed`, for pairs among those candidates. Each one's target knows of its partner's rank, which
-    makes targets too steep by M/(M − 1), of M candidates (`bonbon.consistent_pair_loss`)."""
-    chosen = choose_regressed(group, uniform, n=n, count=count)
-    share = 1 - 1 / len(group.rewards)
-    return chosen._replace(verdicts=[share * verdict for verdict in chosen.verdicts])
+    """Candidates drawn so that every pair meets as often as any other, with targets and refusals as `choose_regressed`.
+    (Evenly spread ones would leave most pairs unmet, and what never meets is never compared.) Each one's target knows
+    of its partner's rank, which makes targets too steep by M/(M − 1), of M candidates (`bonbon.consistent_pair_loss`).
+    """
+    _check_targets(group, n)
+    num_candidates = len(group.rewards)
+    drawn = _drawn(group, uniform, min(count, num_candidates))
+    return _narrowed(group, drawn, (1 - 1 / num_candidates) * _log_tilts(group, n)[drawn])
 
 
 def compare_all(groups: Sequence[ChosenGroup], policy: SequenceLogprobs) -> StepLoss:

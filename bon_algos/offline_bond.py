@@ -64,9 +64,10 @@ def offline_bond_loss(
                                    + κ·Σ_j s_j·Σ_t min(c, ρ_j,<t)·KL_j,t
 
     with ρ = π/π_ref, held fixed, of a completion or of its first tokens; A = t − log ρ, and Ā its mean by the same
-    weights. Without c and a floor, its expected gradient is that of the first two divergences, and that of the third
-    as far as π's law of prefixes is held fixed. For completions of one token and β = 1 it ends at
-    π ∝ π_ref·exp(t/(1 + κ)).
+    weights. Without c and a floor, and over candidates that are the reference's whole law, its gradient is that of the
+    first two divergences, and that of the third as far as π's law of prefixes is held fixed. Over k draws Ā leans on
+    the very draws that it is taken from: in expectation the second falls short, by up to about 1/k of its length.
+    For completions of one token and β = 1 it ends at π ∝ π_ref·exp(t/(1 + κ)).
 
     terms               of the N candidates
     imitation_weight_N  (N,)  w: estimates the weights of best-of-n; sums to 1

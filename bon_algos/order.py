@@ -49,12 +49,32 @@ def _levels(mass_K: ArrayLike, reward_K: ArrayLike) -> _Levels:
 
 def _log_tilt(levels: _Levels, n: int) -> Array:
     """log (Uⁿ − Lⁿ)/(U − L) of each level (L, U], from its mass, so that thin levels do not cancel."""
+    return _log_tilt_of_share(np.minimum(levels.mass / levels.at_most, 1.0), levels.at_most, n)
+
+
+def log_tilt_of_level(lower_K: ArrayLike, upper_K: ArrayLike, n: int) -> Array:
+    """log (Uⁿ − Lⁿ)/(U − L): log π_BoN/π_ref of what is on a reward level (L, U] of the reference's law.
+
+    For n = 2 log 2 plus that of the level's middle, whatever its breadth; for n ≥ 3 the breadth counts. L = U is a
+    level without mass: log n·U^{n−1}. (K,), (K,) -> (K,); nats, at most log n. ValueError unless 0 ≤ L ≤ U ≤ 1 and
+    0 < U, or when shapes differ.
+    """
+    lower, upper = _floats(lower_K), _floats(upper_K)
+    if lower.shape != upper.shape or not ((lower >= 0) & (lower <= upper) & (upper > 0) & (upper <= 1)).all():
+        raise ValueError(f"levels must lie within [0, 1]: {lower.shape} lower edges, {upper.shape} upper ones")
+    return _log_tilt_of_share(1 - lower / upper, upper, n)
+
+
+def _log_tilt_of_share(share_K: Array, at_most_K: Array, n: int) -> Array:
+    """share_K: of the mass at most a level, how much is on it."""
     _check_n(n)
-    share = np.minimum(levels.mass / levels.at_most, 1.0)
+    is_there_K = share_K > 0
+    held_K = np.where(is_there_K, share_K, 1.0)
     with np.errstate(divide="ignore"):  # the lowest level has L = 0: log1p(−1) = −∞, expm1(−∞) = −1
-        log_miss = n * np.log1p(-share)
-    log_tilt: Array = (n - 1) * np.log(levels.at_most) + np.log(-np.expm1(log_miss)) - np.log(share)
-    return log_tilt
+        log_miss_K = n * np.log1p(-held_K)
+    breadth_K = np.where(is_there_K, np.log(-np.expm1(log_miss_K)) - np.log(held_K), math.log(n))
+    log_tilt_K: Array = (n - 1) * np.log(at_most_K) + breadth_K
+    return log_tilt_K
 
 
 def best_of_n_law(mass_K: ArrayLike, reward_K: ArrayLike, n: int) -> Array:

@@ -33,7 +33,10 @@ class LoggedGroup(NamedTuple):
     reference_logprobs: Sequence[float]
     """log π_ref of each completion, token sum; nats. The ledger has them as sampled."""
     log_quantiles: Sequence[float] | None = None
-    """Of each reward under a learned law of the prompt's rewards; None where they are to be counted."""
+    """Of each reward under a learned law of the prompt's rewards, in which none tie; None where there is none."""
+    levels: Sequence[tuple[float, float]] | None = None
+    """Where each reward's level begins and ends in the reference's law, in [0, 1]; None where rewards are to be counted
+    or a law is learned."""
     shares: Sequence[float] | None = None
     """For how much of the reference's law each candidate stands, where other policies drew some; sum to 1. None: all
     alike."""

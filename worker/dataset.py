@@ -55,8 +55,10 @@ class PromptPool(Record):
     side: Side
     candidates: tuple[LoggedCandidate, ...]
     log_quantiles: tuple[float, ...] | None = None
-    """Of each candidate's reward, where a method learns them (`quantile_model`) or other policies drew some
-    (`mixture`)."""
+    """Of each candidate's reward, where a method learns them (`quantile_model`)."""
+    levels: tuple[tuple[float, float], ...] | None = None
+    """Of each candidate's reward, as in `LoggedGroup`: where other policies drew some (`mixture`), or where a law would
+    be learned but rewards tie (`quantile_model`)."""
     reference_logprobs: tuple[float, ...] | None = None
     """Of each candidate, where other policies drew some or a file does not tell; nats."""
     shares: tuple[float, ...] | None = None
@@ -78,6 +80,7 @@ class PromptPool(Record):
             [candidate.ranking_reward for candidate in self.candidates],
             self.reference_logprobs or [sum(candidate.token_logprobs) for candidate in self.candidates],
             self.log_quantiles,
+            self.levels,
             self.shares,
         )
 

@@ -55,7 +55,7 @@ from worker.opening import TrainingPlan, begin, prepare_torch
 from worker.patience import patiently
 from worker.progress import Progress
 from worker.publish import publish, read_published
-from worker.quantile_model import learned_log_quantiles
+from worker.quantile_model import with_learned_quantiles
 from worker.ranks import ALONE, Ranks
 from worker.report import Evidence, Subject, held_out, policy_report
 from worker.report_files import write_report
@@ -243,10 +243,7 @@ class Distillation:
         if not isinstance(method, BonRegressionSpec) or method.quantiles == "counted":
             return window
         feature_BD = policy.prompt_features([pool.prompt_ids for pool in window.train]).cpu()
-        rewards = [[one.ranking_reward for one in pool.candidates] for pool in window.train]
-        learned = learned_log_quantiles(feature_BD, rewards, self.spec.seed)
-        pools = zip(window.train, learned, strict=True)
-        return window._replace(train=tuple(pool.model_copy(update={"log_quantiles": own}) for pool, own in pools))
+        return window._replace(train=with_learned_quantiles(window.train, feature_BD, n=method.n, seed=self.spec.seed))
 
     def interpolated(self, spec: InterpolationSpec) -> TrainedPolicy:
         """A finished policy some of the way back to its reference."""

@@ -1,7 +1,7 @@
 """Candidates that other policies drew, weighed so that they stand for the reference's draws.
 
 Owns which policies' log-probs that takes, and what follows for each prompt: the reference's log-probs, shares,
-quantiles. Does not own the estimators (`bon_algos.importance`) nor opening a policy: it is passed in.
+reward levels. Does not own the estimators (`bon_algos.importance`) nor opening a policy: it is passed in.
 
 A prompt's draws are taken as draws of the mixture of all policies that drew any of them, so that where the reference
 drew some, no weight is large.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from bon_algos.acceptance import MIN_PROMPTS
 from bon_algos.importance import (
     effective_sample_size,
-    log_quantiles_of_shares,
+    levels_of_shares,
     mixture_logprob,
     shares_of_reference,
 )
@@ -92,9 +92,13 @@ def _with_shares(pool: PromptPool, logprobs: dict[str | None, NDArray[np.float64
     drew = Counter(candidate.policy for candidate in pool.candidates)
     sampled_M = mixture_logprob([logprobs[policy] for policy in drew], list(drew.values()))
     share_M = shares_of_reference(logprobs[None], sampled_M)
-    quantiles = log_quantiles_of_shares([one.ranking_reward for one in pool.candidates], share_M)
-    update = {"reference_logprobs": logprobs[None], "shares": share_M, "log_quantiles": quantiles}
-    return pool.model_copy(update={name: tuple(value.tolist()) for name, value in update.items()})
+    level_M2 = levels_of_shares([one.ranking_reward for one in pool.candidates], share_M)
+    update = {
+        "reference_logprobs": tuple(logprobs[None].tolist()),
+        "shares": tuple(share_M.tolist()),
+        "levels": tuple(map(tuple, level_M2.tolist())),
+    }
+    return pool.model_copy(update=update)
 
 
 def require_same_sampler(policy: TrainedPolicy, policy_id: str, pools: Sequence[PromptPool], limit: float) -> None:

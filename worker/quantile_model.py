@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bon_algos.importance import levels_of_shares
 from bon_algos.learned_quantile import (
     RewardLawHead,
     log_quantile,
@@ -24,6 +25,7 @@ from bon_algos.learned_quantile import (
     quantile_cross_entropy,
 )
 from bon_algos.quantiles import standing_among_others
+from worker.dataset import PromptPool
 from worker.errors import JobFailed
 
 FOLDS = 4
@@ -33,6 +35,31 @@ MIN_PROMPTS = 2 * FOLDS
 WATCHED_EVERY = 5
 """One prompt of so many is not learned from, and says when to stop."""
 FIT_STEPS = 300
+
+
+def with_learned_quantiles(
+    pools: Sequence[PromptPool], feature_BD: Tensor, *, n: int, seed: int
+) -> tuple[PromptPool, ...]:
+    """The pools with learned quantiles for targets of best-of-n. Raises as `learned_log_quantiles`.
+
+    A learned law tells the middle of a reward level and not its breadth, which counts for n ≥ 3: there a pool whose
+    rewards tie keeps the levels that it has, or those that are counted among its own candidates.
+    """
+    rewards = [[one.ranking_reward for one in pool.candidates] for pool in pools]
+    learned = learned_log_quantiles(feature_BD, rewards, seed)
+    return tuple(
+        _with_counted_levels(pool, own)
+        if n > 2 and len(set(own)) < len(own)
+        else pool.model_copy(update={"log_quantiles": tuple(law), "levels": None})
+        for pool, own, law in zip(pools, rewards, learned, strict=True)
+    )
+
+
+def _with_counted_levels(pool: PromptPool, rewards: Sequence[float]) -> PromptPool:
+    if pool.levels is not None:
+        return pool
+    level_M2 = levels_of_shares(rewards, [1 / len(rewards)] * len(rewards))
+    return pool.model_copy(update={"levels": tuple(map(tuple, level_M2.tolist()))})
 
 
 def learned_log_quantiles(feature_BD: Tensor, rewards: Sequence[Sequence[float]], seed: int) -> list[list[float]]:

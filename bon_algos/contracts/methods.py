@@ -210,7 +210,8 @@ class BonRegressionSpec(ContrastSpec, WeighedSpec):
     """Nats beyond which the loss is linear; None is the square loss."""
     quantiles: Literal["counted", "learned"] = "counted"
     """counted: of a reward among its prompt's other candidates. learned: by a law of rewards given the prompt, learned
-    from other prompts' candidates (BOND, B.1); for prompts that hardly ever repeat, and groups smaller than n."""
+    from other prompts' candidates (BOND, B.1); for prompts that hardly ever repeat, and groups smaller than n. Where a
+    prompt's rewards tie it is counted all the same, for n beyond 2: a law that is learned tells no level's breadth."""
 
     @property
     def candidates_needed(self) -> int:

@@ -303,11 +303,20 @@ def test_a_group_of_fewer_than_n_is_refused(spec):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [BonForwardKlSpec(n=4), BonRegressionSpec(n=4)], ids=lambda spec: type(spec).__name__)
-@pytest.mark.parametrize("count", [1, 3, 8, 20])
-def test_the_chosen_candidates_stand_for_all_of_them(spec, count):
+@pytest.mark.parametrize(
+    ("spec", "counts", "tolerance"),
+    [
+        (BonForwardKlSpec(n=4), (1, 3, 8, 20), 2e-3),
+        (BonRegressionSpec(n=4), (1, 3, 8, 20), 2e-3),
+        (BonbonConsistentSpec(n=4), (2, 3, 8, 20), 0.1),  # drawn, not evenly spread: five deviations for two of eight
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("place", range(4))
+def test_the_chosen_candidates_stand_for_all_of_them(spec, counts, tolerance, place):
     """Averaged over the uniform number the loss of `count` chosen candidates is the loss of all eight, weighted by best
-    of 4 or all alike. The mean is over 2,520 numbers, evenly spaced."""
+    of 4 or all alike, or of all their pairs. The mean is over 2,520 numbers, evenly spaced."""
+    count = counts[place]
     drawn, rewards = [0, 1, 2, 3, 4, 5, 0, 2], [0.3, 1.0, -0.5, 2.0, 2.0, 0.1, 0.3, -0.5]
     logprob_PK = torch.randn(1, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64).log_softmax(-1)
     reference_K = torch.full((6,), -1.5, dtype=torch.float64)
@@ -322,8 +331,10 @@ def test_the_chosen_candidates_stand_for_all_of_them(spec, count):
         expected = -(torch.tensor(order.best_of_n_weights(rewards, 4)) * logprob_N).sum().item()
     else:
         tilt_N = log_tilt_tie_aware(standing_among_others(torch.tensor([rewards], dtype=torch.float64)), 4)[0]
-        expected = (logprob_N + 1.5 - tilt_N).square().mean().item()
-    assert mean == pytest.approx(expected, rel=2e-3)
+        is_pairs = isinstance(spec, BonbonConsistentSpec)
+        residual_N = logprob_N + 1.5 - tilt_N * (7 / 8 if is_pairs else 1)
+        expected = (2 * residual_N.var() if is_pairs else residual_N.square().mean()).item()
+    assert mean == pytest.approx(expected, rel=tolerance)
     assert max(len(choice.verdicts) for choice in choices) <= min(count, 8)
 
 
@@ -362,11 +373,11 @@ def test_the_weighed_candidates_stand_for_the_references_law(count):
 @pytest.mark.slow
 def test_candidates_with_shares_are_chosen_as_the_references():
     """Averaged over 2,520 numbers: the imitated are best-of-2 of the shares, C² less C² below; the weighed stand for
-    their shares; every target is the given quantile's."""
+    their shares; every target is the given level's, of no breadth."""
     rewards, shares = [3.0, 1.0, 2.0, 0.0], [1 / 8, 1 / 2, 3 / 8, 0.0]
     best_N, quantiles = np.array([15 / 64, 16 / 64, 33 / 64, 0.0]), [-0.1, -1.0, -0.5, -3.0]
     tokens = TokenGroup([0], [[k] for k in range(4)])
-    group = LoggedGroup(tokens, rewards, [-1.0] * 4, log_quantiles=quantiles, shares=shares)
+    group = LoggedGroup(tokens, rewards, [-1.0] * 4, levels=[(exp(q), exp(q)) for q in quantiles], shares=shares)
     imitating = make_step(BonForwardKlSpec(n=2, candidates_per_prompt=3))
     weighing = make_step(OfflineBondSpec(n=2, backward_n=5, candidates_per_prompt=5))
     assert isinstance(imitating, LoggedStep)

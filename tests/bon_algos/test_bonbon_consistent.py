@@ -5,6 +5,7 @@ has in common with the published one.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from itertools import combinations
 
 import numpy as np
@@ -15,9 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bon_algos import order, quantiles
+from bon_algos.algorithms import make_step
 from bon_algos.bonbon import bonbon_loss, consistent_pair_loss
+from bon_algos.contracts import BonbonConsistentSpec
 from bon_algos.preference import best_and_worst
+from bon_algos.steps import LoggedStep
 from tests.bon_algos.pairs import best_worst_law, exact_tilt
+from tests.bon_algos.tables import logged, table
 from tests.bon_algos.tabular import all_pairs, minimiser
 from tests.bon_algos.vectors import REFERENCE_K, REWARDS
 
@@ -92,6 +97,40 @@ def test_without_ties_the_targets_of_a_group_add_up_to_a_constant(rewards, n):
     tilt_BN = quantiles.log_tilt_harmonic(quantiles.standing_among_others(torch.tensor([rewards])), n)
     ordered_BN = quantiles.log_tilt_harmonic(quantiles.standing_among_others(torch.tensor([sorted(rewards)])), n)
     assert tilt_BN.sum().item() == pytest.approx(ordered_BN.sum().item(), abs=1e-9)
+
+
+def test_all_pairs_of_a_group_meet_and_none_more_often_than_another():
+    """4 of 16 candidates: 6 of 120 pairs a step, so 1/20 of 4,000 steps each, with a deviation of 14."""
+    step = make_step(BonbonConsistentSpec(n=4))
+    assert isinstance(step, LoggedStep)
+    group = logged(0, range(16), [float(7 * k % 16) for k in range(16)], torch.zeros(16))
+    met = Counter(
+        pair
+        for place in range(4000)
+        for pair in combinations(
+            [outcome for (outcome,) in step.choose(group, (place + 0.5) / 4000).tokens.completion_ids], 2
+        )
+    )
+    assert len(met) == math.comb(16, 2)
+    assert 200 - 5 * 14 < min(met.values()) <= max(met.values()) < 200 + 5 * 14
+
+
+def test_four_candidates_at_a_time_end_where_all_sixteen_would():
+    """One candidate of each of 16 outcomes: at the targets every pair's loss is 0, so steps on a few end there too,
+    M/(M − 1) short of best-of-n's log-ratio as the docstring says. Outcomes that never met would keep their masses."""
+    step = make_step(BonbonConsistentSpec(n=4))
+    assert isinstance(step, LoggedStep)
+    reward_K = torch.tensor([float(7 * k % 16) for k in range(16)], dtype=torch.float64)
+    reference_K = torch.linspace(0, 1, 16, dtype=torch.float64).log_softmax(-1)
+    group = logged(0, range(16), reward_K.tolist(), reference_K)
+    logit_1K = reference_K[None].clone().requires_grad_()
+    for place in np.random.default_rng(0).random(300):
+        loss = step.loss([step.choose(group, place)], table(logit_1K.log_softmax(-1))).loss
+        with torch.no_grad():
+            logit_1K -= 0.7 * torch.autograd.grad(loss, logit_1K)[0]
+    tilt_K = quantiles.log_tilt_tie_aware(quantiles.standing_among_others(reward_K[None]), 4)[0]
+    expected_K = (reference_K + 15 / 16 * tilt_K).softmax(-1)
+    torch.testing.assert_close(logit_1K.detach()[0].softmax(-1), expected_K, atol=1e-6, rtol=0)
 
 
 # --- gradients and invariances of both -------------------------------------------------------------------

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from bon_algos import order
 from bon_algos.bond import compressed_below
+from bon_algos.logged_steps import choose_weighed
 from bon_algos.offline_bond import offline_bond_loss
+from bon_algos.quantiles import log_tilt_tie_aware, standing_among_others
+from bon_algos.steps import WeighedGroup
 from bon_algos.token_kl import TokenTerms
+from tests.bon_algos.tables import logged, table_terms
 
 PAIRS = list(product(range(3), repeat=2))
 REWARD_9 = [float((3 * a + 5 * b) % 7) for a, b in PAIRS]
@@ -70,6 +74,34 @@ def test_its_expected_gradient_is_that_of_the_divergences(beta, kappa):
     loss = loss_over_all(logit_43, reference_43, jeffreys_weight=beta, token_kl_weight=kappa)
     (actual,) = torch.autograd.grad(loss, logit_43)
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_the_baseline_of_eight_chosen_draws_takes_up_to_an_eighth_of_the_backward_gradient(beta):
+    """All sixteen outcomes are logged, and 8 of them chosen 1,000 times. Imitation (β = 0) has no baseline: nothing is
+    missing. The backward part would fall short by 1/8 were its draws independent and alike; they are spread, which
+    spares some of that."""
+    generator = torch.Generator().manual_seed(4)
+    reward_K, drift_K = torch.randn(2, 16, generator=generator, dtype=torch.float64)
+    reference_1K = torch.zeros(1, 16, dtype=torch.float64).log_softmax(-1)
+    group = logged(0, range(16), reward_K.tolist(), reference_1K[0])
+    logit_1K = (reference_1K + 0.3 * drift_K).requires_grad_()
+
+    def gradient(weighed: WeighedGroup) -> Tensor:
+        (terms,) = table_terms(logit_1K.log_softmax(-1), reference_1K)([weighed.tokens])
+        given = [torch.tensor(row) for row in (weighed.imitation_weights, weighed.log_tilts, weighed.shares)]
+        loss = offline_bond_loss(terms, *given, jeffreys_weight=beta, token_kl_weight=0.0).loss
+        gradient_1K: Tensor = torch.autograd.grad(loss, logit_1K)[0]
+        return gradient_1K[0]
+
+    chosen = [choose_weighed(group, (k + 0.5) / 1000, n=4, backward_n=4, count=8) for k in range(1000)]
+    mean_K = torch.stack([gradient(one) for one in chosen]).mean(dim=0)
+    tilts = log_tilt_tie_aware(standing_among_others(reward_K[None]), 4)[0].tolist()
+    weights = order.best_of_n_weights(reward_K.numpy(), 4).tolist()
+    whole_K = gradient(WeighedGroup(group.tokens, weights, tilts, [1 / 16] * 16))
+    shortfall = 1 - float(mean_K.norm() / whole_K.norm())
+    assert shortfall == pytest.approx(0, abs=0.01) if beta == 0 else 1 / 32 < shortfall < 5 / 32
+    assert torch.cosine_similarity(mean_K, whole_K, dim=0) > (0.999 if beta == 0 else 0.95)
 
 
 def minimised(beta: float, kappa: float, reference_43: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bon_algos import importance, order, quantiles
+from bon_algos.algorithms import make_step
+from bon_algos.contracts import BonRegressionSpec
+from bon_algos.logprobs import TokenGroup
+from bon_algos.steps import LoggedGroup, LoggedStep
 from tests.bon_algos.vectors import COUNT_K, REFERENCE_K, REWARDS, UNIQUE_K, kl
 
 relaxed = settings(deadline=None, max_examples=60)
@@ -219,23 +223,59 @@ def test_draws_of_the_reference_and_another_show_the_references_law(vector, of_r
 
 
 def test_quantiles_among_the_other_draws_by_hand():
-    # shares ½ ¼ ¼ of rewards 1, 2, 2. Of the first: the others are two alike (E = 2), none below: ½/3.
-    # Of a 2: others ½ below, ¼ tied, of ¾: q = ⅔ + ⅙ = 5/6; E = (3/4)²/(1/4 + 1/16) = 9/5; (E·q + ½)/(E + 1) = 2/2.8.
-    quantile_M = np.exp(importance.log_quantiles_of_shares([1.0, 2.0, 2.0], [1 / 2, 1 / 4, 1 / 4]))
-    np.testing.assert_allclose(quantile_M, [1 / 6, 2 / 2.8, 2 / 2.8], rtol=1e-13)
-    # equal shares: (below + ½·ties + ½)/M
-    equal_M = np.exp(importance.log_quantiles_of_shares([3.0, 1.0, 1.0, 2.0], [1 / 4] * 4))
-    np.testing.assert_allclose(equal_M, [3.5 / 4, 1 / 4, 1 / 4, 2.5 / 4], rtol=1e-13)
+    # shares ½ ¼ ¼ of rewards 1, 2, 2. Of the first: the others are two alike (E = 2), none below: (0, 1/3].
+    # Of a 2: others ½ below, ¼ tied, of ¾; E = (3/4)²/(1/4 + 1/16) = 9/5: from E·⅔/(E + 1) = 1.2/2.8 upwards.
+    level_M2 = importance.levels_of_shares([1.0, 2.0, 2.0], [1 / 2, 1 / 4, 1 / 4])
+    np.testing.assert_allclose(level_M2, [[0.0, 1 / 3], [1.2 / 2.8, 1.0], [1.2 / 2.8, 1.0]], rtol=1e-13)
     # one draw stands for everything: of its own place nothing is known, the other's is a guess from one draw
-    lone_M = np.exp(importance.log_quantiles_of_shares([2.0, 1.0], [1.0, 0.0]))
-    np.testing.assert_allclose(lone_M, [1 / 2, 1 / 4], rtol=1e-13)
+    lone_M2 = importance.levels_of_shares([2.0, 1.0], [1.0, 0.0])
+    np.testing.assert_allclose(lone_M2, [[0.0, 1.0], [0.0, 1 / 2]], rtol=1e-13)
 
 
-def test_quantiles_of_many_draws_are_the_references():
-    reward_M, share_M, drawn_M = drawn_in_full(UNIQUE_K)
-    beats_KK = (UNIQUE_K[:, None] > UNIQUE_K) + (UNIQUE_K[:, None] == UNIQUE_K) / 2
-    quantile_M = np.exp(importance.log_quantiles_of_shares(reward_M, share_M))
-    np.testing.assert_allclose(quantile_M, (beats_KK @ REFERENCE_K)[drawn_M], atol=2 / len(drawn_M))
+@given(draws_and_log_weights, st.integers(1, 20))
+@relaxed
+def test_at_equal_shares_levels_tilt_as_the_counted_ones(draws, n):
+    reward_M, num_draws = draws[0], len(draws[0])
+    if num_draws > 1:
+        level_M2 = importance.levels_of_shares(reward_M, np.full(num_draws, 1 / num_draws))
+        counted = quantiles.log_tilt_levels(quantiles.standing_among_others(torch.from_numpy(reward_M)[None]), n)
+        tilt_M = order.log_tilt_of_level(level_M2[:, 0], level_M2[:, 1], n)
+        np.testing.assert_allclose(tilt_M, counted[0].numpy(), atol=1e-9)
+
+
+@pytest.mark.parametrize("vector", REWARDS)
+def test_levels_of_many_draws_are_the_references(vector):
+    reward_K = REWARDS[vector]
+    reward_M, share_M, drawn_M = drawn_in_full(reward_K)
+    below_K, at_most_K = (reward_K[:, None] > reward_K) @ REFERENCE_K, (reward_K[:, None] >= reward_K) @ REFERENCE_K
+    level_M2 = importance.levels_of_shares(reward_M, share_M)
+    np.testing.assert_allclose(level_M2, np.stack([below_K, at_most_K])[:, drawn_M].T, atol=3 / len(drawn_M))
+
+
+@pytest.mark.parametrize(("vector", "win_rate"), [("T", 0.782455), ("B", 0.732969)])
+def test_a_regressions_targets_win_what_best_of_four_wins_with_ties(vector, win_rate):
+    """The table of algorithms.md, TV1. From the middles of the levels alone best-of-4 of the binary reward would win
+    .778."""
+    reward_K = REWARDS[vector]
+    reward_M, share_M, drawn_M = drawn_in_full(reward_K)
+    tokens = TokenGroup([0], [[k] for k in drawn_M])
+    rewards, shares = reward_M.tolist(), share_M.tolist()
+    levels = [(low, high) for low, high in importance.levels_of_shares(rewards, shares)]
+    step = make_step(BonRegressionSpec(n=4, candidates_per_prompt=len(drawn_M)))
+    assert isinstance(step, LoggedStep)
+    chosen = step.choose(LoggedGroup(tokens, rewards, [0.0] * len(drawn_M), levels=levels, shares=shares), 0.5)
+    law_M = share_M * np.exp(chosen.verdicts)
+    beats_M = ((reward_M[:, None] > reward_K) + (reward_M[:, None] == reward_K) / 2) @ REFERENCE_K
+    assert law_M @ beats_M / law_M.sum() == pytest.approx(win_rate, abs=2e-3)
+
+
+def test_the_tilt_of_a_level_by_hand():
+    """(1 − ½⁴)/½ = 15/8; (½⁴ − ¼⁴)/¼ = 15/64; no breadth: 4·½³; the whole law: 1."""
+    tilt_K = order.log_tilt_of_level([0.5, 0.25, 0.5, 0], [1, 0.5, 0.5, 1], 4)
+    np.testing.assert_allclose(np.exp(tilt_K), [15 / 8, 15 / 64, 1 / 2, 1], rtol=1e-13)
+    for lower, upper in (([0.5], [0.4]), ([0], [0]), ([-0.1], [0.5]), ([0.5], [1.1]), ([0.1, 0.1], [0.2])):
+        with pytest.raises(ValueError, match=r"within \[0, 1\]"):
+            order.log_tilt_of_level(lower, upper, 4)
 
 
 # --- refusals --------------------------------------------------------------------------------------------
@@ -264,7 +304,7 @@ def test_what_is_no_number_is_refused():
     with pytest.raises(ValueError, match="3 draws counted, 2 given"):
         importance.mixture_logprob([[0.0, 0.0]], [3])
     with pytest.raises(ValueError, match="no others"):
-        importance.log_quantiles_of_shares([0.0], [1.0])
+        importance.levels_of_shares([0.0], [1.0])
     with pytest.raises(ValueError, match="nor all 0"):
         importance.effective_sample_size([0.0, 0.0])
 

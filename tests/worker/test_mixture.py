@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from bon_algos.acceptance import Requirements
+from bon_algos.algorithms import make_step
+from bon_algos.contracts import BonRegressionSpec
+from bon_algos.steps import LoggedStep
 from tests.worker import world
 from worker import mixture
 from worker.dataset import FrozenWindow, freeze
@@ -58,9 +61,22 @@ def test_candidates_stand_for_the_reference_by_the_mixtures_weights(window):
     for pool in weighed(window([5], [7])).train:
         assert pool.reference_logprobs == pytest.approx(np.log([0.2, 0.8]))
         assert pool.shares == pytest.approx([3 / 11, 8 / 11])
-        assert pool.log_quantiles == pytest.approx(np.log([1 / 4, 3 / 4]))  # one other draw, worse or better
+        assert pool.levels == ((0.0, 0.5), (0.5, 1.0))  # one other draw, worse or better
         assert pool.logged_group.reference_logprobs == pool.reference_logprobs
         assert pool.logged_group.shares == pool.shares
+
+
+def test_candidates_that_all_tie_are_left_where_they_are(window):
+    """Best-of-16 of equal rewards is the reference: a log-ratio of 0, whoever drew them."""
+    step = make_step(BonRegressionSpec(n=16))
+    assert isinstance(step, LoggedStep)
+    frozen = window([5, 7], [5, 7])
+    tied = [
+        pool.model_copy(update={"candidates": tuple(one for one in pool.candidates if one.reward == 5)})
+        for pool in frozen.train
+    ]
+    for pool in weighed(frozen._replace(train=tuple(tied))).train:
+        assert step.choose(pool.logged_group, 0.5).verdicts == pytest.approx([0, 0], abs=1e-9)
 
 
 def test_a_prompt_the_reference_never_answered_is_weighed_too(window):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bon_algos.quantiles import log_quantile_harmonic_mid, standing_among_others
+from tests.worker.drawn import pool
 from worker.errors import JobFailed
-from worker.quantile_model import learned_log_quantiles
+from worker.quantile_model import learned_log_quantiles, with_learned_quantiles
 
 NUM_PROMPTS, NUM_CANDIDATES = 160, 6
 
@@ -65,6 +66,21 @@ def test_groups_may_differ_in_size_and_rewards_may_tie():
             found[right] = np.mean(told)
         assert found[0.0] == pytest.approx((1 - p) / 2, abs=0.08)
         assert found[1.0] == pytest.approx(1 - p / 2, abs=0.08)
+
+
+@pytest.mark.slow
+def test_where_rewards_tie_levels_are_counted_for_more_than_best_of_two():
+    """Four of eight rewards of a prompt tie: their level is (½, 1] of what is counted, whatever the law says."""
+    feature = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 3)))
+    tied, untied = [0.0, 1.0, 2.0, 3.0, 9.0, 9.0, 9.0, 9.0], [float(k) for k in range(8)]
+    pools = [pool(number, tied if number % 2 else untied) for number in range(8)]
+    of_best_of_16 = with_learned_quantiles(pools, feature, n=16, seed=0)
+    for number, one in enumerate(of_best_of_16):
+        assert (one.levels is None) == (number % 2 == 0)
+        assert (one.log_quantiles is None) == (number % 2 == 1)
+    assert of_best_of_16[1].levels == ((0, 1 / 8), (1 / 8, 1 / 4), (1 / 4, 3 / 8), (3 / 8, 1 / 2), *[(1 / 2, 1)] * 4)
+    # for n = 2 a level's middle is all that counts, and the law knows it better
+    assert all(one.log_quantiles is not None for one in with_learned_quantiles(pools, feature, n=2, seed=0))
 
 
 def test_too_few_prompts_are_refused():

@@ -180,6 +180,10 @@ class BonbonSpec(ContrastSpec):
 class BonbonConsistentSpec(ContrastSpec, WeighedSpec):
     """BoNBoN with each pair's own target, over all pairs of the candidates looked at: its optimum is best-of-n."""
 
+    candidates_per_prompt: int = Field(4, ge=2, le=4096)
+    """Candidates looked at when a prompt's turn comes, of which every two are compared: drawn evenly, others at the next
+    turn."""
+
 
 class DpoSpec(ContrastSpec):
     """DPO (arXiv 2305.18290) on the best and the worst of n logged candidates. It has no optimum on such pairs: its

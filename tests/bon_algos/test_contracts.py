@@ -176,6 +176,7 @@ def test_how_far_a_method_goes(method, log_aim):
         {"type": "jbond", "jbond": {"learning_rate": float("nan")}},
         {"type": "bon_regression", "bon_regression": {"n": 1}},
         {"type": "bon_regression", "bon_regression": {"huber_delta": 0}},
+        {"type": "bonbon_consistent", "bonbon_consistent": {"candidates_per_prompt": 1}},  # nothing to compare
         {"type": "jbond", "jbond": {"lora_rank": 7}},
         {"type": "jbond", "jbond": {"beta": 0.5}},
         {"type": "iterative_bond", "iterative_bond": {"n": 4, "anchor_samples": 3}},

@@ -146,15 +146,22 @@ class IterativeBondSpec(TrainingSpec):
 
 
 class VbonSpec(SampledSpec):
-    """vBoN (arXiv 2407.06057): the backward KL to best-of-n of the reference by its lower bound, with PPO's clipping of
-    whole completions. Logged candidates estimate the quantiles. Published: n = 1/β + 1 by the KL coefficient β,
-    clip_range .2; for sentiment AdamW at 3e-5, batches of 32 from 128 rollouts, four epochs on them, 10,000 steps,
-    up to 301 reference samples of a prompt; for summaries 3e-6 and batches of 4."""
+    """vBoN (arXiv 2407.06057): the backward KL to best-of-n of the reference, from fresh samples of the policy. Logged
+    candidates estimate the quantiles. Published: n = 1/β + 1 by the KL coefficient β, clip_range .2; for sentiment
+    AdamW at 3e-5, batches of 32 from 128 rollouts, four epochs on them, 10,000 steps, up to 301 reference samples of a
+    prompt; for summaries 3e-6 and batches of 4."""
 
     n: int = Field(16, ge=2, le=MOST_N)
     """The best-of-n aimed at; there may be fewer candidates. Left out: the job's n."""
     clip_range: float = Field(0.2, gt=0, lt=1)
-    """By how much π/π_old of a completion may leave 1 before its gradient ends; π_old drew it."""
+    """By how much π/π_old of a completion may leave 1 before its gradient ends; π_old drew it. Of ppo_clip alone."""
+    likelihood: Literal["bound", "exact"] = "bound"
+    """bound: the paper's lower bound of best-of-n's likelihood, n·F^{n−1}, at the mid-rank and so for rewards that tie.
+    exact: the likelihood of a total order, at the released add-one share strictly below: rewards should not tie. They
+    differ where a completion is a good part of the reference's mass."""
+    gradient: Literal["ppo_clip", "reinforce"] = "ppo_clip"
+    """ppo_clip: PPO's clipping of whole completions. reinforce: samples as they are, one update old. Both take
+    the mean of a prompt's others off."""
 
     @property
     def log_aim(self) -> float | None:

@@ -1,13 +1,13 @@
 """Learning from completions that another policy drew.
 
-Owns truncated importance weights of completions and of tokens, TOPR's taper of advantages, and what stands for the
-reference when the draws are another policy's: shares, quantiles and best-of-n weights by self-normalised importance.
+Owns truncated importance weights of completions, TOPR's taper of advantages, and what stands for the reference when the
+draws are another policy's: shares, quantiles and best-of-n weights by self-normalised importance.
 Does not own any loss, nor what draws of the reference itself are worth (`order`, `quantiles`: less biased there).
 
 "Sampled" names the policy π_b that drew a completion. Weights are data: no gradient passes through them. Log-probs are
 in nats; of whole completions they are token sums.
 
-Dimension key:  B prompts · N candidates per prompt · M draws of another policy for one prompt · L tokens, padded
+Dimension key:  B prompts · N candidates per prompt · M draws of another policy for one prompt
 """
 
 from __future__ import annotations
@@ -35,24 +35,6 @@ def truncated_importance(logprob_BN: Tensor, sampled_logprob_BN: Tensor, *, max_
     """
     log_ratio_BN = _log_ratio(logprob_BN, sampled_logprob_BN)
     return log_ratio_BN.clamp(max=_log_cap(max_importance)).exp()
-
-
-def truncated_token_importance(
-    logprob_NL: Tensor, sampled_logprob_NL: Tensor, is_token_NL: Tensor, *, max_importance: float
-) -> Tensor:
-    """min(c, π/π_b) of each token after its prefix, held fixed; 0 on padding, whatever stands there.
-
-    Truncated importance sampling: π as the trainer computes it, π_b as the engine sampled, near one another token by
-    token. Later tokens are weighed as if the prefix had been drawn from π, a bias that vanishes with π_b → π and keeps
-    the variance from growing with length.
-
-    (N, L) log-probs of single tokens, (N, L) booleans -> (N, L); in [0, c], c ≥ 1. ValueError when shapes differ.
-    """
-    if is_token_NL.shape != logprob_NL.shape or is_token_NL.dtype != torch.bool:
-        raise ValueError(f"one boolean for each log-prob: {is_token_NL.shape} {is_token_NL.dtype}, {logprob_NL.shape}")
-    held_NL = logprob_NL.where(is_token_NL, 0.0)
-    log_ratio_NL = _log_ratio(held_NL, sampled_logprob_NL.where(is_token_NL, 0.0))
-    return log_ratio_NL.clamp(max=_log_cap(max_importance)).exp() * is_token_NL
 
 
 def tapered_advantage(advantage_B: Tensor, logprob_B: Tensor, sampled_logprob_B: Tensor) -> Tensor:

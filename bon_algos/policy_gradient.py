@@ -5,9 +5,9 @@ REINFORCE surrogate and the clipped one of PPO (arXiv:1707.06347). Does not own 
 `vbon`), nor sampling; no value function.
 
 The losses are surrogates: their gradient, in expectation over samples, is that of the objective, negated; their value
-is not. Log-probs are token sums of whole completions, in nats, unless the suffix has `L`.
+is not. Log-probs are token sums of whole completions, in nats.
 
-Dimension key:  B prompts · N samples per prompt · L tokens, padded
+Dimension key:  B prompts · N samples per prompt
 """
 
 from __future__ import annotations
@@ -97,54 +97,20 @@ def ppo_clip_loss(
     ValueError when shapes differ, something is not finite, or ε is out of range.
     """
     _check(logprob_BN, sampled_logprob_BN, advantage_BN)
-    return _clipped(logprob_BN, sampled_logprob_BN, advantage_BN, clip_range)
-
-
-def ppo_clip_token_loss(
-    logprob_NL: Tensor, sampled_logprob_NL: Tensor, advantage_NL: Tensor, is_token_NL: Tensor, *, clip_range: float
-) -> ClippedLoss:
-    """PPO eq. 7 with every token as an action, averaged over all tokens of all completions together.
-
-    As in the code released with vBoN (arXiv:2407.06057; its `PPOConfig.loss`, from trlx), less the value function.
-    ρ is of single tokens: unlike the product over tokens it stays near 1, and it is biased for π ≠ π_old, as the
-    prefixes remain π_old's. One divisor for all tokens: at π = π_old the gradient is that of `reinforce_loss` over N
-    completions times N/(number of tokens), so a step's length depends on how long its completions are, and of a batch
-    that is split the parts weigh by their number of tokens.
-
-    logprob_NL          (N, L)  log π of each token given what precedes it; carries the gradient
-    sampled_logprob_NL  (N, L)  log π_old of the same
-    advantage_NL        (N, L)  held fixed; where it belongs to a completion, expanded over its tokens
-    is_token_NL         (N, L)  bool: False is padding, where the others may hold anything
-    clip_range          ε in (0, 1)
-
-    ValueError when shapes differ, no token is there, something at a token is not finite, or ε is out of range.
-    """
-    given = (logprob_NL, sampled_logprob_NL, advantage_NL)
-    if is_token_NL.dtype != torch.bool or not is_token_NL.any():
-        raise ValueError(f"need a mask of bool with at least one token, got {is_token_NL.dtype}")
-    if any(of_token.shape != is_token_NL.shape for of_token in given):
-        raise ValueError(f"need one shape: {[tuple(t.shape) for t in given]}, mask {tuple(is_token_NL.shape)}")
-    logprob_1T, sampled_1T, advantage_1T = (of_token[is_token_NL][None] for of_token in given)
-    _check(logprob_1T, sampled_1T, advantage_1T)
-    return _clipped(logprob_1T, sampled_1T, advantage_1T, clip_range)
-
-
-def _clipped(logprob: Tensor, sampled_logprob: Tensor, advantage: Tensor, clip_range: float) -> ClippedLoss:
-    """Any one shape; the mean over all."""
     if not 0 < clip_range < 1:
         raise ValueError(f"the clip range must lie in (0, 1), got {clip_range}")
-    log_ratio = logprob - sampled_logprob.detach()
-    advantage = advantage.detach().to(log_ratio.dtype)
+    log_ratio_BN = logprob_BN - sampled_logprob_BN.detach()
+    advantage_BN = advantage_BN.detach().to(log_ratio_BN.dtype)
     # min(ρ·A, clip(ρ)·A) has one effective bound, by the sign of A. Applied to log ρ it is met before the exponential:
     # a ratio that would overflow is cut, where the clipped branch of the literal form leaves 0 · ∞ in the gradient.
     lowest, highest = math.log1p(-clip_range), math.log1p(clip_range)
-    kept = torch.where(advantage < 0, log_ratio.clamp(min=lowest), log_ratio.clamp(max=highest))
-    is_clipped = (kept != log_ratio) & (advantage != 0)
+    kept_BN = torch.where(advantage_BN < 0, log_ratio_BN.clamp(min=lowest), log_ratio_BN.clamp(max=highest))
+    is_clipped_BN = (kept_BN != log_ratio_BN) & (advantage_BN != 0)
     metrics = ClippedMetrics(
-        clip_fraction=is_clipped.to(log_ratio.dtype).mean(),
-        mean_ratio=log_ratio.detach().exp().mean(),
+        clip_fraction=is_clipped_BN.to(log_ratio_BN.dtype).mean(),
+        mean_ratio=log_ratio_BN.detach().exp().mean(),
     )
-    return ClippedLoss(-(advantage * kept.exp()).mean(), metrics)
+    return ClippedLoss(-(advantage_BN * kept_BN.exp()).mean(), metrics)
 
 
 def _check(*given: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from math import inf, log
 
 import pytest
@@ -66,46 +65,6 @@ def test_a_higher_cap_never_weighs_less(pairs, one, other):
     assert (below <= low * (1 + 1e-12)).all()
 
 
-# --- tokens ----------------------------------------------------------------------------------------------
-
-
-def test_token_weights_by_hand_and_none_for_padding():
-    # ratios 4, ½ | 1, then padding of any kind; capped at 3
-    nan, is_token_NL = float("nan"), torch.tensor([[True, True], [True, False]])
-    logprob_NL = torch.tensor([[-1.0, -2.0], [-0.5, nan]], requires_grad=True)
-    sampled_NL = torch.tensor([[-1.0 - log(4), -2.0 + log(2)], [-0.5, -inf]])
-    weight_NL = importance.truncated_token_importance(logprob_NL, sampled_NL, is_token_NL, max_importance=3.0)
-    torch.testing.assert_close(weight_NL, torch.tensor([[3.0, 0.5], [1.0, 0.0]]))
-    assert not weight_NL.requires_grad
-
-
-def test_uncapped_tokens_multiply_to_the_weight_of_the_completion():
-    logprob_NL, sampled_NL = -torch.rand(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    every = torch.ones(4, 6, dtype=torch.bool)
-    of_tokens_NL = importance.truncated_token_importance(logprob_NL, sampled_NL, every, max_importance=inf)
-    whole_N = importance.truncated_importance(logprob_NL.sum(-1), sampled_NL.sum(-1), max_importance=inf)
-    torch.testing.assert_close(of_tokens_NL.prod(-1), whole_N)
-
-
-def test_the_last_token_is_weighed_for_itself_and_the_prefix_is_taken_as_drawn():
-    """All pairs of 3 × 3 tokens. An advantage of the second token alone: the expectation of its weighted gradient over
-    π_b is that of the policy after prefixes that π_b drew."""
-    rng = torch.Generator().manual_seed(3)
-    logit_43 = torch.randn(4, 3, generator=rng, dtype=torch.float64).requires_grad_()
-    sampled_43 = torch.randn(4, 3, generator=rng, dtype=torch.float64).log_softmax(-1)
-    advantage_33 = torch.randn(3, 3, generator=rng, dtype=torch.float64)
-    logprob_43, pairs = logit_43.log_softmax(-1), torch.tensor(list(product(range(3), repeat=2)))
-    first, second = pairs.T
-    logprob_NL = torch.stack([logprob_43[0, first], logprob_43[1 + first, second]], dim=-1)
-    sampled_NL = torch.stack([sampled_43[0, first], sampled_43[1 + first, second]], dim=-1)
-    every = torch.ones(9, 2, dtype=torch.bool)
-    weight_NL = importance.truncated_token_importance(logprob_NL, sampled_NL, every, max_importance=inf)
-    law_N, advantage_N = sampled_NL.sum(-1).exp(), advantage_33[first, second]
-    loss = law_N @ (weight_NL[:, 1] * advantage_N * logprob_NL[:, 1])
-    value = sampled_43[0].exp() @ (logprob_43[1:].exp() * advantage_33).sum(-1)
-    torch.testing.assert_close(gradient(loss, logit_43), gradient(value, logit_43))
-
-
 # --- TOPR ------------------------------------------------------------------------------------------------
 
 
@@ -157,12 +116,6 @@ def test_bond_tapers_the_advantages_of_stale_samples():
 def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match="each log-prob"):
         importance.truncated_importance(torch.zeros(2, 3), torch.zeros(3), max_importance=1)
-    with pytest.raises(ValueError, match="one boolean"):
-        importance.truncated_token_importance(
-            torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3).bool(), max_importance=1
-        )
-    with pytest.raises(ValueError, match="one boolean"):
-        importance.truncated_token_importance(torch.zeros(2), torch.zeros(2), torch.ones(2), max_importance=1)
     with pytest.raises(ValueError, match="one advantage"):
         importance.tapered_advantage(torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
 

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from bon_algos.policy_gradient import (
     kl_regularised_return,
     leave_one_out,
     ppo_clip_loss,
-    ppo_clip_token_loss,
     reinforce_loss,
 )
 from tests.bon_algos.tabular import gradient
@@ -116,7 +115,6 @@ def test_only_the_policy_carries_a_gradient_and_the_loss_its_precision():
     for loss in (
         reinforce_loss(own, advantage).sum(),
         ppo_clip_loss(own, sampled.float(), advantage, clip_range=0.2).loss,
-        ppo_clip_token_loss(own, sampled.float(), advantage, own < 0, clip_range=0.2).loss,
     ):
         assert loss.dtype == torch.float32
         given_gradients = torch.autograd.grad(loss, (own, sampled, advantage), allow_unused=True)
@@ -233,67 +231,6 @@ def test_a_ratio_that_overflows_is_clipped_all_the_same():
     assert metrics.clip_fraction.item() == 1
 
 
-# --- tokens ----------------------------------------------------------------------------------------------
-
-
-def test_tokens_by_hand():
-    """ε = .2; completions of two and one tokens. ρ = 2, 1 with A = 1 and ρ = ½ with A = −1, over three tokens:
-    −(1.2 + 1 − .8)/3; the first and last are clipped. The place behind the second's end does not count."""
-    logprob_NL = torch.tensor([[2.0, 1.0], [0.5, 7.0]]).log().requires_grad_()
-    loss, metrics = ppo_clip_token_loss(
-        logprob_NL,
-        torch.zeros(2, 2),
-        torch.tensor([[1.0, 1.0], [-1.0, -1.0]]),
-        torch.tensor([[True, True], [True, False]]),
-        clip_range=0.2,
-    )
-    assert loss.item() == pytest.approx(-1.4 / 3)
-    assert torch.autograd.grad(loss, logprob_NL)[0].flatten().tolist() == pytest.approx([0, -1 / 3, 0, 0])
-    assert metrics.clip_fraction.item() == pytest.approx(2 / 3)
-    assert metrics.mean_ratio.item() == pytest.approx(3.5 / 3)
-
-
-def test_at_the_policy_that_drew_them_tokens_give_reinforce_over_the_number_of_tokens():
-    """Three completions of 2, 4 and 1 tokens: the gradient is N/7 of `reinforce_loss` on their sums."""
-    generator = torch.Generator().manual_seed(0)
-    is_token_NL = torch.arange(4) < torch.tensor([[2], [4], [1]])
-    logprob_NL = -torch.rand(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
-    advantage_N = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    loss = ppo_clip_token_loss(
-        logprob_NL, logprob_NL.detach(), advantage_N[:, None].expand(3, 4), is_token_NL, clip_range=0.2
-    ).loss
-    whole = reinforce_loss((logprob_NL * is_token_NL).sum(dim=-1)[None], advantage_N[None]).sum()
-    expected_NL = torch.autograd.grad(whole, logprob_NL)[0] * 3 / 7
-    torch.testing.assert_close(torch.autograd.grad(loss, logprob_NL)[0], expected_NL)
-
-
-garbage = st.one_of(finite, st.sampled_from([math.nan, math.inf, -math.inf, 1e300]))
-
-
-@given(st.lists(st.lists(st.tuples(finite, finite, finite), max_size=4), min_size=1, max_size=4), st.data())
-@relaxed
-def test_padding_never_matters(completions, data):
-    """Whatever stands behind a completion's end, and however far: the terms of its tokens, one by one, to the bit."""
-    tokens = [token for completion in completions for token in completion]
-    assume(tokens)
-    length = max(map(len, completions)) + data.draw(st.integers(0, 2))
-    padded = [row + [data.draw(st.tuples(*[garbage] * 3)) for _ in range(length - len(row))] for row in completions]
-    is_token_NL = torch.tensor([[t < len(row) for t in range(length)] for row in completions])
-    logprob_NL, sampled_NL, advantage_NL = torch.tensor(padded, dtype=torch.float64).unbind(dim=-1)
-    logprob_NL = (logprob_NL / 50).requires_grad_()
-    loss, metrics = ppo_clip_token_loss(logprob_NL, sampled_NL / 50, advantage_NL, is_token_NL, clip_range=0.2)
-
-    # the same tokens as so many completions of one token each
-    own_1T, sampled_1T, advantage_1T = torch.tensor(tokens, dtype=torch.float64).T[:, None]
-    own_1T = (own_1T / 50).requires_grad_()
-    expected, expected_metrics = ppo_clip_loss(own_1T, sampled_1T / 50, advantage_1T, clip_range=0.2)
-    assert torch.equal(loss, expected)
-    assert metrics == expected_metrics
-    (gradient_NL,) = torch.autograd.grad(loss, logprob_NL)
-    assert torch.equal(gradient_NL[is_token_NL], torch.autograd.grad(expected, own_1T)[0][0])
-    assert torch.equal(gradient_NL[~is_token_NL], torch.zeros(int((~is_token_NL).sum())).double())
-
-
 # --- refusals --------------------------------------------------------------------------------------------
 
 TWO, OTHER = torch.zeros(1, 2), torch.zeros(1, 3)
@@ -301,7 +238,7 @@ TWO, OTHER = torch.zeros(1, 2), torch.zeros(1, 3)
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused(wrong):
-    bad, mask = torch.tensor([[0.0, wrong]]), torch.ones(1, 2, dtype=torch.bool)
+    bad = torch.tensor([[0.0, wrong]])
     for call in (
         lambda: leave_one_out(bad),
         lambda: kl_regularised_return(bad, TWO, TWO, kl_strength=1.0),
@@ -310,7 +247,6 @@ def test_what_is_not_finite_is_refused(wrong):
         lambda: reinforce_loss(bad, TWO),
         lambda: ppo_clip_loss(TWO, TWO, bad, clip_range=0.2),
         lambda: ppo_clip_loss(TWO, bad, TWO, clip_range=0.2),
-        lambda: ppo_clip_token_loss(TWO, TWO, bad, mask, clip_range=0.2),
     ):
         with pytest.raises(ValueError, match="finite"):
             call()
@@ -324,8 +260,6 @@ def test_shapes_that_would_broadcast_are_refused():
         lambda: reinforce_loss(torch.zeros(1, 0), torch.zeros(1, 0)),
         lambda: leave_one_out(torch.zeros(2)),
         lambda: ppo_clip_loss(TWO, TWO, TWO[:, :1], clip_range=0.2),
-        lambda: ppo_clip_token_loss(TWO, TWO, TWO[:, :1], TWO == 0, clip_range=0.2),
-        lambda: ppo_clip_token_loss(TWO, TWO, TWO, OTHER == 0, clip_range=0.2),
     ):
         with pytest.raises(ValueError, match="one shape"):
             call()
@@ -346,9 +280,3 @@ def test_a_kl_strength_that_is_none_is_refused(kl_strength):
 def test_a_clip_range_that_is_none_is_refused(clip_range):
     with pytest.raises(ValueError, match="clip range"):
         ppo_clip_loss(TWO, TWO, TWO, clip_range=clip_range)
-
-
-def test_a_mask_without_tokens_or_of_numbers_is_refused():
-    for mask in (torch.zeros(1, 2, dtype=torch.bool), torch.ones(1, 2)):
-        with pytest.raises(ValueError, match="mask"):
-            ppo_clip_token_loss(TWO, TWO, TWO, mask, clip_range=0.2)

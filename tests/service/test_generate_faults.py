@@ -6,8 +6,10 @@ import time
 
 import pytest
 
+from service.breaker import LAST_CALLS
 from tests.fixtures.gateway import wait_until
 from tests.service.bad_input import CHAT, GENERATE, PLAIN
+from tests.service.records import BASE
 
 HI = {"prompt": "hi"}
 
@@ -107,6 +109,24 @@ def test_a_broken_engine_is_502_without_a_second_try_and_nothing_is_logged(world
     world.engine.script.fault = "none"
     world.client.post("/generate?n=2", HI)
     assert [group.requested for group in world.groups()] == [2]
+
+
+def test_an_answer_longer_than_we_read_closes_the_engine_to_nobody(world):
+    """The limit is ours: an engine that was asked for much has not failed."""
+    world.engine.script.fault = "endless"
+    for _ in range(LAST_CALLS):
+        assert world.client.post("/generate?n=1", {**HI, "max_tokens": 1}).status == 502
+    world.engine.script.fault = "none"
+    assert world.client.post("/generate?n=1", HI).status == 200
+
+
+def test_a_whole_answer_with_every_alternative_is_read(world):
+    """20 alternatives of some 36 bytes to each of 254 tokens, all that fit behind the prompt."""
+    world.engine.script.completions = ["x" * 254]
+    world.engine.script.alternatives = {token: -12.345678901234567 - token for token in range(20, 40)}
+    asked = {"model": BASE, "prompt": "hi", "max_tokens": 254, "logprobs": 20, "best_of": 1}
+    [choice] = world.client.post("/v1/completions", asked).json["choices"]
+    assert [len(of_token) for of_token in choice["logprobs"]["top_logprobs"]] == [20] * 254
 
 
 def test_a_full_engine_is_503_with_a_time_to_come_back(world):

@@ -508,6 +508,9 @@ TOOLS = chats(
     ("O16 an enum of 40 KB", schema({"enum": ["x" * 1000] * 40}), SCHEMA),
     ("O16 an enum of 1 MB", schema({"enum": ["x" * 1000] * 1000}), SCHEMA),
     ("O16 a pattern of 360 characters", schema({"type": "string", "pattern": "(a+)+$" * 60}), SCHEMA),
+    ("O16 100 million items", schema({"type": "array", "items": {"type": "boolean"}, "maxItems": 10**8}), "response_format"),
+    ("O16 300 patterns of 500 repetitions",
+     schema({"anyOf": [{"type": "string", "pattern": f"a{{1,500}}b{i}"} for i in range(300)]}), "response_format"),
     ("O17 a choice without tools", {"tool_choice": "auto"}, "tool_choice"),
     ("O17 a choice of none of them",
      {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
@@ -525,6 +528,7 @@ TOOLS = chats(
 SCHEMAS = (
     wrong("O20 an empty schema on /generate", {"json_schema": {}}, "json_schema", (GENERATE,)),
     wrong("O16 a $ref to itself on /generate", {"json_schema": {"$ref": "#"}}, "json_schema", (GENERATE,)),
+    wrong("O16 100 million items on /generate", {"json_schema": {"maxItems": 10**8}}, "json_schema", (GENERATE,)),
     written("C56 in a schema", '"json_schema":{"maximum":1e400}', "json_schema", (GENERATE,)),
     wrong("O14 tools of a prompt", {"tools": [{"name": "f"}]}, "tools", (GENERATE,)),
     Row("O14 a template without a place for tools, on /generate", 422, "tools", (GENERATE,),

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from service.breaker import LAST_CALLS
+from service.breaker import FAILED_CALLS, LAST_CALLS
 from tests.fixtures.gateway import wait_until
 from tests.service.bad_input import CHAT, GENERATE, PLAIN
 from tests.service.records import BASE
@@ -156,6 +156,32 @@ def test_a_reward_model_away_is_503_never_a_random_winner(world):
     reply = world.client.post("/generate?n=2", HI)
     assert (reply.status, reply.json["error"]["code"]) == (503, "reward_model_unavailable")
     assert reply.headers["retry-after"] == "1"
+
+
+def test_for_a_reward_model_that_fails_nothing_is_drawn_until_it_is_tried_again(world):
+    world.reward.script.fault = "error"
+    assert {world.client.post("/generate?n=2", HI).status for _ in range(FAILED_CALLS)} == {502}
+    refused, ready = world.client.post("/generate?n=2", HI), world.client.get("/ready")
+    assert (refused.status, refused.json["error"]["code"]) == (503, "reward_model_unavailable")
+    assert refused.headers["retry-after"] == "1"
+    assert (ready.status, ready.json["reward_model"]) == (503, "the reward model fails")
+    assert len(world.engine.requests) == FAILED_CALLS
+    assert world.client.post("/generate?n=1", HI).status == 200
+    world.reward.script.fault = "none"
+    wait_until(lambda: world.client.post("/generate?n=2", HI).status == 200)
+    assert world.client.get("/ready").json["reward_model"] == "ok"
+
+
+@pytest.mark.slow
+def test_a_try_whose_deadline_passed_is_followed_by_another(world):
+    world.reward.script.fault = "error"
+    for _ in range(FAILED_CALLS):
+        world.client.post("/generate?n=2", HI)
+    world.reward.script.fault = "silent"
+    wait_until(lambda: world.client.post("/generate?n=2", {**HI, "timeout_ms": 300}).status == 504)
+    assert world.client.post("/generate?n=2", HI).status == 503
+    world.reward.script.fault = "none"
+    wait_until(lambda: world.client.post("/generate?n=2", HI).status == 200)
 
 
 def test_rewards_none_of_which_is_finite_are_502(world):

@@ -19,7 +19,7 @@ object, or several with semicolons between them, with `parameters` (Llama). list
 (Mistral; and what `calling_schema` prescribes)."""
 
 _TAG: Final = "<tool_call>"
-_TAGGED: Final = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_END_TAG: Final = "</tool_call>"
 _MARKS: Final[dict[CallFormat, tuple[str, ...]]] = {
     "tagged": (_TAG,),
     "objects": ("<|python_tag|>", "{"),
@@ -114,14 +114,26 @@ def sayable(text: str, form: CallFormat) -> int:
 
 def _parsed(text: str, form: CallFormat) -> tuple[Call, ...] | None:
     if form == "tagged":
-        rest = _TAGGED.sub("", text).strip()
-        return None if rest else _calls(_TAGGED.findall(text))
+        documents = _between_tags(text)
+        return None if documents is None else _calls(documents)
     for mark in _MARKS[form][:1]:
         text = text.strip().removeprefix(mark)
     if form == "objects":
         return _calls(_split_objects(text))
     listed = _json(text)
     return _called(listed) if isinstance(listed, list) else None
+
+
+def _between_tags(text: str) -> list[str] | None:
+    """What stands in each pair of tags; None where anything but blanks stands outside of them.
+
+    Each character is looked at a fixed number of times: a model may write tags and blanks for as long as it may write.
+    """
+    *pairs, rest = text.split(_END_TAG)
+    parts = [pair.partition(_TAG) for pair in pairs]
+    if rest.strip() or any(before.strip() or not tag for before, tag, _ in parts):
+        return None
+    return [document.strip() for _, _, document in parts]
 
 
 def _split_objects(text: str) -> list[str]:

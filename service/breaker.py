@@ -1,7 +1,7 @@
 """When an engine that fails is asked no more, and when it is tried again: a state machine without I/O.
 
 Owns: the states below, what opens them, the growing pause. Does not own: what counts as a failure, nor sending the
-probe (replica.py).
+probe (replica.py; reward.py, where the next call is the probe).
 
     closed      5 of the last 10 calls failed, or a canary failed       -> open
     open        its pause is over: one probe may go                     -> half_open

@@ -16,7 +16,7 @@ from pydantic_core import to_json
 
 from bon_algos.vllm_protocol import MalformedReply, RefusedReply, json_object
 from service.engine_connection import Connection, Connections, TooLong, Unreachable
-from service.errors import EngineBroken, EngineRefused, Unavailable
+from service.errors import AnswerTooLong, EngineBroken, EngineRefused, Unavailable
 
 MAX_REPLY_BYTES: Final = 16 * 2**20
 _DATA: Final = b"data:"
@@ -103,7 +103,9 @@ class EngineHttp:
         except ConnectionError as error:
             raise EngineBroken(f"the {self._title} broke off its answer", code=self._broken_code) from error
         except TooLong as error:
-            raise EngineBroken(f"the {self._title} gave a malformed answer: {error}", code=self._broken_code) from error
+            raise AnswerTooLong(
+                f"the {self._title} gave a malformed answer: {error}", code=self._broken_code
+            ) from error
         except RefusedReply as error:
             raise EngineRefused(f"the {self._title} refuses the request") from error
         except MalformedReply as error:

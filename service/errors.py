@@ -37,6 +37,7 @@ Does not own: when a failure happens. Foreign exceptions are translated in the c
     ├── HeadersTooLarge             431  headers_too_large
     ├── ClientGone                  499  client_gone            never sent: nobody is there to read it
     ├── EngineBroken                502  engine_broken          an engine accepted and then did not deliver
+    │   ├── AnswerTooLong                engine_broken          longer than we read
     │   └── EngineRefused                engine_refused         it did not take a request of ours
     ├── Unavailable                 503  unavailable            + Retry-After
     │   ├── Overloaded                   overloaded             too many requests of everybody
@@ -229,6 +230,10 @@ class ClientGone(GatewayError):
 
 class EngineBroken(GatewayError):
     status, default_code = 502, "engine_broken"
+
+
+class AnswerTooLong(EngineBroken):
+    """Of an engine's code: a caller need not tell it from other broken answers."""
 
 
 class EngineRefused(EngineBroken):

@@ -19,7 +19,7 @@ from bon_algos.chat import ChatTokenizer, TemplateRefused
 from bon_algos.contracts import TAG_PATTERN, Message, Record, Route, Sampling, Tool
 from service.best_of_n import Budget
 from service.errors import InvalidField
-from service.json_schema import require_schema
+from service.json_schema import require_schema, require_small
 
 LOWEST_TEMPERATURE: Final = 0.01
 """Below it the engine samples at another temperature than it was told."""
@@ -147,6 +147,7 @@ def require_sense(request: GenerateRequest) -> None:
             require_schema(tool.parameters, f"tools[{i}].parameters")
     if request.json_schema is not None:
         require_schema(request.json_schema, "json_schema")
+        require_small(request.json_schema, "json_schema")
     tags = tags_of(request)
     if len(tags) > MAX_TAGS or not all(re.fullmatch(TAG_PATTERN, tag) for tag in tags):
         raise InvalidField(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -26,6 +27,10 @@ BODY_SECONDS = 10.0
 MAX_INTEGER_DIGITS = 1000
 MAX_MEMBERS = 1000
 """Of one JSON object."""
+MAX_OBJECTS = 20_000
+"""Of one document. Each costs a call, so that a few megabytes of them would take most of a second."""
+LONG_BYTES = 100_000
+"""From here on reading a body would hold up other requests, and is done in a thread. Fewer have no `MAX_OBJECTS`."""
 MAX_FAULTS = 1000
 """Of one body. Each is put into words before one is chosen, so of more than these none is."""
 MAX_PARAM_LENGTH = 100
@@ -40,7 +45,7 @@ _MAYBE_BROKEN = re.compile(r"\\u(0000|[dD][89a-fA-F])")
 async def read_model(request: Request, model: type[Model], max_bytes: int) -> Model:
     """The request's body as a record of this kind. Raises InvalidField (422), Unparseable (400),
     UnsupportedMediaType (415), BodyTooLarge (413), BodyTimeout (408)."""
-    return parse_model(await read_body(request, max_bytes), model)
+    return await parse_aside(await read_body(request, max_bytes), model)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -59,6 +64,12 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     except TimeoutError:
         raise BodyTimeout(f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
     return bytes(body)
+
+
+async def parse_aside(body: bytes, model: type[Model], *, null_means_itself_in: Collection[str] | None = None) -> Model:
+    """As `parse_model`, in a thread where the body is long."""
+    parse = partial(parse_model, body, model, null_means_itself_in=null_means_itself_in)
+    return parse() if len(body) < LONG_BYTES else await asyncio.to_thread(parse)
 
 
 def parse_model(body: bytes, model: type[Model], *, null_means_itself_in: Collection[str] | None = None) -> Model:
@@ -85,10 +96,9 @@ def parse_json(body: bytes) -> Any:
         text = body.decode("utf-8")
     except UnicodeDecodeError:
         raise Unparseable("the body is not valid UTF-8") from None
+    members = _members if len(body) < LONG_BYTES else _counted_members()
     try:
-        value = json.loads(
-            text, object_pairs_hook=_members, parse_constant=_refuse_constant, parse_int=_bounded_integer
-        )
+        value = json.loads(text, object_pairs_hook=members, parse_constant=_refuse_constant, parse_int=_bounded_integer)
     except json.JSONDecodeError as error:
         raise Unparseable(f"the body is not JSON: line {error.lineno}, column {error.colno}") from None
     except RecursionError:
@@ -193,6 +203,18 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
         raise Unparseable("an object has the same name twice")
+    return members
+
+
+def _counted_members() -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """As `_members`, for the objects of one document."""
+    places = iter(range(MAX_OBJECTS))
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if next(places, None) is None:
+            raise InvalidField(f"the body may have at most {MAX_OBJECTS} objects", param="body")
+        return _members(pairs)
+
     return members
 
 

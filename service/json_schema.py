@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Final
@@ -18,6 +19,14 @@ from service.errors import InvalidField
 MAX_CHARACTERS: Final = 32_768
 MAX_DEPTH: Final = 32
 MAX_PATTERN: Final = 256
+MAX_COUNT: Final = 10_000
+"""Of all counts of a schema together. For each a grammar may hold the counted part once more: an engine's compiler
+takes some 10 KB of memory and 0.1 ms for it."""
+COUNTS: Final = frozenset(
+    f"{bound}{what}" for bound in ("min", "max") for what in ("Items", "Properties", "Length", "Contains")
+)
+_PIECE: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(?P<least>[0-9]*)(?:,(?P<most>[0-9]*))?\}|.", re.DOTALL)
+"""Of a regular expression: an atom, a parenthesis, or a count behind one of the two."""
 ALTERNATIVES: Final = ("anyOf", "oneOf", "allOf")
 
 
@@ -32,7 +41,7 @@ def require_schema(schema: Mapping[str, Any], param: str) -> None:
             raise InvalidField(f"{param} must refer to its own parts only (#/…); got another $ref", param=param)
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidField(f"{param} must have finite numbers", param=param)
-        if name == "pattern" and isinstance(value, str) and len(value) > MAX_PATTERN:
+        if any(len(pattern) > MAX_PATTERN for pattern in _patterns(name, value)):
             raise InvalidField(f"{param} must have patterns of at most {MAX_PATTERN} characters", param=param)
     if len(json.dumps(schema, ensure_ascii=False)) > MAX_CHARACTERS:
         raise InvalidField(f"{param} must be at most {MAX_CHARACTERS} characters of JSON; got more", param=param)
@@ -45,6 +54,47 @@ def require_movable(schema: Mapping[str, Any], param: str) -> None:
         raise InvalidField(f"{param} must have an object as $defs", param=param)
     if any(name == "$ref" and not str(value).startswith("#/$defs/") for _, name, value in _members(schema)):
         raise InvalidField(f"{param} that must be called may refer to their own #/$defs/… only", param=param)
+
+
+def require_small(schema: Mapping[str, Any], param: str) -> None:
+    """What candidates are held to, and an engine therefore compiles: of few counts. Raises InvalidField."""
+    counted = 0.0
+    for _, name, value in _members(schema):
+        if name in COUNTS and isinstance(value, int | float):
+            counted += max(value, 0)
+        counted += sum(map(_repeated, _patterns(name, value)))
+    if counted > MAX_COUNT:
+        raise InvalidField(
+            f"{param} must have lengths, numbers of items and of properties, and repetitions in patterns of at most "
+            f"{MAX_COUNT} together; got more",
+            param=param,
+        )
+
+
+def _patterns(name: str, value: object) -> list[str]:
+    """The regular expressions of a member."""
+    if name == "patternProperties" and isinstance(value, Mapping):
+        return list(value)
+    return [value] if name == "pattern" and isinstance(value, str) else []
+
+
+def _repeated(pattern: str) -> int:
+    """How many atoms it has more than are written: `a{3}` two, `((ab){2}){3}` ten."""
+    sizes, repeated = [0], 0
+    last = 0
+    for found in _PIECE.finditer(pattern):
+        piece = found[0]
+        if piece == "(":
+            sizes.append(0)
+            continue
+        if found["least"] is not None:
+            more = last * max(int(found["most"] or found["least"] or 0) - 1, 0)
+            repeated += more
+            last, sizes[-1] = last + more, sizes[-1] + more
+            continue
+        last = sizes.pop() if piece == ")" and len(sizes) > 1 else 1
+        sizes[-1] += last
+    return repeated
 
 
 def _require_ends(schema: Mapping[str, Any], param: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from bon_algos.contracts import CandidateGroup
 from service.access import Caller
 from service.allowances import Allowances
-from service.errors import GatewayError, Overloaded, RateLimited
+from service.errors import AnswerTooLong, GatewayError, Overloaded, RateLimited
 from service.fair_queue import FairQueue, Owner, Ticket
 from service.request_cost import CompletionLengths, drawn_tokens
 
@@ -158,10 +158,13 @@ class Limits:
 @contextmanager
 def _charged(books: Allowances, name: str, most: int, admission: Admission) -> Generator[None]:
     """Of an engine that failed nobody got anything, and nobody pays. Where the caller went away nobody knows what was
-    drawn, and the most is charged: whoever leaves early must not get more than whoever stays."""
+    drawn, and the most is charged: whoever leaves early must not get more than whoever stays. So it is where the answer
+    was too long for us: the engine did all that work."""
     books.take(name, most, monotonic())
     try:
         yield
+    except AnswerTooLong:
+        raise
     except GatewayError:
         admission.charged = 0
         raise

@@ -4,8 +4,9 @@ Owns: its outstanding tokens, what counts as a failure, draining, the state an o
 replica a request goes to (pool.py), the protocol (vllm.py), proving policies (publishing.py).
 
 What opens the breaker: an engine that cannot be reached, has no room or breaks off. What does not: a client that
-leaves, a request that the engine refuses, a policy it forgot, and a deadline, for it is the caller's and may be a
-millisecond. An engine that never says a word is found out by the canary, whose deadline is our own; `/health` and
+leaves, a request that the engine refuses, an answer longer than we read (the limit is ours, and whoever finds out how
+to cross it must not close the engine to all others), a policy it forgot, and a deadline, for it is the caller's and may
+be a millisecond. An engine that never says a word is found out by the canary, whose deadline is our own; `/health` and
 `/v1/models` answer while the part of vLLM that samples hangs.
 """
 
@@ -23,7 +24,7 @@ from bon_algos.contracts import Candidate, Sampling
 from service.best_of_n import Policy
 from service.breaker import Breaker
 from service.canary import Canary
-from service.errors import EngineBroken, EngineRefused, EngineUnavailable, GatewayError, PolicyNotServed
+from service.errors import AnswerTooLong, EngineBroken, EngineRefused, EngineUnavailable, GatewayError, PolicyNotServed
 from service.vllm import DrawingWindow, EngineState, Listener
 
 ReplicaState = Literal["ok", "open", "hung", "other_base", "draining"]
@@ -179,7 +180,7 @@ class Replica:
         except PolicyNotServed:
             self._served -= {policy}
             raise
-        except EngineRefused:
+        except (EngineRefused, AnswerTooLong):
             raise
         except (EngineUnavailable, EngineBroken) as error:
             self._count(epoch, error)

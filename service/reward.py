@@ -1,24 +1,30 @@
 """The reward model: a number for each completion, or the reason why it has none.
 
 Owns: asking every member at once, over HTTP; one that fails fails all, for an ensemble of fewer is another reward
-model. Does not own: what is said and how it is read (bon_algos/scoring.py), deadlines, choosing.
+model; that nothing is drawn for one whose last calls failed (a deadline is the caller's and does not count). Does not
+own: what is said and how it is read (bon_algos/scoring.py), deadlines, choosing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Sequence
+import math
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
 from typing import Any, Final, TypeVar
 
 from bon_algos.contracts import Message, RewardConfig
 from bon_algos.scoring import Asked, Call, Completion, Reader, Score, combined, template_digest_of
+from service.breaker import Breaker
 from service.engine_http import EngineHttp
-from service.errors import GatewayError, InvalidField, RewardModelUnavailable
+from service.errors import EngineBroken, EngineRefused, GatewayError, InvalidField, RewardModelUnavailable
 from service.vllm import LIST_SECONDS, model_names
 
 LONG_CHARACTERS: Final = 100_000
 """From here on tokenising would hold up other requests, and is done in a thread."""
+FAILING: Final = "the reward model fails"
 T = TypeVar("T")
 log = logging.getLogger("bonsai.reward")
 
@@ -43,13 +49,17 @@ class RewardModel:
         ]
         self.model = config.id
         self.template_digest = template_digest_of(readers)
+        self._breaker = Breaker(monotonic)
 
     async def close(self) -> None:
         for http in self._http:
             await http.close()
 
     async def state(self) -> str:
-        """ok, or in a few words why not."""
+        """ok, or in a few words why not. When the pause after failures is over it may be ok again, so that requests
+        come: the first of them finds out."""
+        if self._breaker.state == "open" and monotonic() < self._breaker.probe_at:
+            return FAILING
         states = await _all(self._state_of(i) for i in range(len(self._http)))
         return next((state for state in states if state != "ok"), "ok")
 
@@ -61,6 +71,14 @@ class RewardModel:
         if self._config.members[i].model in served:
             return "ok"
         return "serves another model" + (f" than {self._config.members[i].id}" if len(self._http) > 1 else "")
+
+    def require_up(self) -> None:
+        """Refuse what would be drawn for nothing. Raises RewardModelUnavailable."""
+        pause = self._breaker.probe_at - monotonic()
+        if self._breaker.state == "half_open" or (self._breaker.state == "open" and pause > 0):
+            error = RewardModelUnavailable(f"{FAILING} of late: it is tried again soon")
+            error.retry_after = max(1, math.ceil(pause))
+            raise error
 
     def require_room(self, prompt: str, messages: Sequence[Message] | None) -> None:
         """Refuse what could not be scored whatever is completed. Raises InvalidField."""
@@ -74,11 +92,32 @@ class RewardModel:
         Raises RewardModelUnavailable (503) and EngineBroken (502).
         """
         asked = [Completion(prompt, messages, text) for text in completions]
-        scores = combined(self._config, await _all(self._scores_of(i, asked) for i in range(len(self._http))))
+        with self._counted():
+            scores = combined(self._config, await _all(self._scores_of(i, asked) for i in range(len(self._http))))
         if reason := next((score.reason for score in scores if score.reason), ""):
             missing = sum(score.reward is None for score in scores)
             log.warning("%d of %d completions have no reward: %s", missing, len(scores), reason)
         return scores
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """The first call after a pause is the probe. What the model refuses it has read."""
+        epoch, is_probe, works = self._breaker.epoch, self._breaker.try_probe(), False
+        try:
+            yield
+            works = True
+        except EngineRefused:
+            works = True
+            raise
+        except (RewardModelUnavailable, EngineBroken):
+            self._breaker.count(epoch, failed=True)
+            raise
+        finally:
+            if works:
+                self._breaker.close()
+                self._breaker.count(epoch, failed=False)
+            elif is_probe:
+                self._breaker.trip()
 
     async def score_of_member(
         self, i: int, prompt: str, messages: Sequence[Message] | None, completions: Sequence[str]

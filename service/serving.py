@@ -168,6 +168,7 @@ def _scorable(
         assignment, plan = settle(position=position)
         if assignment.arm.n > 1 or request.wait_for_reward:
             serving.reward_test.require_passed()
+            serving.reward_model.require_up()
             serving.reward_model.require_room(prompt.prompt, request.messages)
         return assignment, plan
 

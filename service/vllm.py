@@ -201,5 +201,7 @@ def _cards(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _max_bytes(n: int, sampling: Sampling) -> int:
-    """What n candidates can take on the wire: a token costs its text, its id and its log-prob, thrice quoted."""
-    return n * (sampling.max_tokens * 512 + 16_384)
+    """More than n candidates ever take on the wire. A token that comes as a chunk of its own has a frame of about 400
+    bytes, its text, its id and its log-prob thrice quoted, and each alternative an id and a number."""
+    of_a_token = 1024 + 64 * (sampling.top_logprobs + 1)
+    return n * (sampling.max_tokens * of_a_token + 16_384)

@@ -21,7 +21,7 @@ from service.errors import InvalidField
 from service.fine_tuning_body import OBJECTS, FineTuningRequest
 from service.job_scripts import Wish
 from service.job_stream import EventStream
-from service.json_body import parse_model, query_parameters, read_body, read_model
+from service.json_body import parse_aside, query_parameters, read_body, read_model
 from service.routes.admin import (
     DEFAULT_LIMIT,
     MAX_LIMIT,
@@ -52,7 +52,7 @@ async def create(request: Request) -> JSONResponse:
     """As OpenAI's clients ask, who write null for what was not said."""
     is_dry_run = _is_dry_run(query_parameters(request, ("dry_run",)))
     body = await read_body(request, control_of(request).max_body_bytes)
-    asked = parse_model(body, FineTuningRequest, null_means_itself_in=OBJECTS)
+    asked = await parse_aside(body, FineTuningRequest, null_means_itself_in=OBJECTS)
     spec = asked.spec(snapshot_of(request))
     return await (_told(request, spec) if is_dry_run else _submitted(request, spec, 200))
 

@@ -12,7 +12,7 @@ from service.access import caller_of, needs
 from service.errors import InvalidField
 from service.feedback import FeedbackBook, FeedbackRequest, feedback_object
 from service.idempotency import HEADER, Idempotency
-from service.json_body import parse_model, query_parameters, read_body
+from service.json_body import parse_aside, query_parameters, read_body
 from service.replays import Reply
 from service.routes.admin import list_of
 from service.serving import Serving
@@ -26,7 +26,7 @@ async def record(request: Request) -> Response:
     query_parameters(request, ())
     serving = cast(Serving, request.app.state.serving)
     content = await read_body(request, serving.max_body_bytes)
-    asked = parse_model(content, FeedbackRequest, null_means_itself_in=())
+    asked = await parse_aside(content, FeedbackRequest, null_means_itself_in=())
 
     caller = caller_of(request)
 

@@ -24,7 +24,7 @@ from service.best_of_n import candidate_counts, finished_count, selection_of, wa
 from service.errors import ClientGone, InvalidField
 from service.generation import GenerateRequest
 from service.idempotency import HEADER, Idempotency
-from service.json_body import parse_model, query_parameters, read_body
+from service.json_body import LONG_BYTES, parse_aside, query_parameters, read_body
 from service.plain_route import PlainRoute
 from service.replays import Reply
 from service.request_cost import drawn_tokens
@@ -33,8 +33,6 @@ from service.serving import Circumstances, Prepared, Serving, answer, ledger_war
 MAX_UNIT_LENGTH = 256
 ARM, UNIT, TIMEOUT = "x-bonsai-arm", "x-bonsai-unit", "x-bonsai-timeout"
 """Headers that decide about the answer as the body does."""
-LONG_BYTES = 100_000
-"""From here on tokenising a body would hold up other requests, and is done in a thread."""
 router = APIRouter(route_class=PlainRoute)
 T = TypeVar("T")
 
@@ -45,7 +43,7 @@ async def generate(request: Request) -> Response:
     started = monotonic()
     serving = serving_of(request)
     content = await read_body(request, serving.max_body_bytes)
-    body = parse_model(content, GenerateRequest)
+    body = await parse_aside(content, GenerateRequest)
     around = circumstances_of(request, started, query_parameters(request, ("n",)))
     prepared = await prepared_aside(request, partial(prepare, serving, body, around))
 
@@ -89,7 +87,7 @@ def _idempotency(request: Request, content: bytes) -> Idempotency | None:
 
 
 async def prepared_aside(request: Request, make: Callable[[], Prepared]) -> Prepared:
-    """What `make` gives, from a thread where the body is long."""
+    """What `make` gives, from a thread where tokenising the body would hold up other requests."""
     is_long = int(request.headers.get("content-length", LONG_BYTES)) >= LONG_BYTES
     return await asyncio.to_thread(make) if is_long else make()
 

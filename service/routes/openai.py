@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.access import caller_of, needs
 from service.errors import InvalidField, NotFound
-from service.json_body import parse_model, query_parameters, read_body
+from service.json_body import parse_aside, query_parameters, read_body
 from service.openai_bodies import Body, ChatBody, CompletionBody, addressed, in_words_of
 from service.openai_messages import SCHEMA_MEMBERS
 from service.openai_replies import ChatShape, CompletionShape, Shape
@@ -53,7 +53,7 @@ async def _answered(request: Request, body_type: type[Body], shape_type: type[Sh
     serving = serving_of(request)
     content = await read_body(request, serving.max_body_bytes)
     # OpenAI's clients write null for what was not said.
-    body = parse_model(content, body_type, null_means_itself_in=SCHEMA_MEMBERS)
+    body = await parse_aside(content, body_type, null_means_itself_in=SCHEMA_MEMBERS)
     around = circumstances_of(request, started, query_parameters(request, ()))
     to = addressed(body, serving.catalogue.of(around.caller.tenant), around.forced_arm, serving.n_cap)
     with in_words_of(body):

@@ -52,6 +52,8 @@ def test_calls_are_read(form, completion, text, calls):
         ("tagged", tagged(PARIS, "[1]")),
         ("tagged", tagged(PARIS) + " and then I thought"),
         ("tagged", "<tool_call>" + PARIS),
+        ("tagged", tagged(PARIS) + "</tool_call>"),
+        ("tagged", tagged(PARIS) + " or " + tagged(ROME)),
         ("tagged", tagged('{"name": 3}')),
         ("tagged", tagged('{"name": "f", "arguments": "text"}')),
         ("tagged", tagged('{"name": "f", "arguments": {"x": NaN}}')),
@@ -65,6 +67,16 @@ def test_calls_are_read(form, completion, text, calls):
 )
 def test_what_cannot_be_read_stays_text(form, completion):
     assert read_calls(completion, form) == Spoken(completion, ())
+
+
+@pytest.mark.parametrize(
+    "completion",
+    ["<tool_call>" + " " * 30_000 + "x", "<tool_call>" * 30_000, ("<tool_call>" + " " * 50) * 5_000 + "</tool_call"],
+    ids=["blanks", "tags", "tags and blanks"],
+)
+def test_a_call_without_an_end_is_read_as_fast_as_any_text(completion):
+    """Work that grew with a power of the length would not end here: the whole gateway waits for it."""
+    assert read_calls(completion, "tagged") == Spoken(completion, ())
 
 
 WORDS = st.sampled_from(

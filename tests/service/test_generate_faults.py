@@ -6,8 +6,10 @@ import time
 
 import pytest
 
+from service.breaker import FAILED_CALLS, LAST_CALLS
 from tests.fixtures.gateway import wait_until
 from tests.service.bad_input import CHAT, GENERATE, PLAIN
+from tests.service.records import BASE
 
 HI = {"prompt": "hi"}
 
@@ -109,6 +111,24 @@ def test_a_broken_engine_is_502_without_a_second_try_and_nothing_is_logged(world
     assert [group.requested for group in world.groups()] == [2]
 
 
+def test_an_answer_longer_than_we_read_closes_the_engine_to_nobody(world):
+    """The limit is ours: an engine that was asked for much has not failed."""
+    world.engine.script.fault = "endless"
+    for _ in range(LAST_CALLS):
+        assert world.client.post("/generate?n=1", {**HI, "max_tokens": 1}).status == 502
+    world.engine.script.fault = "none"
+    assert world.client.post("/generate?n=1", HI).status == 200
+
+
+def test_a_whole_answer_with_every_alternative_is_read(world):
+    """20 alternatives of some 36 bytes to each of 254 tokens, all that fit behind the prompt."""
+    world.engine.script.completions = ["x" * 254]
+    world.engine.script.alternatives = {token: -12.345678901234567 - token for token in range(20, 40)}
+    asked = {"model": BASE, "prompt": "hi", "max_tokens": 254, "logprobs": 20, "best_of": 1}
+    [choice] = world.client.post("/v1/completions", asked).json["choices"]
+    assert [len(of_token) for of_token in choice["logprobs"]["top_logprobs"]] == [20] * 254
+
+
 def test_a_full_engine_is_503_with_a_time_to_come_back(world):
     world.engine.script.fault = "busy"
     reply = world.client.post("/generate?n=4", HI)
@@ -136,6 +156,32 @@ def test_a_reward_model_away_is_503_never_a_random_winner(world):
     reply = world.client.post("/generate?n=2", HI)
     assert (reply.status, reply.json["error"]["code"]) == (503, "reward_model_unavailable")
     assert reply.headers["retry-after"] == "1"
+
+
+def test_for_a_reward_model_that_fails_nothing_is_drawn_until_it_is_tried_again(world):
+    world.reward.script.fault = "error"
+    assert {world.client.post("/generate?n=2", HI).status for _ in range(FAILED_CALLS)} == {502}
+    refused, ready = world.client.post("/generate?n=2", HI), world.client.get("/ready")
+    assert (refused.status, refused.json["error"]["code"]) == (503, "reward_model_unavailable")
+    assert refused.headers["retry-after"] == "1"
+    assert (ready.status, ready.json["reward_model"]) == (503, "the reward model fails")
+    assert len(world.engine.requests) == FAILED_CALLS
+    assert world.client.post("/generate?n=1", HI).status == 200
+    world.reward.script.fault = "none"
+    wait_until(lambda: world.client.post("/generate?n=2", HI).status == 200)
+    assert world.client.get("/ready").json["reward_model"] == "ok"
+
+
+@pytest.mark.slow
+def test_a_try_whose_deadline_passed_is_followed_by_another(world):
+    world.reward.script.fault = "error"
+    for _ in range(FAILED_CALLS):
+        world.client.post("/generate?n=2", HI)
+    world.reward.script.fault = "silent"
+    wait_until(lambda: world.client.post("/generate?n=2", {**HI, "timeout_ms": 300}).status == 504)
+    assert world.client.post("/generate?n=2", HI).status == 503
+    world.reward.script.fault = "none"
+    wait_until(lambda: world.client.post("/generate?n=2", HI).status == 200)
 
 
 def test_rewards_none_of_which_is_finite_are_502(world):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,16 @@ from bon_algos.contracts import JobSpec, Record, TrainingRow
 from service.errors import InvalidField, Unparseable
 from service.experiment_store import ExperimentRequest
 from service.generation import GenerateRequest
-from service.json_body import MAX_FAULTS, MAX_INTEGER_DIGITS, parse_json, parse_model, path
+from service.json_body import (
+    LONG_BYTES,
+    MAX_FAULTS,
+    MAX_INTEGER_DIGITS,
+    MAX_OBJECTS,
+    parse_aside,
+    parse_json,
+    parse_model,
+    path,
+)
 from service.keys import KeyRequest
 from service.openai_bodies import ChatBody, CompletionBody
 from service.webhook_record import WebhookChange, WebhookRequest
@@ -199,6 +209,27 @@ def test_of_a_list_the_first_fault_is_the_last(model: type[BaseModel], fields):
         model.model_validate_json(json.dumps(fields), strict=True)
     # One for each kind of thing that may stand there, and that the list has ended too early.
     assert refused.value.error_count() < 10
+
+
+class Reader(Record):
+    text: str
+    thread: int = Field(default_factory=threading.get_ident)
+    """That reads it."""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("size", "is_aside"), [(LONG_BYTES - 12, False), (LONG_BYTES - 11, True)])
+async def test_a_long_body_is_read_beside_the_event_loop(size, is_aside):
+    """Around the text are 11 bytes."""
+    read = await parse_aside(b'{"text":"%s"}' % (b"a" * size), Reader)
+    assert (read.thread != threading.get_ident()) is is_aside
+
+
+def test_a_document_has_so_many_objects_and_no_more():
+    """In 4 MiB there are 600,000, which take a second."""
+    assert len(parse_json(b"[" + b'{"a":1},' * (MAX_OBJECTS - 1) + b"{}]")) == MAX_OBJECTS
+    with pytest.raises(InvalidField, match=f"at most {MAX_OBJECTS} objects"):
+        parse_json(b"[" + b'{"a":1},' * MAX_OBJECTS + b"{}]")
 
 
 @given(st.text(min_size=1, max_size=200))

@@ -1,13 +1,15 @@
-"""What a schema may be before an engine compiles it: where its references may lead."""
+"""What a schema may be before an engine compiles it: where its references may lead, how much it may count."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.errors import InvalidField
-from service.json_schema import MAX_CHARACTERS, require_movable, require_schema
+from service.json_schema import MAX_CHARACTERS, MAX_COUNT, MAX_PATTERN, require_movable, require_schema, require_small
 
 TREE = {"type": "object", "properties": {"child": {"$ref": "#"}}}
 MUTUAL = {
@@ -65,3 +67,35 @@ def test_inside_another_schema_only_defs_are_found():
     for schema in (TREE, POINTERS):
         with pytest.raises(InvalidField, match="their own #/"):
             require_movable(schema, "s")
+
+
+HALF = MAX_COUNT // 2
+
+
+@pytest.mark.parametrize(
+    ("schema", "more"),
+    [
+        ({"maxItems": MAX_COUNT}, {"minItems": 1}),
+        ({"maxLength": float(MAX_COUNT)}, {"minLength": 0.5}),
+        ({"properties": {"a": {"minProperties": HALF}, "b": {"maxProperties": HALF}}}, {"pattern": "a{2}"}),
+        ({"pattern": f"^a{{1,{HALF + 1}}}(bc){{{HALF // 2 + 1}}}$"}, {"pattern": f"^a{{1,{HALF}}}(bc){{{HALF}}}$"}),
+        ({"pattern": "((ab){50}){100}"}, {"pattern": "((ab){50}){101}"}),
+        ({"patternProperties": {f"[{{9}}]{{{MAX_COUNT + 1}}}": True}}, {"maxContains": 1}),
+        ({"pattern": r"\{99999}[{99999}]a{,9}" + f"b{{{MAX_COUNT - 7},}}"}, {"minContains": 1}),
+        ({"minItems": -(10**9)}, {"maxItems": MAX_COUNT + 1}),
+        ({"properties": {"maxItems": {"maxItems": MAX_COUNT}}}, {"items": {"maxItems": 1}}),
+    ],
+)
+def test_all_counts_of_a_schema_together_are_bounded(schema, more):
+    """An engine writes each of them out: 100 million items in 68 bytes would take all of its memory."""
+    require_small(schema, "s")
+    with pytest.raises(InvalidField, match=f"at most {MAX_COUNT} together"):
+        require_small({**schema, **more}, "s")
+
+
+@given(st.text("a(){}[]\\,:?0123456789", max_size=MAX_PATTERN))
+def test_whatever_a_pattern_looks_like_it_is_counted(pattern):
+    try:
+        require_small({"pattern": pattern}, "s")
+    except InvalidField:
+        assert "{" in pattern

@@ -11,7 +11,7 @@ import pytest
 from bon_algos.contracts import CandidateGroup
 from service.access import Caller
 from service.allowances import Allowances, TakingLimits
-from service.errors import EngineBroken, OverBudget, Overloaded, RateLimited
+from service.errors import AnswerTooLong, EngineBroken, OverBudget, Overloaded, RateLimited
 from service.fair_queue import FairQueue, Owner
 from service.limits import SHADOW_KEY, Limits
 from service.request_cost import FEWEST, CompletionLengths, drawn_tokens
@@ -238,6 +238,15 @@ async def test_an_engine_that_fails_costs_the_key_nothing():
         async with limits.admitted(GREEDY, ONE, ONE.requested, monotonic() + 60):
             raise EngineBroken("it broke")
     assert left(limits) == 100
+
+
+async def test_an_answer_that_was_too_long_for_us_costs_the_key_the_most():
+    """Else a caller who finds out how to get one would have the engine for nothing."""
+    limits = limits_of(budget=1000, tokens_per_minute=100)
+    with pytest.raises(AnswerTooLong):
+        async with limits.admitted(GREEDY, ONE, ONE.requested, monotonic() + 60):
+            raise AnswerTooLong("it is longer than 7 bytes")
+    assert left(limits) == 100 - 9
 
 
 async def test_whoever_was_never_admitted_is_charged_nothing():

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 
 import openai
 import pytest
 from pydantic import BaseModel
 
+from service.json_schema import MAX_COUNT
 from tests.fixtures.gateway import World, gateway_settings, running_gateway
 from tests.stubs.server import running
 from tests.stubs.tokenizer import text_of, write_model_directory
@@ -127,6 +129,19 @@ def test_a_call_that_must_come_is_prescribed_to_the_engine(world, client, choice
     assert [one["properties"]["name"]["enum"] for one in schema["items"]["anyOf"]] == names
     assert schema.get("maxItems") == most
     assert not world.groups()[0].is_unbiased
+
+
+def test_tools_that_must_be_called_count_together_and_those_that_may_be_do_not(world, client):
+    """What the policy is only shown no engine compiles."""
+    count = {"type": "object", "properties": {"a": {"type": "string", "maxLength": MAX_COUNT // 2 + 1}}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": count}} for name in ("f", "g")]
+    ask = partial(client.chat.completions.create, model="default", messages=ASK, tools=tools)
+    with pytest.raises(openai.UnprocessableEntityError, match=f"at most {MAX_COUNT} together") as refused:
+        ask(tool_choice="required")
+    assert refused.value.param == "tool_choice"
+    ask(tool_choice={"type": "function", "function": {"name": "f"}})
+    ask(tool_choice="auto")
+    assert len(world.engine.requests) == 2
 
 
 def test_a_cut_call_is_text_that_was_cut(world, client):

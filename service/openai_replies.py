@@ -7,7 +7,7 @@ when anything is sent (routes/openai.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from bon_algos.contracts import Alternatives, Candidate, CandidateGroup, FinishReason
@@ -50,6 +50,10 @@ class Shape(ABC):
     def delta(self, part: Part, *, is_first: bool) -> dict[str, Any]:
         """Of a chunk, for choice 0; the parts of one choice come in their order."""
 
+    @abstractmethod
+    def end(self, candidate: Candidate) -> dict[str, Any]:
+        """Of the chunk that ends a choice, and says nothing else."""
+
     def reply(self, group: CandidateGroup, count: int) -> dict[str, Any]:
         """The whole reply with the best `count` choices, or as many as finished."""
         served = ranked(group)[:count]
@@ -58,22 +62,32 @@ class Shape(ABC):
         return {**head, "choices": choices, "usage": usage(group, served), "bonsai": self.bonsai(group)}
 
     def chunk(self, part: Part, group: CandidateGroup, *, is_first: bool) -> dict[str, Any]:
-        """group: as far as it is filled."""
-        return {
-            **self._head(self.chunk_object, group),
-            "choices": [{"index": 0, **self.delta(part, is_first=is_first)}],
-        }
+        """A stretch of the choice, which does not end with it. group: as far as it is filled."""
+        said = {"index": 0, **self.delta(part, is_first=is_first), "finish_reason": None}
+        return {**self._head(self.chunk_object, group), "choices": [said]}
 
-    def last_chunk(self, group: CandidateGroup, *, include_usage: bool) -> dict[str, Any]:
-        """Without choices: what happened, and what it used if that is wanted."""
-        used = {"usage": usage(group, ranked(group)[:1])} if include_usage else {}
-        return {**self._head(self.chunk_object, group), "choices": [], **used, "bonsai": self.bonsai(group)}
+    def rest(self, group: CandidateGroup, parts: Iterable[Part], *, include_usage: bool) -> Iterator[dict[str, Any]]:
+        """The chunks of an answer that is there. parts: of the served candidate, what is still to be said.
+
+        The last one has `bonsai`. A chunk without choices is sent only to who asked for usage: everybody's loop over
+        a stream reads `choices[0]`.
+        """
+        served = cast(int, group.selected)
+        for said, part in enumerate(parts):
+            yield self.chunk(part, group, is_first=said == 0)
+        head, bonsai = self._head(self.chunk_object, group), {"bonsai": self.bonsai(group)}
+        end = {**head, "choices": [{"index": 0, **self.end(group.candidates[served])}]}
+        if not include_usage:
+            yield {**end, **bonsai}
+            return
+        yield end
+        yield {**head, "choices": [], "usage": usage(group, [served]), **bonsai}
 
     def in_one_piece(self, group: CandidateGroup, *, include_usage: bool) -> list[dict[str, Any]]:
         """The chunks that say at once all that a stream says piece by piece."""
         anew = type(self)(self._serving, self._prepared, self._shown)
         served = whole(group.candidates[cast(int, group.selected)])
-        return [anew.chunk(served, group, is_first=True), self.last_chunk(group, include_usage=include_usage)]
+        return list(anew.rest(group, [served], include_usage=include_usage))
 
     def bonsai(self, group: CandidateGroup) -> dict[str, Any]:
         return {
@@ -106,10 +120,13 @@ class CompletionShape(Shape):
     object = chunk_object = "text_completion"
 
     def choice(self, index: int, part: Part) -> dict[str, Any]:
-        return {"index": index, **self.delta(part, is_first=True)}
+        return {"index": index, **self.delta(part, is_first=True), "finish_reason": part.finish_reason}
 
     def delta(self, part: Part, *, is_first: bool) -> dict[str, Any]:
-        return {"text": part.text, "logprobs": self._logprobs(part), "finish_reason": part.finish_reason}
+        return {"text": part.text, "logprobs": self._logprobs(part)}
+
+    def end(self, candidate: Candidate) -> dict[str, Any]:
+        return {"text": "", "logprobs": None, "finish_reason": candidate.finish_reason}
 
     def _logprobs(self, part: Part) -> dict[str, Any] | None:
         if not self._shown.logprobs:
@@ -142,7 +159,7 @@ class ChatShape(Shape):
             "index": index,
             "message": {"role": "assistant", "content": content, "refusal": None, **calls},
             "logprobs": self._logprobs(part),
-            "finish_reason": _finish_reason(part, spoken),
+            "finish_reason": _finish_reason(part.finish_reason, spoken),
         }
 
     def delta(self, part: Part, *, is_first: bool) -> dict[str, Any]:
@@ -153,8 +170,11 @@ class ChatShape(Shape):
         return {
             "delta": {**role, **said, **({"tool_calls": calls} if calls else {})},
             "logprobs": self._logprobs(part),
-            "finish_reason": _finish_reason(part, spoken),
         }
+
+    def end(self, candidate: Candidate) -> dict[str, Any]:
+        reason = _finish_reason(candidate.finish_reason, self._read(candidate.text))
+        return {"delta": {}, "logprobs": None, "finish_reason": reason}
 
     def _call_objects(self, calls: Sequence[Call], choice: int = 0) -> list[dict[str, Any]]:
         """Their ids follow from the reply's, so that a stream that is told again has the same."""
@@ -196,8 +216,8 @@ class ChatShape(Shape):
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def _finish_reason(part: Part, spoken: Spoken) -> str | None:
-    return "tool_calls" if spoken.calls and part.finish_reason == "stop" else part.finish_reason
+def _finish_reason(reason: FinishReason | None, spoken: Spoken) -> str | None:
+    return "tool_calls" if spoken.calls and reason == "stop" else reason
 
 
 def ranked(group: CandidateGroup) -> list[int]:

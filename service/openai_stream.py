@@ -15,7 +15,7 @@ import asyncio
 import json
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Final
@@ -168,7 +168,8 @@ class _Events:
             if piece is None:
                 return
             if self._is_single:
-                yield self._chunk(Part(*piece[1:]), self._group)
+                yield _data(self._shape.chunk(Part(*piece[1:]), self._group, is_first=self._is_first))
+                self._is_first = False
                 continue
             self._pieces[piece.candidate].append(piece)
             self._requested = next(stop for stop in self._stops if stop > piece.candidate)
@@ -179,22 +180,20 @@ class _Events:
 
     def _told(self, filled: Answer) -> Iterator[bytes]:
         """When there is an answer."""
-        group = filled.group
+        unsaid = self._unsaid(filled.group)
+        yield from map(_data, self._shape.rest(filled.group, unsaid, include_usage=self._options.include_usage))
+
+    def _unsaid(self, group: CandidateGroup) -> Sequence[Part]:
+        """What the served candidate said and the client has not heard."""
+        assert group.selected is not None
         if not self._is_single:
-            assert group.selected is not None
-            yield from (self._chunk(Part(*piece[1:]), group) for piece in self._pieces[group.selected])
-        elif self._is_first:
-            yield self._chunk(whole(group.candidates[0]), group)
-        yield _data(self._shape.last_chunk(group, include_usage=self._options.include_usage))
+            return [Part(*piece[1:]) for piece in self._pieces[group.selected]]
+        return [whole(group.candidates[group.selected])] if self._is_first else []
 
     @property
     def _is_single(self) -> bool:
         """Whether the one sample that is drawn is the answer, before it has come."""
         return self._stops == (1,)
-
-    def _chunk(self, part: Part, group: CandidateGroup) -> bytes:
-        is_first, self._is_first = self._is_first, False
-        return _data(self._shape.chunk(part, group, is_first=is_first))
 
     def _progress(self) -> tuple[bytes, ...]:
         if self._options.bonsai_progress:

@@ -142,15 +142,15 @@ def chat(client: Any, **more: Any) -> tuple[Mapping[str, str], Heard]:
     raw = client.chat.completions.with_raw_response.create(
         model="default", messages=HI, logprobs=True, stream=True, extra_headers=ONCE, **more
     )
-    *said, last = raw.parse()
-    parts = [chunk.choices[0] for chunk in said]
+    chunks = list(raw.parse())
+    parts = [choice for chunk in chunks for choice in chunk.choices]
     assert [part.delta.role for part in parts] == ["assistant", *[None] * (len(parts) - 1)]
     return raw.headers, Heard(
-        {chunk.id for chunk in [*said, last]},
+        {chunk.id for chunk in chunks},
         "".join(part.delta.content or "" for part in parts),
         [part.finish_reason for part in parts if part.finish_reason],
-        [token.logprob for part in parts for token in part.logprobs.content],
-        last.to_dict(),
+        [token.logprob for part in parts if part.logprobs for token in part.logprobs.content],
+        chunks[-1].to_dict(),
     )
 
 
@@ -158,14 +158,14 @@ def complete(client: Any, **more: Any) -> tuple[Mapping[str, str], Heard]:
     raw = client.completions.with_raw_response.create(
         model="default", prompt="hi", logprobs=0, stream=True, extra_headers=ONCE, **more
     )
-    *said, last = raw.parse()
-    parts = [chunk.choices[0] for chunk in said]
+    chunks = list(raw.parse())
+    parts = [choice for chunk in chunks for choice in chunk.choices]
     return raw.headers, Heard(
-        {chunk.id for chunk in [*said, last]},
+        {chunk.id for chunk in chunks},
         "".join(part.text for part in parts),
         [part.finish_reason for part in parts if part.finish_reason],
-        [logprob for part in parts for logprob in part.logprobs.token_logprobs],
-        last.to_dict(),
+        [logprob for part in parts if part.logprobs for logprob in part.logprobs.token_logprobs],
+        chunks[-1].to_dict(),
     )
 
 

@@ -1,12 +1,13 @@
-"""Server-sent events of one answer: keep-alive comments, progress, the winner's chunks, and what went wrong.
+"""Server-sent events of one answer: keep-alive comments, progress, the choices' chunks, and what went wrong.
 
 Owns: what is sent when, that the engine stops when the client goes away, what is kept of a stream for its
 `Idempotency-Key`. Does not own: the form of a chunk (openai_replies.py), how the answer comes to be (serving.py), how
 it is kept (replays.py).
 
 A single sample is passed on piece by piece as the engine says it. Of n candidates nobody knows the winner before the
-last is scored: until then the stream lives on comments, and then has the winner in the engine's own pieces. A stream
-that is asked for again under its key says the same in one piece: when it came is nobody's interest any more.
+last is scored: until then the stream lives on comments, and then has the best in the engine's own pieces, one choice
+behind the other. A stream that is asked for again under its key says each in one piece: when it came is nobody's
+interest any more.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class _Events:
             if piece is None:
                 return
             if self._is_single:
-                yield _data(self._shape.chunk(Part(*piece[1:]), self._group, is_first=self._is_first))
+                yield _data(self._shape.chunk(0, Part(*piece[1:]), self._group, is_first=self._is_first))
                 self._is_first = False
                 continue
             self._pieces[piece.candidate].append(piece)
@@ -180,15 +181,14 @@ class _Events:
 
     def _told(self, filled: Answer) -> Iterator[bytes]:
         """When there is an answer."""
-        unsaid = self._unsaid(filled.group)
+        unsaid = partial(self._unsaid, filled.group)
         yield from map(_data, self._shape.rest(filled.group, unsaid, include_usage=self._options.include_usage))
 
-    def _unsaid(self, group: CandidateGroup) -> Sequence[Part]:
-        """What the served candidate said and the client has not heard."""
-        assert group.selected is not None
+    def _unsaid(self, group: CandidateGroup, place: int) -> Sequence[Part]:
+        """What the candidate said and the client has not heard."""
         if not self._is_single:
-            return [Part(*piece[1:]) for piece in self._pieces[group.selected]]
-        return [whole(group.candidates[group.selected])] if self._is_first else []
+            return [Part(*piece[1:]) for piece in self._pieces[place]]
+        return [whole(group.candidates[place])] if self._is_first else []
 
     @property
     def _is_single(self) -> bool:

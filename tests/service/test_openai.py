@@ -245,6 +245,29 @@ def test_the_winner_of_n_is_streamed_in_the_engines_pieces(world, client):
     assert group.id == last.id
 
 
+def test_the_best_n_of_best_of_are_streamed_in_their_order(world, client):
+    """One behind the other, as a whole reply has them; the cut one is last."""
+    world.engine.script.completions = THREE
+    world.engine.script.finish_reasons = ["stop", "stop", "length"]
+    asked = {"model": "default", "n": 3, "extra_body": {"best_of": 3}}
+    streamed = {**asked, "stream": True, "stream_options": {"include_usage": True}}
+    whole = client.chat.completions.create(messages=HI, **asked)
+    *said, last = client.chat.completions.create(messages=HI, **streamed)
+    parts = [chunk.choices[0] for chunk in said]
+    assert [part.index for part in parts] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [part.delta.role for part in parts] == ["assistant", None, None] * 3
+    assert [part.delta.content for part in parts[::3]] == ["t", "s", "m"]
+    assert [part.delta.content for part in parts[1::3]] == [text[1:] for text in (THREE[1], THREE[0], THREE[2])]
+    ends = [None, None, "stop", None, None, "stop", None, None, "length"]
+    assert [part.finish_reason for part in parts] == ends
+    assert last.usage == whole.usage
+    *said, last = client.completions.create(prompt="hi", **streamed)
+    parts = [chunk.choices[0] for chunk in said]
+    assert [part.text for part in parts[1::3]] == [text[1:] for text in (THREE[1], THREE[0], THREE[2])]
+    assert [part.finish_reason for part in parts] == ends
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
+
+
 def test_a_single_sample_is_streamed_as_it_comes(world, client):
     world.engine.script.completions = ["hello"]
     stream = client.completions.create(model=BASE, prompt="hi", stream=True, logprobs=0)

@@ -150,6 +150,24 @@ def test_a_streamed_call_comes_whole_behind_its_words(world, client, best_of):
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "tool_calls"
 
 
+def test_the_calls_of_streamed_choices_are_those_of_a_whole_reply(world, client):
+    """Each choice is read for itself, and its calls are numbered and named for themselves."""
+    world.engine.script.completions = ["Let me see.\n" + CALL, CALL + CALL]
+    asked = {"model": "default", "messages": ASK, "tools": [WEATHER], "n": 2, "extra_body": {"best_of": 2}}
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    said: dict[int, list[str]] = {0: [], 1: []}
+    calls: dict[int, list[tuple[int, str]]] = {0: [], 1: []}
+    for [choice] in (chunk.choices for chunk in chunks):
+        said[choice.index].append(choice.delta.content or "")
+        calls[choice.index] += [(call.index, call.function.name) for call in choice.delta.tool_calls or ()]
+    whole = client.chat.completions.create(**asked).choices
+    assert ["".join(texts) for texts in said.values()] == [choice.message.content or "" for choice in whole]
+    assert {len(found) for found in calls.values()} == {1, 2}
+    assert all(found == [(i, "weather") for i in range(len(found))] for found in calls.values())
+    ids = [call.id for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert len(set(ids)) == 3
+
+
 @pytest.mark.parametrize("best_of", [1, 3])
 def test_a_streamed_call_that_is_told_again_is_the_same_call(world, client, best_of):
     """Its id too: the client may have answered it already."""

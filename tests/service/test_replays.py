@@ -186,6 +186,33 @@ def test_a_stream_is_drawn_once_and_says_the_same_again(world, client, stream, b
     assert len(world.engine.requests) == 1
 
 
+def test_every_choice_of_a_stream_is_told_again(world, client):
+    world.engine.script.completions = ["the longest of them", "short", "middling"]
+    world.engine.script.finish_reasons = ["stop", "length", "stop"]
+
+    def told() -> tuple[dict[int, str], list[tuple[int, str]], Any]:
+        *chunks, last = client.chat.completions.create(
+            model="default",
+            messages=HI,
+            n=3,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_headers=ONCE,
+            extra_body={"best_of": 3},
+        )
+        texts: dict[int, str] = {}
+        for [choice] in (chunk.choices for chunk in chunks):
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+        ends = [(one.index, one.finish_reason) for chunk in chunks for one in chunk.choices if one.finish_reason]
+        return texts, ends, last.to_dict()
+
+    first = told()
+    assert told() == first
+    assert first[0] == {0: "the longest of them", 1: "middling", 2: "short"}
+    assert first[1] == [(0, "stop"), (1, "stop"), (2, "length")]
+    assert len(world.engine.requests) == 1
+
+
 def test_usage_that_was_not_asked_for_is_not_told_again_either(world, client):
     assert [chat(client)[1].last.get("usage") for _ in range(2)] == [None, None]
 

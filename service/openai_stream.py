@@ -158,26 +158,35 @@ class _Events:
             yield _data(problem(GatewayError("the gateway failed; its log has the details"), request_id))
 
     async def _said(self, heard: list[Piece | None]) -> AsyncGenerator[bytes]:
-        """While the work is going on."""
+        """While the work is going on. What is heard and not sent does not break the silence."""
+        loop = asyncio.get_running_loop()
+        silent_since = loop.time()
         while True:
             try:
-                piece = heard.pop() if heard else await self._work.next(KEEP_ALIVE_SECONDS)
+                left = silent_since + KEEP_ALIVE_SECONDS - loop.time()
+                piece = heard.pop() if heard else await self._work.next(left)
             except TimeoutError:
-                for comment in self._comment(PING):
-                    yield comment
-                continue
-            if piece is None:
-                return
-            if self._is_single:
-                yield _data(self._shape.chunk(0, Part(*piece[1:]), self._group, is_first=self._is_first))
-                self._is_first = False
-                continue
-            self._pieces[piece.candidate].append(piece)
-            self._requested = next(stop for stop in self._stops if stop > piece.candidate)
-            if piece.finish_reason is not None:
-                self._finished += 1
-                for event in self._progress():
-                    yield event
+                silent_since, events = loop.time(), self._comment(PING)
+            else:
+                if piece is None:
+                    return
+                events = self._events_of(piece)
+            for event in events:
+                yield event
+                silent_since = loop.time()
+
+    def _events_of(self, piece: Piece) -> tuple[bytes, ...]:
+        """A single sample's piece is passed on; another is kept until the choice, and may be progress."""
+        if self._is_single:
+            chunk = self._shape.chunk(0, Part(*piece[1:]), self._group, is_first=self._is_first)
+            self._is_first = False
+            return (_data(chunk),)
+        self._pieces[piece.candidate].append(piece)
+        self._requested = next(stop for stop in self._stops if stop > piece.candidate)
+        if piece.finish_reason is None:
+            return ()
+        self._finished += 1
+        return self._progress()
 
     def _told(self, filled: Answer) -> Iterator[bytes]:
         """When there is an answer."""

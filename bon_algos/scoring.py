@@ -35,12 +35,24 @@ class Score(NamedTuple):
     """In the member's own words, where it gave any."""
 
 
+_REASONING: Final = ("<think>", "</think>")
+
+
 class Completion(NamedTuple):
     """What is to be scored."""
 
     prompt: str
     messages: Sequence[Message] | None
     text: str
+
+    @property
+    def answer(self) -> str:
+        """The text behind its reasoning, which the policy or its template began; empty where that never ends. Reward
+        models judge answers: they were shown no reasoning when they were made."""
+        begin, end = _REASONING
+        if not self.text.lstrip().startswith(begin) and not self.prompt.endswith((begin, f"{begin}\n")):
+            return self.text
+        return self.text.partition(end)[2].lstrip()
 
 
 class Call(NamedTuple):
@@ -105,7 +117,7 @@ class VllmReader:
             write = reward_writer(self._tokenizer, prompt, messages)
             for place, completion in same_prompt:
                 try:
-                    texts[place] = write(completion.text)
+                    texts[place] = write(completion.answer)
                     scores.append(Score(None, "too_long"))
                 except TemplateRefused as error:
                     scores.append(Score(None, "reward_error", reason=str(error)))
@@ -144,7 +156,7 @@ class HttpReader:
         for _, same_prompt in groupby(range(len(completions)), key=lambda place: completions[place][:2]):
             places = list(same_prompt)
             prompt, messages, _ = completions[places[0]]
-            body = score_request(self._member.model, prompt, messages, [completions[place].text for place in places])
+            body = score_request(self._member.model, prompt, messages, [completions[place].answer for place in places])
             calls.append(Call(self._member.path, body, places, _scored(len(places))))
         return Asked([Score(None, "not_scored")] * len(completions), calls)
 

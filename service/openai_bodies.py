@@ -192,9 +192,9 @@ def addressed(body: Body, snapshot: Snapshot, forced_arm: str | None, n_cap: int
     if route is not None:
         if body.n == 1 or forced_arm is not None:
             return Addressed(body.as_request(route.name, body.best_of), forced_arm)
-        # What was asked is the request's n also where the arm says how many: so its limit is told in its words.
+        # It is the request's n also where the arm says how many: so its limit is told in its words.
         drawn = body.best_of or max(body.n, route.default_n)
-        return Addressed(body.as_request(route.name, asked), f"base:{drawn}")
+        return Addressed(body.as_request(route.name, drawn), f"base:{drawn}")
     if forced_arm is not None:
         raise InvalidField("model must be a route where x-bonsai-arm names a policy", param="model")
     if body.model not in snapshot.policies:

@@ -14,6 +14,10 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pyarrow import fs
 
+from bon_algos.crash_points import crash_point
+
+UNFINISHED: Final = ".*.part"
+"""Names of files that are being written, or were when their writer died."""
 CONNECT_SECONDS: Final = 5.0
 REQUEST_SECONDS: Final = 30.0
 ATTEMPTS: Final = 3
@@ -62,7 +66,7 @@ class Storage:
     def remove_unfinished(self) -> None:
         """What a process that died was writing. Only for the one that writes."""
         if self._is_local:
-            for path in Path(self._root).rglob(".*.part"):
+            for path in Path(self._root).rglob(UNFINISHED):
                 path.unlink(missing_ok=True)
 
 
@@ -99,6 +103,7 @@ def put_durably(final: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        crash_point("content.written")
         aside.rename(final)
     except BaseException:
         aside.unlink(missing_ok=True)

@@ -35,8 +35,8 @@ from bonsai.up import Options, prepare, running_stack
 
 TURNS: Final = 3
 N: Final = 3
-DRAWS: Final = 32
-"""Of each prompt, to measure a policy by."""
+DRAWS: Final = 64
+"""Of each prompt, to measure a policy by; and by half of the base's, what best-of-n of it wins against the others."""
 ROUTE: Final = "default"
 LEAST_GROUPS: Final = 1200
 COLLECTING, OTHERWISE = 6, 1
@@ -120,7 +120,8 @@ def turns_of(ended: RunningCircle) -> tuple[Turn, ...]:
 
 def rows_of(worths: Sequence[Worth], turns: Sequence[Turn], n: int) -> list[tuple[str, ...]]:
     """With what the turns aim at, as far as there are draws of the base to tell of it."""
-    base, aims = worths[0], [k for k in (n ** (i + 1) for i in range(len(turns))) if k <= DRAWS]
+    base = worths[0]
+    aims = [k for k in (n ** (i + 1) for i in range(len(turns))) if k <= base.pool.draws // 2]
     of_policy = {one.policy: one.quality for one in worths[1:]}
     return [
         ("the base", *_numbers(base.quality), "–", "–"),

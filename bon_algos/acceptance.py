@@ -77,6 +77,12 @@ class Requirements(NamedTuple):
             is_any_law=from_file and spec.method.type in ANY_LAW_METHODS,
         )
 
+    @property
+    def takes_all_draws(self) -> bool:
+        """Whether the reference's candidates that it leaves are draws of its law: neither picked by what was said of
+        them, nor drawn in whatever way."""
+        return self.feedback is None and not self.is_any_law
+
 
 def ranking_reward(candidate: Candidate, reward: float) -> float:
     """The number that orders candidates as they are served."""

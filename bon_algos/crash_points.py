@@ -44,8 +44,11 @@ WorkerPoint = Literal[
     "release.recorded",
     "park.asked",
     "park.recorded",
+    "orphan.renamed",
+    "report.removed",
 ]
-"""In the order in which a job passes them; the last four only when it is given back, parked with its state or not."""
+"""In the order in which a job passes them; four only when it is given back, parked with its state or not, and two
+when what others left is swept."""
 
 GatewayPoint = Literal[
     "submit.asked",
@@ -56,15 +59,18 @@ GatewayPoint = Literal[
     "dispatch.sent",
     "reconcile.asked",
     "reconcile.recorded",
+    "record.asked",
+    "record.renamed",
+    "record.told",
     "file.settled",
     "file.recorded",
     "file.forgotten",
+    "content.lost",
     "seed.asked",
     "seed.committed",
     "transaction.asked",
     "transaction.committed",
     "deletion.renamed",
-    "journal.written",
     "journal.renamed",
     "reply.promised",
     "reply.kept",
@@ -81,6 +87,7 @@ ArchivePoint = Literal[
     "root.asked",
     "root.written",
     "batch.asked",
+    "content.written",
     "batch.written",
     "manifest.written",
     "manifest.named",
@@ -99,6 +106,8 @@ ArchivePoint = Literal[
     "reply.removed",
     "job.failed",
     "policies.tainted",
+    "erasure.told",
+    "unfinished.removed",
     "content.removed",
     "sources.written",
     "erasure.recorded",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Final
 
 import numpy as np
@@ -19,12 +19,14 @@ from bon_algos.acceptance import (
     MIN_FINGERPRINT_TOKENS,
     Choice,
     Pool,
+    Prompt,
     Requirements,
     Unusable,
     pool,
     split_sides,
     usable_pools,
 )
+from bon_algos.ancestors import NO_ANCESTORS, Lineage
 from bon_algos.contracts import CandidateGroup, DataReport, GainPoint, Leakage, RewardDistribution, Spread, Trouble
 from bon_algos.near_duplicates import near_duplicates
 from bon_algos.order import best_of_k_values, kl_best_of_n_estimate, kl_bound, mean_interval
@@ -44,10 +46,15 @@ def data_report(
     held_out_fraction: float,
     groups_read: int,
     is_whole: bool,
+    lineage: Lineage | Unusable = NO_ANCESTORS,
 ) -> DataReport:
-    """tokens: of all completions of a chosen group, by its id. n: the best-of-n that the policy is to stand in for."""
+    """tokens: of all completions of a chosen group, by its id. n: the best-of-n that the policy is to stand in for.
+    lineage: of the policy, or why nobody knows it."""
     accepted = len(choice.chosen)
-    pools, troubles = _pools(choice, wanted, held_out_fraction)
+    trained_before = frozenset[Prompt]() if isinstance(lineage, Unusable) else lineage.trained
+    pools, troubles = _pools(choice, wanted, held_out_fraction, trained_before)
+    if isinstance(lineage, Unusable):
+        troubles = [Trouble(code=lineage.code, message=lineage.message)]
     if not troubles and (trouble := _too_few_tokens(pools, tokens)):
         troubles.append(trouble)
     rows = [pool.ranking_rewards for pool in pools if len(pool.ranking_rewards) > 1]
@@ -73,14 +80,16 @@ def data_report(
     )
 
 
-def _pools(choice: Choice, wanted: Requirements, held_out_fraction: float) -> tuple[list[Pool], list[Trouble]]:
+def _pools(
+    choice: Choice, wanted: Requirements, held_out_fraction: float, trained_before: Set[Prompt]
+) -> tuple[list[Pool], list[Trouble]]:
     """As the worker would have them; where it would have none, those that there are, and why."""
     try:
-        return usable_pools(choice, wanted, held_out_fraction), []
+        return usable_pools(choice, wanted, held_out_fraction, trained_before), []
     except Unusable as reason:
         trouble = Trouble(code=reason.code, message=reason.message)
     try:
-        sides = split_sides(choice.chosen, held_out_fraction)
+        sides = split_sides(choice.chosen, held_out_fraction, trained_before)
     except ValueError:
         sides = {group.prompt_token_ids: "train" for group in choice.chosen}
     return pool(choice.chosen, sides), [trouble]

@@ -36,6 +36,7 @@ class Score(NamedTuple):
 
 
 _REASONING: Final = ("<think>", "</think>")
+_TOO_LONG: Final = Score(None, "too_long")
 
 
 class Completion(NamedTuple):
@@ -118,7 +119,7 @@ class VllmReader:
             for place, completion in same_prompt:
                 try:
                     texts[place] = write(completion.answer)
-                    scores.append(Score(None, "too_long"))
+                    scores.append(_TOO_LONG)
                 except TemplateRefused as error:
                     scores.append(Score(None, "reward_error", reason=str(error)))
         fitting = self._fitting(texts)
@@ -182,6 +183,8 @@ def combined(config: RewardConfig, by_member: Sequence[Sequence[Score]]) -> list
     by_member: in the order of the members, all equally long.
     """
     scales = [member.scale for member in config.members]
+    if scales == [1.0]:
+        return list(by_member[0])
     return [_of_one(own, scales, config.caution) for own in zip(*by_member, strict=True)]
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import msgspec
 from pydantic_core import from_json
@@ -120,7 +120,7 @@ class Piece(NamedTuple):
     """Of each token, where they were asked for."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Partial:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -130,10 +130,10 @@ class _Partial:
 
     def extend(self, piece: Piece) -> None:
         self.text.append(piece.text)
-        self.token_ids.extend(piece.token_ids)
-        self.logprobs.extend(piece.logprobs)
+        self.token_ids += piece.token_ids
+        self.logprobs += piece.logprobs
         self.finish_reason = piece.finish_reason
-        self.alternatives.extend(piece.alternatives)
+        self.alternatives += piece.alternatives
 
     def candidate(self) -> Candidate:
         return Candidate(
@@ -146,8 +146,12 @@ class _Partial:
         )
 
 
+_Natural = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _Told(msgspec.Struct, gc=False):
     token_logprobs: tuple[float, ...] = ()
+    """Finite: msgspec takes no number that no float holds."""
     top_logprobs: msgspec.Raw = msgspec.Raw(b"null")
     """Comes where nobody asked for it too, and is then not looked at."""
 
@@ -156,9 +160,9 @@ _NOTHING_TOLD = _Told()
 
 
 class _Choice(msgspec.Struct, gc=False):
-    index: int
+    index: _Natural
     text: str
-    token_ids: tuple[int, ...] | None = None
+    token_ids: tuple[_Natural, ...] | None = None
     logprobs: _Told | None = None
     finish_reason: FinishReason | None = None
 
@@ -177,21 +181,19 @@ class CompletionStream:
 
     def __init__(self, n: int) -> None:
         self._partial = [_Partial() for _ in range(n)]
+        self.finished = 0
+        """Candidates."""
 
     def feed(self, chunk: bytes) -> list[Piece]:
         """Take one chunk's JSON; returns what it adds to which candidates. Raises MalformedReply."""
-        pieces: list[Piece] = []
-        for choice in _choices(chunk):
-            index = _index(choice.index, len(self._partial))
-            if self._partial[index].finish_reason is not None:
-                raise MalformedReply(f"candidate {index} goes on after its end")
-            pieces.append(_piece(index, choice))
-            self._partial[index].extend(pieces[-1])
+        pieces = [_piece(choice, len(self._partial)) for choice in _choices(chunk)]
+        for piece in pieces:
+            partial = self._partial[piece.candidate]
+            if partial.finish_reason is not None:
+                raise MalformedReply(f"candidate {piece.candidate} goes on after its end")
+            partial.extend(piece)
+            self.finished += piece.finish_reason is not None
         return pieces
-
-    @property
-    def finished(self) -> int:
-        return sum(partial.finish_reason is not None for partial in self._partial)
 
     @property
     def is_complete(self) -> bool:
@@ -280,24 +282,26 @@ def _index(index: object, count: int) -> int:
     return index
 
 
-def _piece(index: int, choice: _Choice) -> Piece:
+def _piece(choice: _Choice, n: int) -> Piece:
     told = choice.logprobs or _NOTHING_TOLD
     ids, logprobs = choice.token_ids or (), told.token_logprobs
-    if min(ids, default=0) < 0 or len(ids) != len(logprobs):
+    if choice.index >= n:
+        raise MalformedReply(f"an index is above {n - 1}")
+    if len(ids) != len(logprobs):
         raise MalformedReply("token ids and log-probs of a choice do not match")
-    if not all(map(math.isfinite, logprobs)):
-        raise MalformedReply("a log-prob is not a finite number")
     alternatives = _alternatives(bytes(told.top_logprobs), len(ids))
-    return Piece(index, choice.text, ids, logprobs, choice.finish_reason, alternatives)
+    return Piece(choice.index, choice.text, ids, logprobs, choice.finish_reason, alternatives)
 
 
 _TOKEN_ID = "token_id:"
 _TOKEN_ID_BYTES = _TOKEN_ID.encode()
+_TOKEN_ID_WITHIN = 32
+"""Bytes: it is the beginning of the first object's first name."""
 
 
 def _alternatives(told: bytes, count: int) -> tuple[Alternatives, ...]:
     """Of each token, from objects with `token_id:N`: log-prob. By their texts they come where nobody asked for them."""
-    if _TOKEN_ID_BYTES not in told:
+    if _TOKEN_ID_BYTES not in told[:_TOKEN_ID_WITHIN]:
         return ()
     try:
         rows = _ALTERNATIVES.decode(told)

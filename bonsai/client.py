@@ -278,7 +278,7 @@ class BonsaiClient:
         return await self._call(Policy, "POST", "/policies", {"digest": digest})
 
     async def export_policy(self, policy_id: str, base: str) -> bytes:
-        """A tar archive of the PEFT directory. base: what the adapter says of its base model."""
+        """A tar archive of its directory. base: what an adapter says of its base model."""
         return await self._exchange("GET", f"/policies/{policy_id}/export?{urlencode({'base': base})}")
 
     async def add_webhook(self, url: str, event_types: Sequence[str], name: str) -> Webhook:

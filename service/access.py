@@ -17,7 +17,7 @@ from fastapi.params import Depends
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 
-from bon_algos.contracts import DEFAULT_TENANT
+from bon_algos.contracts import DEFAULT_TENANT, PolicyRecord
 from service.errors import Forbidden, GatewayError
 
 Role = Literal["admin", "operator", "trainer", "inference", "viewer"]
@@ -72,6 +72,18 @@ class Caller(NamedTuple):
         """Raises Forbidden for a route that the key is not good for. The route has been found among the tenant's."""
         if not self.may_use(route):
             raise Forbidden("this needs a key that is good for this route", param="route", code="route_forbidden")
+
+    def require_policy(self, policy: PolicyRecord) -> None:
+        """Raises Forbidden for a key for some routes, unless the policy learned from those alone: an import and a base
+        are of all routes. The policy has been found among the tenant's."""
+        spec = None if policy.manifest is None else policy.manifest.spec
+        learned_from = () if spec is None else (spec.route, *spec.window.routes)
+        if self.routes is not None and not (learned_from and all(map(self.may_use, learned_from))):
+            raise Forbidden(
+                "this needs a key that is good for the routes that the policy learned from",
+                param="policy_id",
+                code="route_forbidden",
+            )
 
 
 GATEWAY: Final = Caller("gateway", DEFAULT_TENANT, "admin")

@@ -40,13 +40,13 @@ class _Book:
     tokens: int = 0
     """The most they can cost."""
     ended_requests: Counter[int] = field(default_factory=Counter)
-    """By the second of the clock in which they ended."""
+    """By the second of the clock in which they ended, the earliest first."""
     ended_tokens: Counter[int] = field(default_factory=Counter)
 
     def forget(self, now: float) -> None:
         for ended in (self.ended_requests, self.ended_tokens):
-            for second in [second for second in ended if _forgotten_at(second) <= now]:
-                del ended[second]
+            while ended and _forgotten_at(earliest := next(iter(ended))) <= now:
+                del ended[earliest]
 
     @property
     def is_empty(self) -> bool:
@@ -146,7 +146,9 @@ class Allowances:
             for other in self._books.values():
                 other.forget(now)
             self._books = {other: book for other, book in self._books.items() if not book.is_empty}
-        book = self._books.setdefault(name, _Book())
+        book = self._books.get(name)
+        if book is None:
+            book = self._books[name] = _Book()
         book.forget(now)
         return book
 

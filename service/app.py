@@ -179,6 +179,7 @@ def _training_data(
         of_bytes,
         files,
         archive,
+        settings.artefacts,
         base_policy_id=settings.base_policy_id,
         reward_model_id=settings.reward_model.id,
         reward_template_digest=reward_template_digest,

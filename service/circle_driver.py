@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
-from typing import Any, Final, Literal, assert_never, cast
+from typing import Any, Final, Literal, TypeVar, assert_never, cast
 
+from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from bon_algos.contracts import (
@@ -38,7 +39,6 @@ from service.circle_rules import (
     Decision,
     End,
     Facts,
-    FreshGroups,
     JobFacts,
     Promote,
     Prove,
@@ -49,22 +49,26 @@ from service.circle_rules import (
     Wait,
     decide,
     kl_base_of,
+    needs_groups,
     turns_kept,
 )
 from service.circles import Circles
 from service.curve import Curves
 from service.dispatch import Dispatcher
 from service.errors import CircleNotFound, Conflict, GatewayError, InvalidField, JobNotFound, NotFound, ReportNotFound
+from service.fresh_groups import FreshCurves
 from service.idempotency import Idempotency
 from service.jobs import Jobs
 from service.leadership import Leadership
 from service.policies import Policies, Replaces
+from service.preconditions import ANY, Precondition
 from service.report_files import read_report, with_report
 from service.store import translated
 from service.trials import Trials
 
 log = logging.getLogger("bonsai.circle")
 LEASE_PASSES: Final = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class CircleDriver:
         self.circles = Circles(redis)
         self._redis = redis
         self._means = means
+        self._fresh = FreshCurves(means.curves)
         self._seconds = seconds
         self._leadership = Leadership(redis, CIRCLES_LEASE, seconds=LEASE_PASSES * seconds)
 
@@ -113,6 +118,20 @@ class CircleDriver:
             log.warning("the circle of %s waits: %s", circle.route, error.message)
             await self._note(circle, f"tried, and tries again: {error.message}")
 
+    async def stop(
+        self, routes: Sequence[str], reason: str, by: Caller, *, precondition: Precondition = ANY
+    ) -> dict[str, BaseException]:
+        """Stop these circles of the caller's tenant: all of them first, then their turns are ended, and what fails with
+        one keeps it from no other. The routes whose circle could not be stopped, and why. A turn that could not be
+        ended is tried again by whoever drives circles."""
+        found = {
+            route: await _apart(self.circles.stop(route, reason, by, precondition=precondition)) for route in routes
+        }
+        for route, circle in found.items():
+            if isinstance(circle, Circle) and (failure := await _apart(self.step(circle))) is not None:
+                log.error("the turn of the circle of %s is not ended yet", route, exc_info=failure)
+        return {route: failure for route, failure in found.items() if isinstance(failure, BaseException)}
+
     # --- the facts ---------------------------------------------------------------------------------------
 
     async def _facts(self, circle: Circle) -> Facts | None:
@@ -123,34 +142,25 @@ class CircleDriver:
         if route is None:
             return None
         policy = None if turn is None or turn.policy is None else snapshot.policies.get(turn.policy)
-        counted = await self._counted(circle)
-        return Facts(
+        facts = Facts(
             now=time(),
             route=route,
-            counted=counted,
-            fresh=await self._fresh(circle, route, counted) if turn is None else None,
+            counted=await self._counted(circle),
             job=None if turn is None or turn.job_id is None else await self._job(turn.job_id, circle.tenant),
+            live=snapshot.policies.get(route.live_policy or ""),
             policy=policy,
             report=None if policy is None else await self._report(policy),
             is_served=policy is not None and policy.id in snapshot.served,
             trial=None if policy is None else await self._trial(route, policy.id),
         )
+        if not needs_groups(circle, facts):
+            return facts
+        return replace(facts, fresh=await self._fresh.of(circle, route, facts.counted))
 
     async def _counted(self, circle: Circle) -> int:
         with translated():
             told = await self._redis.hget(LEDGER_COUNTS, of_tenant(circle.tenant, circle.route))
         return int(told or 0)
-
-    async def _fresh(self, circle: Circle, route: Route, counted: int) -> FreshGroups | None:
-        """Only where there may be enough: reading them costs."""
-        least = circle.spec.min_groups
-        if circle.status == "stopped" or counted - circle.counted < least:
-            return None
-        try:
-            curve = await self._means.curves.of(route, num_groups=least, n=None, since=circle.since)
-        except Conflict:
-            return None
-        return FreshGroups(curve.groups, curve.missing[0])
 
     async def _job(self, job_id: str, tenant: str) -> JobFacts | None:
         try:
@@ -164,9 +174,12 @@ class CircleDriver:
         try:
             manifest = with_report(policy.manifest)
             content = await asyncio.to_thread(read_report, self._means.artefacts, manifest, "json")
+            return PolicyReport.model_validate_json(content)
         except ReportNotFound:
             return None
-        return PolicyReport.model_validate_json(content)
+        except ValidationError as error:
+            log.error("the report of %s is of another version: %d faults", policy.id, error.error_count())
+            return None
 
     async def _trial(self, route: Route, policy_id: str) -> TrialFacts | None:
         stage = route.stage_of(policy_id)
@@ -248,7 +261,7 @@ class CircleDriver:
             reason = f"turn {turn.number} of the circle: through the gate, shadow and canary"
             served, replaces = self._snapshot(circle).served, Replaces(policy=circle.live_policy)
             await self._means.policies.promote(
-                policy, circle.route, reason, served, None, _caller(circle), replaces=replaces
+                policy, circle.route, reason, served, None, _caller(circle), replaces=replaces, circle=circle
             )
         log.info("turn %d of the circle of %s: %s is live", turn.number, circle.route, policy)
         update = {
@@ -315,6 +328,12 @@ class CircleDriver:
 
     def _snapshot(self, circle: Circle) -> Snapshot:
         return self._means.catalogue.of(circle.tenant)
+
+
+async def _apart(work: Awaitable[T]) -> T | BaseException:
+    """What it came to, or its failure, whatever it is."""
+    [outcome] = await asyncio.gather(work, return_exceptions=True)
+    return outcome
 
 
 def _caller(circle: Circle) -> Caller:

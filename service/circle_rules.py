@@ -73,7 +73,9 @@ class Facts:
     """Groups that the route's count tells now."""
     fresh: FreshGroups | None = None
     job: JobFacts | None = None
+    live: PolicyRecord | None = None
     policy: PolicyRecord | None = None
+    """Of the turn under way."""
     report: PolicyReport | None = None
     is_served: bool = False
     trial: TrialFacts | None = None
@@ -139,11 +141,12 @@ Decision = Wait | Begin | Submit | CancelJob | Prove | Try | Promote | End | Sto
 def decide(circle: Circle, facts: Facts) -> Decision:
     """The next thing to do."""
     turn = circle.turn
+    is_moved = facts.route.live_policy != circle.live_policy
+    if is_moved and turn is not None and turn.policy is not None and turn.policy == facts.route.live_policy:
+        return Promote()  # done before a crash or a stop; what remains is to write it down
     if circle.status == "stopped":
         return Wait(circle.reason) if turn is None else End("stopped", circle.reason)
-    if facts.route.live_policy != circle.live_policy:
-        if turn is not None and turn.policy is not None and turn.policy == facts.route.live_policy:
-            return Promote()  # done before a crash; what remains is to write it down
+    if is_moved:
         reason = "somebody else moved the live policy: look, and start the circle again"
         return Stop(reason) if turn is None else End("stopped", reason, stops=True)
     if turn is None:
@@ -162,8 +165,23 @@ def decide(circle: Circle, facts: Facts) -> Decision:
 # --- whether a turn may begin ----------------------------------------------------------------------------
 
 
+def needs_groups(circle: Circle, facts: Facts) -> bool:
+    """Whether what comes next depends on `Facts.fresh`, which costs much to find out."""
+    is_collecting = circle.turn is None and circle.status == "running"
+    return is_collecting and facts.route.live_policy == circle.live_policy and _held_back(circle, facts) is None
+
+
 def _collecting(circle: Circle, facts: Facts) -> Decision:
+    if (held_back := _held_back(circle, facts)) is not None:
+        return held_back
+    return _too_few(circle, facts) if facts.fresh is None else _whether_to_gain(circle.spec, facts.fresh)
+
+
+def _held_back(circle: Circle, facts: Facts) -> Decision | None:
+    """Why no turn begins, whatever the groups would say."""
     spec, budgets = circle.spec, circle.spec.budgets
+    if facts.live is not None and _is_unfit(facts.live):
+        return Stop("the live policy is tainted or failed: roll back, or promote another, and start the circle again")
     if spec.max_turns is not None and circle.num_turns >= spec.max_turns:
         return Stop(f"all {spec.max_turns} turns are done")
     if circle.refusals >= spec.max_refusals:
@@ -176,9 +194,11 @@ def _collecting(circle: Circle, facts: Facts) -> Decision:
     spent, next_one = sum(turn.seconds for turn in today), max((turn.seconds for turn in circle.turns), default=0.0)
     if spent + next_one > budgets.gpu_seconds_per_day:
         return Wait(f"{spent:.0f} GPU-seconds in 24 hours, and the next job needs about {next_one:.0f}: the budget")
-    if facts.counted - circle.counted < spec.min_groups or facts.fresh is None:
-        return Wait(f"{max(0, facts.counted - circle.counted)} of {spec.min_groups} fresh groups")
-    return _whether_to_gain(spec, facts.fresh)
+    return _too_few(circle, facts) if facts.counted - circle.counted < spec.min_groups else None
+
+
+def _too_few(circle: Circle, facts: Facts) -> Wait:
+    return Wait(f"{max(0, facts.counted - circle.counted)} of {circle.spec.min_groups} fresh groups")
 
 
 def of_last_day(turns: Sequence[Turn], now: float) -> list[Turn]:
@@ -243,9 +263,8 @@ def _training(circle: Circle, turn: Turn, facts: Facts) -> Decision:
 
 def _proving(circle: Circle, turn: Turn, facts: Facts) -> Decision:
     policy = facts.policy
-    if policy is None or policy.tainted or policy.state == "failed":
-        reason = "" if policy is None or policy.fingerprint is None else policy.fingerprint.reason
-        return End("failed", reason or "the policy is gone, tainted or refused by an engine")
+    if policy is None or _is_unfit(policy):
+        return _failed(policy)
     if facts.report is None:
         return End("refused", "the policy has no report that could be read")
     if (refused := through_gate(circle.spec, facts.report)) is not None:
@@ -253,6 +272,17 @@ def _proving(circle: Circle, turn: Turn, facts: Facts) -> Decision:
     if policy.fingerprint is None or not facts.is_served:
         return Wait("engines have not proved the policy yet")
     return Try("shadow")
+
+
+def _is_unfit(policy: PolicyRecord) -> bool:
+    """Whether no engine may serve it any more: it stays so."""
+    return policy.tainted or policy.state == "failed"
+
+
+def _failed(policy: PolicyRecord | None) -> End:
+    """Of a turn whose policy is gone or unfit."""
+    reason = "" if policy is None or policy.fingerprint is None else policy.fingerprint.reason
+    return End("failed", reason or "the policy is gone, tainted or refused by an engine")
 
 
 def through_gate(spec: CircleSpec, report: PolicyReport) -> End | None:
@@ -287,6 +317,8 @@ def _text(interval: Interval) -> str:
 
 def _trying(circle: Circle, turn: Turn, stage: Literal["shadow", "canary"], facts: Facts) -> Decision:
     assert turn.policy is not None
+    if facts.policy is None or _is_unfit(facts.policy):
+        return _failed(facts.policy)
     held = facts.route.stage_of(turn.policy)
     if held is None or facts.trial is None:
         return End("withdrawn", f"the policy is the route's {stage} no more", stops=True)

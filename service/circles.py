@@ -7,10 +7,12 @@ Owns: the record of each and its audit; every change is one transaction that com
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from time import time
 from typing import Any, cast
 
+from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
@@ -27,10 +29,13 @@ from bon_algos.contracts import (
 from service.access import Caller
 from service.audit import AuditChain
 from service.circle_rules import foreseen_kl, of_last_day
-from service.errors import CircleNotFound, Conflict, InvalidField, RouteNotFound
+from service.errors import CircleNotFound, Conflict, InvalidField, RouteNotFound, Unavailable
+from service.preconditions import ANY, Precondition, version_of
 from service.registry import read_policy
 from service.store import transact, translated
 from service.trials import CANARY_MOST
+
+log = logging.getLogger("bonsai.circle")
 
 
 def require_sense(spec: CircleSpec) -> None:
@@ -47,15 +52,18 @@ class Circles:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def put(self, name: str, spec: CircleSpec, by: Caller) -> tuple[Circle, bool]:
+    async def put(
+        self, name: str, spec: CircleSpec, by: Caller, *, precondition: Precondition = ANY
+    ) -> tuple[Circle, bool]:
         """Begin a route's circle, or give it other rules, which hold at once, but for a job that was asked for already;
-        and whether it is new. One that has stopped stays so. Raises RouteNotFound."""
+        and whether it is new. One that has stopped stays so. Raises RouteNotFound, PreconditionFailed."""
         key, of_route = circle_key(name, by.tenant), route_key(name, by.tenant)
 
         async def change(pipe: Pipeline) -> tuple[Circle, bool]:
             former, row = await _read(pipe, key), cast("str | None", await pipe.get(of_route))
             if row is None:
                 raise RouteNotFound("no such route", param="route")
+            precondition.require(circle_version(former))
             route = Route.model_validate_json(row)
             circle = (
                 Circle(route=name, tenant=by.tenant, spec=spec, since=0.0, **await _stands_at(pipe, route))
@@ -74,25 +82,33 @@ class Circles:
         return await transact(self._redis, (key, of_route), change)
 
     async def get(self, name: str, tenant: str) -> Circle:
-        """Raises CircleNotFound."""
+        """Raises CircleNotFound, Unavailable for one of another version."""
         with translated():
             row = cast("str | None", await self._redis.get(circle_key(name, tenant)))
         if row is None:
-            raise CircleNotFound("the route has no circle: PUT /routes/{route}/circle begins one")
-        return Circle.model_validate_json(row)
+            raise _no_circle()
+        return _parsed(row)
 
     async def list(self) -> Sequence[Circle]:
-        """Those of all tenants."""
+        """Those of all tenants, without those of another version: one of them must not hold up all the others."""
         with translated():
             names = sorted(cast("set[str]", await self._redis.smembers(CIRCLES_INDEX)))
             rows = cast("list[str | None]", await self._redis.mget(map(circle_key, names))) if names else []
-        return [Circle.model_validate_json(row) for row in rows if row is not None]
+        return [circle for name, row in zip(names, rows, strict=True) if (circle := _readable(name, row)) is not None]
 
-    async def start(self, name: str, by: Caller) -> Circle:
-        """Go on after a stop, from the policy that is live now. Raises CircleNotFound, Conflict while it runs."""
+    async def routes(self, tenant: str) -> Sequence[str]:
+        """The tenant's routes that have a circle, of whatever version."""
+        with translated():
+            names = cast("set[str]", await self._redis.smembers(CIRCLES_INDEX))
+        return sorted(bare for name in names if of_tenant(tenant, bare := name.rpartition("/")[2]) == name)
+
+    async def start(self, name: str, by: Caller, *, precondition: Precondition = ANY) -> Circle:
+        """Go on after a stop, from the policy that is live now. Raises CircleNotFound, PreconditionFailed, Conflict
+        while it runs."""
 
         async def change(pipe: Pipeline) -> Circle:
             circle, route = await _read_both(pipe, name, by.tenant)
+            precondition.require(circle_version(circle))
             if circle.status == "running":
                 raise Conflict("the circle runs already", code="circle_runs")
             fresh: dict[str, object] = {"status": "running", "reason": "", "refusals": 0}
@@ -102,23 +118,27 @@ class Circles:
 
         return await transact(self._redis, (circle_key(name, by.tenant), route_key(name, by.tenant)), change)
 
-    async def stop(self, name: str, reason: str, by: Caller) -> Circle:
+    async def stop(self, name: str, reason: str, by: Caller, *, precondition: Precondition = ANY) -> Circle:
         """No step is taken from here on; a turn under way is ended by whoever drives circles. The live policy stays.
-        Raises CircleNotFound; one that has stopped stays as it is."""
+        Raises CircleNotFound, PreconditionFailed; one that has stopped stays as it is."""
 
         async def change(pipe: Pipeline) -> Circle:
-            circle, _ = await _read_both(pipe, name, by.tenant)
+            circle = await _read(pipe, circle_key(name, by.tenant))
+            if circle is None:
+                raise _no_circle()
+            precondition.require(circle_version(circle))
             if circle.status == "stopped":
                 return circle
             return await _changed(pipe, circle, "circle_stop", by, {"status": "stopped", "reason": reason})
 
-        return await transact(self._redis, (circle_key(name, by.tenant), route_key(name, by.tenant)), change)
+        return await transact(self._redis, (circle_key(name, by.tenant),), change)
 
-    async def delete(self, name: str, by: Caller) -> None:
-        """Raises CircleNotFound, Conflict while it runs or its last turn is being ended."""
+    async def delete(self, name: str, by: Caller, *, precondition: Precondition = ANY) -> None:
+        """Raises CircleNotFound, PreconditionFailed, Conflict while it runs or its last turn is being ended."""
 
         async def change(pipe: Pipeline) -> None:
             circle, route = await _read_both(pipe, name, by.tenant)
+            precondition.require(circle_version(circle))
             if circle.status == "running":
                 raise Conflict("the circle runs: stop it first", code="circle_runs")
             if circle.turn is not None:  # whoever ends it cancels its job and its trial
@@ -156,6 +176,12 @@ class Circles:
         await transact(self._redis, (circle_key(circle.route, circle.tenant),), change)
 
 
+def circle_version(circle: Circle | None) -> str | None:
+    """Another one with other rules, another status, another live policy and each turn; not with every note of what it
+    waits for, which nobody decided."""
+    return version_of(circle, "spec", "status", "live_policy", "num_turns")
+
+
 def circle_object(circle: Circle, now: float) -> dict[str, Any]:
     """The circle of the API."""
     under_way = () if circle.turn is None else (circle.turn,)
@@ -179,17 +205,47 @@ def circle_object(circle: Circle, now: float) -> dict[str, Any]:
     }
 
 
+async def require_as_decided(pipe: Pipeline, circle: Circle) -> None:
+    """For a change of something else that a circle decided on: watch it. Raises Conflict where it was stopped, deleted
+    or otherwise changed since."""
+    current = await _read(pipe, circle_key(circle.route, circle.tenant))
+    if current is None or current.version != circle.version:
+        raise Conflict("the circle was changed since it decided: it looks again", code="circle_changed")
+
+
 async def _read(pipe: Pipeline, key: str) -> Circle | None:
     await pipe.watch(key)
     row = cast("str | None", await pipe.get(key))
-    return None if row is None else Circle.model_validate_json(row)
+    return None if row is None else _parsed(row)
+
+
+def _no_circle() -> CircleNotFound:
+    return CircleNotFound("the route has no circle: PUT /routes/{route}/circle begins one")
+
+
+def _parsed(row: str) -> Circle:
+    try:
+        return Circle.model_validate_json(row)
+    except ValidationError as error:
+        raise Unavailable(
+            "the circle is of another version than this gateway: ask a gateway of that version",
+            code="circle_of_other_version",
+        ) from error
+
+
+def _readable(name: str, row: str | None) -> Circle | None:
+    try:
+        return None if row is None else _parsed(row)
+    except Unavailable:
+        log.error("the circle of %s is of another version: it is passed over", name)
+        return None
 
 
 async def _read_both(pipe: Pipeline, name: str, tenant: str) -> tuple[Circle, Route]:
     circle = await _read(pipe, circle_key(name, tenant))
     row = cast("str | None", await pipe.get(route_key(name, tenant)))
     if circle is None or row is None:
-        raise CircleNotFound("the route has no circle: PUT /routes/{route}/circle begins one")
+        raise _no_circle()
     return circle, Route.model_validate_json(row)
 
 

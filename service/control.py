@@ -38,6 +38,7 @@ from service.keys import KeyRecord, KeyRing, Keys
 from service.learned import LearnedStrategies
 from service.ledger_pages import LedgerPages
 from service.loops import running_loops
+from service.lost_uploads import LostUploads
 from service.policies import Policies
 from service.publishers import Publishers
 from service.registration import Registration
@@ -76,6 +77,7 @@ class Control:
     circle_driver: CircleDriver
     jobs: Jobs
     job_records: JobRecords
+    lost_uploads: LostUploads
     training: TrainingData
     streams: JobStreams
     dispatcher: Dispatcher
@@ -136,6 +138,7 @@ async def open_control(
             circle_driver=CircleDriver(redis, means, seconds=reconcile_seconds),
             jobs=jobs,
             job_records=JobRecords(redis, artefacts),
+            lost_uploads=LostUploads(redis, artefacts),
             training=training,
             streams=JobStreams(redis_that_waits),
             dispatcher=dispatcher,
@@ -175,7 +178,7 @@ async def _running(control: Control) -> AsyncGenerator[None]:
     async with running_loops(
         *(control.catalogue.run(), control.key_ring.run(), control.dispatcher.run(), control.learned.run()),
         *(control.deletion.run(), JournalWriter(control.catalogue, control.artefacts).run()),
-        *(control.circle_driver.run(), control.job_records.run()),
+        *(control.circle_driver.run(), control.job_records.run(), control.lost_uploads.run()),
     ):
         yield
 

@@ -195,7 +195,15 @@ async def _jobs_that_need(pipe: Pipeline, policy: PolicyRecord) -> list[str]:
     args = (job_key(""), *FINAL_JOB_STATES)
     found = await cast("Awaitable[list[str]]", pipe.eval(_UNFINISHED, 1, jobs_index(policy.tenant), *args))
     specs = zip(found[::2], found[1::2], strict=True)
-    return [job_id for job_id, spec in specs if policy.id in JobSpec.model_validate_json(spec).policies]
+    return [job_id for job_id, spec in specs if _may_need(spec, policy.id)]
+
+
+def _may_need(spec: str, policy_id: str) -> bool:
+    """Also where the spec is of another version and cannot be read: it may name the policy."""
+    try:
+        return policy_id in JobSpec.model_validate_json(spec).policies
+    except ValidationError:
+        return True
 
 
 def _require_none(reasons: list[str]) -> None:

@@ -16,10 +16,12 @@ from statistics import median
 from time import monotonic
 from typing import Any, Final, cast
 
+from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from archive.reading import Archive, Question
-from bon_algos.acceptance import Choice, Requirements
+from bon_algos.acceptance import Choice, Requirements, Unusable
+from bon_algos.ancestors import Lineage
 from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import (
     CandidateGroup,
@@ -36,6 +38,7 @@ from bon_algos.data_report import data_report
 from bon_algos.ledger_entries import EntryId, NewestFirst
 from bon_algos.row_files import Row, rows_of
 from bon_algos.uploaded import Source, group_of
+from service.ancestors import Ancestors
 from service.errors import InvalidField, Overloaded
 from service.files import Files
 from service.ledger_reading import Entry, archive_pages, stream_page
@@ -57,6 +60,7 @@ class DryRuns:
         redis: Redis,
         files: Files,
         archive: Archive,
+        artefacts: Path,
         *,
         base_policy_id: str,
         reward_model_id: str,
@@ -70,6 +74,7 @@ class DryRuns:
             "reward_model": reward_model_id,
             "reward_template_digest": reward_template_digest,
         }
+        self._ancestors = Ancestors(redis, artefacts)
         self._busy = asyncio.Lock()
 
     async def of(self, spec: JobSpec, tenant: str) -> dict[str, Any]:
@@ -78,13 +83,14 @@ class DryRuns:
         if self._busy.locked():
             raise Overloaded("another dry run is under way here: come back in a moment", code="dry_run_busy")
         async with self._busy:
+            ancestors = await self._ancestors.of(spec.policies)
             wanted = Requirements.of(spec, **self._judged_by)
             reading = _Reading(wanted, spec.window.max_groups)
             if spec.training_file is None:
                 await self._read_ledger(reading, spec, tenant)
             else:
                 await self._read_file(reading, spec.training_file, tenant)
-            report = await asyncio.to_thread(reading.report, spec)
+            report = await asyncio.to_thread(reading.report, spec, ancestors)
             seconds, jobs = await self._expected(spec, tenant)
         return report_object(spec, report, seconds, jobs)
 
@@ -197,7 +203,7 @@ class _Reading:
                 self._tokens[group.id] = sum(len(one.token_ids) for one in group.candidates)
                 self.choice.chosen[-1] = _without_tokens(group)
 
-    def report(self, spec: JobSpec) -> DataReport:
+    def report(self, spec: JobSpec, ancestors: Lineage | Unusable) -> DataReport:
         return data_report(
             self.choice,
             self.wanted,
@@ -207,6 +213,7 @@ class _Reading:
             groups_read=self.num_groups,
             # The worker's window ends where it is full as well, unless it is only ours that is.
             is_whole=self.is_whole or (self.choice.is_full and not self._is_cut),
+            lineage=ancestors,
         )
 
 
@@ -220,11 +227,14 @@ def _without_tokens(group: CandidateGroup) -> CandidateGroup:
 
 
 def _seconds_per_step(row: Sequence[bytes | None], method: str) -> float | None:
-    """Of a job that succeeded, evaluation and all attempts; None for any other."""
+    """Of a job that succeeded, evaluation and all attempts; None for any other, and for one of another version."""
     asked, state, spent_ms = row
     if state != b"succeeded" or not (asked and spent_ms):
         return None
-    spec = JobSpec.model_validate_json(asked)
+    try:
+        spec = JobSpec.model_validate_json(asked)
+    except ValidationError:
+        return None
     steps = getattr(spec.method.spec, "steps", None)
     if spec.method.type != method or not steps:
         return None

@@ -19,6 +19,7 @@ from service.engine_connection import Connection, Connections, TooLong, Unreacha
 from service.errors import EngineBroken, EngineRefused, Unavailable
 
 MAX_REPLY_BYTES: Final = 16 * 2**20
+_DATA: Final = b"data:"
 _END: Final = b"[DONE]"
 
 
@@ -144,7 +145,8 @@ class Events:
         piece = await self._connection.piece()
         if not piece:
             raise MalformedReply("it ends in the middle")
-        *events, self._pending = (self._pending + piece).split(b"\n\n")
-        data = [event.strip().removeprefix(b"data:").strip() for event in events if not event.startswith(b":")]
+        # An event is one line here. Split by lines, for one byte is found several times faster than two.
+        *lines, self._pending = (self._pending + piece).split(b"\n")
+        data = [line[len(_DATA) :].strip() for line in lines if line.startswith(_DATA)]
         self._is_over = _END in data
         return [one for one in (data[: data.index(_END)] if self._is_over else data) if one]

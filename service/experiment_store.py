@@ -34,6 +34,7 @@ from service.audit import AuditChain
 from service.catalogue import Snapshot
 from service.errors import Conflict, ExperimentNotFound, InvalidField, RouteNotFound
 from service.experiments import BUCKETS, arm_object, policy_named, require_n
+from service.preconditions import ANY, Precondition, version_of
 from service.store import transact, translated
 
 MIN_ARMS: Final = 2
@@ -110,10 +111,16 @@ class Experiments:
         self._redis = redis
 
     async def put(
-        self, route_name: str, request: ExperimentRequest, snapshot: Snapshot, by: Caller = GATEWAY
+        self,
+        route_name: str,
+        request: ExperimentRequest,
+        snapshot: Snapshot,
+        by: Caller = GATEWAY,
+        *,
+        precondition: Precondition = ANY,
     ) -> Experiment:
         """Start an experiment, or raise one weight of the running one. snapshot: what the caller's tenant sees.
-        Raises InvalidField, RouteNotFound, Conflict."""
+        Raises InvalidField, RouteNotFound, Conflict, PreconditionFailed."""
         keys = (route_key(route_name, by.tenant), experiment_key(route_name, by.tenant))
 
         async def change(pipe: Pipeline) -> Experiment:
@@ -121,6 +128,7 @@ class Experiments:
             if route_row is None:
                 raise RouteNotFound("no such route")
             former, route = None if row is None else Experiment.model_validate_json(row), _free_route(route_row)
+            precondition.require(version_of(former))
             arms = checked_arms(request, route, snapshot)
             experiment = _successor(route_name, by.tenant, former, arms)
             audit = await AuditChain.open(pipe)
@@ -141,8 +149,8 @@ class Experiments:
             raise ExperimentNotFound("the route has no experiment")
         return Experiment.model_validate_json(row)
 
-    async def stop(self, route_name: str, by: Caller = GATEWAY) -> Experiment:
-        """Raises ExperimentNotFound, and Conflict when it stopped before."""
+    async def stop(self, route_name: str, by: Caller = GATEWAY, *, precondition: Precondition = ANY) -> Experiment:
+        """Raises ExperimentNotFound, PreconditionFailed, and Conflict when it stopped before."""
         key = experiment_key(route_name, by.tenant)
 
         async def change(pipe: Pipeline) -> Experiment:
@@ -150,6 +158,7 @@ class Experiments:
             if row is None:
                 raise ExperimentNotFound("the route has no experiment")
             experiment = Experiment.model_validate_json(row)
+            precondition.require(version_of(experiment))
             if experiment.stopped_at is not None:
                 raise Conflict("the experiment has stopped already", code="experiment_stopped")
             stopped = experiment.model_copy(update={"stopped_at": time()})

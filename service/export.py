@@ -1,4 +1,5 @@
-"""A policy as a plain PEFT directory in a tar archive, which others load unchanged.
+"""A policy in a tar archive, which others load unchanged: an adapter as a plain PEFT directory, full weights as the
+model directory that they are.
 
 Owns: what is in it, its model card, its bytes. Does not own: the checks of the files (artefacts.py), merging
 (`bonsai policies export --merged`; this process has no torch).
@@ -13,10 +14,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from bon_algos.contracts import PolicyRecord
+from bon_algos.contracts import Manifest, PolicyRecord
 from service.artefacts import CONFIG_FILE, WEIGHTS_FILE
 
 CARD_FILE: Final = "README.md"
+MODEL_FILE: Final = "config.json"
+"""What a whole model has, and an adapter has not."""
 CHUNK_BYTES: Final = 2**20
 
 
@@ -24,24 +27,26 @@ class Archive(NamedTuple):
     """A tar archive that is read from disk as it is sent."""
 
     small: tuple[tuple[str, bytes], ...]
-    weights: Path
-    weights_bytes: int
+    files: tuple[tuple[Path, int], ...]
+    """What is read as it is sent, with its size."""
     written_at: int
 
     @property
     def num_bytes(self) -> int:
-        sizes = [len(content) for _, content in self.small] + [self.weights_bytes]
+        sizes = [len(content) for _, content in self.small] + [size for _, size in self.files]
         return sum(tarfile.BLOCKSIZE + _padded(size) for size in sizes) + 2 * tarfile.BLOCKSIZE
 
     def chunks(self) -> Iterator[bytes]:
         """Blocks while it reads."""
         for name, content in self.small:
             yield self._header(name, len(content)) + content + _padding(len(content))
-        yield self._header(WEIGHTS_FILE, self.weights_bytes)
-        with self.weights.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
-        yield _padding(self.weights_bytes) + bytes(2 * tarfile.BLOCKSIZE)
+        for path, size in self.files:
+            yield self._header(path.name, size)
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    yield chunk
+            yield _padding(size)
+        yield bytes(2 * tarfile.BLOCKSIZE)
 
     def _header(self, name: str, size: int) -> bytes:
         entry = tarfile.TarInfo(name)
@@ -50,28 +55,36 @@ class Archive(NamedTuple):
 
 
 def archive_of(policy: PolicyRecord, directory: Path, base: str) -> Archive:
-    """base: what `base_model_name_or_path` says, for whoever looks the base model up by it. The directory's files have
-    been checked. The same policy and base give the same bytes."""
+    """base: what an adapter's `base_model_name_or_path` says, and the card, for whoever looks the base model up by it.
+    The directory's files have been checked. The same policy and base give the same bytes."""
+    manifest = policy.manifest
+    assert manifest is not None
+    card = (CARD_FILE, model_card(policy, base).encode())
+    is_lora = manifest.kind == "lora"
+    small = ((CONFIG_FILE, _config_for(directory, base)), card) if is_lora else (card,)
+    names = [WEIGHTS_FILE] if is_lora else sorted(manifest.files)
+    files = tuple((directory / name, (directory / name).stat().st_size) for name in names)
+    return Archive(small, files, int(policy.created_at))
+
+
+def _config_for(directory: Path, base: str) -> bytes:
     config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
-    weights = directory / WEIGHTS_FILE
-    small = (
-        (CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode()),
-        (CARD_FILE, model_card(policy, base).encode()),
-    )
-    return Archive(small, weights, weights.stat().st_size, int(policy.created_at))
+    return json.dumps(config, indent=2, sort_keys=True).encode()
 
 
 def model_card(policy: PolicyRecord, base: str) -> str:
     """In the format of the Hugging Face hub."""
     manifest = policy.manifest
     assert manifest is not None
-    front = ["---", f"base_model: {json.dumps(base)}", "library_name: peft", "tags: [bonsai, lora, best-of-n]", "---"]
+    library = "peft" if manifest.kind == "lora" else "transformers"
+    tags = f"tags: [bonsai, {manifest.kind}, best-of-n]"
+    front = ["---", f"base_model: {json.dumps(base)}", f"library_name: {library}", tags, "---"]
     facts = {
         "base policy": manifest.base_policy_id,
         "parent policy": manifest.parent_policy_id,
         "stands in for": f"best of {policy.n_equivalent}",
-        "rank": str(manifest.lora_rank),
+        "rank": "all weights" if manifest.kind == "full" else str(manifest.lora_rank),
         "files' digest": manifest.digest,
     }
     if manifest.spec is not None:
@@ -84,9 +97,17 @@ def model_card(policy: PolicyRecord, base: str) -> str:
         facts["win rate against the base"] = f"{manifest.report.win_rate.mean:.3f}"
         facts["KL to the base, nats"] = f"{manifest.report.kl_policy_reference.mean:.3f}"
     rows = [f"| {name} | {value} |" for name, value in facts.items()]
-    use = ["```python", "model = PeftModel.from_pretrained(base_model, DIRECTORY)", "```", "", "or", "",
-           "```console", f"$ vllm serve BASE --enable-lora --lora-modules {policy.id}=DIRECTORY", "```"]  # fmt: skip
-    return "\n".join([*front, "", f"# {policy.id}", "", "| | |", "|---|---|", *rows, "", *use, ""])
+    return "\n".join([*front, "", f"# {policy.id}", "", "| | |", "|---|---|", *rows, "", *_use(manifest), ""])
+
+
+def _use(manifest: Manifest) -> list[str]:
+    """How others load it, as lines of Markdown."""
+    if manifest.kind == "lora":
+        load = "model = PeftModel.from_pretrained(base_model, DIRECTORY)"
+        serve = f"$ vllm serve BASE --enable-lora --lora-modules {manifest.policy_id}=DIRECTORY"
+    else:
+        load, serve = "model = AutoModelForCausalLM.from_pretrained(DIRECTORY)", "$ vllm serve DIRECTORY"
+    return ["```python", load, "```", "", "or", "", "```console", serve, "```"]
 
 
 def unpack(archive: bytes, directory: Path) -> None:
@@ -94,10 +115,17 @@ def unpack(archive: bytes, directory: Path) -> None:
     with tarfile.open(fileobj=BytesIO(archive)) as tar:
         members = tar.getmembers()
         names = {member.name for member in members if member.isreg()}
-        if names != {CONFIG_FILE, CARD_FILE, WEIGHTS_FILE} or len(members) != len(names):
+        is_policy = names == {CONFIG_FILE, CARD_FILE, WEIGHTS_FILE} or names > {CARD_FILE, MODEL_FILE}
+        if not is_policy or len(members) != len(names) or any("/" in name for name in names):
             raise ValueError("this is no archive of a policy")
         directory.mkdir(parents=True)
         tar.extractall(directory, filter="data")
+
+
+def is_adapter(archive: bytes) -> bool:
+    """Whether it holds an adapter, and not a whole model."""
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        return CONFIG_FILE in tar.getnames()
 
 
 def _padded(size: int) -> int:

@@ -4,7 +4,8 @@ Owns: receiving, keeping, listing and deleting them, a tenant's number of them. 
 (file_form.py), whether their rows are good (file_check.py), what a job does with one (worker/uploads.py).
 
 A file is stored under the digest of its content, and its id is made of that: the same content again is the same file.
-The record is written after the content is safe and deleted before it: a record's content is there.
+The record is written after the content is safe and deleted before it: a record's content is there. What a gateway that
+was killed in between leaves, lost_uploads.py removes.
 """
 
 from __future__ import annotations

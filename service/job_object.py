@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
+
+from pydantic import ValidationError
 
 from bon_algos.contracts import FINAL_JOB_STATES, InterpolationSpec, JobSpec
-from service.training_file import name_of
+from service.training_file import LEDGER, name_of
 
 SHOWN_REASON: Final = 300
 """Characters of what an attempt died of that fit into an event's message."""
@@ -26,9 +28,49 @@ _STATES: Final = {
 }
 
 
+class _Asked(NamedTuple):
+    """What was asked for, as a job shows it."""
+
+    route: str
+    members: dict[str, Any]
+    spec: dict[str, Any]
+
+    @classmethod
+    def read(cls, text: str) -> _Asked:
+        try:
+            return cls.of(JobSpec.model_validate_json(text))
+        except ValidationError:
+            return cls.as_written(_read(text))
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> _Asked:
+        members = {
+            "training_file": name_of(spec),
+            "method": {"type": spec.method.type, spec.method.type: spec.method.spec.model_dump(mode="json")},
+            "hyperparameters": _hyperparameters(spec),
+            "seed": spec.seed,
+            "metadata": spec.metadata,
+        }
+        return cls(spec.route, members, spec.model_dump(mode="json"))
+
+    @classmethod
+    def as_written(cls, spec: dict[str, Any]) -> _Asked:
+        """Of another version, so nobody here knows what its members mean: a job is shown, paused and cancelled all the
+        same."""
+        route = str(spec.get("route", ""))
+        members = {
+            "training_file": spec.get("training_file") or f"{LEDGER}{route}",
+            "method": spec.get("method", {}),
+            "hyperparameters": {},
+            "seed": spec.get("seed", 0),
+            "metadata": spec.get("metadata", {}),
+        }
+        return cls(route, members, spec)
+
+
 def job_object(job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
     """The job of the API from the hash in Redis."""
-    spec = JobSpec.model_validate_json(fields["spec"])
+    asked = _Asked.read(fields["spec"])
     state, is_running = fields["state"], fields["state"] == "running"
     trained = int(fields.get("trained_tokens", 0))
     return {
@@ -38,15 +80,11 @@ def job_object(job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
         "created_at": _whole(fields, "created_at"),
         "finished_at": _whole(fields, "finished_at"),
         "estimated_finish": _whole(fields, "estimated_finish") if is_running else None,
-        "model": fields.get("model") or spec.route,
+        "model": fields.get("model") or asked.route,
         "fine_tuned_model": fields.get("policy_id") or None,
-        "training_file": name_of(spec),
+        **asked.members,
         "validation_file": None,
         "result_files": [],
-        "method": {"type": spec.method.type, spec.method.type: spec.method.spec.model_dump(mode="json")},
-        "hyperparameters": _hyperparameters(spec),
-        "seed": spec.seed,
-        "metadata": spec.metadata,
         "organization_id": fields["tenant"],
         "trained_tokens": trained if state in FINAL_JOB_STATES else None,
         "integrations": [],
@@ -63,7 +101,7 @@ def job_object(job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
             "tokens": {"trained": trained, "sampled": int(fields.get("sampled_tokens", 0))},
             "attempts": int(fields.get("attempts", 0)),
             "started_at": _number(fields, "started_at"),
-            "spec": spec.model_dump(mode="json"),
+            "spec": asked.spec,
             "report": json.loads(fields["report"]) if fields.get("report") else None,
         },
     }

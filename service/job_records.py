@@ -11,7 +11,6 @@ once its file says so: what could not be written is written later, by whichever 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 from pathlib import Path
 from typing import Final, cast
@@ -21,6 +20,8 @@ from redis.asyncio import Redis
 
 from archive.storage import put_durably
 from bon_algos.contracts import FINAL_JOB_STATES, SCHEMA_VERSION, UNRECORDED_JOBS, Record, job_key
+from bon_algos.crash_points import crash_point
+from service.durable_files import forget_unfinished, sole_writer
 from service.errors import StoreFull, StoreUnavailable
 from service.store import translated
 
@@ -62,6 +63,7 @@ class JobRecords:
         self._redis = redis
         self._directory = artefacts / DIRECTORY
         self._recorded = redis.register_script(_RECORDED)
+        self._is_tidy = False
 
     async def run(self) -> None:
         """Write what is unrecorded until cancelled."""
@@ -79,6 +81,9 @@ class JobRecords:
     async def write(self) -> None:
         """Raises StoreUnavailable, StoreFull, and OSError for the last one that could not be written, after the
         others."""
+        if not self._is_tidy:
+            await asyncio.to_thread(forget_unfinished, self._directory)
+            self._is_tidy = True
         hindrance: OSError | None = None
         with translated():
             for job_id in sorted(cast("set[str]", await self._redis.smembers(UNRECORDED_JOBS))):
@@ -100,22 +105,23 @@ class JobRecords:
 
     async def _write(self, job_id: str) -> None:
         fields = cast("dict[str, str]", await self._redis.hgetall(job_key(job_id)))
+        crash_point("record.asked")
         if fields:
             await asyncio.to_thread(_keep, self._directory, JobFile(job_id=job_id, fields=fields))
         told = (fields.get(name, "") for name in ("state", "epoch", "cancel"))
         await self._recorded(keys=[job_key(job_id), UNRECORDED_JOBS], args=[job_id, *told])
+        crash_point("record.told")
 
 
 def _keep(directory: Path, record: JobFile) -> None:
     """Whole or not at all, also after a power cut; and never over a newer one, which another gateway may have written
     while this one stood still."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     file = directory / f"{record.job_id}.json"
-    with (directory / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with sole_writer(directory):
         former = _read(file)
         if former is None or (former.rank <= record.rank and former != record):
             put_durably(file, record.model_dump_json(indent=1).encode())
+            crash_point("record.renamed")
 
 
 def _read(file: Path) -> JobFile | None:

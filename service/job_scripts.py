@@ -11,9 +11,26 @@ from typing import Final, Literal
 
 from bon_algos.contracts import FINAL_JOB_STATES, JOB_LUA
 from bon_algos.contracts.job_states import JOB_PREFIX
-from service.errors import Conflict, GatewayError, JobNotFound
+from service.errors import Conflict, GatewayError, JobNotFound, QueueFull
 
 Wish = Literal["pause", "resume", "cancel"]
+MOST_OPEN_JOBS: Final = 100
+"""Of a tenant, queued and running: workers are shared by all."""
+
+# How many of the open jobs are a tenant's.
+_OPEN: Final = (
+    f"local PREFIX = '{JOB_PREFIX}'\n"
+    + """
+local function open_jobs(all, tenant)
+  local own = 0
+  for _, id in ipairs(redis.call('SMEMBERS', all)) do
+    local job = redis.call('HMGET', PREFIX .. id, 'tenant', 'state')
+    if job[1] == tenant and (job[2] == 'queued' or job[2] == 'running') then own = own + 1 end
+  end
+  return own
+end
+"""
+)
 
 # KEYS: job, events, jobs index, open jobs, idempotency key, files. ARGV: job id, spec, tenant, model, priority, steps,
 # digest of the body or "" without an idempotency key, its life in seconds, the file it learns from or "", how many open
@@ -21,19 +38,14 @@ Wish = Literal["pause", "resume", "cancel"]
 # tenant has as many jobs, else "digest job" of the earlier request.
 SUBMIT: Final = (
     JOB_LUA
-    + f"local PREFIX = '{JOB_PREFIX}'\n"
+    + _OPEN
     + """
 if ARGV[7] ~= '' then
   local earlier = redis.call('GET', KEYS[5])
   if earlier then return earlier end
 end
 if ARGV[9] ~= '' and redis.call('HEXISTS', KEYS[6], ARGV[9]) == 0 then return 'no_file' end
-local own = 0
-for _, id in ipairs(redis.call('SMEMBERS', KEYS[4])) do
-  local job = redis.call('HMGET', PREFIX .. id, 'tenant', 'state')
-  if job[1] == ARGV[3] and (job[2] == 'queued' or job[2] == 'running') then own = own + 1 end
-end
-if own >= tonumber(ARGV[10]) then return 'full' end
+if open_jobs(KEYS[4], ARGV[3]) >= tonumber(ARGV[10]) then return 'full' end
 if ARGV[7] ~= '' then
   redis.call('SET', KEYS[5], ARGV[7] .. ' ' .. ARGV[1], 'EX', ARGV[8])
 end
@@ -48,11 +60,12 @@ return ''
 )
 
 # The three below. KEYS: job, events, open jobs, idempotency key. ARGV: job id, tenant, digest of the request or ""
-# without an idempotency key, its life in seconds. Return 'done' when the job was moved, 'asked' when its worker will be
-# told, 'digest answer' of the earlier request that was granted, else what stands in the way: 'unknown' to the tenant,
-# the job's state, or 'cancelling'.
+# without an idempotency key, its life in seconds, how many open jobs a tenant may have. Return 'done' when the job was
+# moved, 'asked' when its worker will be told, 'digest answer' of the earlier request that was granted, else what stands
+# in the way: 'unknown' to the tenant, the job's state, 'cancelling', or 'full' when the tenant has as many jobs.
 _OWNED: Final = (
     JOB_LUA
+    + _OPEN
     + """
 local job = redis.call('HMGET', KEYS[1], 'tenant', 'state', 'cancel', 'pause')
 if job[1] ~= ARGV[2] then return 'unknown' end
@@ -85,6 +98,7 @@ return granted('asked')
     "resume": _OWNED
     + """
 if state == 'paused' then
+  if open_jobs(KEYS[3], ARGV[2]) >= tonumber(ARGV[5]) then return 'full' end
   redis.call('HDEL', KEYS[1], 'dispatched_at')
   move(KEYS[1], KEYS[2], 'queued')
   redis.call('SADD', KEYS[3], ARGV[1])
@@ -117,6 +131,8 @@ def refusal(wish: Wish, answer: str) -> GatewayError | None:
         return None
     if answer == "unknown":
         return JobNotFound("no such job")
+    if answer == "full":
+        return queue_full()
     if answer in FINAL_JOB_STATES:
         return Conflict(f"the job has {_ended(answer)}; it cannot be {_VERBS[wish]} any more", code="job_finished")
     if answer == "cancelling":
@@ -124,6 +140,10 @@ def refusal(wish: Wish, answer: str) -> GatewayError | None:
     if wish == "pause":
         return Conflict("the job is paused already; resume it or cancel it", code="already_paused")
     return Conflict(f"the job is {answer}; only a paused job is resumed", code="not_paused")
+
+
+def queue_full() -> QueueFull:
+    return QueueFull(f"{MOST_OPEN_JOBS} jobs are queued or running: wait until one has ended, or cancel one")
 
 
 def _ended(state: str) -> str:

@@ -40,10 +40,10 @@ from bon_algos.contracts import (
     route_key,
 )
 from bon_algos.crash_points import crash_point
-from service.errors import FileNotFound, InvalidField, JobNotFound, PolicyNotFound, QueueFull
+from service.errors import FileNotFound, InvalidField, JobNotFound, PolicyNotFound
 from service.idempotency import KEPT_SECONDS, Idempotency
 from service.job_object import checkpoint_object, event_object, finished_object, job_object
-from service.job_scripts import SCRIPTS, SUBMIT, Wish, refusal
+from service.job_scripts import MOST_OPEN_JOBS, SCRIPTS, SUBMIT, Wish, queue_full, refusal
 from service.store import translated
 from service.training_checks import (
     check_parent,
@@ -55,8 +55,6 @@ from service.training_checks import (
 
 GROUPS_NEEDED: Final = 4
 """Two prompts to learn from and two held out: below that no split of the ledger can be trained and judged."""
-MOST_OPEN_JOBS: Final = 100
-"""Of a tenant, queued and running: workers are shared by all."""
 
 _JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 _EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
@@ -109,7 +107,7 @@ class Jobs:
         if kept == "no_file":
             raise _no_file()
         if kept == "full":
-            raise QueueFull(f"{MOST_OPEN_JOBS} jobs are queued or running: wait until one has ended, or cancel one")
+            raise queue_full()
         if idempotency is None or not kept:
             return Submitted(job_id, is_replayed=False)
         return Submitted(idempotency.answer(cast(str, kept)), is_replayed=True)
@@ -186,7 +184,8 @@ class Jobs:
         self, wish: Wish, job_id: str, tenant: str = DEFAULT_TENANT, idempotency: Idempotency | None = None
     ) -> dict[str, Any]:
         """Pause, resume or cancel: at once where no worker has the job, else its worker is asked to. The job, after.
-        Raises JobNotFound, Conflict when the state of the job forbids it, and InvalidField for an idempotency key that
+        Raises JobNotFound, Conflict when the state of the job forbids it, QueueFull for one to resume where the tenant
+        has as many jobs as it may, and InvalidField for an idempotency key that
         was used for another request."""
         _require_job_id(job_id)
         key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
@@ -194,7 +193,7 @@ class Jobs:
             crash_point("wish.asked")
             answer = await self._wishes[wish](
                 keys=[job_key(job_id), job_events_key(job_id), OPEN_JOBS, key],
-                args=[job_id, tenant, digest, KEPT_SECONDS],
+                args=[job_id, tenant, digest, KEPT_SECONDS, MOST_OPEN_JOBS],
             )
             crash_point("wish.recorded")
         if idempotency is not None and " " in answer:

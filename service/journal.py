@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import secrets
 from pathlib import Path
 from typing import Final
 
 from pydantic import ValidationError
 
+from archive.storage import put_durably
 from bon_algos.contracts import SCHEMA_VERSION, Experiment, PolicyRecord, Record, Route
 from bon_algos.crash_points import crash_point
 from service.catalogue import Catalogue, Snapshot
+from service.durable_files import forget_unfinished, sole_writer
 
 FILE: Final = Path("registry") / "journal.json"
 """Below the artefact directory."""
@@ -122,20 +122,7 @@ def _differ(new: Snapshot, old: Snapshot | None) -> bool:
 
 def _write(file: Path, text: str) -> None:
     """Whole or not at all, also after a power cut."""
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("w", encoding="utf-8") as content:
-            content.write(text)
-            content.flush()
-            os.fsync(content.fileno())
-        crash_point("journal.written")
-        aside.replace(file)
+    forget_unfinished(file.parent)
+    with sole_writer(file.parent):
+        put_durably(file, text.encode())
         crash_point("journal.renamed")
-    finally:
-        aside.unlink(missing_ok=True)
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

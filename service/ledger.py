@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha1
 from typing import Any, Final
@@ -106,6 +106,7 @@ class Ledger:
         self._dropped = 0
         self._has_room = True
         self._redis_state = "starting"
+        self._awaited: dict[object, float] = {}
 
     def append(self, record: Record) -> bool:
         """Put a record on disk; False when there was no room and it was dropped and counted."""
@@ -127,6 +128,21 @@ class Ledger:
             refusals=self._spool.refusals,
             redis=self._redis_state,
         )
+
+    @contextmanager
+    def awaits(self, moment: float) -> Iterator[None]:
+        """Until the block is left, a record made at this moment (seconds) may still be appended."""
+        held = object()
+        self._awaited[held] = moment
+        try:
+            yield
+        finally:
+            del self._awaited[held]
+
+    @property
+    def awaited_since(self) -> float | None:
+        """The earliest moment whose records may still be appended; None: nothing is under way."""
+        return min(self._awaited.values(), default=None)
 
     def begin_segment(self) -> int:
         """What is appended from now on is in this segment of the disk or a later one. Raises OSError."""

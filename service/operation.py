@@ -14,6 +14,8 @@ from pydantic import BaseModel
 
 from service.errors import GatewayError
 from service.idempotency import HEADER, MAX_LENGTH
+from service.preconditions import HEADER as VERSIONS
+from service.preconditions import MAX_LENGTH as LONGEST
 from service.replies import Schema
 from service.routes.admin import DEFAULT_LIMIT, MAX_LIMIT
 
@@ -65,6 +67,9 @@ def header(name: str, description: str, **schema: Any) -> Parameter:
 LIMIT: Final = query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)
 AFTER: Final = query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
 PAGE: Final = (LIMIT, AFTER)
+MATCH: Final = header(
+    VERSIONS, "Versions that may be changed, as `ETag` told them.", maxLength=LONGEST, pattern='^("[!#-~]*"|\\*)$'
+)
 ONCE: Final = header(
     HEADER, "The same request is carried out once in 24 h.", minLength=1, maxLength=MAX_LENGTH, pattern="^[!-~]+$"
 )

@@ -32,6 +32,7 @@ from service.errors import (
     PolicyNotFound,
     PolicyNotServed,
     PolicyRetired,
+    PreconditionFailed,
     RateLimited,
     ReportNotFound,
     RewardModelUnavailable,
@@ -46,7 +47,7 @@ from service.ledger_query import DEFAULT_LIMIT as PAGE_ROWS
 from service.ledger_query import FIELDS
 from service.ledger_query import MAX_LIMIT as PAGE_LIMIT
 from service.openai_bodies import ChatBody, CompletionBody
-from service.operation import ONCE, PAGE, Body, Operation, header, query
+from service.operation import MATCH, ONCE, PAGE, Body, Operation, header, query
 from service.report_files import FORMATS
 from service.routes.generate import MAX_UNIT_LENGTH
 from service.routes.ledger import MAX_NAME, MOST
@@ -148,7 +149,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("GET", "/routes"): Operation(
         "All routes", {200: replies.listed(replies.ROUTE)}, parameters=PAGE, errors=(InvalidField,)
     ),
-    ("GET", "/routes/{route}"): Operation("A route", {200: replies.ROUTE}, errors=(RouteNotFound,)),
+    ("GET", "/routes/{route}"): Operation("A route", {200: replies.ROUTE}, errors=(RouteNotFound,), headers=("ETag",)),
     ("GET", "/routes/{route}/curve"): Operation(
         "What best-of-k would have earned, k from 1 to n",
         {200: replies.CURVE},
@@ -166,16 +167,22 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "Make or change a route",
         {200: replies.ROUTE, 201: replies.ROUTE},
         Body(RouteRequest, {"default_n": 8, "strategy": "adaptive"}),
-        errors=(Conflict, StoreFull),
+        (MATCH,),
+        (Conflict, PreconditionFailed, StoreFull),
+        headers=("ETag",),
     ),
     ("DELETE", "/routes/{route}"): Operation(
-        "Delete a route", {204: None}, errors=(RouteNotFound, Conflict, StoreFull)
+        "Delete a route",
+        {204: None},
+        parameters=(MATCH,),
+        errors=(RouteNotFound, Conflict, PreconditionFailed, StoreFull),
     ),
     ("POST", "/routes/{route}/rollback"): Operation(
         "Back to what was live before",
         {200: replies.ROUTE},
-        parameters=(ONCE,),
-        errors=(RouteNotFound, Conflict, StoreFull, InvalidField),
+        parameters=(ONCE, MATCH),
+        errors=(RouteNotFound, Conflict, PreconditionFailed, StoreFull, InvalidField),
+        headers=("ETag",),
     ),
     ("GET", "/policies/{policy_id}/report"): Operation(
         "The whole report of a policy on held-out prompts",
@@ -196,13 +203,22 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
             ExperimentRequest,
             {"arms": [{"policy": "base", "n": 16, "weight": 9000}, {"policy": "base", "n": 4, "weight": 1000}]},
         ),
-        errors=(RouteNotFound, StoreFull),
+        (MATCH,),
+        (RouteNotFound, PreconditionFailed, StoreFull),
+        headers=("ETag",),
     ),
     ("GET", "/experiments/{route}"): Operation(
-        "A route's experiment and what it showed", {200: replies.EXPERIMENT}, errors=(ExperimentNotFound,)
+        "A route's experiment and what it showed",
+        {200: replies.EXPERIMENT},
+        errors=(ExperimentNotFound,),
+        headers=("ETag",),
     ),
     ("DELETE", "/experiments/{route}"): Operation(
-        "Stop an experiment", {200: replies.EXPERIMENT}, errors=(ExperimentNotFound, Conflict, StoreFull)
+        "Stop an experiment",
+        {200: replies.EXPERIMENT},
+        parameters=(MATCH,),
+        errors=(ExperimentNotFound, Conflict, PreconditionFailed, StoreFull),
+        headers=("ETag",),
     ),
     ("GET", "/engines"): Operation(
         "The policy engines", {200: replies.listed(replies.ENGINE)}, parameters=PAGE, errors=(InvalidField, Forbidden)

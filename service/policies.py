@@ -18,6 +18,7 @@ from redis.asyncio.client import Pipeline
 from bon_algos.contracts import (
     MOST_DESCRIPTION,
     ROUTES_INDEX,
+    Circle,
     FingerprintResult,
     PolicyId,
     PolicyRecord,
@@ -28,9 +29,10 @@ from bon_algos.contracts import (
 )
 from service.access import GATEWAY, Caller
 from service.audit import AuditChain
+from service.circles import require_as_decided
 from service.errors import Conflict, PolicyNotFound
 from service.idempotency import Idempotency
-from service.preconditions import ANY, Precondition
+from service.preconditions import ANY, Precondition, version_of
 from service.registry import moved, named, read_policy, require_fit, settled, watched_routes, write_move, write_policy
 from service.store import transact
 
@@ -69,7 +71,8 @@ class Policies:
             probed = write_policy(pipe, probed)
             if not result.passed:
                 told = {"before": policy.state, "after": state, "reason": result.reason}
-                audit.append(pipe, "policy_failed", GATEWAY, policy=policy_id, data=json.dumps(told))
+                by = GATEWAY._replace(tenant=policy.tenant)
+                audit.append(pipe, "policy_failed", by, policy=policy_id, data=json.dumps(told))
             return probed
 
         return await transact(self._redis, [policy_key(policy_id)], change)
@@ -85,16 +88,20 @@ class Policies:
         *,
         precondition: Precondition = ANY,
         replaces: Replaces | None = None,
+        circle: Circle | None = None,
     ) -> Route:
         """Let a policy stand in for best-of-n on a route; the one before goes where roll-back finds it.
 
-        reason: why without an experiment's verdict; goes into the audit. served: what the engine serves now.
+        reason: why without an experiment's verdict; goes into the audit. served: what the engine serves now. circle:
+        which decided it, as it was then; one that has been stopped since promotes nothing.
         Raises Conflict with what to do about it, PreconditionFailed, PolicyNotFound, RouteNotFound.
         """
 
         async def change(pipe: Pipeline) -> Route:
             if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
                 return Route.model_validate_json(earlier)
+            if circle is not None:
+                await require_as_decided(pipe, circle)
             routes = await watched_routes(pipe, by.tenant)
             route = named(routes, route_name)
             policy = await read_policy(pipe, policy_id, by.tenant)
@@ -114,15 +121,27 @@ class Policies:
 
         return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
 
-    async def roll_back(self, route_name: str, idempotency: Idempotency | None = None, by: Caller = GATEWAY) -> Route:
+    async def roll_back(
+        self,
+        route_name: str,
+        idempotency: Idempotency | None = None,
+        by: Caller = GATEWAY,
+        *,
+        precondition: Precondition = ANY,
+    ) -> Route:
         """Let the policy before stand in again, or best-of-n where there was none. One that has failed or was
-        tainted since is passed over. Raises Conflict when there is nothing to go back to."""
+        tainted since is passed over.
+
+        precondition: on the route, so that two who roll back the same policy go one step.
+        Raises Conflict when there is nothing to go back to, PreconditionFailed.
+        """
 
         async def change(pipe: Pipeline) -> Route:
             if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
                 return Route.model_validate_json(earlier)
             routes = await watched_routes(pipe, by.tenant)
             route = named(routes, route_name)
+            precondition.require(version_of(route))
             target, rest, skipped = await _predecessor(pipe, route)
             restored = _without_trial(route, target).model_copy(
                 update={"live_policy": target, "previous_policies": rest}

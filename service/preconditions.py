@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final
 
 from starlette.requests import Request
 
+from bon_algos.contracts import Record
 from service.errors import PreconditionFailed, Unparseable
 
 HEADER: Final = "If-Match"
@@ -22,6 +24,14 @@ _TAG: Final = re.compile(r'\s*(W/)?("[!#-~]*")\s*')
 def etag(version: object) -> str:
     """As `ETag` and `If-Match` write it."""
     return f'"{version}"'
+
+
+def version_of(record: Record | None, *members: str) -> str | None:
+    """The version of a record that counts none: a digest of it, or of these members alone. None of one that is not."""
+    if record is None:
+        return None
+    content = record.model_dump_json(include=set(members) if members else None)
+    return sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

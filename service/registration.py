@@ -17,7 +17,7 @@ from redis.asyncio.client import Pipeline
 
 from bon_algos.contracts import POLICIES_DELETED, POLICIES_INDEX, Manifest, PolicyRecord, Record, policy_key
 from service.access import Caller
-from service.artefacts import ArtefactRefused, checked_adapter, read_manifest
+from service.artefacts import ArtefactRefused, checked_adapter, checked_files, read_manifest
 from service.audit import AuditChain
 from service.errors import Conflict, InvalidField
 from service.store import transact
@@ -52,11 +52,9 @@ class Registration:
         """The manifest of a registered policy, and where its files stand, whole. Raises Conflict."""
         manifest = policy.manifest
         if manifest is None:
-            raise Conflict("a base policy has no adapter", code="policy_is_base")
+            raise Conflict("a base policy has no files here", code="policy_is_base")
         try:
-            directory, _ = await asyncio.to_thread(
-                checked_adapter, self._artefacts, manifest, max_rank=manifest.lora_rank
-            )
+            directory = await asyncio.to_thread(_checked_files, self._artefacts, manifest)
         except ArtefactRefused as error:
             raise Conflict(f"the policy's files are not its own: {error}", code="files_damaged") from error
         return manifest, directory
@@ -91,3 +89,10 @@ class Registration:
             return policy
 
         return await transact(self._redis, [POLICIES_DELETED, POLICIES_INDEX, policy_key(policy.id)], change)
+
+
+def _checked_files(root: Path, manifest: Manifest) -> Path:
+    if manifest.kind == "full":
+        return checked_files(root, manifest)
+    directory, _ = checked_adapter(root, manifest, max_rank=manifest.lora_rank)
+    return directory

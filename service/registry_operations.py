@@ -21,17 +21,13 @@ from service.errors import (
     TagNotFound,
 )
 from service.lineage import FORMS, MEDIA_TYPES
-from service.operation import LIMIT, ONCE, PAGE, Body, Operation, Parameter, header, query
+from service.operation import LIMIT, MATCH, ONCE, PAGE, Body, Operation, Parameter, query
 from service.policies import PolicyChange
-from service.preconditions import HEADER, MAX_LENGTH
 from service.registration import RegistrationRequest
 from service.replies import ROUTE, listed
 from service.routes.policies import BASE_PATTERN, PromoteRequest, WithdrawRequest
 from service.tags import TagRequest
 
-MATCH: Final = header(
-    HEADER, "Versions that may be changed, as `ETag` told them.", maxLength=MAX_LENGTH, pattern='^("[!#-~]*"|\\*)$'
-)
 CHANGING: Final = (PolicyNotFound, Conflict, PreconditionFailed, StoreFull)
 FILTERS: Final[tuple[Parameter, ...]] = (
     query("after", "The id of a row: those behind it follow.", type="string", minLength=1),
@@ -98,9 +94,9 @@ REGISTRY_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         also=(MEDIA_TYPES["mermaid"], MEDIA_TYPES["dot"]),
     ),
     ("GET", "/policies/{policy_id}/export"): Operation(
-        "A policy as a PEFT directory, in a tar archive",
+        "A policy's files, in a tar archive",
         {200: None},
-        parameters=(query("base", "What the adapter says of its base.", type="string", pattern=BASE_PATTERN),),
+        parameters=(query("base", "What an adapter says of its base.", type="string", pattern=BASE_PATTERN),),
         errors=(PolicyNotFound, Conflict, InvalidField),
         headers=("ETag",),
         also=("application/x-tar",),

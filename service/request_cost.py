@@ -7,7 +7,7 @@ numbers limit (limits.py).
 from __future__ import annotations
 
 import math
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from typing import Final, NamedTuple
 
@@ -81,7 +81,7 @@ class _Lengths:
         self._in_order.append(tokens)
         insort(self._sorted, tokens)
         if len(self._in_order) > REMEMBERED:
-            self._sorted.remove(self._in_order.popleft())
+            del self._sorted[bisect_left(self._sorted, self._in_order.popleft())]
 
     @property
     def usual(self) -> float:

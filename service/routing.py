@@ -30,6 +30,7 @@ from service.audit import AuditChain
 from service.catalogue import Snapshot
 from service.errors import Conflict, InvalidField, RouteNotFound
 from service.experiment_store import FORMER_STATISTICS_SECONDS
+from service.preconditions import ANY, Precondition, version_of
 from service.store import transact
 
 MAX_ROUTES: Final = 100
@@ -60,13 +61,22 @@ class Routes:
         self._n_cap = n_cap
         self._max_tokens = max_tokens
 
-    async def put(self, name: str, request: RouteRequest, base_policy: str, by: Caller = GATEWAY) -> tuple[Route, bool]:
-        """The route as it is now, and whether it is new. Raises InvalidField."""
+    async def put(
+        self,
+        name: str,
+        request: RouteRequest,
+        base_policy: str,
+        by: Caller = GATEWAY,
+        *,
+        precondition: Precondition = ANY,
+    ) -> tuple[Route, bool]:
+        """The route as it is now, and whether it is new. Raises InvalidField, PreconditionFailed."""
         settled, key = self._settled(request, base_policy), route_key(name, by.tenant)
 
         async def change(pipe: Pipeline) -> tuple[Route, bool]:
             row = cast("str | None", await pipe.get(key))
             former = None if row is None else Route.model_validate_json(row)
+            precondition.require(version_of(former))
             if former is None and await _count(pipe, by.tenant) >= MAX_ROUTES:
                 raise Conflict(f"there are {MAX_ROUTES} routes already: delete one", code="too_many_routes")
             if former is not None and former.is_used and former.base_policy != settled["base_policy"]:
@@ -86,20 +96,22 @@ class Routes:
 
         return await transact(self._redis, (key, ROUTES_INDEX), change)
 
-    async def delete(self, name: str, by: Caller = GATEWAY) -> None:
-        """Raises RouteNotFound, and Conflict while anything still depends on the route."""
+    async def delete(self, name: str, by: Caller = GATEWAY, *, precondition: Precondition = ANY) -> None:
+        """Raises RouteNotFound, PreconditionFailed, and Conflict while anything still depends on the route."""
         keys = (route_key(name, by.tenant), experiment_key(name, by.tenant), ROUTES_INDEX)
 
         async def change(pipe: Pipeline) -> None:
             row, experiment_row = cast("list[str | None]", await pipe.mget(keys[:2]))
             if row is None:
                 raise RouteNotFound("no such route", param="route")
+            route = Route.model_validate_json(row)
+            precondition.require(version_of(route))
             experiment = None if experiment_row is None else Experiment.model_validate_json(experiment_row)
             if experiment is not None and experiment.stopped_at is None:
                 raise Conflict("an experiment runs on the route: stop it first", code="route_in_use")
-            if Route.model_validate_json(row).collect_share is not None:
+            if route.collect_share is not None:
                 raise Conflict("the route has a circle: stop and delete it first", code="route_in_use")
-            if Route.model_validate_json(row).is_used:
+            if route.is_used:
                 raise Conflict(
                     "a policy is live, canary or shadow on the route: roll back or withdraw it first",
                     code="route_in_use",

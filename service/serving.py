@@ -220,8 +220,15 @@ def _empty_group(
 async def answer(
     serving: Serving, prepared: Prepared, *, wait_for_reward: bool, hear: Listener | None = None
 ) -> Answer:
-    """Fill the group when it is its turn, and log it. Raises the reason when nothing can be served; the group is logged
-    all the same, unless it was not admitted or the engine never gave a candidate."""
+    """Fill the group when it is its turn, and log it as made now. Raises the reason when nothing can be served; the
+    group is logged all the same, unless it was not admitted or the engine never gave a candidate."""
+    # Not when it was prepared: from this moment on the ledger knows that a record of it may come.
+    group = prepared.group.model_copy(update={"created_at": time()})
+    with serving.ledger.awaits(group.created_at):
+        return await _answered(serving, prepared._replace(group=group), wait_for_reward=wait_for_reward, hear=hear)
+
+
+async def _answered(serving: Serving, prepared: Prepared, *, wait_for_reward: bool, hear: Listener | None) -> Answer:
     group = prepared.group
     most = prepared.stops[-1]
     async with serving.limits.admitted(prepared.caller, group, most, prepared.budget.deadline) as admission:

@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from time import monotonic, time
 from typing import Final
 
@@ -70,9 +70,13 @@ class Shadows:
         if len(self._tasks) >= AT_ONCE:
             told["busy"] += 1
             return
-        task = asyncio.create_task(self._answer(shadow_group(served, route.shadow), route, told))
+        group = shadow_group(served, route.shadow)
+        under_way = ExitStack()
+        under_way.enter_context(self._ledger.awaits(group.created_at))
+        task = asyncio.create_task(self._answer(group, route, told))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: under_way.close())
 
     async def stop(self) -> None:
         """Nobody waits for them."""

@@ -1,4 +1,5 @@
-"""What a gateway's disk holds no more: until when all that it logged is in the stream, and gone from the spool.
+"""What a gateway's disk holds no more: until when all that it logged, and has yet to log, is in the stream, and gone
+from the spool.
 
 Owns: making the spool let go of what is delivered, and telling so. Does not own: delivery (ledger.py), who waits for
 it: an erasure is proven when every spool has passed the moment it was asked for.
@@ -49,13 +50,15 @@ class SpoolReport:
             await asyncio.sleep(SECONDS)
 
     async def tell(self) -> None:
-        """Wait until nothing of before is left, and say so. Raises StoreUnavailable, OSError."""
+        """Wait until nothing of before is left, and say so: of before the earliest of the requests that are under way,
+        whose records are older than when they arrive here. Raises StoreUnavailable, OSError."""
         began = time()
+        under_way = self._ledger.awaited_since
         segment = self._ledger.begin_segment()
         while not self._ledger.holds_none_before(segment):
             await asyncio.sleep(LOOK_SECONDS)
         with translated():
-            await self._redis.hset(SPOOLS, self._name, str(began))
+            await self._redis.hset(SPOOLS, self._name, str(began if under_way is None else min(began, under_way)))
 
     async def close(self) -> None:
         """A spool that holds nothing need not be waited for."""

@@ -53,9 +53,9 @@ JOB_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
             f"{wish.capitalize()} a job",
             {200: job_replies.JOB},
             parameters=(ONCE,),
-            errors=(JobNotFound, Conflict, StoreFull, InvalidField),
+            errors=(JobNotFound, Conflict, StoreFull, InvalidField, *more),
         )
-        for wish in ("pause", "resume", "cancel")
+        for wish, more in (("pause", ()), ("resume", (QueueFull,)), ("cancel", ()))
     },
 }
 """Under each of the two names that jobs have."""

@@ -61,7 +61,8 @@ class Outbox:
         return moved > 0 or (bool(newest) and newest[0][0] != read)
 
     async def _spread(self, pipe: Pipeline) -> Sequence[str]:
-        """Returns the webhooks that have no room."""
+        """Returns the webhooks that have no room. Nothing is done then: they are disabled first, for once this was done
+        and nobody left to do that, nothing would remind anybody of what they were not told."""
         read = cast("str | None", await pipe.get(WEBHOOKS_READ)) or "0-0"
         moves = cast("list[Row]", await pipe.xrange(JOBS_MOVED, count=READ_AT_ONCE))
         entries = cast("list[Row]", await pipe.xrange(AUDIT_STREAM, f"({read}", "+", count=READ_AT_ONCE))
@@ -70,15 +71,16 @@ class Outbox:
         enabled = [one for one in await read_webhooks(pipe) if one.is_enabled] if happened else []
         full = {one.id for one in enabled if await waiting(pipe, one.id) >= MAX_WAITING}
         told = [(one.id, event) for one, event in _pairs(enabled, happened)]
+        if overfull := full & {webhook_id for webhook_id, _ in told}:
+            return sorted(overfull)
         pipe.multi()  # type: ignore[no-untyped-call]
         for webhook_id, event in told:
-            if webhook_id not in full:
-                put(pipe, webhook_id, event, self._clock())
+            put(pipe, webhook_id, event, self._clock())
         if moves:
             pipe.xdel(JOBS_MOVED, *(place for place, _ in moves))
         # Also where only moves were read: it is watched, so that of several gateways one does this.
         pipe.set(WEBHOOKS_READ, entries[-1][0] if entries else read)
-        return sorted(full & {webhook_id for webhook_id, _ in told})
+        return ()
 
 
 def _pairs(enabled: Sequence[WebhookRecord], happened: Sequence[Happened]) -> Iterator[tuple[WebhookRecord, Event]]:

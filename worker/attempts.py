@@ -41,6 +41,9 @@ ORPHAN_SECONDS: Final = 86_400.0
 """How long a policy's directory may wait for its registration; another job that makes the same weights adopts it. And a
 report for its policy's directory."""
 
+DOOMED: Final = ".deleted-"
+"""Begins the name of a policy's directory that is being removed, by a worker or by a gateway."""
+
 _NAME: Final = re.compile(r"([0-9]+)-[0-9a-f]{8}")
 
 
@@ -75,8 +78,17 @@ def sweep(client: redis.Redis, artefacts: Path) -> None:
     for home in (artefacts / "policies").glob("*"):
         if _is_orphan(client, home):
             log.warning("policy %s was never registered and its job has ended: removed", home.name[:16])
-            shutil.rmtree(home, ignore_errors=True)
+            _doom(home)
+    for doomed in (artefacts / "policies").glob(f"{DOOMED}*"):
+        shutil.rmtree(doomed, ignore_errors=True)
     _sweep_reports(client, artefacts)
+
+
+def _doom(home: Path) -> None:
+    """Half a policy under its name would be none that a sweep knows, and hold up that of the reports for ever."""
+    with suppress(FileNotFoundError):  # another worker sweeps too
+        home.rename(home.with_name(f"{DOOMED}{home.name}.{secrets.token_hex(4)}"))
+        crash_point("orphan.renamed")
 
 
 def _sweep_reports(client: redis.Redis, artefacts: Path) -> None:
@@ -91,6 +103,7 @@ def _sweep_reports(client: redis.Redis, artefacts: Path) -> None:
         if report.name not in named:
             log.warning("report %s is no policy's: removed", report.name[:16])
             shutil.rmtree(report, ignore_errors=True)
+            crash_point("report.removed")
 
 
 def _named_reports(client: redis.Redis, artefacts: Path) -> set[str]:

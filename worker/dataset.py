@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,9 @@ class LoggedCandidate(Record):
 
 
 class PromptPool(Record):
-    """A prompt with all its candidates in drawing order: the reference's, and those of other policies if wanted."""
+    """A prompt with all its candidates in drawing order: the reference's, and those of other policies if wanted.
+
+    Whoever asks what a window was trained on reads the members before `candidates` alone (`bon_algos.ancestors`)."""
 
     prompt_ids: tuple[int, ...]
     prompt: str
@@ -126,12 +128,14 @@ def freeze(
     training_file: FileId | None = None,
     trained_before: Set[tuple[int, ...]] = frozenset(),
     within: Path | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> FrozenWindow:
     """The job's window: made once, read again by every later attempt. Raises JobFailed when it is too little.
 
     training_file: where the groups are from, when not from the ledger.
     trained_before: prompts that must not be held out, because an ancestor of the policy has learned from them.
     within: the attempt's directory, where it is written before it has its name.
+    check: called with the directory when it says whose groups the window is made of, before it holds any of them.
     """
     if not directory.exists():
         choice = choose(groups, wanted, max_groups, feedback_of)
@@ -140,12 +144,17 @@ def freeze(
         except Unusable as reason:
             raise JobFailed(reason.code, reason.message) from None
         pools = [prompt_pool(entry, wanted.reference_policy) for entry in usable]
-        _write(directory, within, pools, choice, training_file)
+        _write(directory, within, pools, choice, training_file, check)
     return read(directory)
 
 
 def _write(
-    directory: Path, within: Path | None, pools: Sequence[PromptPool], choice: Choice, training_file: FileId | None
+    directory: Path,
+    within: Path | None,
+    pools: Sequence[PromptPool],
+    choice: Choice,
+    training_file: FileId | None,
+    check: Callable[[Path], None] | None,
 ) -> None:
     content = "".join(f"{entry.model_dump_json()}\n" for entry in pools).encode()
     newest, oldest = choice.chosen[0], choice.chosen[-1]
@@ -160,29 +169,26 @@ def _write(
         training_file=training_file,
     )
     with staged(directory, within=within, points=("window.written", "window.renamed")) as aside:
+        # First: an erasure that is asked for after the check finds what is here by it, also when this process dies.
+        write_sources(aside, choice.chosen)
+        if check is not None:
+            check(aside)
         (aside / "pools.jsonl.z").write_bytes(zlib.compress(content))
         (aside / "window.json").write_text(data.model_dump_json())
-        write_sources(aside, choice.chosen)
 
 
 def read(directory: Path) -> FrozenWindow:
     """A frozen window, checked against its digest. Raises JobFailed when the file is not what was written."""
-    data, content = read_content(directory)
+    data = DataWindow.model_validate_json((directory / "window.json").read_text())
+    content = zlib.decompress((directory / "pools.jsonl.z").read_bytes())
+    if hashlib.sha256(content).hexdigest() != data.digest:
+        raise JobFailed("window_damaged", f"the frozen window does not match its digest {data.digest[:16]}")
     pools = list(_parse(content))
     return FrozenWindow(
         tuple(entry for entry in pools if entry.side == "train"),
         tuple(entry for entry in pools if entry.side == "held_out"),
         data,
     )
-
-
-def read_content(directory: Path) -> tuple[DataWindow, bytes]:
-    """What a frozen window says of itself, and its pools as they were written, one in a line. Raises as `read`."""
-    data = DataWindow.model_validate_json((directory / "window.json").read_text())
-    content = zlib.decompress((directory / "pools.jsonl.z").read_bytes())
-    if hashlib.sha256(content).hexdigest() != data.digest:
-        raise JobFailed("window_damaged", f"the frozen window does not match its digest {data.digest[:16]}")
-    return data, content
 
 
 def _parse(content: bytes) -> Iterator[PromptPool]:

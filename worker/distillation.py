@@ -122,11 +122,15 @@ class Distillation:
             training_file=spec.training_file,
             trained_before=self.lineage.trained,
             within=self.attempt,
+            check=self.require_nothing_erased,
         )
-        # Asked for since then: the eraser may have looked for windows before this one was there.
-        if Erasures.read(place.client).concern(self.directory / "window"):
-            raise JobFailed(erased_windows.CODE, erased_windows.MESSAGE)
+        self.require_nothing_erased(self.directory / "window")
         return window
+
+    def require_nothing_erased(self, window: Path) -> None:
+        """Raises JobFailed for what was asked to be erased since the groups were read, or the window was frozen."""
+        if Erasures.read(self.workplace.client).concern(window):
+            raise JobFailed(erased_windows.CODE, erased_windows.MESSAGE)
 
     @property
     def parent_policy_id(self) -> PolicyId:
@@ -300,7 +304,7 @@ class Distillation:
         num_samples = samples_needed(self.spec.n)
         drawing = Drawing(self.rollouts, place.base_policy_id, place.policy_directory, self.spec.seed, self.lease.check)
         judged = patiently(
-            lambda: draw_judged(policy, pools, num_samples, drawing),
+            lambda: draw_judged(policy, pools, num_samples, drawing, has_all_draws=self.wanted().takes_all_draws),
             self.lease.wait,
             place.engine_patience_seconds,
         )

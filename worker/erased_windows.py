@@ -1,5 +1,8 @@
 """From a dataset that is not what it was to the jobs and policies that learned from it.
 
+What was made from what is read from the registry and from the jobs, which outlive the policies that they made: what was
+made from a policy that is deleted by now is found through the job that made that one.
+
 Owns: ending jobs that read such a window, marking policies, which the audit tells. Does not own: finding the windows
 (erasing.py).
 """
@@ -7,25 +10,32 @@ Owns: ending jobs that read such a window, marking policies, which the audit tel
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, cast
 
 import redis
+from pydantic import ValidationError
 
 from bon_algos.audit_entries import GENESIS, chained
 from bon_algos.contracts import (
     AUDIT_STREAM,
+    DEFAULT_TENANT,
     JOB_LUA,
     OPEN_JOBS,
     POLICIES_INDEX,
+    JobSpec,
     PolicyRecord,
     job_events_key,
     job_key,
+    jobs_index,
     policy_key,
 )
 
 CODE: Final = "window_erased"
 MESSAGE: Final = "rows of its window were erased at their owner's request: submit the job again"
+
+log = logging.getLogger("bonsai.compactor")
 
 # KEYS: job, its events, open jobs. ARGV: job id, code, message. One more epoch: what the worker that runs it still
 # sends is refused.
@@ -51,27 +61,52 @@ def fail_jobs(client: redis.Redis, jobs: Iterable[str]) -> None:
         client.eval(_FAIL, len(keys), *keys, job_id, CODE, MESSAGE)
 
 
-def taint(client: redis.Redis, jobs: frozenset[str]) -> tuple[str, ...]:
-    """Mark the policies that these jobs made, and those that were made from them; all of these, marked or not.
+def taint(client: redis.Redis, jobs: frozenset[str], tenant: str = DEFAULT_TENANT) -> tuple[str, ...]:
+    """Mark the policies that these jobs of a tenant made, and those that were made from them; all of these, marked or
+    not, that are not deleted.
 
     Again until nothing is new: what was registered while its parents were being marked is found by the next look, and
     once they are marked no job can register another (`lease.FINISH`).
     """
     marked: frozenset[str] = frozenset()
-    while jobs and (more := _concerned(client, jobs) - marked):
+    while jobs and (more := _concerned(client, jobs, tenant) - marked):
         for name in sorted(more):
             _mark(client, name)
         marked |= more
     return tuple(sorted(marked))
 
 
-def _concerned(client: redis.Redis, jobs: frozenset[str]) -> frozenset[str]:
+def _concerned(client: redis.Redis, jobs: frozenset[str], tenant: str) -> frozenset[str]:
     names = [name.decode() for name in cast("list[bytes]", client.zrange(POLICIES_INDEX, 0, -1))]
     records = {name: record for name in names if (record := _policy(client, name)) is not None}
     found = {name for name, one in records.items() if one.manifest is not None and one.manifest.job_id in jobs}
-    while more := {name for name, one in records.items() if name not in found and found & one.parents}:
+    parents = [(name, one.parents) for name, one in records.items()]
+    for job_id, policy_id, made_from in _made(client, tenant):
+        parents.append((policy_id, made_from))
+        found |= {policy_id} if job_id in jobs else set()
+    while more := {name for name, made_from in parents if name not in found and found & made_from}:
         found |= more
-    return frozenset(found)
+    return frozenset(found & records.keys())
+
+
+def _made(client: redis.Redis, tenant: str) -> Iterator[tuple[str, str, frozenset[str]]]:
+    """Each job of a tenant that made a policy, the policy, and the policies that it was made from."""
+    jobs = [name.decode() for name in cast("list[bytes]", client.zrange(jobs_index(tenant), 0, -1))]
+    with client.pipeline(transaction=False) as pipe:
+        for job_id in jobs:
+            pipe.hmget(job_key(job_id), ["policy_id", "spec"])
+        rows = cast("list[tuple[bytes | None, bytes | None]]", pipe.execute())
+    for job_id, (policy_id, spec) in zip(jobs, rows, strict=True):
+        if policy_id is not None:
+            yield job_id, policy_id.decode(), _made_from(job_id, spec or b"")
+
+
+def _made_from(job_id: str, spec: bytes) -> frozenset[str]:
+    try:
+        return frozenset(JobSpec.model_validate_json(spec).policies)
+    except ValidationError:
+        log.warning("what %s learned from is not known: its spec is of another version", job_id)
+        return frozenset()
 
 
 def _policy(client: redis.Redis, policy_id: str) -> PolicyRecord | None:

@@ -47,7 +47,16 @@ from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
 from worker.compaction import is_in_stream
 from worker.erased_windows import fail_jobs, taint
 from worker.erasures import Erasures, LedgerRecord, is_of, user_of
-from worker.sources import DamagedSources, delete_content, read_sources, windows
+from worker.sources import (
+    DamagedSources,
+    Source,
+    delete_content,
+    delete_unfinished,
+    holds,
+    read_sources,
+    unfinished,
+    windows,
+)
 
 PAGE_ENTRIES: Final = 500
 SPOOL_SILENT_SECONDS: Final = 7 * 86_400.0
@@ -316,11 +325,14 @@ class Eraser:
         # First the jobs, so that nobody reads a window that is half there.
         fail_jobs(self._client, concerned)
         crash_point("job.failed")
-        policies = taint(self._client, frozenset(concerned))
+        policies = taint(self._client, frozenset(concerned), erasure.tenant)
         crash_point("policies.tainted")
         jobs = {"jobs": {*erasure.jobs, *concerned}, "policies": {*erasure.policies, *policies}}
         told = erasure.model_copy(update={name: tuple(sorted(found)) for name, found in jobs.items()})
         self._write(erasure, told)
+        crash_point("erasure.told")
+        for aside in unfinished(self._artefacts):
+            delete_unfinished(aside, partial(self._is_source_concerned, erasure, traces.groups))
         for job_id, gone in concerned.items():
             delete_content(windows(self._artefacts)[job_id], gone)
         return told
@@ -335,15 +347,15 @@ class Eraser:
                 log.error("%s", error)
                 traces.unsearched.add(str(window.relative_to(self._artefacts)))
                 continue
-            gone = [
-                one.group_id
-                for one in sources
-                if served_id(one.group_id) in traces.groups
-                or (one.subject == erasure.subject_digest and one.created_at <= erasure.requested_at)
-            ]
+            gone = [one.group_id for one in sources if self._is_source_concerned(erasure, traces.groups, one)]
             if gone:
                 concerned[job_id] = gone
         return concerned
+
+    @staticmethod
+    def _is_source_concerned(erasure: Erasure, groups: set[str], one: Source) -> bool:
+        is_subject = one.subject == erasure.subject_digest and one.created_at <= erasure.requested_at
+        return is_subject or served_id(one.group_id) in groups
 
     # --- proving -----------------------------------------------------------------------------------------
 
@@ -360,8 +372,10 @@ class Eraser:
         found += sum(self._holds(erasure, groups, name) for name in self._files())
         found += sum(1 for _ in self._replies_of(groups))
         found += sum(self._client.exists(feedback_key(one)) for one in groups)
+        is_concerned = partial(self._is_source_concerned, erasure, groups)
+        found += sum(holds(aside, is_concerned) for aside in unfinished(self._artefacts))
         sources = [one for window in windows(self._artefacts).values() for one in read_sources(window)]
-        return found + sum(served_id(one.group_id) in groups for one in sources)
+        return found + sum(map(is_concerned, sources))
 
     def _files(self) -> Sequence[str]:
         kinds = ("groups", "feedback", "outcomes", "exposures")

@@ -4,8 +4,8 @@ Owns what is drawn and how draws become the report's numbers. Does not own the e
 nor whether the numbers are good enough: that is decided where traffic is moved.
 
 A prompt is one observation. Every sample is drawn from the engine, the policy's under its own name. The reference's
-draws that the ledger holds of a held-out prompt count beside its fresh ones: same law, same reward model, never learned
-from.
+draws that the ledger holds of a held-out prompt count beside its fresh ones where they are of its law: same reward
+model, never learned from. Chosen by what was said of them, or drawn in whatever way, they are not.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Judged(NamedTuple):
     pool: PromptPool
     policy: Sequence[Rollout]
     reference: Sequence[Rollout]
+    logged: Sequence[LoggedCandidate]
+    """What the window has of the reference's law beside them."""
 
     @property
     def order_policy(self) -> Array:
@@ -55,13 +57,24 @@ class Judged(NamedTuple):
         return np.array([one.ranking_reward for one in self._drawn_by_reference])
 
     @property
+    def reward_policy(self) -> Array:
+        """(N,); rewards of the policy's draws. One without ranks last, and is worth the worst of the prompt, whichever
+        side has it: what is lost on both sides alike favours neither."""
+        return self._rewards(self.policy)
+
+    @property
     def reward_reference(self) -> Array:
-        """(M,); their rewards. A draw without one ranks last and is worth the worst."""
-        return _rewards(self._drawn_by_reference)
+        """(M,); the same of the reference's."""
+        return self._rewards(self._drawn_by_reference)
+
+    def _rewards(self, draws: Sequence[Rollout | LoggedCandidate]) -> Array:
+        known = (one.reward for one in (*self.policy, *self._drawn_by_reference) if one.reward is not None)
+        worst = min(known)
+        return np.array([worst if one.reward is None else one.reward for one in draws])
 
     @property
     def _drawn_by_reference(self) -> Sequence[Rollout | LoggedCandidate]:
-        return [*self.reference, *self.pool.drawn_by_reference]
+        return [*self.reference, *self.logged]
 
 
 def samples_needed(n: int) -> int:
@@ -75,7 +88,7 @@ def report_of(
     """The report from the draws. kl_policy_base: where the reference is not the base. Raises JobFailed when too many
     draws have no reward."""
     _require_rewards(judged)
-    policy_B = np.array([_mean_reward(row.policy) for row in judged])
+    policy_B = np.array([row.reward_policy.mean() for row in judged])
     reference_B = np.array([row.reward_reference.mean() for row in judged])
     best_B = np.array([best_of_n_weights(row.order_reference, n) @ row.reward_reference for row in judged])
     attainable = float((best_B - reference_B).mean())
@@ -178,15 +191,6 @@ def _require_rewards(judged: Sequence[Judged]) -> None:
     starved = sum(all(one.reward is None for one in side) for row in judged for side in (row.policy, row.reference))
     if lost > MAX_LOST_SHARE * len(draws) or starved:
         raise JobFailed("rewards_missing", f"{lost} of {len(draws)} held-out completions have no reward")
-
-
-def _mean_reward(draws: Sequence[Rollout]) -> float:
-    return float(np.mean([one.reward for one in draws if one.reward is not None]))
-
-
-def _rewards(draws: Sequence[Rollout | LoggedCandidate]) -> Array:
-    worst = min(one.reward for one in draws if one.reward is not None)
-    return np.array([worst if one.reward is None else one.reward for one in draws])
 
 
 def _mean_tokens(rows: Sequence[Sequence[Rollout]]) -> float:

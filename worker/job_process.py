@@ -1,4 +1,4 @@
-"""The process that trains one job: `python -m worker.job_process JOB EPOCH PARENT`.
+"""The process that trains one job: `python -m worker.job_process JOB CLAIM PARENT`.
 
 Owns how the process lives and ends: it dies with its parent, keeps the lease, and turns every reason to stop
 into the job's state. Does not own the training (`distillation`), whose libraries it loads only once the
@@ -29,7 +29,7 @@ from worker.connection import open_redis
 from worker.durable import full_disk_told
 from worker.errors import DiskFull, EngineUnavailable, JobCancelled, JobFailed, JobParked, LeaseLost
 from worker.job_record import keep
-from worker.lease import Lease
+from worker.lease import Claim, Lease
 from worker.lifeline import die_with
 from worker.settings import WorkerSettings
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def main(job_id: str, epoch: int, parent: int) -> int:
+def main(job_id: str, own: Claim, parent: int) -> int:
     die_with(parent)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = WorkerSettings()
@@ -52,7 +52,7 @@ def main(job_id: str, epoch: int, parent: int) -> int:
     lease = Lease(
         held_by,
         job_id,
-        epoch,
+        own,
         lease_seconds=settings.lease_seconds,
         heartbeat_seconds=settings.heartbeat_seconds,
     )
@@ -80,7 +80,7 @@ def settle(client: redis.Redis, lease: Lease, settings: WorkerSettings) -> None:
     except LeaseLost as loss:
         log.warning("stopped, nothing more is written: %s", loss)
     except (DiskFull, EngineUnavailable) as hindrance:
-        leases.release(client, lease.job_id, lease.epoch, str(hindrance))
+        leases.release(client, lease.job_id, lease.claim, str(hindrance))
     keep(client, settings.artefacts, lease.job_id)
 
 
@@ -153,4 +153,4 @@ def read_tokenizer(directory: Path) -> ChatTokenizer:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], Claim.of(sys.argv[2]), int(sys.argv[3])))

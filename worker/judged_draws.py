@@ -17,7 +17,10 @@ from worker.full_weights import FullPolicy
 from worker.job_process import read_tokenizer
 from worker.models import TrainedPolicy
 from worker.own_draws import own_draws
-from worker.rollouts import Rollouts
+from worker.rollouts import Rollout, Rollouts
+
+Sides = tuple[Sequence[Sequence[Rollout]], Sequence[Sequence[Rollout]]]
+"""The policy's draws of each prompt, and the reference's."""
 
 
 class Drawing(NamedTuple):
@@ -32,15 +35,24 @@ class Drawing(NamedTuple):
     """Raises when the attempt is over."""
 
 
-def draw_judged(policy: TrainedPolicy, pools: Sequence[PromptPool], num_samples: int, drawing: Drawing) -> list[Judged]:
-    """Each prompt with `num_samples` of either side. Raises EngineUnavailable."""
+def draw_judged(
+    policy: TrainedPolicy, pools: Sequence[PromptPool], num_samples: int, drawing: Drawing, *, has_all_draws: bool
+) -> list[Judged]:
+    """Each prompt with `num_samples` of either side, and with the window's of the reference where it `has_all_draws`:
+    there these are of the reference's law. Raises EngineUnavailable."""
     if isinstance(policy, FullPolicy):
-        return _of_full_weights(policy, pools, num_samples, drawing)
+        own, reference = _by_itself(policy, pools, num_samples, drawing)
+    else:
+        own, reference = _by_the_engine(policy, pools, num_samples, drawing)
+    logged = [pool.drawn_by_reference if has_all_draws else () for pool in pools]
+    return [Judged(*row) for row in zip(pools, own, reference, logged, strict=True)]
+
+
+def _by_the_engine(policy: TrainedPolicy, pools: Sequence[PromptPool], num_samples: int, drawing: Drawing) -> Sides:
     rollouts = drawing.rollouts
     with rollouts.served(policy) as name, _reference_served(policy, drawing) as reference:
         drawn = rollouts.draw([(model, pool, num_samples) for model in (name, reference) for pool in pools])
-    sides = zip(pools, drawn[: len(pools)], drawn[len(pools) :], strict=True)
-    return [Judged(pool, own, other) for pool, own, other in sides]
+    return drawn[: len(pools)], drawn[len(pools) :]
 
 
 @contextmanager
@@ -54,12 +66,9 @@ def _reference_served(policy: TrainedPolicy, drawing: Drawing) -> Iterator[str]:
             yield name
 
 
-def _of_full_weights(
-    policy: FullPolicy, pools: Sequence[PromptPool], num_samples: int, drawing: Drawing
-) -> list[Judged]:
+def _by_itself(policy: FullPolicy, pools: Sequence[PromptPool], num_samples: int, drawing: Drawing) -> Sides:
     """No engine serves it: it draws for itself, its reference from the engine."""
     tokenizer = read_tokenizer(drawing.policy_directory)
     drawn = own_draws(policy, pools, num_samples, tokenizer, seed=drawing.seed, check=drawing.check)
     own = drawing.rollouts.scored(pools, drawn)
-    reference = drawing.rollouts.draw([(drawing.base_policy_id, pool, num_samples) for pool in pools])
-    return [Judged(*row) for row in zip(pools, own, reference, strict=True)]
+    return own, drawing.rollouts.draw([(drawing.base_policy_id, pool, num_samples) for pool in pools])

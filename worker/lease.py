@@ -1,22 +1,23 @@
-"""One owner per job: a lease on Redis' clock with a fencing token, the epoch.
+"""One owner per job: a lease on Redis' clock with a fencing token, the claim.
 
 Owns how a job is claimed, kept, reported on, given back, paused and ended, and the thread that keeps it.
 Does not own re-tries or dispatch, which are the service's reconciler, nor which state may follow on which
 (`contracts.job_states`).
 
 A process that was frozen past its lease and wakes is stopped by two things: its own monotonic clock (a beat
-older than one lease counts for nothing) and the epoch (whatever it still sends is refused).
+older than one lease counts for nothing) and the claim (whatever it still sends is refused).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Final, Literal, Self, TypeVar, cast
+from typing import Final, Literal, NamedTuple, Self, TypeVar, cast
 
 import redis
 
@@ -48,22 +49,43 @@ ClaimRefusal = Literal["final", "held", "cancelled", "paused"]
 _REFUSALS: Final[dict[int, ClaimRefusal]] = {-1: "final", -2: "held", -3: "cancelled", -4: "paused"}
 
 
+class Claim(NamedTuple):
+    """Who owns a job: nobody else's has both."""
+
+    epoch: int
+    """One more than the claim before. A Redis that lost its last second gives it twice."""
+    name: str
+    """Random."""
+
+    @property
+    def token(self) -> str:
+        """What every write is compared by."""
+        return f"{self.epoch}:{self.name}"
+
+    @classmethod
+    def of(cls, token: str) -> Self:
+        epoch, _, name = token.partition(":")
+        return cls(int(epoch), name)
+
+
 def claim(
     client: redis.Redis, job_id: str, *, lease_seconds: float, worker: str, processes: int = 1
-) -> int | ClaimRefusal:
-    """Take the job for one lease; the new epoch, or why not. processes: that train it, one per device."""
+) -> Claim | ClaimRefusal:
+    """Take the job for one lease, or why not. processes: that train it, one per device. A client that
+    tries again where a reply was lost takes it once."""
     keys = (job_key(job_id), job_events_key(job_id))
     crash_point("claim.asked")
-    answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker, processes))
+    name = secrets.token_hex(8)
+    answer = _run(client, CLAIM, keys, (_ms(lease_seconds), worker, processes, name))
     crash_point("claim.granted")
-    return _REFUSALS.get(answer, answer)
+    return _REFUSALS.get(answer) or Claim(answer, name)
 
 
-def release(client: redis.Redis, job_id: str, epoch: int, reason: str) -> bool:
-    """Give a job back unfinished, with the reason for a person to read; False when another epoch holds it."""
+def release(client: redis.Redis, job_id: str, own: Claim, reason: str) -> bool:
+    """Give a job back unfinished, with the reason for a person to read; False when another claim holds it."""
     keys = (job_key(job_id), job_events_key(job_id))
     crash_point("release.asked")
-    given_back = _run(client, RELEASE, keys, (epoch, reason[-REASON_KEPT:])) == 1
+    given_back = _run(client, RELEASE, keys, (own.token, reason[-REASON_KEPT:])) == 1
     crash_point("release.recorded")
     return given_back
 
@@ -75,10 +97,10 @@ class Lease:
     """
 
     def __init__(
-        self, client: redis.Redis, job_id: str, epoch: int, *, lease_seconds: float, heartbeat_seconds: float
+        self, client: redis.Redis, job_id: str, own: Claim, *, lease_seconds: float, heartbeat_seconds: float
     ) -> None:
         self.job_id = job_id
-        self.epoch = epoch
+        self.claim = own
         self._client = client
         self._lease_seconds = lease_seconds
         self._heartbeat_seconds = min(heartbeat_seconds, lease_seconds / 3)
@@ -90,6 +112,10 @@ class Lease:
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"heartbeat-{job_id}", daemon=True)
+
+    @property
+    def epoch(self) -> int:
+        return self.claim.epoch
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -130,13 +156,13 @@ class Lease:
         JobParked: a job that is parked keeps its state first, and for that it must hold the lease."""
         asked_at = time.monotonic()
         crash_point("beat.asked")
-        answer = _run(self._client, BEAT, (job_key(self.job_id),), (self.epoch, _ms(self._lease_seconds)))
+        answer = _run(self._client, BEAT, (job_key(self.job_id),), (self.claim.token, _ms(self._lease_seconds)))
         crash_point("beat.kept")
         self._note(answer, asked_at)
         self._check_ours()
 
     def confirm(self) -> None:
-        """Have Redis say that this epoch still holds the job; raises like `beat`, at the latest when the lease
+        """Have Redis say that this claim still holds the job; raises like `beat`, at the latest when the lease
         runs out while Redis is away. Asked before an effect that outlives the process: a rename of a checkpoint
         or a policy, which then has a whole lease left to happen in."""
         self._until_redis_answers(self.beat)
@@ -156,7 +182,7 @@ class Lease:
         to stop: the lease is."""
         left = "" if seconds_left is None else f"{seconds_left:.1f}"
         told = (phase, step, steps, json.dumps(dict(metrics)), left, trained_tokens, sampled_tokens)
-        values = (self.epoch, JOB_EVENTS_KEPT, *told)
+        values = (self.claim.token, JOB_EVENTS_KEPT, *told)
         crash_point("progress.asked")
         try:
             answer = _run(self._client, PROGRESS, (job_key(self.job_id), job_events_key(self.job_id)), values)
@@ -173,7 +199,7 @@ class Lease:
         keys = (job_key(self.job_id), job_events_key(self.job_id), job_checkpoints_key(self.job_id))
         try:
             crash_point("tell.asked")
-            _run(self._client, CHECKPOINT, keys, (self.epoch, step, json.dumps(dict(metrics)), kept))
+            _run(self._client, CHECKPOINT, keys, (self.claim.token, step, json.dumps(dict(metrics)), kept))
             crash_point("tell.recorded")
         except redis.RedisError as error:
             log.warning("a checkpoint of %s was not recorded: %s", self.job_id, type(error).__name__)
@@ -218,7 +244,7 @@ class Lease:
         return answer
 
     def _settled(self, script: str, keys: tuple[str, ...], values: tuple[str | int | float, ...]) -> int:
-        answer = self._until_redis_answers(lambda: _run(self._client, script, keys, (self.epoch, *values)))
+        answer = self._until_redis_answers(lambda: _run(self._client, script, keys, (self.claim.token, *values)))
         if answer == 0:
             self._fenced = True
             raise LeaseLost(f"{self.job_id}: epoch {self.epoch} came too late to finish")

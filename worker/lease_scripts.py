@@ -1,8 +1,8 @@
 """The scripts by which a worker claims a job, keeps it, reports on it, gives it back, parks and ends it.
 
-Owns: what each does and answers; every write of a worker to a job goes through one of them and is refused when a newer
-epoch exists. Does not own: when they are run (lease.py), the states (contracts.job_states), what a job's owner asks for
-(service/job_scripts.py).
+Owns: what each does and answers; every write of a worker to a job goes through one of them and is refused when another
+claim holds it. A claim is its epoch and its name: a Redis that lost its last second gives an epoch twice. Does not own:
+when they are run (lease.py), the states (contracts.job_states), what a job's owner asks for (service/job_scripts.py).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Final
 
 from bon_algos.contracts import JOB_LUA
 
-_FENCE: Final = (
-    "if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'running'\n"
-    "then return 0 end\n"
-)
+_FENCE: Final = """
+local owner = redis.call('HMGET', KEYS[1], 'epoch', 'claim', 'state')
+if (owner[1] or '') .. ':' .. (owner[2] or '') ~= ARGV[1] or owner[3] ~= 'running' then return 0 end
+"""
 _ASKED: Final = """
 local function asked(field)
   local said = redis.call('HGET', KEYS[1], field)
@@ -27,7 +27,12 @@ CLAIM: Final = (
     JOB_LUA
     + _ASKED
     + """
-local job = redis.call('HMGET', KEYS[1], 'state', 'trained_tokens', 'sampled_tokens')
+local job = redis.call('HMGET', KEYS[1], 'state', 'trained_tokens', 'sampled_tokens', 'claim', 'epoch')
+if job[1] == 'running' and job[4] == ARGV[4] then
+  spend(KEYS[1])
+  redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[1]))
+  return tonumber(job[5])
+end
 if job[1] == 'paused' then return -4 end
 if job[1] ~= 'queued' and job[1] ~= 'running' then return -1 end
 if job[1] == 'running' and is_held(KEYS[1]) then return -2 end
@@ -38,14 +43,15 @@ local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 local attempt = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
 redis.call('HSETNX', KEYS[1], 'started_at', string.format('%.3f', now / 1000))
 redis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[1]), 'worker', ARGV[2],
-  'processes', ARGV[3], 'seen_at', string.format('%d', now), 'trained_before', job[2] or '0',
+  'processes', ARGV[3], 'claim', ARGV[4], 'seen_at', string.format('%d', now), 'trained_before', job[2] or '0',
   'sampled_before', job[3] or '0')
 move(KEYS[1], KEYS[2], 'running', 'attempt', attempt)
 return epoch
 """
 )
-"""KEYS job, events. ARGV lease ms, worker, processes that train. -> epoch; -1 final or unknown, -2 held, -3 cancelled,
--4 paused. The message has arrived: when the job is lost the next one is sent at once."""
+"""KEYS job, events. ARGV lease ms, worker, processes that train, a name of this claim. -> epoch; -1 final or unknown,
+-2 held, -3 cancelled, -4 paused. The message has arrived: when the job is lost the next one is sent at once. The same
+claim again, whose reply was lost, is answered the same: no further attempt is counted."""
 
 BEAT: Final = (
     JOB_LUA
@@ -54,7 +60,7 @@ BEAT: Final = (
     + "spend(KEYS[1])\nredis.call('HSET', KEYS[1], 'lease_until', string.format('%d', now + ARGV[2]))\n"
     + _WHAT_IS_ASKED
 )
-"""KEYS job. ARGV epoch, lease ms. -> 0 fenced, 1 kept, 2 kept and to be cancelled, 3 kept and to be paused."""
+"""KEYS job. ARGV claim, lease ms. -> 0 fenced, 1 kept, 2 kept and to be cancelled, 3 kept and to be paused."""
 
 PROGRESS: Final = (
     JOB_LUA
@@ -71,7 +77,7 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'phase', ARGV[3], 'step
 """
     + _WHAT_IS_ASKED
 )
-"""KEYS job, events. ARGV epoch, events kept, phase, step, steps, metrics, seconds left, tokens that this attempt has
+"""KEYS job, events. ARGV claim, events kept, phase, step, steps, metrics, seconds left, tokens that this attempt has
 trained on and sampled. -> as BEAT."""
 
 CHECKPOINT: Final = (
@@ -88,7 +94,7 @@ tell(KEYS[1], KEYS[2], 'checkpoint', ARGV[2])
 return 1
 """
 )
-"""KEYS job, events, checkpoints. ARGV epoch, step, metrics, states kept. -> 0 fenced, 1 told."""
+"""KEYS job, events, checkpoints. ARGV claim, step, metrics, states kept. -> 0 fenced, 1 told."""
 
 PARK: Final = (
     JOB_LUA
@@ -103,20 +109,20 @@ move(KEYS[1], KEYS[2], asked('pause') and 'paused' or 'queued')
 return 1
 """
 )
-"""KEYS job, events. ARGV epoch. -> 0 fenced, 1 given back: paused, or queued where nobody wants a pause or no more,
+"""KEYS job, events. ARGV claim. -> 0 fenced, 1 given back: paused, or queued where nobody wants a pause or no more,
 2 cancelled instead. Queued, it is woken for at once; in either case the attempt is none that has failed."""
 
 RELEASE: Final = (
     JOB_LUA
     + _FENCE
     + """
-redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])
 spend(KEYS[1])
+redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])
 tell(KEYS[1], KEYS[2], 'given_back', ARGV[2])
 return 1
 """
 )
-"""KEYS job, events. ARGV epoch, reason. -> 0 fenced, 1 given back: the reconciler takes it up or counts it out."""
+"""KEYS job, events. ARGV claim, reason. -> 0 fenced, 1 given back: the reconciler takes it up or counts it out."""
 
 FINISH: Final = (
     JOB_LUA
@@ -145,7 +151,7 @@ move(KEYS[1], KEYS[2], state)
 return answer
 """
 )
-"""KEYS job, events[, policy, policies, deleted policies, its parents]. ARGV epoch, state, events kept, then for
+"""KEYS job, events[, policy, policies, deleted policies, its parents]. ARGV claim, state, events kept, then for
 `succeeded` record, created_at, policy id, report; for `failed` code, message. -> 0 fenced, 1 done, 2 done as cancelled:
 a success that comes after a cancellation is none, 3 nothing done: this very policy was deleted, 4 nothing done: a
 parent is tainted. One that exists is left as it is."""

@@ -25,7 +25,7 @@ def first_rewards(
     """By the reward model that chooses and trains: the summary's numbers, and the share with an interval."""
     reference_B = np.array([row.reward_reference.mean() for row in judged])
     best_B = np.array([best_of_n_weights(row.order_reference, n) @ row.reward_reference for row in judged])
-    policy_B = np.array([_mean_of([one.reward for one in row.policy]) for row in judged])
+    policy_B = np.array([row.reward_policy.mean() for row in judged])
     return Rewards(
         reward_model_id=reward_model_id,
         policy=summary.reward_policy,

@@ -6,7 +6,9 @@ Owns: the file beside the window. Does not own: the window (dataset.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -48,9 +50,33 @@ def windows(artefacts: Path) -> dict[str, Path]:
     return {path.parent.name: path for path in sorted(artefacts.glob("jobs/*/window")) if path.is_dir()}
 
 
+def unfinished(artefacts: Path) -> list[Path]:
+    """Windows that an attempt was writing when it was killed, or writes now. Whoever wants to see all of a job's looks
+    here first: a window is at either place at any time, and goes one way only."""
+    return sorted(artefacts.glob("jobs/*/*/.window.*"))
+
+
 def pinned(artefacts: Path) -> frozenset[str]:
     """Groups that a frozen window was made of. Raises DamagedSources, OSError."""
     return frozenset(one.group_id for window in windows(artefacts).values() for one in read_sources(window))
+
+
+def delete_unfinished(window: Path, is_gone: Callable[[Source], bool]) -> None:
+    """The whole of it, where it holds what is to go; an attempt that writes it fails, and the next one chooses anew.
+    Raises OSError; again is the same."""
+    if holds(window, is_gone):
+        with suppress(FileNotFoundError):  # it got its name, or its attempt was forgotten
+            shutil.rmtree(window)
+        crash_point("unfinished.removed")
+
+
+def holds(window: Path, is_gone: Callable[[Source], bool]) -> bool:
+    """Whether an unfinished window does. What is not known to be others' counts."""
+    try:
+        sources = read_sources(window)
+    except DamagedSources:
+        return True
+    return any(map(is_gone, sources)) or (not sources and (window / CONTENT).exists())
 
 
 def delete_content(window: Path, erased: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ import redis
 from worker import attempts, lease
 from worker.connection import open_redis
 from worker.errors import JobCancelled, JobParked, LeaseLost
-from worker.lease import Lease
+from worker.lease import Claim, Lease
 
 log = logging.getLogger(__name__)
 
@@ -36,27 +36,32 @@ def distill(
     artefacts: Path,
     lease_seconds: float,
     processes: int,
-    run: Callable[[str, int, Path], int] | None = None,
+    run: Callable[[str, Claim, Path], int] | None = None,
 ) -> None:
     """Drive one job to its end, or do nothing when it is not this worker's to drive. Safe to run twice.
 
-    run: trains (job, epoch, log) in a process and returns its exit code; `run_job_process` unless told.
+    run: trains (job, claim, log) in a process and returns its exit code; `run_job_process` unless told.
     """
     # The second is not connected before the job has ended: over a link that was idle for so long nothing may pass.
-    with open_redis(redis_url, lease_seconds) as once, open_redis(redis_url, lease_seconds, tries_again=True) as client:
+    with _connected(redis_url, lease_seconds) as first, _connected(redis_url, lease_seconds) as client:
         worker = f"{socket.gethostname()}:{os.getpid()}"
-        epoch = lease.claim(once, job_id, lease_seconds=lease_seconds, worker=worker, processes=processes)
-        if isinstance(epoch, str):
-            log.info("job %s is not to be run: %s", job_id, epoch)
+        own = lease.claim(first, job_id, lease_seconds=lease_seconds, worker=worker, processes=processes)
+        if isinstance(own, str):
+            log.info("job %s is not to be run: %s", job_id, own)
         else:
-            log_file = artefacts / "jobs" / job_id / f"{epoch}.log"
+            log_file = artefacts / "jobs" / job_id / f"{own.epoch}.log"
             try:
-                reason = _drive(run or run_job_process, job_id, epoch, log_file)
+                reason = _drive(run or run_job_process, job_id, own, log_file)
             except JobParked:
-                _hand_over(Lease(client, job_id, epoch, lease_seconds=lease_seconds, heartbeat_seconds=lease_seconds))
+                _hand_over(Lease(client, job_id, own, lease_seconds=lease_seconds, heartbeat_seconds=lease_seconds))
             else:
-                _give_back(client, job_id, epoch, reason)
+                _give_back(client, job_id, own, reason)
         attempts.sweep(client, artefacts)
+
+
+def _connected(redis_url: str, lease_seconds: float) -> redis.Redis:
+    """All that is asked here may be carried out twice."""
+    return open_redis(redis_url, lease_seconds, tries_again=True)
 
 
 def _hand_over(own: Lease) -> None:
@@ -65,26 +70,26 @@ def _hand_over(own: Lease) -> None:
         own.park()
 
 
-def _give_back(client: redis.Redis, job_id: str, epoch: int, reason: str | None) -> None:
+def _give_back(client: redis.Redis, job_id: str, own: Claim, reason: str | None) -> None:
     if reason is not None:
-        log.error("job %s, epoch %d: %s", job_id, epoch, reason)
-        lease.release(client, job_id, epoch, reason)
+        log.error("job %s, epoch %d: %s", job_id, own.epoch, reason)
+        lease.release(client, job_id, own, reason)
 
 
-def _drive(run: Callable[[str, int, Path], int], job_id: str, epoch: int, log_file: Path) -> str | None:
+def _drive(run: Callable[[str, Claim, Path], int], job_id: str, own: Claim, log_file: Path) -> str | None:
     """Why the job is to be given back, if it is."""
     try:
-        exit_code = run(job_id, epoch, log_file)
+        exit_code = run(job_id, own, log_file)
     except OSError as error:
         return f"no training process could be started: {error}"
     return None if exit_code == 0 else f"training process ended with {exit_code}\n{tail(log_file)}"
 
 
-def run_job_process(job_id: str, epoch: int, log_file: Path) -> int:
+def run_job_process(job_id: str, own: Claim, log_file: Path) -> int:
     """Train in a session of its own that never outlives this process; its exit code. Raises JobParked where this
     process was asked to stop, and the other one before it could hear of it and give the job back itself."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "worker.job_process", job_id, str(epoch), str(os.getpid())]
+    command = [sys.executable, "-m", "worker.job_process", job_id, own.token, str(os.getpid())]
     asked: list[int] = []
     # A worker that is to stop says so to its child (`shutdown`), and the child to who trains.
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))

@@ -92,8 +92,8 @@ end
 
 local function spend(job)
   is_held(job)
-  local said = redis.call('HMGET', job, 'seen_at', 'processes')
-  local passed = now - tonumber(said[1] or now)
+  local said = redis.call('HMGET', job, 'seen_at', 'processes', 'lease_until')
+  local passed = math.max(0, math.min(now, tonumber(said[3] or 0)) - tonumber(said[1] or now))
   redis.call('HINCRBY', job, 'spent_ms', string.format('%d', passed))
   redis.call('HINCRBY', job, 'gpu_ms', string.format('%d', passed * tonumber(said[2] or 1)))
   redis.call('HSET', job, 'seen_at', string.format('%d', now))
@@ -103,7 +103,8 @@ end
 """Defines `now`, ms on Redis' clock; `move(job, events, state, …)`, which refuses a move that is not in the table and
 appends an event with further fields; `tell(job, events, …)`, which appends one alone; `is_held(job)`, whether its lease
 is alive: where the clock was set back since the worker was last heard of, what was left of the lease then is left of it
-now; `spend(job)`, which counts the time since the worker was last heard of as spent on the job, and as
-many times as it trains in processes as spent on devices. A move is also told to
+now; `spend(job)`, which counts the time since the worker was last heard of as spent on the job, as far as its lease was
+alive (where the clock was set forward, at most what was left of it), and as many times as it trains in processes as
+spent on devices. A move is also told to
 the stream of all jobs' moves, in the same script: what webhooks are made of cannot be lost between the two. That key is
 no argument of the scripts, so that none can forget it."""

@@ -9,14 +9,15 @@ import tempfile
 from pathlib import Path
 
 from bonsai.registry.stack import client_of
-from service.export import unpack
+from service.export import is_adapter, unpack
 
 
 async def exported(directory: Path, policy_id: str, target: Path, base: Path, *, merged: bool) -> None:
-    """Write a policy of the stack in `directory` to `target`. Raises NoStack, BonsaiError, OSError, ValueError."""
+    """Write a policy of the stack in `directory` to `target`: as an adapter, or as a whole model, which one of full
+    weights always is. Raises NoStack, BonsaiError, OSError, ValueError."""
     async with client_of(directory) as client:
         archive = await client.export_policy(policy_id, str(base))
-    if not merged:
+    if not (merged and is_adapter(archive)):
         unpack(archive, target)
         return
     from bonsai.registry.merging import merge

@@ -77,7 +77,7 @@ async def policy(request: Request, policy_id: str) -> JSONResponse:
 async def amend(request: Request, policy_id: str) -> JSONResponse:
     control = control_of(request)
     asked = await read_model(request, PolicyChange, control.max_body_bytes)
-    named = named_policy(policy_id, snapshot_of(request))
+    named = (await own_policy(request, policy_id)).id
     amended = await control.policies.amend(named, asked, caller_of(request), precondition=Precondition.of(request))
     await control.catalogue.refresh()
     return _shown(request, amended)
@@ -86,7 +86,7 @@ async def amend(request: Request, policy_id: str) -> JSONResponse:
 @router.delete("/{policy_id}", dependencies=[needs("move_traffic")])
 async def delete(request: Request, policy_id: str) -> Response:
     control = control_of(request)
-    named = named_policy(policy_id, snapshot_of(request))
+    named = (await own_policy(request, policy_id)).id
     await control.deletion.delete(named, caller_of(request), precondition=Precondition.of(request))
     await control.catalogue.refresh()
     return Response(status_code=204)
@@ -127,7 +127,7 @@ async def withdraw(request: Request, policy_id: str) -> JSONResponse:
 @router.post("/{policy_id}/retire", dependencies=[needs("move_traffic")])
 async def retire(request: Request, policy_id: str) -> JSONResponse:
     control = control_of(request)
-    named = named_policy(policy_id, snapshot_of(request))
+    named = (await own_policy(request, policy_id)).id
     retired = await control.policies.retire(named, caller_of(request), precondition=Precondition.of(request))
     await control.catalogue.refresh()
     return _shown(request, retired)
@@ -152,12 +152,19 @@ async def export(request: Request, policy_id: str) -> Response:
     base = query_parameters(request, ("base",)).get("base")
     if base is not None and not re.fullmatch(BASE_PATTERN, base):
         raise InvalidField("base must be an id of the Hugging Face hub or a directory", param="base")
-    found = await _found(request, policy_id)
+    found = await own_policy(request, policy_id)
     manifest, directory = await control_of(request).registration.checked(found)
     archive = archive_of(found, directory, base or manifest.base_policy_id)
     headers = {"Content-Length": str(archive.num_bytes), "ETag": etag(manifest.digest)}
     headers["Content-Disposition"] = f'attachment; filename="{found.id}.tar"'
     return StreamingResponse(archive.chunks(), media_type="application/x-tar", headers=headers)
+
+
+async def own_policy(request: Request, name: str) -> PolicyRecord:
+    """That the key may do anything with. Raises PolicyNotFound, Forbidden."""
+    found = await _found(request, name)
+    caller_of(request).require_policy(found)
+    return found
 
 
 async def _found(request: Request, name: str) -> PolicyRecord:

@@ -12,6 +12,7 @@ from service.access import caller_of, needs
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS, curve_object
 from service.json_body import query_parameters, read_model
 from service.learned import learned_object
+from service.preconditions import Precondition, etag, version_of
 from service.routes.admin import (
     checked_name,
     control_of,
@@ -38,7 +39,7 @@ async def routes(request: Request) -> JSONResponse:
 
 @router.get("/{route}", dependencies=[needs("read")])
 async def route(request: Request, route: str) -> JSONResponse:
-    return JSONResponse(route_object(_seen(request, route), snapshot_of(request)))
+    return _shown(request, _seen(request, route))
 
 
 @router.get("/{route}/curve", dependencies=[needs("read")])
@@ -69,16 +70,18 @@ async def put(request: Request, route: str) -> JSONResponse:
     control, caller = control_of(request), caller_of(request)
     asked = await read_model(request, RouteRequest, control.max_body_bytes)
     caller.require_route(checked_name(route))
-    settled, is_new = await control.routes.put(route, asked, control.catalogue.base_policy, caller)
+    settled, is_new = await control.routes.put(
+        route, asked, control.catalogue.base_policy, caller, precondition=Precondition.of(request)
+    )
     await control.catalogue.refresh()
-    return JSONResponse(route_object(settled, snapshot_of(request)), 201 if is_new else 200)
+    return _shown(request, settled, 201 if is_new else 200)
 
 
 @router.delete("/{route}", dependencies=[needs("move_traffic")])
 async def delete(request: Request, route: str) -> Response:
     control, caller = control_of(request), caller_of(request)
     caller.require_route(route)
-    await control.routes.delete(route, caller)
+    await control.routes.delete(route, caller, precondition=Precondition.of(request))
     await control.catalogue.refresh()
     return Response(status_code=204)
 
@@ -87,9 +90,15 @@ async def delete(request: Request, route: str) -> Response:
 async def roll_back(request: Request, route: str) -> JSONResponse:
     control, caller = control_of(request), caller_of(request)
     caller.require_route(route)
-    restored = await control.policies.roll_back(route, idempotency_of(request), caller)
+    precondition = Precondition.of(request)
+    restored = await control.policies.roll_back(route, idempotency_of(request), caller, precondition=precondition)
     await control.catalogue.refresh()
-    return JSONResponse(route_object(restored, snapshot_of(request)))
+    return _shown(request, restored)
+
+
+def _shown(request: Request, route: Route, status: int = 200) -> JSONResponse:
+    shown = route_object(route, snapshot_of(request))
+    return JSONResponse(shown, status, headers={"ETag": etag(version_of(route))})
 
 
 def _seen(request: Request, name: str) -> Route:

@@ -10,7 +10,8 @@ from service.errors import TagNotFound
 from service.json_body import read_model
 from service.preconditions import Precondition, etag
 from service.routes.admin import control_of, cut, page_of, snapshot_of
-from service.tags import TagRequest, checked_tag, named_policy, tag_object
+from service.routes.policies import own_policy
+from service.tags import TagRequest, checked_tag, tag_object
 
 router = APIRouter(prefix="/tags")
 
@@ -33,8 +34,10 @@ async def tag(request: Request, tag: str) -> JSONResponse:
 async def put(request: Request, tag: str) -> JSONResponse:
     control, caller = control_of(request), caller_of(request)
     asked = await read_model(request, TagRequest, control.max_body_bytes)
-    policy = named_policy(asked.policy, snapshot_of(request))
-    is_new = await control.tags.put(checked_tag(tag), policy, caller, precondition=Precondition.of(request))
+    checked_tag(tag)
+    policy = (await own_policy(request, asked.policy)).id
+    await _require_own(request, tag)
+    is_new = await control.tags.put(tag, policy, caller, precondition=Precondition.of(request))
     await control.catalogue.refresh()
     return JSONResponse(tag_object(tag, policy), 201 if is_new else 200, headers={"ETag": etag(policy)})
 
@@ -42,6 +45,13 @@ async def put(request: Request, tag: str) -> JSONResponse:
 @router.delete("/{tag}", dependencies=[needs("move_traffic")])
 async def remove(request: Request, tag: str) -> Response:
     control = control_of(request)
+    await _require_own(request, tag)
     await control.tags.remove(tag, caller_of(request), precondition=Precondition.of(request))
     await control.catalogue.refresh()
     return Response(status_code=204)
+
+
+async def _require_own(request: Request, tag: str) -> None:
+    """A tag is moved away from a policy by who may do anything with that policy. Raises Forbidden."""
+    if tag in snapshot_of(request).tags:
+        await own_policy(request, tag)

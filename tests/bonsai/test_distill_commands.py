@@ -50,9 +50,9 @@ def test_what_a_running_job_was_asked_for_is_shown(ask: Ask, store: blocking_red
 
 def test_events_are_followed_to_the_end(ask: Ask, store: blocking_redis.Redis, job_id: str):
     def work() -> None:
-        epoch = claim(store, job_id, lease_seconds=60, worker="here:1")
-        assert isinstance(epoch, int)
-        lease = Lease(store, job_id, epoch, lease_seconds=60, heartbeat_seconds=60)
+        own = claim(store, job_id, lease_seconds=60, worker="here:1")
+        assert not isinstance(own, str)
+        lease = Lease(store, job_id, own, lease_seconds=60, heartbeat_seconds=60)
         lease.progress("training", 3, 3, {"loss": 0.5}, None)
         lease.finish_succeeded(policy(STUDENT), report().model_dump_json())
 

@@ -10,13 +10,14 @@ import pytest
 import redis as blocking_redis
 from click.testing import CliRunner, Result
 
-from bon_algos.contracts import AUDIT_STREAM
+from bon_algos.contracts import AUDIT_STREAM, POLICIES_INDEX, policy_key
 from bonsai.cli import main
 from bonsai.leftovers import RunRecord
 from bonsai.model_directory import model_digest, policy_id
 from bonsai.stack_plan import SHIPPED_MODELS
 from tests.bonsai.test_registry_files import made_elsewhere
-from tests.fixtures.gateway import World, gateway_settings, reward, running_gateway
+from tests.fixtures.gateway import World, gateway_settings, reward, running_gateway, wait_until
+from tests.service.published import write_full_policy
 from tests.stubs.engine import StubEngine
 from tests.stubs.reward import StubReward
 from tests.stubs.server import running
@@ -65,6 +66,19 @@ def test_an_adapter_comes_in_and_goes_out_by_command(stack: World, made_elsewher
     assert (again.exit_code, "exists already" in again.output) == (1, True)
     twice = bonsai("policies", "import", str(made_elsewhere), "--n", "16", "--dir", str(tmp_path))
     assert (twice.exit_code, "known already" in twice.output) == (1, True)
+
+
+@pytest.mark.parametrize("flags", [(), ("--merged",)])
+def test_a_policy_of_full_weights_goes_out_as_the_model_that_it_is(stack: World, tmp_path: Path, flags: tuple[str]):
+    written = write_full_policy(tmp_path / "artefacts")
+    with blocking_redis.Redis.from_url(stack.redis_url) as store:
+        store.hset(policy_key(written.policy_id), "record", written.as_candidate().model_dump_json())
+        store.zadd(POLICIES_INDEX, {written.policy_id: written.created_at})
+    wait_until(lambda: stack.client.get(f"/policies/{written.policy_id}").status == 200)
+    out = tmp_path / "out"
+    given = bonsai("policies", "export", written.policy_id, str(out), *flags, "--dir", str(tmp_path))
+    assert given.exit_code == 0, given.output
+    assert {file.name for file in out.iterdir()} == {"README.md", *written.files}
 
 
 def test_the_audit_is_verified_by_command(stack: World, tmp_path: Path):

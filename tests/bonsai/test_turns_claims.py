@@ -53,6 +53,14 @@ def test_only_all_turns_are_enough(promoted: int, holds: bool):
     assert {claim.name: claim.holds for claim in found}["turns that were promoted"] is holds
 
 
+def test_the_table_has_what_turns_aim_at_as_far_as_the_draws_of_the_base_tell_of_it():
+    rows = turns.rows_of(worths(3), circle(3, under_way=False).turns, 3)
+    assert [row[0] for row in rows if row[0].startswith("(best of")] == [
+        "(best of 3 of the base)",
+        "(best of 9 of the base)",  # 27 of 32 leave too few to win against
+    ]
+
+
 def test_after_the_deadline_the_table_and_the_claims_are_of_what_there_was(tmp_path):
     for promoted in (0, 1):
         ended, measured = circle(promoted, under_way=True), worths(promoted)

@@ -29,10 +29,12 @@ from service.dispatch import Dispatcher, open_producer, send_job
 from service.file_form import FileForm
 from service.files import Files
 from service.idempotency import Idempotency
+from service.job_records import JobRecords
 from service.job_scripts import Wish
 from service.jobs import Jobs
 from service.journal import JournalWriter
 from service.ledger import Ledger
+from service.lost_uploads import LostUploads
 from service.policies import Policies
 from service.replays import Replays, Reply
 from service.spool import Spool
@@ -79,6 +81,12 @@ async def reconcile(redis_url: str) -> None:
         await dispatcher(redis, redis_url).reconcile()
 
 
+async def record(redis_url: str, directory: Path) -> None:
+    """Of every job to which something happened, beside the artefacts."""
+    async with open_redis(redis_url) as redis:
+        await JobRecords(redis, directory).write()
+
+
 def _files(redis: Redis, directory: Path) -> Files:
     models = write_model_directory(directory / "model")
     tokenizer = read_tokenizer(models)
@@ -104,6 +112,12 @@ async def forget(redis_url: str, directory: Path) -> None:
         files = _files(redis, directory)
         for record in await files.all("default"):
             await files.delete(record.id, "default")
+
+
+async def sweep_uploads(redis_url: str, directory: Path) -> None:
+    """What every gateway does for uploads that others began to record or to delete."""
+    async with open_redis(redis_url) as redis:
+        await LostUploads(redis, directory).sweep()
 
 
 async def begin(redis_url: str, directory: Path) -> None:
@@ -186,10 +200,14 @@ async def play(scenario: str, redis_url: str, directory: Path) -> None:
             await wish(scenario, redis_url)
         case "reconcile":
             await reconcile(redis_url)
+        case "record":
+            await record(redis_url, directory)
         case "upload":
             await upload(redis_url, directory)
         case "forget":
             await forget(redis_url, directory)
+        case "sweep uploads":
+            await sweep_uploads(redis_url, directory)
         case "begin":
             await begin(redis_url, directory)
         case "promote":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from io import StringIO
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import redis as blocking_redis
 from fastapi import APIRouter
 
+from bon_algos.contracts import POLICIES_INDEX, Window, policy_key
 from service.access import GATEWAY, Role, needs, rights
 from service.api_key import new_key
 from service.app import Gateway, create_app
@@ -20,7 +21,7 @@ from service.keys import KeyRecord, KeyRequest, KeyRing, Keys, admin_record
 from service.routes import health
 from service.store import open_redis
 from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until, write_secrets
-from tests.service.records import BASE, route
+from tests.service.records import BASE, job_spec, manifest, route
 from tests.stubs.server import running
 
 ROLES: tuple[Role, ...] = ("admin", "operator", "trainer", "inference", "viewer")
@@ -244,6 +245,54 @@ def test_a_key_for_some_routes_is_good_for_no_other(scoped: Client, method: str,
 
     refused(reply_for("other"), 403, "route_forbidden")
     assert reply_for("mine").status not in (401, 403, 500)
+
+
+def learned_from(world: World, digit: str, *routes: str, window: Sequence[str] = ()) -> str:
+    """A policy whose job was for the first route; without a route: one that was imported."""
+    name = f"pol-{digit * 16}"
+    spec = job_spec(route=routes[0], window=Window(routes=tuple(window))) if routes else None
+    record = manifest(name).model_copy(update={"spec": spec}).as_candidate()
+    with blocking_redis.Redis.from_url(world.redis_url) as store:
+        store.hset(policy_key(name), "record", record.model_dump_json())
+        store.zadd(POLICIES_INDEX, {name: 1.0})
+    assert world.client.get(f"/policies/{name}").status == 200
+    return name
+
+
+CHANGING_POLICIES = [
+    ("PATCH", "/policies/%s", b'{"description":"d"}'),
+    ("GET", "/policies/%s/export", None),
+    ("PUT", "/tags/of-mine", b'{"policy":"%s"}'),
+    ("POST", "/policies/%s/retire", b""),
+    ("DELETE", "/policies/%s", b""),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CHANGING_POLICIES, ids=lambda value: str(value)[:30])
+def test_a_key_for_some_routes_changes_no_policy_that_learned_from_others(
+    still_world: World, scoped: Client, method: str, path: str, body: bytes | None
+):
+    def reply_for(name: str) -> Reply:
+        filled = body.replace(b"%s", name.encode()) if body is not None else None
+        return scoped.request(method, path.replace("%s", name), filled, {"Content-Type": "application/json"})
+
+    for name in (
+        learned_from(still_world, "a", "other"),
+        learned_from(still_world, "b", "mine", window=("mine", "other")),
+        learned_from(still_world, "c"),
+    ):
+        told = refused(reply_for(name), 403, "route_forbidden")
+        assert told["error"]["param"] == "policy_id"
+    assert reply_for(learned_from(still_world, "d", "mine")).status not in (401, 403, 500)
+
+
+def test_a_key_for_some_routes_takes_no_tag_from_a_policy_of_others(still_world: World, scoped: Client):
+    theirs, own = learned_from(still_world, "e", "other"), learned_from(still_world, "f", "mine")
+    typed = {"Content-Type": "application/json"}
+    assert still_world.client.request("PUT", "/tags/prod", f'{{"policy":"{theirs}"}}'.encode(), typed).status == 201
+    refused(scoped.request("PUT", "/tags/prod", f'{{"policy":"{own}"}}'.encode(), typed), 403, "route_forbidden")
+    refused(scoped.request("DELETE", "/tags/prod"), 403, "route_forbidden")
+    assert still_world.client.get("/tags/prod").json["policy"] == theirs
 
 
 def test_a_key_for_some_routes_lists_no_other(still_world, scoped):

@@ -39,6 +39,15 @@ def test_what_was_not_carried_out_never_counted():
     books.take("a", 100, 0.0)
 
 
+def test_all_that_is_a_minute_old_is_forgotten_at_once():
+    books = of_tokens(100)
+    for second in range(5):
+        books.take("a", 20, float(second))
+        books.settle("a", 20, 20, float(second))
+    [left] = books.left("a", 5.0 + WINDOW_SECONDS)
+    assert left.remaining == 100
+
+
 def test_one_key_does_not_pay_for_another():
     books = of_tokens(100)
     books.take("a", 100, 0.0)

@@ -56,6 +56,7 @@ TESTS: Final[Mapping[str, Mapping[str, str]]] = {
         "P16": "test_P16_a_job_that_makes_a_deleted_policy_again_fails_and_says_so",
     },
     "test_policies.py": {
+        "P30": "test_P30_a_policy_is_retired_once",
         "P22": "test_a_failed_fingerprint_fails_the_policy_and_bumps_its_version",
         "P23": "test_promoting_needs_a_reason_a_policy_and_a_route",
     },
@@ -102,7 +103,6 @@ WAIVED: Final[Mapping[str, str]] = {
     "D45": "only the whole window tells, and reading it takes up to 20 s: a dry run says so, and the job fails with it",
     "P15": "no adapter's bytes come over HTTP: an import is registered by its digest from the operator's own disk",
     "P28": "a policy is downloaded as it is read: Range is ignored, as RFC 9110 14.2 lets a server",
-    "P30": "nobody retires a policy by hand: it follows from a promotion",
     "P36": "there are no approvals: who promotes by hand gives a reason, which the audit keeps",
     "P37": "there are no approvals",
     "P40": "policies come from jobs, which are limited (D36), and from an operator's imports; tags have their quota",

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bon_algos.contracts import Circle, CircleSpec, Interval, Trial, Turn
+from bon_algos.contracts import Circle, CircleSpec, Interval, PolicyRecord, Trial, Turn
 from bon_algos.order import kl_bound
 from service.circle_rules import (
     DAY_SECONDS,
@@ -25,6 +25,7 @@ from service.circle_rules import (
     Wait,
     decide,
     foreseen_kl,
+    needs_groups,
     through_gate,
 )
 from tests.service.records import BASE, STUDENT, policy, route
@@ -33,6 +34,8 @@ from tests.service.test_reports import a_report
 OTHER = "pol-" + "7" * 16
 NOW = 1_000_000.0
 JOB = "job_" + "1" * 32
+FIT = policy(STUDENT)
+UNFIT = FIT.model_copy(update={"tainted": True}), policy(STUDENT, state="failed")
 
 
 def interval(mean: float, reach: float = 0.1) -> Interval:
@@ -98,6 +101,24 @@ def test_a_turn_waits(changes, facts, said):
     assert said in decision.reason
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_needed"),
+    [
+        ({}, True),
+        ({"counted": 60}, False),
+        ({"status": "stopped"}, False),
+        ({"turn": turn()}, False),
+        ({"live_policy": OTHER}, False),
+        ({"spec": spec(max_turns=2), "num_turns": 2}, False),
+        ({"spec": spec(budgets={"max_kl": 0.6})}, False),
+        ({"spec": spec(budgets={"jobs_per_day": 1}), "turns": (over(),)}, False),
+        ({"spec": spec(budgets={"gpu_seconds_per_day": 150}), "turns": (over(),)}, False),
+    ],
+)
+def test_groups_are_looked_at_where_nothing_else_forbids_a_turn(changes, is_needed):
+    assert needs_groups(circle(**changes), replace(READY, fresh=None)) == is_needed
+
+
 def test_yesterdays_jobs_are_in_no_budget():
     before = over(ago=DAY_SECONDS + 1)
     limits = {"jobs_per_day": 1, "gpu_seconds_per_day": 100}
@@ -117,6 +138,17 @@ def test_a_circle_stops_by_itself(changes, said):
     decision = decide(circle(**changes), READY)
     assert isinstance(decision, Stop)
     assert said in decision.reason
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_a_circle_whose_live_policy_cannot_be_served_stops(unfit):
+    """No group of it will ever come."""
+    facts = replace(READY, route=route(STUDENT), live=unfit, counted=0)
+    decision = decide(circle(live_policy=STUDENT), facts)
+    assert isinstance(decision, Stop)
+    assert "tainted or failed" in decision.reason
+    served = replace(facts, live=FIT, counted=READY.counted)
+    assert decide(circle(live_policy=STUDENT), served) == Begin()
 
 
 @pytest.mark.parametrize("m", [1, 2, 4, 16, 4096])
@@ -221,10 +253,18 @@ def test_second_reward_that_surely_falls_while_reward_rises_stops_the_circle():
 # --- shadow and canary -----------------------------------------------------------------------------------
 
 
-def trying(stage: str = "shadow", *, on: str | None = None, trial: TrialFacts | None = None, **changes: object):
+def trying(
+    stage: str = "shadow",
+    *,
+    on: str | None = None,
+    trial: TrialFacts | None = None,
+    tried: PolicyRecord | None = FIT,
+    **changes: object,
+):
     held = Trial(id="trial_1", policy=STUDENT, share=0.1, salt="s", since=NOW - 100)
-    tried = route().model_copy(update={on or stage: held})
-    facts = replace(READY, route=tried, report=report(), trial=trial or TrialFacts(60, 60, NOW - 100, interval(2.5)))
+    on_trial = route().model_copy(update={on or stage: held})
+    shown = trial or TrialFacts(60, 60, NOW - 100, interval(2.5))
+    facts = replace(READY, route=on_trial, policy=tried, report=report(), trial=shown)
     rules = {"shadow": {"share": 0.1, "answers": 50}, "canary": {"share": 0.1, "answers": 50, "seconds": 50}}
     return decide(circle(spec=spec(**rules), turn=turn(phase=stage, policy=STUDENT), **changes), facts)
 
@@ -250,12 +290,21 @@ def test_a_trial_that_goes_wrong_is_withdrawn(trial, said):
     assert said in decision.reason
 
 
+@pytest.mark.parametrize("stage", ["shadow", "canary"])
+@pytest.mark.parametrize("unfit", [None, *UNFIT])
+def test_a_policy_on_trial_that_cannot_be_served_any_more_has_failed(stage, unfit):
+    """It will never have its answers."""
+    decision = trying(stage, tried=unfit, trial=TrialFacts(0, 0, NOW, None))
+    assert isinstance(decision, End)
+    assert (decision.outcome, decision.stops) == ("failed", False)
+
+
 def test_nine_requests_without_an_answer_say_nothing_yet():
     assert trying(trial=TrialFacts(9, 0, NOW, None)) == Wait("0 of 50 answers as shadow")
 
 
 def test_who_takes_the_trial_away_stops_the_circle():
-    facts = replace(READY, report=report())
+    facts = replace(READY, policy=FIT, report=report())
     decision = decide(circle(turn=turn(phase="canary", policy=STUDENT)), facts)
     assert isinstance(decision, End)
     assert decision.stops

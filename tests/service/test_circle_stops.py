@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bon_algos.contracts import Circle, CircleSpec, circle_key
+from bon_algos.contracts import ROUTES_INDEX, Circle, CircleSpec, PolicyRecord, Turn, circle_key, policy_key, route_key
 from service.access import GATEWAY
-from service.errors import Conflict
-from tests.service.records import BASE
+from service.errors import CircleNotFound, Conflict
+from tests.service.records import BASE, route
 from tests.service.turning import FIRST, SECOND, SPEC, Turning, turned, turning
 
 __all__ = ["turning"]
@@ -114,6 +114,87 @@ async def test_stopped_while_its_policy_becomes_shadow_it_is_on_no_trial(turning
     await turning.driver.step(looked_at)
     found = (await turning.means.catalogue.refresh()).route("default")
     assert (found.shadow, (await turning.circle()).status) == (None, "stopped")
+
+
+async def as_canary(turning: Turning) -> Circle:
+    """A circle whose next look promotes."""
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turning.groups(BASE)
+    await turning.look(2)
+    await turning.work(FIRST)
+    await turning.prove(FIRST)
+    await turning.look(2)
+    await turning.answers(FIRST)
+    await turning.look()
+    await turning.answers(FIRST)
+    return await turning.circle()
+
+
+async def test_stopped_after_it_was_decided_to_promote_nothing_is_promoted(turning: Turning):
+    """The gateway that drives saw the circle before it was stopped."""
+    looked_at = await as_canary(turning)
+    await turning.circles.stop("default", "enough", GATEWAY)
+    await turning.driver.step(looked_at)
+    assert (await turning.means.catalogue.refresh()).route("default").live_policy is None
+    ended = await turning.look()
+    found = (await turning.means.catalogue.refresh()).route("default")
+    assert (found.live_policy, found.canary, ended.turns[0].outcome) == (None, None, "stopped")
+    assert await turning.promotions() == 0
+
+
+async def test_stopped_after_it_has_promoted_the_turn_says_so(turning: Turning):
+    """The gateway that drives died before it wrote the end of the turn."""
+    looked_at = await as_canary(turning)
+    await turning.driver.step(looked_at)
+    await turning.redis.set(circle_key("default"), looked_at.model_dump_json())
+    await turning.circles.stop("default", "enough", GATEWAY)
+    ended = await turning.look()
+    assert (ended.status, ended.live_policy, ended.turns[0].outcome) == ("stopped", FIRST, "promoted")
+
+
+async def test_all_are_stopped_whatever_fails_with_one(turning: Turning):
+    """The trial of its policy cannot be ended, for the policy's record is of another version."""
+    broken = await as_canary(turning)
+    spare_route = route().model_copy(update={"name": "spare"})
+    await turning.redis.set(route_key("spare"), spare_route.model_dump_json())
+    await turning.redis.sadd(ROUTES_INDEX, "spare")
+    begun = Turn(number=1, began_at=0.0, parent=BASE)
+    spare = broken.model_copy(update={"route": "spare", "turn": begun})
+    await turning.redis.set(circle_key("spare"), spare.model_dump_json())
+    await turning.redis.hset(policy_key(FIRST), "record", "{}")
+    failures = await turning.driver.stop(["default", "nowhere", "spare"], "enough", GATEWAY)
+    assert [(name, type(failure)) for name, failure in failures.items()] == [("nowhere", CircleNotFound)]
+    left, ended = await turning.circle(), await turning.circles.get("spare", "default")
+    assert (left.status, ended.status, ended.turn) == ("stopped", "stopped", None)
+    assert (left.turn is None, ended.turns[0].outcome) == (False, "stopped")
+
+
+async def taint(turning: Turning, policy_id: str) -> None:
+    """As an erasure leaves a policy that learned from what was erased."""
+    row = await turning.redis.hget(policy_key(policy_id), "record")
+    assert row is not None
+    tainted = PolicyRecord.model_validate_json(row).model_copy(update={"tainted": True})
+    await turning.redis.hset(policy_key(policy_id), "record", tainted.model_dump_json())
+
+
+async def test_tainted_as_canary_its_turn_is_over(turning: Turning):
+    await as_canary(turning)
+    await taint(turning, FIRST)
+    after = await turning.look()
+    found = (await turning.means.catalogue.refresh()).route("default")
+    assert (after.status, after.turn, after.turns[0].outcome) == ("running", None, "failed")
+    assert (found.live_policy, found.canary) == (None, None)
+
+
+async def test_its_live_policy_tainted_it_stops_until_there_is_another(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    await turned(turning, FIRST)
+    await taint(turning, FIRST)
+    ended = await turning.look()
+    assert (ended.status, "tainted" in ended.reason) == ("stopped", True)
+    await turning.means.policies.roll_back("default")
+    again = await turning.circles.start("default", GATEWAY)
+    assert (again.status, again.live_policy) == ("running", None)
 
 
 async def test_a_roll_back_by_hand_stops_it(turning: Turning):

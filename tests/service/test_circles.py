@@ -6,12 +6,15 @@ with real engines is tests/circle/test_turning.py and `benchmarks.turns`.
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from time import time
 
 import pytest
 
 from archive.reading import Archive
 from bon_algos.contracts import (
+    CIRCLES_INDEX,
     TURNS_KEPT,
     CircleSpec,
     Turn,
@@ -19,10 +22,13 @@ from bon_algos.contracts import (
     job_key,
 )
 from service.access import GATEWAY
+from service.circle_driver import CircleDriver
 from service.circle_rules import DAY_SECONDS
 from service.circles import circle_object
-from service.errors import Conflict
+from service.curve import Curves
+from service.errors import Conflict, Unavailable
 from service.routing import Routes
+from service.store import open_redis
 from tests.service.records import BASE, REWARD_MODEL, numbered
 from tests.service.turning import FIRST, SECOND, SPEC, Turning, turned, turning
 from worker.compaction import Compaction, Limits
@@ -70,6 +76,39 @@ async def test_what_the_base_drew_is_nothing_fresh_when_another_is_live(turning:
     after = await turning.look(2)
     assert after.turn is None
     assert "fresh groups" in after.reason
+
+
+async def test_while_it_waits_its_curve_is_drawn_anew_after_a_tenth_more_groups(turning: Turning):
+    """Of 20 groups that is 22."""
+    spec = SPEC.model_copy(update={"min_groups": 20, "min_gain": 100.0})
+    await turning.circles.put("default", spec, GATEWAY)
+    await turning.groups(BASE, 20)
+    waits = (await turning.look()).reason
+    assert waits.startswith("best-of-n gains")
+    await turning.groups(BASE, 1, best=400.0)
+    assert (await turning.look()).reason == waits
+    await turning.groups(BASE, 1, best=400.0)
+    assert (await turning.look()).reason != waits
+
+
+async def test_other_rules_are_held_against_the_groups_at_once(turning: Turning):
+    spec = SPEC.model_copy(update={"min_groups": 10, "min_gain": 100.0})
+    await turning.circles.put("default", spec, GATEWAY)
+    await turning.groups(BASE, 20)
+    await turning.look()
+    await turning.circles.put("default", spec.model_copy(update={"min_groups": 20, "min_gain": 0.0}), GATEWAY)
+    assert (await turning.look()).turn is not None
+
+
+async def test_over_its_budget_it_does_not_look_at_groups(turning: Turning, unused_port: int):
+    """Where it did it would say that the ledger cannot be read."""
+    spec = CircleSpec.model_validate({**SPEC.model_dump(), "budgets": {"max_kl": 0.1}})
+    circle, _ = await turning.circles.put("default", spec, GATEWAY)
+    await turning.groups(BASE)
+    async with open_redis(f"redis://127.0.0.1:{unused_port}", in_bytes=True) as nobody:
+        blind = replace(turning.means, curves=Curves(nobody, Archive.at(str(turning.directory / "archive"))))
+        await CircleDriver(turning.redis, blind, seconds=5).step(circle)
+    assert "nats from the first reference" in (await turning.circle()).reason
 
 
 async def test_three_refused_turns_stop_it_and_nothing_was_tried(turning: Turning):
@@ -121,6 +160,26 @@ async def test_second_reward_that_falls_stops_it_at_once(turning: Turning):
     ended = await turned(turning, FIRST, judge=-0.5)
     assert (ended.status, ended.live_policy, ended.turns[0].outcome) == ("stopped", None, "refused")
     assert "exploited" in ended.reason
+
+
+async def test_F44_a_circle_of_another_version_holds_up_no_other(turning: Turning):
+    circle, _ = await turning.circles.put("default", SPEC, GATEWAY)
+    newer = {**circle.model_dump(mode="json"), "route": "newer", "colour": "green"}
+    await turning.redis.set(circle_key("newer"), json.dumps(newer))
+    await turning.redis.sadd(CIRCLES_INDEX, "newer")
+    assert [one.route for one in await turning.circles.list()] == ["default"]
+    with pytest.raises(Unavailable) as refused:
+        await turning.circles.get("newer", "default")
+    assert refused.value.code == "circle_of_other_version"
+    with pytest.raises(Unavailable):
+        await turning.circles.stop("newer", "enough", GATEWAY)
+
+
+async def test_F44_a_report_of_another_version_counts_as_none(turning: Turning):
+    await turning.circles.put("default", SPEC, GATEWAY)
+    ended = await turned(turning, FIRST, colour="green")
+    assert (ended.turn, ended.live_policy, ended.turns[0].outcome) == (None, None, "refused")
+    assert "no report" in ended.turns[0].reason
 
 
 async def test_a_job_that_cannot_be_asked_for_is_a_failed_turn(turning: Turning):

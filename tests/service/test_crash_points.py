@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from hashlib import sha256
+from pathlib import Path
+from time import time
 
 import pytest
 import redis
@@ -19,6 +22,8 @@ from bon_algos.contracts import (
     POLICIES_INDEX,
     REGISTRY,
     ROUTES_INDEX,
+    UNRECORDED_JOBS,
+    WEBHOOKS,
     FileRecord,
     PolicyRecord,
     Route,
@@ -28,13 +33,18 @@ from bon_algos.contracts import (
     jobs_index,
     policy_key,
     route_key,
+    webhook_queue_key,
 )
 from bon_algos.crash_points import GATEWAY_POINTS
 from service.dispatch import waiting_list
 from service.errors import Conflict
+from service.job_records import DIRECTORY, JobFile
 from service.journal import FILE, read_journal
+from service.lost_uploads import LOST_SECONDS
 from service.replays import SLACK_SECONDS
 from service.webhook_queue import CLAIM_SECONDS
+from service.webhook_record import WebhookRecord
+from service.webhooks import MAX_WAITING
 from tests.fixtures.gateway import read_ledger, wait_until
 from tests.service import mortal
 from tests.service.published import write_policy
@@ -52,7 +62,10 @@ def places(*prefixes: str) -> list[str]:
 SUBMITTING = places("submit", "dispatch")
 WISHING = places("wish")
 RECONCILING = places("reconcile")
-UPLOADING, FORGETTING = ["file.settled", "file.recorded"], ["file.forgotten"]
+RECORDING = places("record")
+HALF_WRITTEN = "content.written"
+"""Of the archive's places: what gateways write durably passes it too."""
+UPLOADING, FORGETTING, LOST = ["file.settled", "file.recorded"], ["file.forgotten"], ["content.lost"]
 BEGINNING = places("seed", "journal")
 TRANSACTING = places("transaction")
 DELETING = places("deletion")
@@ -62,7 +75,7 @@ TELLING = places("webhook")
 
 
 def test_every_place_is_somebodys():
-    tested = [*SUBMITTING, *WISHING, *RECONCILING, *UPLOADING, *FORGETTING, *BEGINNING]
+    tested = [*SUBMITTING, *WISHING, *RECONCILING, *RECORDING, *UPLOADING, *FORGETTING, *LOST, *BEGINNING]
     tested += [*TRANSACTING, *DELETING, *ANSWERING, *LOGGING, *TELLING]
     assert sorted(tested) == sorted(GATEWAY_POINTS)
 
@@ -188,6 +201,25 @@ def is_settled(client, job_id):
     return client.llen(QUEUE_OF_BEGUN) > 0 or not client.sismember(OPEN_JOBS, job_id)
 
 
+@pytest.mark.parametrize("point", [*RECORDING, HALF_WRITTEN])
+def test_a_job_is_recorded_beside_the_artefacts_or_still_to_be_recorded(point, client, redis_url, tmp_path, dies):
+    """It was cancelled since it was last recorded, and no attempt tells the two apart."""
+    job_id = asyncio.run(mortal.submit(redis_url))
+    asyncio.run(mortal.record(redis_url, tmp_path))
+    asyncio.run(mortal.wish("cancel", redis_url))
+    file = tmp_path / DIRECTORY / f"{job_id}.json"
+
+    def recorded() -> str:
+        return JobFile.model_validate_json(file.read_bytes()).fields["state"]
+
+    dies("record", point)
+    assert recorded() == ("queued" if point in ("record.asked", HALF_WRITTEN) else "cancelled")
+    assert client.smembers(UNRECORDED_JOBS) == (set() if point == "record.told" else {job_id})
+    asyncio.run(mortal.record(redis_url, tmp_path))
+    assert (recorded(), client.smembers(UNRECORDED_JOBS)) == ("cancelled", set())
+    assert sorted(path.name for path in file.parent.iterdir()) == [".lock", file.name]
+
+
 @pytest.mark.parametrize("point", UPLOADING)
 def test_a_file_is_known_once_its_content_is_safe_and_is_one_file(point, client, redis_url, tmp_path, dies):
     dies("upload", point)
@@ -206,7 +238,67 @@ def test_a_file_that_is_half_deleted_is_none(point, client, redis_url, tmp_path,
     assert asyncio.run(mortal.upload(redis_url, tmp_path)) == file_id
 
 
-@pytest.mark.parametrize("point", BEGINNING)
+def contents(directory: Path) -> list[str]:
+    return sorted(f"{path.parent.name}/{path.name}" for path in (directory / "files").glob("*/*"))
+
+
+def aged(directory: Path) -> None:
+    """All contents lie there since more than a day."""
+    a_day_ago = time() - LOST_SECONDS - 1
+    for path in (directory / "files").glob("*/*"):
+        os.utime(path, (a_day_ago, a_day_ago))
+
+
+@pytest.mark.parametrize(("scenario", "point"), [("upload", "file.settled"), ("forget", "file.forgotten")])
+def test_a_content_that_no_record_names_goes_after_a_day_with_the_next_sweep(
+    scenario, point, client, redis_url, tmp_path, dies
+):
+    asyncio.run(mortal.begin(redis_url, tmp_path))
+    if scenario == "forget":
+        asyncio.run(mortal.upload(redis_url, tmp_path))
+    dies(scenario, point)
+    (lost,) = contents(tmp_path)
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    assert contents(tmp_path) == [lost]  # its gateway may be about to record it
+    aged(tmp_path)
+    file_id = asyncio.run(mortal.upload(redis_url, tmp_path))
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    record = FileRecord.model_validate_json(client.hget(files_key(), file_id))
+    assert contents(tmp_path) == [f"default/{record.stored_as}"]
+    aged(tmp_path)
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    assert contents(tmp_path) == [f"default/{record.stored_as}"]
+
+
+def test_of_a_redis_that_was_lost_no_content_is_removed(client, redis_url, tmp_path):
+    """Nor where the registry was never written down."""
+    asyncio.run(mortal.upload(redis_url, tmp_path))
+    aged(tmp_path)
+    kept = contents(tmp_path)
+    client.delete(files_key())
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    assert contents(tmp_path) == kept
+    asyncio.run(mortal.begin(redis_url, tmp_path))
+    client.set(REGISTRY, "reg_of_an_empty_redis")
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    assert contents(tmp_path) == kept
+
+
+@pytest.mark.parametrize("point", LOST)
+def test_a_sweep_of_lost_uploads_that_was_begun_ends_with_the_next(point, client, redis_url, tmp_path, dies):
+    """Of two tenants, and of one upload that never arrived as a whole."""
+    asyncio.run(mortal.begin(redis_url, tmp_path))
+    for name in ("default/a", "acme/b", "acme/arriving-c"):
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / name).write_text("{}")
+    aged(tmp_path)
+    dies("sweep uploads", point)
+    assert len(contents(tmp_path)) == 2
+    asyncio.run(mortal.sweep_uploads(redis_url, tmp_path))
+    assert contents(tmp_path) == []
+
+
+@pytest.mark.parametrize("point", [*BEGINNING, HALF_WRITTEN])
 def test_a_registry_and_its_journal_begin_once(point, client, redis_url, tmp_path, dies):
     dies("begin", point)
     name, text = client.get(REGISTRY), (tmp_path / FILE).read_bytes() if (tmp_path / FILE).exists() else None
@@ -217,6 +309,7 @@ def test_a_registry_and_its_journal_begin_once(point, client, redis_url, tmp_pat
     assert journal is not None
     assert journal.registry == client.get(REGISTRY) == (name or journal.registry)
     assert [one.id for one in journal.policies] == [BASE]
+    assert sorted(path.name for path in (tmp_path / FILE).parent.iterdir()) == [".lock", FILE.name]
 
 
 @pytest.mark.parametrize("point", DELETING)
@@ -282,3 +375,16 @@ def test_a_webhook_is_told_at_least_once_and_under_one_id(point, client, redis_u
         asyncio.run(mortal.tell(redis_url, later=2 * CLAIM_SECONDS))
     assert len(receiver.received) == (2 if point == "webhook.answered" else 1)
     assert len(set(receiver.ids)) == 1
+
+
+@pytest.mark.parametrize("point", ["transaction.committed", "transaction.committed:2"])
+def test_a_webhook_that_is_too_far_behind_is_disabled_before_it_misses_anything(point, client, redis_url, dies):
+    with Receiver().listening() as receiver:
+        asyncio.run(mortal.subscribe(redis_url, receiver.url))
+        (webhook_id,) = client.hkeys(WEBHOOKS)
+        client.zadd(webhook_queue_key(webhook_id), {f"evt_{number}": 9e15 for number in range(MAX_WAITING)})
+        dies("tell", point)
+        asyncio.run(mortal.tell(redis_url))
+    kept = WebhookRecord.model_validate_json(client.hget(WEBHOOKS, webhook_id))
+    assert (kept.is_enabled, kept.disabled_reason) == (False, "overfull")
+    assert client.zcard(webhook_queue_key(webhook_id)) == MAX_WAITING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,13 @@ async def test_P9_what_an_experiment_a_job_or_a_tag_needs_or_somebody_protects_s
     await deletion.delete(A, GATEWAY)
 
 
+async def test_F44_a_job_whose_spec_is_of_another_version_may_need_it(policies: Policies, redis, deletion):
+    newer = {**job_spec().model_dump(mode="json"), "colour": "green"}
+    await redis.hset(job_key("job_1"), mapping={"spec": json.dumps(newer), "state": "running"})
+    await redis.zadd(jobs_index(), {"job_1": 1.0})
+    assert await reasons(deletion, A) == ["the job job_1 needs it"]
+
+
 async def test_the_parent_of_a_paused_job_stays_until_that_job_has_ended(policies: Policies, redis, deletion):
     await redis.hset(LEDGER_COUNTS, "default", "100")
     jobs = Jobs(redis, n_cap=64, max_lora_rank=32)
@@ -142,10 +150,10 @@ async def test_the_report_of_a_deleted_policy_goes_with_it(redis, deletion, tmp_
 def test_P16_a_job_that_makes_a_deleted_policy_again_fails_and_says_so(redis_url):
     with blocking_redis.Redis.from_url(redis_url) as client:
         client.hset(job_key("job_1"), mapping={"state": "queued"})
-        epoch = claim(client, "job_1", lease_seconds=30, worker="w")
-        assert isinstance(epoch, int)
+        own = claim(client, "job_1", lease_seconds=30, worker="w")
+        assert not isinstance(own, str)
         client.zadd(POLICIES_DELETED, {A: 1.0})
-        with Lease(client, "job_1", epoch, lease_seconds=30, heartbeat_seconds=10) as lease:
+        with Lease(client, "job_1", own, lease_seconds=30, heartbeat_seconds=10) as lease:
             with pytest.raises(JobFailed, match="was deleted") as failed:
                 lease.finish_succeeded(policy(A), "{}")
             assert client.hget(job_key("job_1"), "state") == b"running"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +14,17 @@ import redis as blocking_redis
 from archive.reading import Archive
 from archive.storage import archive_url
 from bon_algos.acceptance import Requirements, choose
-from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, DataReport, JobSpec, job_key, jobs_index
+from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, DataReport, JobSpec, job_key, jobs_index, policy_key
+from bon_algos.ledger_entries import record_of
 from service.dry_run import DryRuns
 from service.errors import Overloaded
 from tests.fixtures.gateway import World, wait_until
-from tests.service.records import BASE, REWARD_MODEL, group
+from tests.service.records import BASE, REWARD_MODEL, STUDENT, group, manifest, policy
 from tests.service.training_files import line, uploaded
 from tests.worker.world import deliver
 from worker.compaction import Compaction, Limits
+from worker.dataset import FrozenWindow, freeze
+from worker.lineage import lineage
 
 PROMPTS = 40
 BATCHES_OF_TEN = Limits(entries=10, bytes=2**20, seconds=600.0, hot_groups=2, hot_seconds=0.0)
@@ -93,6 +98,60 @@ def test_it_chooses_as_the_worker_does(world):
     assert told["rejected"] == {"not_stored": 3, "too_new": 1}
 
 
+def window_of(world: World, directory: Path, asked: dict[str, object], *, of: int = PROMPTS) -> FrozenWindow:
+    """What the worker freezes of the oldest groups for this job."""
+    groups, wanted = world.groups(PROMPTS)[:of], JobSpec.model_validate(asked)
+    with blocking_redis.Redis.from_url(world.redis_url) as client:
+        trained = lineage(client, directory.parents[2], wanted.policies).trained
+    return freeze(
+        directory, groups, Requirements.of(wanted, base_policy=BASE, reward_model=REWARD_MODEL,
+                                           reward_template_digest=groups[0].reward_template_digest),
+        max_groups=PROMPTS, held_out_fraction=wanted.held_out_fraction, trained_before=trained,
+    )  # fmt: skip
+
+
+def published(world: World, learned: FrozenWindow) -> None:
+    """STUDENT, which job_1 made from this window."""
+    record = policy(STUDENT, written=manifest().model_copy(update={"data": learned.data}))
+    with blocking_redis.Redis.from_url(world.redis_url) as client:
+        client.hset(policy_key(STUDENT), mapping={"record": record.model_dump_json(), "version": 1})
+
+
+@pytest.mark.parametrize("members", [{"training": {"start_from": STUDENT}}, {"window": {"policies": [STUDENT]}}])
+def test_what_an_ancestor_was_trained_on_is_not_held_out_as_in_the_worker(world, tmp_path, members):
+    logged(world)
+    jobs, asked = tmp_path / "artefacts" / "jobs", spec(held_out_fraction=0.5, **members)
+    learned = window_of(world, jobs / "job_1" / "window", spec(held_out_fraction=0.1), of=PROMPTS // 2)
+    without = window_of(world, jobs / "job_2" / "window", spec(held_out_fraction=0.5))
+    published(world, learned)
+    child = window_of(world, jobs / "job_3" / "window", asked)
+    told = dry(world, held_out_fraction=0.5, **members)
+    assert (told["train_prompts"], told["held_out_prompts"]) == (len(child.train), len(child.held_out))
+    assert len(child.held_out) < len(without.held_out)
+
+
+def test_where_too_little_is_left_that_no_ancestor_knows_it_is_told(world, tmp_path):
+    logged(world)
+    published(world, window_of(world, tmp_path / "artefacts" / "jobs" / "job_1" / "window", spec()))
+    with blocking_redis.Redis.from_url(world.redis_url) as client:
+        known = lineage(client, tmp_path / "artefacts", (STUDENT,)).trained
+        for name, fields in client.xrange(LEDGER_STREAM):
+            record = record_of(fields)
+            if isinstance(record, CandidateGroup) and record.prompt_token_ids not in known:
+                client.xdel(LEDGER_STREAM, name)
+    assert codes(dry(world, held_out_fraction=0.5)) == []
+    assert codes(dry(world, held_out_fraction=0.5, window={"policies": [STUDENT]})) == ["too_few_prompts"]
+
+
+def test_an_ancestor_whose_window_is_gone_is_told_of(world, tmp_path):
+    logged(world)
+    window = tmp_path / "artefacts" / "jobs" / "job_1" / "window"
+    published(world, window_of(world, window, spec()))
+    (window / "pools.jsonl.z").unlink()
+    told = dry(world, window={"policies": [STUDENT]})
+    assert (codes(told), told["accepted"]) == (["lineage_unknown"], PROMPTS)
+
+
 def codes(told: dict[str, Any]) -> list[str]:
     return [trouble["code"] for trouble in told["would_fail"]]
 
@@ -162,8 +221,11 @@ def test_how_long_it_takes_is_known_of_jobs_like_it(world):
     assert (unknown["expected_seconds"], unknown["expected_from_jobs"]) == (None, 0)
     with blocking_redis.Redis.from_url(world.redis_url) as client:
         made = {"spec": JobSpec.model_validate(asked).model_dump_json(), "tenant": "default"}
-        for i, (seconds, state) in enumerate([(100, "succeeded"), (1, "failed")]):
-            row = {**made, "spent_ms": seconds * 1000, "state": state, "created_at": i}
+        newer = {"spec": json.dumps({**JobSpec.model_validate(asked).model_dump(mode="json"), "colour": "green"})}
+        for i, (seconds, state, told) in enumerate(
+            [(100, "succeeded", {}), (1, "failed", {}), (1, "succeeded", newer)]
+        ):
+            row = {**made, **told, "spent_ms": seconds * 1000, "state": state, "created_at": i}
             client.hset(job_key(f"job_{i:032}"), mapping=row)
             client.zadd(jobs_index(), {f"job_{i:032}": i})
     twice = {"type": "bon_forward_kl", "bon_forward_kl": {"n": 4, "steps": 400}}
@@ -174,8 +236,9 @@ def test_how_long_it_takes_is_known_of_jobs_like_it(world):
 
 @pytest.mark.anyio
 async def test_a_second_one_at_a_time_is_told_to_come_back():
-    runs = DryRuns(None, None, None, base_policy_id=BASE, reward_model_id=REWARD_MODEL, reward_template_digest="",  # type: ignore[arg-type]
-                   tokenizer=None)  # type: ignore[arg-type]  # fmt: skip
+    nothing: Any = None
+    runs = DryRuns(nothing, nothing, nothing, Path(), base_policy_id=BASE, reward_model_id=REWARD_MODEL,
+                   reward_template_digest="", tokenizer=nothing)  # fmt: skip
     async with runs._busy:
         with pytest.raises(Overloaded):
             await asyncio.wait_for(runs.of(JobSpec.model_validate(spec()), "default"), 1)

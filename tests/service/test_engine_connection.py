@@ -210,6 +210,14 @@ def test_every_piece_is_told_of_also_where_it_is_not_looked_at():
     assert found == [b"1"]
 
 
+@pytest.mark.parametrize("bytes_each", [1, 7, 1000])
+def test_events_are_the_same_wherever_their_stream_is_cut(bytes_each):
+    told = b": still here\n\ndata: 1\n\nevent: more\ndata:2\n\ndata: 3\r\n\r\ndata: [DONE]\n\ndata: 4\n\n"
+    pieces = [told[i : i + bytes_each] for i in range(0, len(told), bytes_each)]
+    wire = Wire(OK + b"Content-Length: %d\r\n\r\n" % len(told), *pieces)
+    assert with_engine(lambda: wire, lambda http, _: streamed(http, 1000)) == [b"1", b"2", b"3"]
+
+
 @pytest.mark.slow
 def test_a_connection_that_nobody_needs_is_closed():
     async def ask(http: EngineHttp, wire: Wire) -> None:

@@ -38,9 +38,9 @@ def client(world: World, store: blocking_redis.Redis) -> Iterator[openai.OpenAI]
 
 
 def taken(store: blocking_redis.Redis, job_id: str) -> Lease:
-    epoch = claim(store, job_id, lease_seconds=60, worker="here:1")
-    assert isinstance(epoch, int)
-    return Lease(store, job_id, epoch, lease_seconds=60, heartbeat_seconds=60)
+    own = claim(store, job_id, lease_seconds=60, worker="here:1")
+    assert not isinstance(own, str)
+    return Lease(store, job_id, own, lease_seconds=60, heartbeat_seconds=60)
 
 
 def own(job: FineTuningJob) -> Any:

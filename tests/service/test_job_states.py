@@ -36,7 +36,7 @@ from service.store import open_redis
 from tests.service.records import STUDENT, job_spec, policy
 from worker import lease as leases
 from worker.errors import JobCancelled, LeaseLost, Stopped
-from worker.lease import Lease, claim
+from worker.lease import Claim, Lease, claim
 
 pytestmark = pytest.mark.anyio
 
@@ -186,16 +186,18 @@ class World:
             assert answer == "paused"
             return now.become("paused")
         else:
-            assert answer == now.epoch + 1
+            assert not isinstance(answer, str)
+            assert answer.epoch == now.epoch + 1
             return replace(now.become("running"), epoch=now.epoch + 1, deaths=now.deaths + 1)
         return now
 
     def _worked(self, how: str, epoch: int, now: Situation) -> Situation:
         may_write = now.state == "running" and epoch == now.epoch
+        own = Claim(epoch, cast("bytes", self.client.hget(job_key(self.job_id), "claim") or b"").decode())
         if how == "release":
-            assert leases.release(self.client, self.job_id, epoch, "the engine is away") == may_write
+            assert leases.release(self.client, self.job_id, own, "the engine is away") == may_write
             return replace(now, is_alive=now.is_alive and not may_write)
-        worker = Lease(self.client, self.job_id, epoch, lease_seconds=60, heartbeat_seconds=60)
+        worker = Lease(self.client, self.job_id, own, lease_seconds=60, heartbeat_seconds=60)
         calls: dict[str, Callable[[], None]] = {
             "beat": worker.beat,
             "progress": lambda: worker.progress("training", 1, 2, {}, None),

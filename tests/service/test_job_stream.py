@@ -30,9 +30,9 @@ def job_id(world: World, store: blocking_redis.Redis) -> str:
 
 
 def taken(store: blocking_redis.Redis, job_id: str) -> Lease:
-    epoch = claim(store, job_id, lease_seconds=60, worker="here:1")
-    assert isinstance(epoch, int)
-    return Lease(store, job_id, epoch, lease_seconds=60, heartbeat_seconds=60)
+    own = claim(store, job_id, lease_seconds=60, worker="here:1")
+    assert not isinstance(own, str)
+    return Lease(store, job_id, own, lease_seconds=60, heartbeat_seconds=60)
 
 
 class Stream:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from redis.asyncio import Redis
 
@@ -29,7 +31,8 @@ from service.errors import (
     Unparseable,
 )
 from service.idempotency import Idempotency
-from service.jobs import MOST_OPEN_JOBS, Jobs, check_spec
+from service.job_scripts import MOST_OPEN_JOBS
+from service.jobs import Jobs, check_spec
 from service.store import open_redis
 from tests.fixtures.redis import RedisServer
 from tests.service.records import BASE, STUDENT, job_spec, policy
@@ -130,6 +133,18 @@ async def test_the_same_key_and_body_are_one_job(jobs: Jobs, redis: Redis):
     assert await redis.zcard(jobs_index()) == 1
 
 
+async def test_F44_a_job_whose_spec_is_of_another_version_is_shown_as_it_was_written(jobs: Jobs, redis: Redis):
+    submitted, other = await jobs.submit(job_spec(seed=7)), await jobs.submit(job_spec())
+    newer = {**job_spec(seed=7).model_dump(mode="json"), "colour": "green", "method": {"type": "dreaming"}}
+    await redis.hset(job_key(submitted.job_id), "spec", json.dumps(newer))
+    rows, _ = await jobs.list(10)
+    assert {row["id"] for row in rows} == {submitted.job_id, other.job_id}
+    job = await jobs.get(submitted.job_id)
+    assert (job["bonsai"]["spec"], job["method"], job["seed"]) == (newer, {"type": "dreaming"}, 7)
+    assert job["training_file"] == "ledger:default"
+    assert (await jobs.grant("cancel", submitted.job_id))["status"] == "cancelled"
+
+
 async def test_D36_a_tenant_has_so_many_open_jobs_and_no_more(jobs: Jobs, redis: Redis):
     await redis.hset(LEDGER_COUNTS, "acme/default", "100")
     first = await jobs.submit(job_spec(), key("first"))
@@ -142,6 +157,19 @@ async def test_D36_a_tenant_has_so_many_open_jobs_and_no_more(jobs: Jobs, redis:
     await jobs.grant("cancel", last.job_id)
     # The key of what was refused is free.
     assert not (await jobs.submit(job_spec(), key("another"))).is_replayed
+
+
+async def test_D36_paused_jobs_come_back_only_where_there_is_room(jobs: Jobs):
+    """Or whoever submits, pauses and submits again would resume any number of them."""
+    paused = await jobs.submit(job_spec())
+    await jobs.grant("pause", paused.job_id)
+    for _ in range(MOST_OPEN_JOBS):
+        last = await jobs.submit(job_spec())
+    with pytest.raises(QueueFull):
+        await jobs.grant("resume", paused.job_id, idempotency=key("again"))
+    assert (await jobs.get(paused.job_id))["status"] == "paused"
+    await jobs.grant("cancel", last.job_id)
+    assert (await jobs.grant("resume", paused.job_id, idempotency=key("again")))["status"] == "queued"
 
 
 async def test_the_same_key_with_another_body_is_refused(jobs: Jobs, redis: Redis):

@@ -11,10 +11,12 @@ import pytest
 from redis.asyncio import Redis
 
 from bon_algos.contracts import AUDIT_STREAM, POLICIES_INDEX, PolicyRecord, policy_key
+from service.audit import Audit
 from service.catalogue import Catalogue, Snapshot
 from service.errors import Conflict, InvalidField, PolicyNotFound, RouteNotFound
 from service.idempotency import Idempotency
 from service.policies import Policies, policy_object
+from service.preconditions import Precondition, etag, version_of
 from service.publishing import wanted_policies
 from service.routing import RouteRequest, Routes
 from service.store import open_redis
@@ -79,12 +81,41 @@ async def test_rolling_back_goes_the_same_way_to_the_base_and_no_further(policie
     assert refused.value.code == "nothing_to_roll_back"
 
 
+async def test_of_two_who_roll_back_what_both_saw_one_succeeds(policies: Policies, redis: Redis):
+    await policies.promote(A, "default", "r", SERVED)
+    seen = await policies.promote(B, "default", "r", SERVED)
+    both = Precondition(frozenset({etag(version_of(seen))}))
+    back = [policies.roll_back("default", precondition=both) for _ in range(2)]
+    ends = await asyncio.gather(*back, return_exceptions=True)
+    assert sorted(type(end).__name__ for end in ends) == ["PreconditionFailed", "Route"]
+    assert (await snapshot_of(redis)).route("default").live_policy == A
+
+
+async def test_P30_a_policy_is_retired_once(policies: Policies, redis: Redis):
+    assert (await policies.retire(A)).state == "retired"
+    with pytest.raises(Conflict) as refused:
+        await policies.retire(A)
+    assert refused.value.code == "policy_retired"
+    assert await redis.xlen(AUDIT_STREAM) == 1
+
+
 async def test_rolling_back_passes_over_what_has_failed_since(policies: Policies, redis: Redis):
     for policy_id in (A, B, C):
         await policies.promote(policy_id, "default", "r", SERVED)
     await policies.record_fingerprint(B, PASSED.model_copy(update={"passed": False, "reason": "other weights"}))
     assert (await policies.roll_back("default")).live_policy == A
     assert await states(redis) == ["live", "failed", "retired"]
+
+
+async def test_that_a_policy_failed_stands_in_the_audit_of_its_own_tenant(redis: Redis):
+    own = manifest(A).model_copy(update={"tenant": "acme"}).as_candidate()
+    await register(redis, own)
+    await Policies(redis).record_fingerprint(A, PASSED.model_copy(update={"passed": False, "reason": "other weights"}))
+    entries, _ = await Audit(redis).page("acme", 10, None)
+    assert [(entry["event"], entry["by"], entry["about"]) for entry in entries] == [
+        ("policy_failed", "gateway", {"policy": A})
+    ]
+    assert await Audit(redis).page("default", 10, None) == ([], False)
 
 
 async def test_a_policy_that_is_live_elsewhere_is_not_retired(policies: Policies, redis: Redis):

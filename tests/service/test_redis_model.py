@@ -218,9 +218,9 @@ async def go_through_jobs(redis: Redis, url: str) -> None:
 def work(url: str, job_id: str, policy_id: str) -> None:
     """What a worker writes from its claim to the policy's registration."""
     with blocking_redis.Redis.from_url(url) as client:
-        epoch = claim(client, job_id, lease_seconds=60, worker="here:1")
-        assert isinstance(epoch, int)
-        lease = Lease(client, job_id, epoch, lease_seconds=60, heartbeat_seconds=10)
+        own = claim(client, job_id, lease_seconds=60, worker="here:1")
+        assert not isinstance(own, str)
+        lease = Lease(client, job_id, own, lease_seconds=60, heartbeat_seconds=10)
         lease.progress("training", 1, 2, {"loss": 0.5}, 1.0)
         lease.tell_checkpoint(1, {"loss": 0.5}, kept=2)
         lease.finish_succeeded(policy(policy_id), "{}")

@@ -17,13 +17,15 @@ from bon_algos.contracts import (
     Fingerprint,
     Imported,
     Manifest,
+    PolicyRecord,
     adapter_digest,
     policy_key,
 )
 from bonsai.registry.auditing import verified_audit
+from service.export import unpack
 from tests.fixtures.gateway import Client, Reply, World, wait_until
 from tests.service.bad_input import CANARY, REGISTRY, RegistryRow
-from tests.service.published import safetensors, write_policy
+from tests.service.published import safetensors, write_full_policy, write_policy
 from tests.service.records import BASE, policy
 
 TYPED = {"Content-Type": "application/json"}
@@ -50,12 +52,15 @@ def files(number: float, logprob: float = -0.5) -> dict[str, bytes]:
 
 def proven(world: World, root: Path, number: float) -> str:
     written = write_policy(root / "artefacts", files(number))
-    record = policy(written.policy_id, fingerprint=None, created_at=number, written=written)
+    register(world, policy(written.policy_id, fingerprint=None, created_at=number, written=written))
+    wait_until(lambda: is_proven(world.client, written.policy_id))
+    return written.policy_id
+
+
+def register(world: World, record: PolicyRecord) -> None:
     with blocking_redis.Redis.from_url(world.redis_url) as client:
         client.hset(policy_key(record.id), mapping={"record": record.model_dump_json(), "version": 1})
-        client.zadd(POLICIES_INDEX, {record.id: number})
-    wait_until(lambda: is_proven(world.client, record.id))
-    return record.id
+        client.zadd(POLICIES_INDEX, {record.id: record.created_at})
 
 
 def is_proven(client: Client, policy_id: str) -> bool:
@@ -147,6 +152,24 @@ def test_a_policy_goes_out_as_a_peft_directory_and_its_story_as_a_graph(world: W
     assert mermaid.headers["content-type"].startswith("text/vnd.mermaid")
     assert mermaid.body.startswith(b"graph TD")
     assert world.client.get(f"/policies/{student}/lineage?format=dot").body.startswith(b"digraph")
+
+
+def test_a_policy_of_full_weights_goes_out_as_the_model_directory_that_it_is(world: World, tmp_path: Path):
+    written = write_full_policy(tmp_path / "artefacts")
+    register(world, written.as_candidate())
+    wait_until(lambda: world.client.get(f"/policies/{written.policy_id}").status == 200)
+    reply = world.client.get(f"/policies/{written.policy_id}/export?base=owner/model")
+    assert (reply.status, int(reply.headers["content-length"])) == (200, len(reply.body))
+    unpack(reply.body, tmp_path / "out")
+    directory = tmp_path / "artefacts" / "policies" / written.digest
+    own = {name: (directory / name).read_bytes() for name in written.files}
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    card = found.pop("README.md").decode()
+    assert found == own
+    assert "library_name: transformers" in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    (directory / "model.safetensors").write_bytes(b"other")
+    assert world.client.get(f"/policies/{written.policy_id}/export").json["error"]["code"] == "files_damaged"
 
 
 def imported(root: Path, number: float = 1.0, contents: dict[str, bytes] | None = None, **changes: object) -> Manifest:

@@ -79,9 +79,9 @@ def changed(policy_id: str, route: str | None, former: PolicyState | None, state
 def worked_on(url: str, job_id: str, end: str) -> None:
     """What a worker writes from its claim to the end."""
     with blocking_redis.Redis.from_url(url) as client:
-        epoch = claim(client, job_id, lease_seconds=60, worker="here:1")
-        assert isinstance(epoch, int)
-        lease = Lease(client, job_id, epoch, lease_seconds=60, heartbeat_seconds=10)
+        own = claim(client, job_id, lease_seconds=60, worker="here:1")
+        assert not isinstance(own, str)
+        lease = Lease(client, job_id, own, lease_seconds=60, heartbeat_seconds=10)
         match end:
             case "succeeded":
                 lease.finish_succeeded(policy(STUDENT), "{}")

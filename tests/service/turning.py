@@ -4,6 +4,7 @@ dies after whatever it does."""
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from bon_algos.contracts import (
     CircleSpec,
     Interval,
     PolicyRecord,
-    PolicyReport,
     Turn,
     circle_key,
     experiment_stats_key,
@@ -77,9 +77,9 @@ class Turning:
                 await self.driver.step(before)
         return await self.circle()
 
-    async def groups(self, drawn_by: str, count: int = 8) -> None:
+    async def groups(self, drawn_by: str, count: int = 8, best: float = 4.0) -> None:
         arm = Arm(policy=drawn_by, n=4)
-        rows = [group([(float(i % 3), 2), (4.0, 2), (0.0, 2), (float(i % 2), 2)], arm) for i in range(count)]
+        rows = [group([(float(i % 3), 2), (best, 2), (0.0, 2), (float(i % 2), 2)], arm) for i in range(count)]
         before = await self.redis.xlen("bonsai:ledger")
         later = {"created_at": 4e9}
         numbered_rows = [
@@ -88,17 +88,17 @@ class Turning:
         ]
         await deliver(self.redis, self.directory, numbered_rows)
 
-    async def work(self, policy_id: str, **report: float) -> None:
+    async def work(self, policy_id: str, **report: object) -> None:
         """What a worker does with the job of the turn under way."""
         turn = (await self.circle()).turn
         assert turn is not None
         assert turn.job_id is not None
-        epoch = claim(self.store, turn.job_id, lease_seconds=60, worker="here:1")
-        assert isinstance(epoch, int)
-        lease = Lease(self.store, turn.job_id, epoch, lease_seconds=60, heartbeat_seconds=60)
+        own = claim(self.store, turn.job_id, lease_seconds=60, worker="here:1")
+        assert not isinstance(own, str)
+        lease = Lease(self.store, turn.job_id, own, lease_seconds=60, heartbeat_seconds=60)
         lease.finish_succeeded(self.made(policy_id, turn, **report), "")
 
-    def made(self, policy_id: str, turn: Turn, **report: float) -> PolicyRecord:
+    def made(self, policy_id: str, turn: Turn, **report: Any) -> PolicyRecord:
         content = as_reported(policy_id, turn.parent, **report)
         files = {name: hashlib.sha256(content).hexdigest() for name in ("README.md", "report.json", "report.png")}
         place = self.directory / "reports" / report_digest(files)
@@ -108,7 +108,7 @@ class Turning:
         start = "base" if turn.parent == BASE else turn.parent
         asked = {"type": "offline_bond", "offline_bond": {}}
         spec = job_spec(training={"start_from": start, "reference": "start"}, method=asked)
-        drift = PolicyReport.model_validate_json(content).kl_policy_base
+        drift = Interval.model_validate(json.loads(content)["kl_policy_base"])
         told = {
             "report": summary_report().model_copy(update={"kl_policy_base": drift}),
             "report_files": files,
@@ -154,11 +154,14 @@ class Turning:
         return (await Audit(self.redis).page("default", 100, None))[0]
 
 
-def as_reported(policy_id: str, parent: str, gain: float = 1.0, judge: float | None = 0.5, kl: float = 0.6) -> bytes:
+def as_reported(
+    policy_id: str, parent: str, gain: float = 1.0, judge: float | None = 0.5, kl: float = 0.6, **newer: object
+) -> bytes:
+    """newer: members that only another version of a report has."""
     found, reach = a_report(), 0.1
     rewards = found.reward.model_copy(update={"gain": Interval(mean=gain, low=gain - reach, high=gain + reach)})
     second = None if judge is None else Interval(mean=judge, low=judge - reach, high=judge + reach)
-    return found.model_copy(
+    told = found.model_copy(
         update={
             "policy_id": policy_id,
             "parent_policy_id": parent,
@@ -166,7 +169,8 @@ def as_reported(policy_id: str, parent: str, gain: float = 1.0, judge: float | N
             "judge": None if second is None else found.reward.model_copy(update={"gain": second}),
             "kl_policy_base": Interval(mean=kl, low=kl, high=kl),
         }
-    ).model_dump_json().encode()  # fmt: skip
+    )
+    return json.dumps({**told.model_dump(mode="json"), **newer}).encode()
 
 
 @pytest.fixture
@@ -184,7 +188,7 @@ async def turning(redis_url: str, tmp_path: Path) -> AsyncIterator[Turning]:
             yield world
 
 
-async def turned(world: Turning, policy_id: str, **report: float) -> Circle:
+async def turned(world: Turning, policy_id: str, **report: object) -> Circle:
     """From enough groups to the end of the turn, as far as it comes."""
     await world.groups((await world.circle()).live_policy or BASE)
     await world.look(2)

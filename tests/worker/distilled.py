@@ -68,6 +68,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         every=2,
         job_id=JOB,
         policies=(),
+        feedback=None,
         tenant="default",
         training_file=None,
         training=None,
@@ -76,7 +77,7 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         spec = JobSpec(
             method=Method(type=method, **{method: given}),
             training=TrainingSetup(**(training or {})),
-            window=Window(policies=policies),
+            window=Window(policies=policies, feedback=feedback),
             training_file=training_file,
             n=8,
             held_out_fraction=0.3,
@@ -84,9 +85,9 @@ def job(client, engine, tiny_policy, reward_directory, tmp_path):
         )
         if not client.exists(job_key(job_id)):
             client.hset(job_key(job_id), mapping={"state": "queued", "epoch": 0, "attempts": 0})
-        epoch = claim(client, job_id, lease_seconds=lease_seconds, worker="here:1")
-        assert isinstance(epoch, int)
-        lease = Lease(client, job_id, epoch, lease_seconds=lease_seconds, heartbeat_seconds=60)
+        own = claim(client, job_id, lease_seconds=lease_seconds, worker="here:1")
+        assert not isinstance(own, str)
+        lease = Lease(client, job_id, own, lease_seconds=lease_seconds, heartbeat_seconds=60)
         config = world.reward_model(engine.url, reward_directory)
         readers = open_readers(config, lambda member: read_tokenizer(member.directory))
         engines = Engines(engine.url, config, readers, lease.check)

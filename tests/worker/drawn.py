@@ -51,8 +51,9 @@ def pool(number, logged=()):
 
 def row(number, policy: Sequence[object], reference: Sequence[object], logged: Sequence[float] = ()):
     """Of rewards, or of rollouts as they are."""
-    sides = [[one if isinstance(one, Rollout) else rollout(one) for one in side] for side in (policy, reference)]
-    return Judged(pool(number, logged), *sides)
+    own, other = ([one if isinstance(one, Rollout) else rollout(one) for one in side] for side in (policy, reference))
+    about = pool(number, logged)
+    return Judged(about, own, other, about.drawn_by_reference)
 
 
 def categorical(rng: np.random.Generator, rewards, policy_law, reference_law, *, prompts, draws, logged=0):

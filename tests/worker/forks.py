@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from worker import tasks
+from worker.lease import Claim
 from worker.settings import BrokerSettings
 
 Seen = TypeVar("Seen")
@@ -39,9 +40,9 @@ def deliver(
     return process
 
 
-def train(job_id: str, epoch: int, environment: Mapping[str, str], log: Path) -> BaseProcess:
+def train(job_id: str, own: Claim, environment: Mapping[str, str], log: Path) -> BaseProcess:
     """What `python -m worker.job_process` does for a job that is claimed; started."""
-    process = SERVER.Process(target=_train_alone, args=(job_id, epoch, dict(environment), log))
+    process = SERVER.Process(target=_train_alone, args=(job_id, own, dict(environment), log))
     process.start()
     return process
 
@@ -94,7 +95,7 @@ def _deliver(job_id: str, environment: dict[str, str], log: Path, largest_file: 
     )
 
 
-def _train(job_id: str, epoch: int, log_file: Path) -> int:
+def _train(job_id: str, own: Claim, log_file: Path) -> int:
     """`tasks.run_job_process`, forked instead of started."""
     from worker import job_process
 
@@ -106,7 +107,7 @@ def _train(job_id: str, epoch: int, log_file: Path) -> int:
     try:
         os.setsid()
         _write_into(log_file)
-        code = job_process.main(job_id, epoch, parent)
+        code = job_process.main(job_id, own, parent)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -114,13 +115,13 @@ def _train(job_id: str, epoch: int, log_file: Path) -> int:
         os._exit(code)
 
 
-def _train_alone(job_id: str, epoch: int, environment: dict[str, str], log: Path) -> None:
+def _train_alone(job_id: str, own: Claim, environment: dict[str, str], log: Path) -> None:
     from worker import job_process
 
     os.setsid()
     os.environ.update(environment)
     _write_into(log)
-    sys.exit(job_process.main(job_id, epoch, os.getppid()))
+    sys.exit(job_process.main(job_id, own, os.getppid()))
 
 
 def _write_into(log: Path) -> None:

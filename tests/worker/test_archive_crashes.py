@@ -32,7 +32,17 @@ from bon_algos.crash_points import ARCHIVE_POINTS
 from tests.archive.records import DAY, NOON, archive_at, entries, feedback, group
 from tests.worker import world
 from tests.worker.mortal_compactor import LIMITS, turn
-from tests.worker.test_erasing import ADA, STUDENT, asked, everywhere, frozen, of, registered, submitted
+from tests.worker.test_erasing import (
+    ADA,
+    STUDENT,
+    asked,
+    everywhere,
+    frozen,
+    killed_while_it_freezes,
+    of,
+    registered,
+    submitted,
+)
 from worker.compaction import Compaction
 
 pytestmark = pytest.mark.slow
@@ -77,6 +87,7 @@ def erasure(client, tmp_path):
     frozen(client, tmp_path, "job_1")
     submitted(client, "job_1")
     registered(client, STUDENT, "job_1", world.BASE)
+    killed_while_it_freezes(client, tmp_path, "job_2")
     compaction = Compaction(client, archive, LIMITS)
     compaction.open()
     compaction.step(wait_seconds=0.01)
@@ -126,3 +137,11 @@ def is_whole(client, archive):
     named |= {one.path for day in known for one in day.superseded}
     files = {name for kind in ("groups", "feedback", "outcomes") for name in archive.storage.names(kind)}
     assert files == named - {None}
+
+
+def test_what_was_being_written_when_a_compactor_died_is_removed(mortals, redis_url, tmp_path, erasure, client):
+    dies(mortals, "content.written:2", redis_url, tmp_path)
+    assert list(tmp_path.rglob(".*.part"))
+    client.delete(COMPACTOR_LEASE)
+    turn(redis_url, tmp_path)
+    assert not list(tmp_path.rglob(".*.part"))

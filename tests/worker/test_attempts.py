@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 import redis
 
 from bon_algos.contracts import POLICIES_INDEX, job_key, policy_key, report_digest
+from bon_algos.crash_points import CRASH_AT
 from tests.service.published import write_policy
 from tests.service.records import policy
 from worker import attempts
@@ -128,3 +131,29 @@ def test_while_a_policy_does_not_say_which_report_is_its_own_all_stay(client, tm
     (tmp_path / "policies" / write_policy(tmp_path).digest / "manifest.json").write_text("{")
     attempts.sweep(client, tmp_path)
     assert lost.exists()
+
+
+SWEEP = """
+import pathlib, sys
+import redis
+from worker import attempts
+attempts.sweep(redis.Redis.from_url(sys.argv[1]), pathlib.Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["attempts.forgotten", "orphan.renamed", "report.removed"])
+def test_what_a_sweep_began_to_remove_the_next_one_removes(point, client, redis_url, tmp_path):
+    """Killed once it has removed, or named for removal, the first of what it found."""
+    for number in (1, 2):
+        attempts.begin(tmp_path / "jobs" / f"job_{number}", 1)
+        client.hset(job_key(f"job_{number}"), "state", "failed")
+        aged(tmp_path / "policies" / write_policy(tmp_path, {"adapter_config.json": b"{}" * number}).digest)
+        reported(tmp_path, number)
+    command = [sys.executable, "-c", SWEEP, redis_url, str(tmp_path)]
+    assert subprocess.run(command, env=os.environ | {CRASH_AT: point}).returncode == -9
+    assert left(tmp_path / "reports")
+    for home in (tmp_path / "policies").iterdir():
+        assert home.name.startswith(attempts.DOOMED) or (home / "manifest.json").exists()
+    attempts.sweep(client, tmp_path)
+    assert [left(tmp_path / name) for name in ("policies", "reports", "jobs/job_1", "jobs/job_2")] == [[], [], [], []]

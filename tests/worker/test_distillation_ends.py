@@ -5,12 +5,19 @@ import time
 from functools import partial
 
 import pytest
+import redis
 
 from bon_algos.contracts import (
+    ERASURES,
+    LEDGER_STREAM,
+    Erasure,
     Method,
+    erasure_id,
     job_checkpoints_key,
     job_key,
+    subject_digest,
 )
+from bon_algos.ledger_entries import record_of
 from bon_algos.scoring import Completion, open_readers
 from tests.worker import world
 from tests.worker.distilled import FORWARD, ITERATIVE_BOND, JBOND, JOB, published, state
@@ -109,6 +116,34 @@ def test_a_trainer_with_other_weights_than_the_engine_refuses_to_train(job, tmp_
     attempt.workplace = Workplace(**{**vars(attempt.workplace), "policy_directory": other})
     with pytest.raises(JobFailed, match="train_serve_mismatch"):
         attempt.run()
+
+
+class AskedMeanwhile(redis.Redis):
+    """Somebody is to be forgotten while the ledger is read."""
+
+    erasure = None
+
+    def xrevrange(self, *args, **kwargs):
+        if self.erasure is not None:
+            self.hset(ERASURES, self.erasure.id, self.erasure.model_dump_json())
+        return super().xrevrange(*args, **kwargs)
+
+
+def test_groups_that_were_to_be_erased_while_they_were_read_reach_no_file(job, client, redis_url, tmp_path):
+    """The erasure may be proven before the window is there."""
+    groups = [record_of(fields) for _, fields in client.xrange(LEDGER_STREAM)]
+    client.delete(LEDGER_STREAM)
+    world.deliver(client, *(group.model_copy(update={"user": "ada"}) for group in groups))
+    digest = subject_digest("default", "ada")
+    attempt = job()
+    with AskedMeanwhile.from_url(redis_url) as reads:
+        reads.erasure = Erasure(
+            id=erasure_id(digest), tenant="default", subject_digest=digest, requested_at=time.time(), requested_by="k"
+        )
+        attempt.workplace = Workplace(**{**vars(attempt.workplace), "client": reads})
+        with pytest.raises(JobFailed, match="window_erased"):
+            attempt.freeze()
+    assert [path for path in (tmp_path / "jobs").rglob("*") if path.is_file()] == []
 
 
 def test_a_fenced_attempt_writes_no_state_and_publishes_nothing(job, client, tmp_path):

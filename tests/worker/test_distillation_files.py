@@ -6,10 +6,13 @@ import json
 import pytest
 
 from bon_algos.contracts import (
+    FeedbackFilter,
     FileRecord,
+    feedback_key,
     files_key,
     job_key,
 )
+from tests.archive.records import feedback
 from tests.worker import world
 from tests.worker.distilled import (
     JOB,
@@ -18,6 +21,7 @@ from tests.worker.distilled import (
 from tests.worker.stub_engine import save_tokenizer
 from worker import dataset
 from worker.errors import JobFailed
+from worker.evaluate import samples_needed
 from worker.job_process import read_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -77,6 +81,23 @@ def test_log_probs_that_a_file_does_not_tell_are_the_references(job, tiny_groups
     for own, computed in zip(*pools, strict=True):
         assert own.reference_logprobs is None
         assert computed.reference_logprobs == pytest.approx(own.logged_group.reference_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(("chosen", "logged"), [("all", 8), ("by feedback", 0), ("any law", 0)])
+def test_only_draws_of_the_references_law_count_beside_its_fresh_ones(job, client, tiny_groups, upload, chosen, logged):
+    for group in tiny_groups:
+        said = feedback(group, value=1.0)
+        client.hset(feedback_key(group.id), said.question, said.model_dump_json())
+    rows = [row_of(group, policy="base", sampling={"temperature": 0.5}) for group in tiny_groups]
+    attempt = {
+        "all": lambda: job(),
+        "by feedback": lambda: job(feedback=FeedbackFilter(at_least=0.5)),
+        "any law": lambda: job("dpo", training_file=upload(rows)),
+    }[chosen]()
+    window = attempt.freeze()
+    judged = attempt.evaluate(attempt.open_training(window).policy, window).judged
+    assert {pool.num_groups for pool in window.held_out} == {1}
+    assert {row.order_reference.size for row in judged} == {samples_needed(attempt.spec.n) + logged}
 
 
 @pytest.mark.parametrize(("method", "is_able"), [("bon_sft", True), ("dpo", True), ("rloo", True), ("bond", False)])

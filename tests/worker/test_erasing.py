@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import shutil
+import zlib
 from pathlib import Path
 from time import time
 
@@ -24,29 +28,35 @@ from bon_algos.contracts import (
     JobSpec,
     Method,
     PolicyRecord,
+    TrainingSetup,
     erasure_id,
     feedback_key,
     idempotency_key,
     job_key,
+    jobs_index,
     policy_key,
     subject_digest,
 )
+from bon_algos.crash_points import CRASH_AT
 from bonsai.registry.auditing import verified_audit
+from service.access import GATEWAY
+from service.deletion import Deletion
+from service.store import open_redis
 from tests.archive.records import archive_at, feedback, group
 from tests.service.records import BASE, manifest
 from tests.worker import world
-from worker import erased_windows
+from worker import attempts, erased_windows
 from worker.compaction import Compaction, Limits
 from worker.dataset import freeze
 from worker.erasing import Eraser
 from worker.erasures import Erasures
 from worker.errors import JobFailed
-from worker.lease import Lease, claim
+from worker.lease import Claim, Lease, claim
 from worker.publish import read_published
 from worker.sources import windows
 
 AT_ONCE = Limits(entries=3, bytes=2**20, seconds=0.0, hot_groups=3, hot_seconds=0.0)
-STUDENT, GRANDCHILD = "pol-" + "1" * 16, "pol-" + "2" * 16
+STUDENT, GRANDCHILD, THIRD, UNCONCERNED = ("pol-" + digit * 16 for digit in "1234")
 ADA = "ada@example.org"
 
 
@@ -99,7 +109,8 @@ def erase(client, directory, compaction):
 
 def everywhere(client, directory: Path) -> bytes:
     """All that Redis and the disk hold, with what is packed unpacked."""
-    found = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    found = [zlib.decompress(one.read_bytes()) if one.suffix == ".z" else one.read_bytes() for one in files]
     archive = archive_at(directory / "ledger")
     question = Question(("groups", "outcomes", "feedback", "exposures"))
     found += [one.record.model_dump_json().encode() for one in archive.records(question)]
@@ -244,19 +255,96 @@ def test_L22_killed_in_the_middle_it_is_done_by_the_next(client, place):
     assert ADA.encode() not in everywhere(client, directory)
 
 
-def frozen(client, directory, job_id):
+def frozen(client, directory, job_id, **options):
     """A job's window of all that is there."""
     groups = [one for one in stream(client) if one.kind == "group"]
     wanted = Requirements(world.BASE, world.REWARD_MODEL, world.TEMPLATE, num_candidates=1)
     more = [group(number, user="bob") for number in range(30, 36)]
-    freeze(directory / "jobs" / job_id / "window", [*groups, *more], wanted, max_groups=100, held_out_fraction=0.3)
+    window = directory / "jobs" / job_id / "window"
+    freeze(window, [*groups, *more], wanted, max_groups=100, held_out_fraction=0.3, **options)
 
 
-def submitted(client, job_id):
+def killed_while_it_freezes(client, directory, job_id):
+    """What an attempt leaves that dies before its window has its name."""
+    attempt = attempts.begin(directory / "jobs" / job_id, 1)
+    if (pid := os.fork()) == 0:
+        os.environ[CRASH_AT] = "window.written"
+        try:
+            frozen(client, directory, job_id, within=attempt)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+    (aside,) = attempt.iterdir()
+    return aside
+
+
+def test_what_an_attempt_left_that_was_killed_while_it_froze_goes_too(client, place):
+    """Its job lives: the next attempt chooses anew."""
+    directory, compaction = place
+    aside = killed_while_it_freezes(client, directory, "job_1")
+    assert ADA.encode() in everywhere(client, directory)
+    submitted(client, "job_1")
+    asked(client)
+    (receipt,) = erase(client, directory, compaction)
+    assert (receipt.state, receipt.jobs) == ("proven", ())
+    assert ADA.encode() not in everywhere(client, directory)
+    assert not aside.exists()
+    assert client.hget(job_key("job_1"), "state") == b"running"
+
+
+@pytest.mark.parametrize("kept", ["", '[["resp_'])
+def test_what_was_left_without_a_list_of_its_groups_goes_whoever_it_is_of(kept, client, place):
+    """A power cut may leave the content and not the list."""
+    directory, compaction = place
+    aside = killed_while_it_freezes(client, directory, "job_1")
+    (aside / "groups.json").write_text(kept) if kept else (aside / "groups.json").unlink()
+    asked(client, user="nobody")
+    (receipt,) = erase(client, directory, compaction)
+    assert (receipt.state, aside.exists()) == ("proven", False)
+
+
+def test_what_was_left_of_others_stays(client, place):
+    directory, compaction = place
+    aside = killed_while_it_freezes(client, directory, "job_1")
+    asked(client, user="nobody")
+    (receipt,) = erase(client, directory, compaction)
+    assert (receipt.state, aside.exists()) == ("proven", True)
+
+
+def test_what_is_left_unfinished_is_found_by_the_search(client, place):
+    directory, compaction = place
+    killed_while_it_freezes(client, directory, "job_1")
+    erasure = asked(client)
+    compaction.flush()
+    archive = archive_at(directory / "ledger")
+    eraser = Eraser(client, archive, directory)
+    with_it = eraser.residue(erasure)
+    shutil.rmtree(directory / "jobs")
+    assert eraser.residue(erasure) == with_it - 1
+
+
+def test_a_window_whose_groups_were_to_be_erased_meanwhile_is_never_written(client, place):
+    """The erasure may be proven before a file of it is there."""
+    directory, _ = place
+    asked(client)
+
+    def check(aside):
+        assert Erasures.read(client).concern(aside)
+        assert ADA.encode() not in b"".join(path.read_bytes() for path in aside.iterdir())
+        raise JobFailed("window_erased", "")
+
+    with pytest.raises(JobFailed):
+        frozen(client, directory, "job_1", check=check)
+    assert list((directory / "jobs" / "job_1").iterdir()) == []
+
+
+def submitted(client, job_id) -> Claim:
+    """And claimed."""
     client.hset(job_key(job_id), mapping={"state": "queued", "epoch": 0, "attempts": 0})
     client.sadd(OPEN_JOBS, job_id)
-    epoch = claim(client, job_id, lease_seconds=60, worker="here:1")
-    assert isinstance(epoch, int)
+    own = claim(client, job_id, lease_seconds=60, worker="here:1")
+    assert not isinstance(own, str)
+    return own
 
 
 def made(policy_id, job_id, parent):
@@ -290,13 +378,43 @@ def test_L23_a_job_that_reads_the_window_fails_and_what_was_learned_is_tainted(c
     assert ADA.encode() not in everywhere(client, directory)
 
 
+def succeeded(client, job_id, policy_id, start_from):
+    spec = JobSpec(method=Method(type="bon_forward_kl"), training=TrainingSetup(start_from=start_from))
+    fields = {"state": "succeeded", "policy_id": policy_id, "spec": spec.model_dump_json()}
+    client.hset(job_key(job_id), mapping=fields)
+    client.zadd(jobs_index(), {job_id: 0.0})
+    registered(client, policy_id, job_id, world.BASE if start_from == "base" else start_from)
+
+
+async def deleted(redis_url, directory, *policies):
+    async with open_redis(redis_url) as store:
+        for policy_id in policies:
+            await Deletion(store, directory).delete(policy_id, GATEWAY)
+
+
+def test_what_was_made_from_a_policy_that_is_deleted_since_is_found_through_the_jobs(client, place, redis_url):
+    """Two generations are deleted, the third is in the registry. The user is in the window of the first alone."""
+    directory, compaction = place
+    frozen(client, directory, "job_1")
+    succeeded(client, "job_1", STUDENT, "base")
+    succeeded(client, "job_2", GRANDCHILD, STUDENT)
+    succeeded(client, "job_3", THIRD, GRANDCHILD)
+    succeeded(client, "job_4", UNCONCERNED, "base")
+    asyncio.run(deleted(redis_url, directory, STUDENT, GRANDCHILD))
+    asked(client)
+    (receipt,) = erase(client, directory, compaction)
+    assert (receipt.state, receipt.jobs, receipt.policies) == ("proven", ("job_1",), (THIRD,))
+    kept = [PolicyRecord.model_validate_json(client.hget(policy_key(one), "record")) for one in (THIRD, UNCONCERNED)]
+    assert [one.tainted for one in kept] == [True, False]
+
+
 def test_a_job_whose_parent_is_tainted_while_it_trains_registers_nothing(client, place):
     """Its own window holds nothing of the user; the job is past reading it when the erasure comes."""
     directory, compaction = place
     frozen(client, directory, "job_1")
     registered(client, STUDENT, "job_1", world.BASE)
-    submitted(client, "job_2")
-    with Lease(client, "job_2", 1, lease_seconds=60, heartbeat_seconds=20) as lease:
+    own = submitted(client, "job_2")
+    with Lease(client, "job_2", own, lease_seconds=60, heartbeat_seconds=20) as lease:
         asked(client)
         (receipt,) = erase(client, directory, compaction)
         assert receipt.policies == (STUDENT,)

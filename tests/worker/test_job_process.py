@@ -20,7 +20,7 @@ from tests.worker.forks import is_alive, is_frozen, train
 from worker import checkpoint, tasks
 from worker.crew import LOST_A_RANK
 from worker.job_process import read_tokenizer
-from worker.lease import claim
+from worker.lease import Claim, claim
 
 pytestmark = pytest.mark.slow
 
@@ -91,10 +91,12 @@ def start(client, environment):
 
 def start_training(client, environment):
     until(
-        lambda: isinstance(claim(client, JOB, lease_seconds=LEASE_SECONDS, worker="here:1"), int), "the lease is free"
+        lambda: not isinstance(claim(client, JOB, lease_seconds=LEASE_SECONDS, worker="here:1"), str),
+        "the lease is free",
     )
-    epoch = int(client.hget(job_key(JOB), "epoch"))
-    return train(JOB, epoch, environment, Path(environment["BONSAI_ARTEFACTS"]) / f"{epoch}.log")
+    epoch, name = client.hmget(job_key(JOB), ["epoch", "claim"])
+    own = Claim(int(epoch), name)
+    return train(JOB, own, environment, Path(environment["BONSAI_ARTEFACTS"]) / f"{epoch}.log")
 
 
 def until(condition, what):
@@ -180,10 +182,11 @@ def test_a_process_frozen_past_its_lease_wakes_to_nothing(client, environment, s
 def test_training_dies_with_whoever_started_it(client, environment):
     """kill -9 of the Celery child, or of the worker above it, leaves no process that holds a device."""
     submit(client)
-    epoch = claim(client, JOB, lease_seconds=60, worker="here:1")
+    own = claim(client, JOB, lease_seconds=60, worker="here:1")
+    assert not isinstance(own, str)
     code = (
         "import os, subprocess, sys;"
-        f"p = subprocess.Popen([sys.executable, '-m', 'worker.job_process', '{JOB}', '{epoch}', str(os.getpid())],"
+        f"p = subprocess.Popen([sys.executable, '-m', 'worker.job_process', '{JOB}', '{own.token}', str(os.getpid())],"
         " start_new_session=True); print(p.pid, flush=True); p.wait()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)

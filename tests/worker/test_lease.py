@@ -17,7 +17,10 @@ from bon_algos.contracts import (
     job_key,
     policy_key,
 )
+from tests.fixtures.fault_proxy import FaultProxy
 from worker import lease as leases
+from worker import tasks
+from worker.erased_windows import fail_jobs
 from worker.errors import JobCancelled, JobParked, LeaseLost
 from worker.lease import Lease, claim
 
@@ -39,8 +42,8 @@ def take(client, seconds=60.0, processes=1):
     return claim(client, JOB, lease_seconds=seconds, worker="here:1", processes=processes)
 
 
-def held(client, epoch, lease_seconds=60.0, heartbeat_seconds=60.0):
-    return Lease(client, JOB, epoch, lease_seconds=lease_seconds, heartbeat_seconds=heartbeat_seconds)
+def held(client, own, lease_seconds=60.0, heartbeat_seconds=60.0):
+    return Lease(client, JOB, own, lease_seconds=lease_seconds, heartbeat_seconds=heartbeat_seconds)
 
 
 def expire(client):
@@ -54,10 +57,33 @@ def field(client, name):
 
 def test_a_queued_job_is_claimed_once(client):
     submit(client)
-    assert take(client) == 1
+    assert take(client).epoch == 1
     assert take(client) == "held"
     assert field(client, "state") == "running"
     assert field(client, "attempts") == "1"
+
+
+def test_a_claim_whose_reply_is_lost_is_asked_again_and_is_one_attempt(client, shared_redis, tmp_path):
+    """What runs then is the epoch that Redis knows."""
+    ran = []
+
+    def train(job_id, own, _):
+        ran.append((job_id, own.epoch, take(client)))
+        return 0
+
+    submit(client)
+    with FaultProxy(shared_redis.socket) as proxy:
+        proxy.lose_reply_to(b"EVAL")
+        tasks.distill(
+            JOB,
+            redis_url=proxy.url,
+            artefacts=tmp_path,
+            lease_seconds=60,
+            processes=1,
+            run=train,
+        )
+    assert ran == [(JOB, 1, "held")]
+    assert [field(client, name) for name in ("epoch", "attempts")] == ["1", "1"]
 
 
 def test_an_expired_lease_is_taken_over_with_a_new_epoch_and_the_first_start_stays(client):
@@ -65,7 +91,7 @@ def test_an_expired_lease_is_taken_over_with_a_new_epoch_and_the_first_start_sta
     take(client)
     started = field(client, "started_at")
     expire(client)
-    assert take(client) == 2
+    assert take(client).epoch == 2
     assert field(client, "started_at") == started
 
 
@@ -119,10 +145,35 @@ def test_a_newer_epoch_stops_the_older_one_and_refuses_all_it_writes(client):
     ):
         with pytest.raises(LeaseLost):
             write()
-    assert not leases.release(client, JOB, old.epoch, "late")
+    assert not leases.release(client, JOB, old.claim, "late")
     assert (field(client, "state"), field(client, "step")) == ("running", "5")
     assert not client.exists(policy_key(POLICY.id))
     new.check()
+
+
+def test_F22_of_two_that_were_given_the_same_epoch_the_later_alone_writes(client):
+    """Redis loses its last second, and with it the first claim: the job is queued again as it was."""
+    submit(client)
+    before = client.dump(job_key(JOB))
+    old = held(client, take(client))
+    client.restore(job_key(JOB), 0, before, replace=True)
+    new = held(client, take(client))
+    assert old.epoch == new.epoch
+    new.progress("training", 5, 10, {"loss": 1.0}, 3.0)
+    for write in (
+        old.beat,
+        lambda: old.progress("training", 9, 10, {}, None),
+        old.park,
+        lambda: old.finish_failed("late", "late"),
+        lambda: old.finish_succeeded(POLICY, "{}"),
+    ):
+        with pytest.raises(LeaseLost):
+            write()
+    old.tell_checkpoint(9, {}, kept=2)
+    assert not leases.release(client, JOB, old.claim, "late")
+    assert (field(client, "state"), field(client, "step")) == ("running", "5")
+    assert not client.exists(job_checkpoints_key(JOB))
+    new.beat()
 
 
 def test_who_slept_past_the_lease_stops_before_asking_anybody(client):
@@ -169,7 +220,7 @@ def test_a_job_that_is_to_go_on_before_it_has_stopped_is_queued_again(client):
     client.hdel(job_key(JOB), "pause")
     lease.park()
     assert (field(client, "state"), field(client, "dispatched_at")) == ("queued", None)
-    assert take(client) == 2
+    assert take(client).epoch == 2
 
 
 def test_the_newest_states_are_told_of(client):
@@ -200,6 +251,20 @@ def test_time_is_spent_while_somebody_works_on_the_job(client):
     assert 15_000 <= int(field(client, "spent_ms")) < 20_000
     # 10 s of one process, 5 s of four.
     assert 30_000 <= int(field(client, "gpu_ms")) < 50_000
+
+
+def test_a_clock_that_is_set_forward_is_not_spent(client):
+    """An hour, in the middle of a lease of a minute: no more than that minute can have passed."""
+    submit(client)
+    lease = held(client, take(client))
+    for name in ("seen_at", "lease_until"):
+        client.hincrby(job_key(JOB), name, -3_600_000)
+    lease.beat()
+    assert int(field(client, "spent_ms")) <= 60_000
+    assert leases.release(client, JOB, lease.claim, "later")
+    client.hincrby(job_key(JOB), "seen_at", -3_600_000)
+    fail_jobs(client, [JOB])  # an hour after it was given back
+    assert int(field(client, "spent_ms")) <= 61_000
 
 
 def test_a_success_that_comes_after_the_cancellation_registers_nothing(client):
@@ -246,7 +311,7 @@ def test_a_job_given_back_may_be_claimed_at_once_and_says_why(client):
     submit(client)
     assert leases.release(client, JOB, take(client), "the engine is away")
     assert field(client, "last_error") == "the engine is away"
-    assert take(client) == 2
+    assert take(client).epoch == 2
 
 
 def test_who_is_to_leave_may_keep_its_state_first(client):
@@ -266,7 +331,7 @@ def test_a_job_whose_worker_leaves_is_queued_and_woken_for_at_once_and_has_faile
     lease.park()
     fields = ("state", "dispatched_at", "last_error", "attempts", "parked")
     assert [field(client, name) for name in fields] == ["queued", None, None, "1", "1"]
-    assert take(client) == 2
+    assert take(client).epoch == 2
     with pytest.raises(LeaseLost):
         lease.park()
     assert take(client) == "held"
@@ -317,7 +382,7 @@ class TwoWorkers(RuleBasedStateMachine):
             self.ended = "cancelled"
         else:
             self.epoch += 1
-            assert answer == self.epoch
+            assert answer.epoch == self.epoch
             self.alive, self.held[worker] = True, held(self.client, answer)
 
     @precondition(lambda self: self.ended is None)

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bon_algos.acceptance import MIN_PROMPTS, Requirements, split_sides
+from bon_algos.ancestors import Lineage
 from bon_algos.contracts import POLICIES_DELETED, Window, policy_key
 from tests.service.records import job_spec, manifest, numbered, policy
 from tests.worker import world
 from worker.dataset import freeze
 from worker.errors import JobFailed
-from worker.lineage import Lineage, lineage
+from worker.lineage import lineage
 
 WANTED = Requirements(world.BASE, world.REWARD_MODEL, world.TEMPLATE, 2)
 

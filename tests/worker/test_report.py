@@ -125,6 +125,30 @@ def test_what_the_ledger_holds_of_the_reference_counts_beside_the_fresh_draws():
     assert report.win_rate_best_of_n.mean == pytest.approx(1 / 10)
 
 
+def test_what_the_reward_model_lost_on_both_sides_alike_favours_neither():
+    """The two sides exchanged, every number about them is: also where the one has the worst draw, and a lost one."""
+    sides = [
+        ([None, 2.0, *[float(j % 5) for j in range(62)]], [3.0, None, *[float(j % 7) - 1 for j in range(62)]])
+        for _ in range(3)
+    ]
+    there, back = (
+        report_of([drawn.row(i, pair[one], pair[1 - one]) for i, pair in enumerate(sides)], kl=[0.5] * 3).reward
+        for one in (0, 1)
+    )
+    assert (there.policy, there.reference) == (back.reference, back.policy)
+    assert there.gain.mean == pytest.approx(-back.gain.mean)
+    same = [drawn.row(i, own, own) for i, (own, _) in enumerate(sides)]
+    whole, summary = report_of(same).reward, drawn.evidence(same, N).summary
+    assert (whole.gain.mean, whole.gain_share.mean) == (0.0, 0.0)
+    assert (summary.reward_gain.mean, summary.gain_share) == (0.0, 0.0)
+
+
+def test_a_lost_draw_of_the_policy_is_worth_the_worst_of_its_prompt():
+    """64 draws of each side: 63 of 9 and one lost, beside 0 and 63 of 1."""
+    report = report_of([drawn.row(i, [None] + [9.0] * 63, [0.0] + [1.0] * 63) for i in range(3)])
+    assert report.reward.policy.mean == pytest.approx(9 * 63 / 64)
+
+
 # --- length, cost, words ---------------------------------------------------------------------------------
 
 

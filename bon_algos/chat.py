@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import Any, Final
 
 import jinja2
@@ -78,7 +81,9 @@ class ChatTokenizer:
             for name, value in tokenizer_config.items()
             if name.endswith("_token") and (text := _token_text(value)) is not None
         }
-        normalizer = json.loads(tokenizer_json).get("normalizer")
+        parsed = json.loads(tokenizer_json)
+        self._controls = _Controls(parsed.get("added_tokens") or ())
+        normalizer = parsed.get("normalizer")
         self._growth = _MOST_GROWTH.get(None if normalizer is None else normalizer["type"])
         self.vocabulary_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         """Tokens, special ones included."""
@@ -115,12 +120,17 @@ class ChatTokenizer:
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Sequence[Tool] = ()
     ) -> str:
         """As `render`, of messages as a template reads them."""
+        return self._rendered(messages, [_tool_for_template(tool) for tool in tools], add_generation_prompt)
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> str:
         if self._template is None:
             raise TemplateRefused("this model has no chat template: send `prompt` instead of `messages`")
         try:
             return self._template.render(
                 messages=messages,
-                tools=[_tool_for_template(tool) for tool in tools] or None,
+                tools=tools or None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special,
             )
@@ -129,6 +139,36 @@ class ChatTokenizer:
         except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             # What it says may hold what was sent.
             raise TemplateRefused("it fails on one of them") from error
+
+    def encode_messages(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Tool] = ()
+    ) -> tuple[str, list[int]]:
+        """The conversation as `render` has it, and its token ids. Only the template writes special tokens: one that
+        somebody names in a message or a tool stays text. Raises TemplateRefused."""
+        plain, listed = [_for_template(message) for message in messages], [_tool_for_template(tool) for tool in tools]
+        rendered = self._rendered(plain, listed, add_generation_prompt)
+        mark = secrets.token_hex(16)
+        marked, marked_list = self._marked(plain, mark), self._marked(listed, mark)
+        if (marked, marked_list) == (plain, listed):
+            return rendered, self.encode_chat(rendered)
+        # Each stretch is encoded by itself, so that none of them holds a name that is cut by a mark.
+        stretches = self._rendered(marked, marked_list, add_generation_prompt).split(mark)
+        if "".join(stretches) != rendered:
+            raise TemplateRefused("it changes a text that names a special token")
+        encoded = self.encode_all(stretches, add_special_tokens=False)
+        return rendered, [token for ids in encoded for token in ids]
+
+    def _marked(self, value: Any, mark: str) -> Any:
+        """The same, with a mark behind the first character of each special token's name in its texts."""
+        match value:
+            case str() if starts := self._controls.starts(value):
+                cuts = [0, *(start + 1 for start in starts), len(value)]
+                return mark.join(value[a:b] for a, b in pairwise(cuts))
+            case list():
+                return [self._marked(one, mark) for one in value]
+            case dict():
+                return {self._marked(name, mark): self._marked(one, mark) for name, one in value.items()}
+        return value
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Token ids of a rendered conversation; the template has already written the special tokens."""
@@ -157,6 +197,22 @@ class ChatTokenizer:
     def decode_token(self, token_id: int) -> str:
         """The text of one token, a special one by its name; part of a character is the replacement character."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+class _Controls:
+    """The names of a tokenizer's special tokens, as far as they can be cut."""
+
+    def __init__(self, added_tokens: Sequence[Mapping[str, Any]]) -> None:
+        names = [token["content"] for token in added_tokens if token["special"] and len(token["content"]) > 1]
+        self._heads = {name[:2] for name in names}
+        self._pattern = re.compile(f"(?={'|'.join(map(re.escape, names))})")
+
+    def starts(self, text: str) -> list[int]:
+        """Where a name begins, also inside another one."""
+        # Most texts have none, which is found out a hundred times faster so.
+        if not any(head in text for head in self._heads):
+            return []
+        return [found.start() for found in self._pattern.finditer(text)]
 
 
 def _for_template(message: Message) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Score(NamedTuple):
     """In the member's own words, where it gave any."""
 
 
+_REASONING: Final = ("<think>", "</think>")
 _TOO_LONG: Final = Score(None, "too_long")
 
 
@@ -44,6 +45,15 @@ class Completion(NamedTuple):
     prompt: str
     messages: Sequence[Message] | None
     text: str
+
+    @property
+    def answer(self) -> str:
+        """The text behind its reasoning, which the policy or its template began; empty where that never ends. Reward
+        models judge answers: they were shown no reasoning when they were made."""
+        begin, end = _REASONING
+        if not self.text.lstrip().startswith(begin) and not self.prompt.endswith((begin, f"{begin}\n")):
+            return self.text
+        return self.text.partition(end)[2].lstrip()
 
 
 class Call(NamedTuple):
@@ -108,7 +118,7 @@ class VllmReader:
             write = reward_writer(self._tokenizer, prompt, messages)
             for place, completion in same_prompt:
                 try:
-                    texts[place] = write(completion.text)
+                    texts[place] = write(completion.answer)
                     scores.append(_TOO_LONG)
                 except TemplateRefused as error:
                     scores.append(Score(None, "reward_error", reason=str(error)))
@@ -147,7 +157,7 @@ class HttpReader:
         for _, same_prompt in groupby(range(len(completions)), key=lambda place: completions[place][:2]):
             places = list(same_prompt)
             prompt, messages, _ = completions[places[0]]
-            body = score_request(self._member.model, prompt, messages, [completions[place].text for place in places])
+            body = score_request(self._member.model, prompt, messages, [completions[place].answer for place in places])
             calls.append(Call(self._member.path, body, places, _scored(len(places))))
         return Asked([Score(None, "not_scored")] * len(completions), calls)
 

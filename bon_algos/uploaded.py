@@ -114,10 +114,9 @@ def _prompt(row: TrainingRow, tokenizer: ChatTokenizer) -> tuple[str, list[int]]
         prompt = row.prompt or ""
         return prompt, tokenizer.encode_prompt(prompt)
     try:
-        prompt = tokenizer.render(row.messages, add_generation_prompt=True)
+        return tokenizer.encode_messages(row.messages, add_generation_prompt=True)
     except TemplateRefused as error:
         raise UnfitRow(f"the policy's chat template refuses messages: {error}") from None
-    return prompt, tokenizer.encode_chat(prompt)
 
 
 def _candidate(said: str | RowCompletion, reward: float | None, place: int, tokenizer: ChatTokenizer) -> Candidate:

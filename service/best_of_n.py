@@ -25,7 +25,7 @@ from bon_algos.contracts import (
     Strategy,
 )
 from bon_algos.order import soft_best_of_n_weights, systematic_sample
-from bon_algos.scoring import Score
+from bon_algos.scoring import Completion, Score
 from service.errors import DeadlineExceeded, EngineBroken, GatewayError, InvalidField, RewardModelUnavailable
 from service.vllm import DrawingWindow, Listener
 
@@ -134,10 +134,11 @@ def _choice(group: CandidateGroup) -> int | None:
 
 
 async def measure(group: CandidateGroup, reward_model: Scorer) -> CandidateGroup:
-    """The group with its rewards. An empty candidate has none, unless all are empty. Raises what the reward model
-    raises."""
+    """The group with its rewards. A candidate without an answer has none, unless all are so. Raises what the reward
+    model raises."""
     finished = [i for i, candidate in enumerate(group.candidates) if candidate.finish_reason is not None]
-    speaking = [i for i in finished if group.candidates[i].text.strip()]
+    asked = [Completion(group.prompt, group.messages, candidate.text) for candidate in group.candidates]
+    speaking = [i for i in finished if asked[i].answer.strip()]
     places = speaking or finished
     texts = [group.candidates[i].text for i in places]
     scores = await reward_model.score(group.prompt, group.messages, texts)

@@ -85,11 +85,19 @@ def assign(
     """
     if forced is not None:
         counts = experiment is not None and any(entry.arm == forced for entry in experiment.arms)
-        return _served(Assignment(forced, "forced", experiment.id if experiment and counts else None), route, served)
+        warnings = _passed_over(n, forced)
+        named = experiment.id if experiment and counts else None
+        return _served(Assignment(forced, "forced", named, warnings=warnings), route, served)
     if experiment is not None:
         return _served(_assign_experiment(route, experiment, served, unit, n), route, served)
     answered = _assign_route(route, live, served, n)
     return answered if route.canary is None else _assign_canary(route.canary, canary, answered, route, served, unit, n)
+
+
+def _passed_over(n: int | None, forced: Arm) -> tuple[str, ...]:
+    if n in (None, forced.n):
+        return ()
+    return (f"the forced arm draws {forced.n}: that {n} were asked for was passed over",)
 
 
 def _assign_experiment(

@@ -204,8 +204,7 @@ def encode(request: GenerateRequest, tokenizer: ChatTokenizer, window: int) -> E
         prompt = request.prompt or ""
         token_ids = tokenizer.encode_prompt(prompt)
     else:
-        prompt = _rendered(request.messages, request.tools, tokenizer)
-        token_ids = tokenizer.encode_chat(prompt)
+        prompt, token_ids = _conversation(request.messages, request.tools, tokenizer)
     _require_room(len(token_ids), window, param)
     return EncodedPrompt(prompt, token_ids)
 
@@ -225,7 +224,9 @@ def _characters(request: GenerateRequest) -> int:
     return len(request.prompt or "") + sum(len(message.content) for message in request.messages or ()) + calls + tools
 
 
-def _rendered(messages: Sequence[Message], tools: Sequence[Tool], tokenizer: ChatTokenizer) -> str:
+def _conversation(
+    messages: Sequence[Message], tools: Sequence[Tool], tokenizer: ChatTokenizer
+) -> tuple[str, list[int]]:
     if tools and tokenizer.call_format is None:
         raise InvalidField(
             "the policy's chat template has no place for tools in a form that is read here", param="tools"
@@ -233,7 +234,7 @@ def _rendered(messages: Sequence[Message], tools: Sequence[Tool], tokenizer: Cha
     if any(message.tool_calls for message in messages) and not tokenizer.shows_calls:
         raise InvalidField("the policy's chat template has no place for tool calls", param="messages")
     try:
-        return tokenizer.render(messages, add_generation_prompt=True, tools=tools)
+        return tokenizer.encode_messages(messages, add_generation_prompt=True, tools=tools)
     except TemplateRefused as error:
         raise InvalidField(f"the chat template refuses the messages: {error}", param="messages") from None
 

@@ -45,8 +45,10 @@ class StreamOptions(Record):
 
 
 class Presentation(NamedTuple):
-    """What a caller wants to see of a choice."""
+    """What a caller wants to see."""
 
+    choices: int
+    """The best so many."""
     logprobs: bool
     alternatives: int
     """To each token."""
@@ -104,7 +106,7 @@ class CompletionBody(Body):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     def presentation(self, call_format: CallFormat | None) -> Presentation:
-        return Presentation(self.logprobs is not None, self.logprobs or 0)
+        return Presentation(self.n, self.logprobs is not None, self.logprobs or 0)
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -131,7 +133,7 @@ class ChatBody(Body):
         calls: CallFormat | None = None
         if self.tools and self.tool_choice != "none":
             calls = call_format if is_free else "list"
-        return Presentation(self.logprobs, self.top_logprobs, calls, self.parallel_tool_calls)
+        return Presentation(self.n, self.logprobs, self.top_logprobs, calls, self.parallel_tool_calls)
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -190,9 +192,9 @@ def addressed(body: Body, snapshot: Snapshot, forced_arm: str | None, n_cap: int
     if route is not None:
         if body.n == 1 or forced_arm is not None:
             return Addressed(body.as_request(route.name, body.best_of), forced_arm)
-        # What was asked is the request's n also where the arm says how many: so its limit is told in its words.
+        # It is the request's n also where the arm says how many: so its limit is told in its words.
         drawn = body.best_of or max(body.n, route.default_n)
-        return Addressed(body.as_request(route.name, asked), f"base:{drawn}")
+        return Addressed(body.as_request(route.name, drawn), f"base:{drawn}")
     if forced_arm is not None:
         raise InvalidField("model must be a route where x-bonsai-arm names a policy", param="model")
     if body.model not in snapshot.policies:
@@ -206,7 +208,5 @@ def _require_counts(body: Body, n_cap: int) -> None:
             raise InvalidField(f"{name} must be at most {n_cap}; got an integer above it", param=name)
     if body.best_of is not None and body.best_of < body.n:
         raise InvalidField(f"best_of must be at least n, which is {body.n}; got an integer below it", param="best_of")
-    if body.stream and body.n > 1:
-        raise InvalidField("a stream has one choice: n must be 1", param="n")
     if body.stream_options is not None and not body.stream:
         raise InvalidField("stream_options needs stream: true", param="stream_options")

@@ -7,7 +7,7 @@ when anything is sent (routes/openai.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from bon_algos.contracts import Alternatives, Candidate, CandidateGroup, FinishReason
@@ -47,33 +47,48 @@ class Shape(ABC):
         """Of a whole reply."""
 
     @abstractmethod
-    def delta(self, part: Part, *, is_first: bool) -> dict[str, Any]:
-        """Of a chunk, for choice 0; the parts of one choice come in their order."""
+    def delta(self, index: int, part: Part, *, is_first: bool) -> dict[str, Any]:
+        """Of a chunk. The parts of one choice come in their order, and one choice behind the other."""
 
-    def reply(self, group: CandidateGroup, count: int) -> dict[str, Any]:
-        """The whole reply with the best `count` choices, or as many as finished."""
-        served = ranked(group)[:count]
+    @abstractmethod
+    def end(self, candidate: Candidate) -> dict[str, Any]:
+        """Of the chunk that ends a choice, and says nothing else."""
+
+    def reply(self, group: CandidateGroup) -> dict[str, Any]:
+        served = self._returned(group)
         choices = [self.choice(place, whole(group.candidates[i])) for place, i in enumerate(served)]
         head = self._head(self.object, group)
         return {**head, "choices": choices, "usage": usage(group, served), "bonsai": self.bonsai(group)}
 
-    def chunk(self, part: Part, group: CandidateGroup, *, is_first: bool) -> dict[str, Any]:
-        """group: as far as it is filled."""
-        return {
-            **self._head(self.chunk_object, group),
-            "choices": [{"index": 0, **self.delta(part, is_first=is_first)}],
-        }
+    def chunk(self, index: int, part: Part, group: CandidateGroup, *, is_first: bool) -> dict[str, Any]:
+        """A stretch of a choice, which does not end with it. group: as far as it is filled."""
+        said = {"index": index, **self.delta(index, part, is_first=is_first), "finish_reason": None}
+        return {**self._head(self.chunk_object, group), "choices": [said]}
 
-    def last_chunk(self, group: CandidateGroup, *, include_usage: bool) -> dict[str, Any]:
-        """Without choices: what happened, and what it used if that is wanted."""
-        used = {"usage": usage(group, ranked(group)[:1])} if include_usage else {}
-        return {**self._head(self.chunk_object, group), "choices": [], **used, "bonsai": self.bonsai(group)}
+    def rest(
+        self, group: CandidateGroup, unsaid: Callable[[int], Iterable[Part]], *, include_usage: bool
+    ) -> Iterator[dict[str, Any]]:
+        """The chunks of an answer that is there, one choice behind the other. unsaid: of the candidate at a place, what
+        is still to be said.
+
+        The last one has `bonsai`. A chunk without choices is sent only to who asked for usage: everybody's loop over
+        a stream reads `choices[0]`.
+        """
+        head, bonsai = self._head(self.chunk_object, group), {"bonsai": self.bonsai(group)}
+        served = self._returned(group)
+        for index, place in enumerate(served):
+            for said, part in enumerate(unsaid(place)):
+                yield self.chunk(index, part, group, is_first=said == 0)
+            is_last = index + 1 == len(served) and not include_usage
+            end = {"index": index, **self.end(group.candidates[place])}
+            yield {**head, "choices": [end], **(bonsai if is_last else {})}
+        if include_usage:
+            yield {**head, "choices": [], "usage": usage(group, served), **bonsai}
 
     def in_one_piece(self, group: CandidateGroup, *, include_usage: bool) -> list[dict[str, Any]]:
         """The chunks that say at once all that a stream says piece by piece."""
         anew = type(self)(self._serving, self._prepared, self._shown)
-        served = whole(group.candidates[cast(int, group.selected)])
-        return [anew.chunk(served, group, is_first=True), self.last_chunk(group, include_usage=include_usage)]
+        return list(anew.rest(group, lambda place: [whole(group.candidates[place])], include_usage=include_usage))
 
     def bonsai(self, group: CandidateGroup) -> dict[str, Any]:
         return {
@@ -88,6 +103,10 @@ class Shape(ABC):
             "log_id": group.id,
             "warnings": [*self._prepared.warnings, *warnings_of(group), *ledger_warnings(self._serving)],
         }
+
+    def _returned(self, group: CandidateGroup) -> list[int]:
+        """Places of the choices: as many as are wanted, or as finished."""
+        return ranked(group)[: self._shown.choices]
 
     def _head(self, kind: str, group: CandidateGroup) -> dict[str, Any]:
         return {
@@ -106,10 +125,13 @@ class CompletionShape(Shape):
     object = chunk_object = "text_completion"
 
     def choice(self, index: int, part: Part) -> dict[str, Any]:
-        return {"index": index, **self.delta(part, is_first=True)}
+        return {"index": index, **self.delta(index, part, is_first=True), "finish_reason": part.finish_reason}
 
-    def delta(self, part: Part, *, is_first: bool) -> dict[str, Any]:
-        return {"text": part.text, "logprobs": self._logprobs(part), "finish_reason": part.finish_reason}
+    def delta(self, index: int, part: Part, *, is_first: bool) -> dict[str, Any]:
+        return {"text": part.text, "logprobs": self._logprobs(part)}
+
+    def end(self, candidate: Candidate) -> dict[str, Any]:
+        return {"text": "", "logprobs": None, "finish_reason": candidate.finish_reason}
 
     def _logprobs(self, part: Part) -> dict[str, Any] | None:
         if not self._shown.logprobs:
@@ -130,7 +152,7 @@ class ChatShape(Shape):
     def __init__(self, serving: Serving, prepared: Prepared, shown: Presentation) -> None:
         super().__init__(serving, prepared, shown)
         self._written = ""
-        """Of the streamed choice, by the policy."""
+        """Of the choice that is being streamed, by the policy."""
         self._sent = 0
         """Characters of it that the client has."""
 
@@ -142,21 +164,26 @@ class ChatShape(Shape):
             "index": index,
             "message": {"role": "assistant", "content": content, "refusal": None, **calls},
             "logprobs": self._logprobs(part),
-            "finish_reason": _finish_reason(part, spoken),
+            "finish_reason": _finish_reason(part.finish_reason, spoken),
         }
 
-    def delta(self, part: Part, *, is_first: bool) -> dict[str, Any]:
+    def delta(self, index: int, part: Part, *, is_first: bool) -> dict[str, Any]:
+        if is_first:
+            self._written, self._sent = "", 0
         spoken = self._released(part)
         role = {"role": "assistant"} if is_first else {}
         said = {"content": spoken.text} if spoken.text or (is_first and not spoken.calls) else {}
-        calls = [{"index": i, **call} for i, call in enumerate(self._call_objects(spoken.calls))]
+        calls = [{"index": i, **call} for i, call in enumerate(self._call_objects(spoken.calls, index))]
         return {
             "delta": {**role, **said, **({"tool_calls": calls} if calls else {})},
             "logprobs": self._logprobs(part),
-            "finish_reason": _finish_reason(part, spoken),
         }
 
-    def _call_objects(self, calls: Sequence[Call], choice: int = 0) -> list[dict[str, Any]]:
+    def end(self, candidate: Candidate) -> dict[str, Any]:
+        reason = _finish_reason(candidate.finish_reason, self._read(candidate.text))
+        return {"delta": {}, "logprobs": None, "finish_reason": reason}
+
+    def _call_objects(self, calls: Sequence[Call], choice: int) -> list[dict[str, Any]]:
         """Their ids follow from the reply's, so that a stream that is told again has the same."""
         name = f"{self._prepared.group.id.replace('resp_', 'call_')}_{choice}"
         return [{"id": f"{name}_{i}", "type": "function", "function": call._asdict()} for i, call in enumerate(calls)]
@@ -196,8 +223,8 @@ class ChatShape(Shape):
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def _finish_reason(part: Part, spoken: Spoken) -> str | None:
-    return "tool_calls" if spoken.calls and part.finish_reason == "stop" else part.finish_reason
+def _finish_reason(reason: FinishReason | None, spoken: Spoken) -> str | None:
+    return "tool_calls" if spoken.calls and reason == "stop" else reason
 
 
 def ranked(group: CandidateGroup) -> list[int]:

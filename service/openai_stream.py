@@ -1,12 +1,13 @@
-"""Server-sent events of one answer: keep-alive comments, progress, the winner's chunks, and what went wrong.
+"""Server-sent events of one answer: keep-alive comments, progress, the choices' chunks, and what went wrong.
 
 Owns: what is sent when, that the engine stops when the client goes away, what is kept of a stream for its
 `Idempotency-Key`. Does not own: the form of a chunk (openai_replies.py), how the answer comes to be (serving.py), how
 it is kept (replays.py).
 
 A single sample is passed on piece by piece as the engine says it. Of n candidates nobody knows the winner before the
-last is scored: until then the stream lives on comments, and then has the winner in the engine's own pieces. A stream
-that is asked for again under its key says the same in one piece: when it came is nobody's interest any more.
+last is scored: until then the stream lives on comments, and then has the best in the engine's own pieces, one choice
+behind the other. A stream that is asked for again under its key says each in one piece: when it came is nobody's
+interest any more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import asyncio
 import json
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Final
@@ -157,44 +158,51 @@ class _Events:
             yield _data(problem(GatewayError("the gateway failed; its log has the details"), request_id))
 
     async def _said(self, heard: list[Piece | None]) -> AsyncGenerator[bytes]:
-        """While the work is going on."""
+        """While the work is going on. What is heard and not sent does not break the silence."""
+        loop = asyncio.get_running_loop()
+        silent_since = loop.time()
         while True:
             try:
-                piece = heard.pop() if heard else await self._work.next(KEEP_ALIVE_SECONDS)
+                left = silent_since + KEEP_ALIVE_SECONDS - loop.time()
+                piece = heard.pop() if heard else await self._work.next(left)
             except TimeoutError:
-                for comment in self._comment(PING):
-                    yield comment
-                continue
-            if piece is None:
-                return
-            if self._is_single:
-                yield self._chunk(Part(*piece[1:]), self._group)
-                continue
-            self._pieces[piece.candidate].append(piece)
-            self._requested = next(stop for stop in self._stops if stop > piece.candidate)
-            if piece.finish_reason is not None:
-                self._finished += 1
-                for event in self._progress():
-                    yield event
+                silent_since, events = loop.time(), self._comment(PING)
+            else:
+                if piece is None:
+                    return
+                events = self._events_of(piece)
+            for event in events:
+                yield event
+                silent_since = loop.time()
+
+    def _events_of(self, piece: Piece) -> tuple[bytes, ...]:
+        """A single sample's piece is passed on; another is kept until the choice, and may be progress."""
+        if self._is_single:
+            chunk = self._shape.chunk(0, Part(*piece[1:]), self._group, is_first=self._is_first)
+            self._is_first = False
+            return (_data(chunk),)
+        self._pieces[piece.candidate].append(piece)
+        self._requested = next(stop for stop in self._stops if stop > piece.candidate)
+        if piece.finish_reason is None:
+            return ()
+        self._finished += 1
+        return self._progress()
 
     def _told(self, filled: Answer) -> Iterator[bytes]:
         """When there is an answer."""
-        group = filled.group
+        unsaid = partial(self._unsaid, filled.group)
+        yield from map(_data, self._shape.rest(filled.group, unsaid, include_usage=self._options.include_usage))
+
+    def _unsaid(self, group: CandidateGroup, place: int) -> Sequence[Part]:
+        """What the candidate said and the client has not heard."""
         if not self._is_single:
-            assert group.selected is not None
-            yield from (self._chunk(Part(*piece[1:]), group) for piece in self._pieces[group.selected])
-        elif self._is_first:
-            yield self._chunk(whole(group.candidates[0]), group)
-        yield _data(self._shape.last_chunk(group, include_usage=self._options.include_usage))
+            return [Part(*piece[1:]) for piece in self._pieces[place]]
+        return [whole(group.candidates[place])] if self._is_first else []
 
     @property
     def _is_single(self) -> bool:
         """Whether the one sample that is drawn is the answer, before it has come."""
         return self._stops == (1,)
-
-    def _chunk(self, part: Part, group: CandidateGroup) -> bytes:
-        is_first, self._is_first = self._is_first, False
-        return _data(self._shape.chunk(part, group, is_first=is_first))
 
     def _progress(self) -> tuple[bytes, ...]:
         if self._options.bonsai_progress:

@@ -80,7 +80,7 @@ async def _served(
     async def make() -> Reply:
         filled = await while_connected(request.receive, answer(serving, prepared, wait_for_reward=False))
         headers = headers_of(filled.group, monotonic() - around.started - filled.waited)
-        return Reply(shape.reply(filled.group, body.n), headers)
+        return Reply(shape.reply(filled.group), headers)
 
     return await replied(serving, prepared, asked, make)
 

@@ -109,6 +109,26 @@ def test_a_classifier_reads_its_own_template_and_what_is_too_long_is_not_sent():
     assert call.read(answer) == [Score(None, "reward_not_finite"), Score(2.0)]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "answer"),
+    [
+        ("p", "<think>so</think>\n\nit is", "it is"),
+        ("p", "\n<think>so</think>it is </think>", "it is </think>"),
+        ("p<think>\n", "so</think>it is", "it is"),
+        ("p<think>", "so", ""),
+        ("p", "<think>so", ""),
+        ("p", "it is <think>so</think>", "it is <think>so</think>"),
+        ("p<think> ha", "it</think>is", "it</think>is"),
+    ],
+)
+def test_what_is_judged_is_the_answer_behind_the_reasoning(prompt, text, answer):
+    completion = Completion(prompt, None, text)
+    [told] = HttpReader(http("judge")).ask([completion]).calls
+    assert told.body["completions"] == [answer]
+    [asked] = VllmReader(vllm(window=64), tokenizer()).ask([completion]).calls
+    assert asked.body["input"] == [f"u:{prompt}\na:{answer}\n"]
+
+
 def test_the_engine_adds_special_tokens_only_where_no_template_has_written_them():
     plain = VllmReader(vllm(), tokenizer(None)).ask([Completion("p", None, "x")]).calls[0].body
     chat = VllmReader(vllm(), tokenizer()).ask([Completion("p", None, "x")]).calls[0].body

@@ -231,17 +231,41 @@ def test_the_winner_of_n_is_streamed_in_the_engines_pieces(world, client):
     stream = client.chat.completions.create(
         model="default", messages=HI, stream=True, stream_options={"include_usage": True}, extra_body={"best_of": 3}
     )
-    *said, last = list(stream)
+    *said, end, last = list(stream)
     # The truncated candidate is the longest, and does not win. The stub says the first character, then the rest.
     assert [chunk.choices[0].delta.content for chunk in said] == ["m", "iddling one"]
     assert [chunk.choices[0].delta.role for chunk in said] == ["assistant", None]
-    assert [chunk.choices[0].finish_reason for chunk in said] == [None, "stop"]
-    assert {chunk.object for chunk in [*said, last]} == {"chat.completion.chunk"}
-    assert len({chunk.id for chunk in [*said, last]}) == 1
+    assert [chunk.choices[0].finish_reason for chunk in [*said, end]] == [None, None, "stop"]
+    assert end.choices[0].delta.to_dict() == {}
+    assert {chunk.object for chunk in [*said, end, last]} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in [*said, end, last]}) == 1
     assert (last.choices, last.usage.completion_tokens) == ([], 12)
     assert last.model_extra["bonsai"]["selection"]["status"] == "ok"
     [group] = world.groups()
     assert group.id == last.id
+
+
+def test_the_best_n_of_best_of_are_streamed_in_their_order(world, client):
+    """One behind the other, as a whole reply has them; the cut one is last."""
+    world.engine.script.completions = THREE
+    world.engine.script.finish_reasons = ["stop", "stop", "length"]
+    asked = {"model": "default", "n": 3, "extra_body": {"best_of": 3}}
+    streamed = {**asked, "stream": True, "stream_options": {"include_usage": True}}
+    whole = client.chat.completions.create(messages=HI, **asked)
+    *said, last = client.chat.completions.create(messages=HI, **streamed)
+    parts = [chunk.choices[0] for chunk in said]
+    assert [part.index for part in parts] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [part.delta.role for part in parts] == ["assistant", None, None] * 3
+    assert [part.delta.content for part in parts[::3]] == ["t", "s", "m"]
+    assert [part.delta.content for part in parts[1::3]] == [text[1:] for text in (THREE[1], THREE[0], THREE[2])]
+    ends = [None, None, "stop", None, None, "stop", None, None, "length"]
+    assert [part.finish_reason for part in parts] == ends
+    assert last.usage == whole.usage
+    *said, last = client.completions.create(prompt="hi", **streamed)
+    parts = [chunk.choices[0] for chunk in said]
+    assert [part.text for part in parts[1::3]] == [text[1:] for text in (THREE[1], THREE[0], THREE[2])]
+    assert [part.finish_reason for part in parts] == ends
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
 
 
 def test_a_single_sample_is_streamed_as_it_comes(world, client):
@@ -250,7 +274,22 @@ def test_a_single_sample_is_streamed_as_it_comes(world, client):
     *said, last = list(stream)
     assert [chunk.choices[0].text for chunk in said] == ["h", "ello"]
     assert [chunk.choices[0].logprobs.token_logprobs for chunk in said] == [[-0.5], [-0.5] * 4]
-    assert (last.choices, last.usage) == ([], None)
+    assert [chunk.choices[0].finish_reason for chunk in [*said, last]] == [None, None, "stop"]
+    assert (last.choices[0].text, last.choices[0].logprobs, last.usage) == ("", None, None)
+
+
+@pytest.mark.parametrize("best_of", [1, 3])
+def test_the_loop_that_everybody_writes_reads_a_stream(world, client, best_of):
+    """It looks at the first choice of every chunk."""
+    world.engine.script.completions = ["the longest", "short"]
+    more = {"model": "default", "stream": True, "extra_body": {"best_of": best_of}}
+    chats = list(client.chat.completions.create(messages=HI, **more))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chats) == "the longest"
+    texts = list(client.completions.create(prompt="hi", **more))
+    assert "".join(chunk.choices[0].text for chunk in texts) == "the longest"
+    for chunks in (chats, texts):
+        assert [chunk.choices[0].finish_reason for chunk in chunks] == [*[None] * (len(chunks) - 1), "stop"]
+        assert ["bonsai" in chunk.model_extra for chunk in chunks] == [*[False] * (len(chunks) - 1), True]
 
 
 def test_progress_is_told_in_comments_or_events(world):
@@ -342,7 +381,8 @@ def test_alternatives_to_each_token_are_told_by_their_ids(world, client):
     stream = client.chat.completions.create(
         model=BASE, messages=HI, logprobs=True, top_logprobs=1, stream=True, extra_body={"best_of": 1}
     )
-    told = [token for chunk in stream for choice in chunk.choices for token in choice.logprobs.content]
+    said = [choice.logprobs for chunk in stream for choice in chunk.choices if choice.logprobs]
+    told = [token for one in said for token in one.content]
     assert [one.logprob for token in told for one in token.top_logprobs] == [-1.0, -1.0]
     assert [request["logprobs"] for request in world.engine.requests] == [2, 3, 1]
     assert [group.sampling.top_logprobs for group in world.groups(3)] == [2, 3, 1]

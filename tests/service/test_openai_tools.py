@@ -158,11 +158,29 @@ def test_a_streamed_call_comes_whole_behind_its_words(world, client, best_of):
             model="default", messages=ASK, tools=[WEATHER], stream=True, extra_body={"best_of": best_of}
         )
     )
-    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    deltas = [chunk.choices[0].delta for chunk in chunks]
     assert "".join(delta.content or "" for delta in deltas) == "Let me see."
     [(call,)] = [delta.tool_calls for delta in deltas if delta.tool_calls]
     assert (call.index, call.function.name, json.loads(call.function.arguments)) == (0, "weather", {"city": "Paris"})
-    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "tool_calls"
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "tool_calls"
+
+
+def test_the_calls_of_streamed_choices_are_those_of_a_whole_reply(world, client):
+    """Each choice is read for itself, and its calls are numbered and named for themselves."""
+    world.engine.script.completions = ["Let me see.\n" + CALL, CALL + CALL]
+    asked = {"model": "default", "messages": ASK, "tools": [WEATHER], "n": 2, "extra_body": {"best_of": 2}}
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    said: dict[int, list[str]] = {0: [], 1: []}
+    calls: dict[int, list[tuple[int, str]]] = {0: [], 1: []}
+    for [choice] in (chunk.choices for chunk in chunks):
+        said[choice.index].append(choice.delta.content or "")
+        calls[choice.index] += [(call.index, call.function.name) for call in choice.delta.tool_calls or ()]
+    whole = client.chat.completions.create(**asked).choices
+    assert ["".join(texts) for texts in said.values()] == [choice.message.content or "" for choice in whole]
+    assert {len(found) for found in calls.values()} == {1, 2}
+    assert all(found == [(i, "weather") for i in range(len(found))] for found in calls.values())
+    ids = [call.id for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert len(set(ids)) == 3
 
 
 @pytest.mark.parametrize("best_of", [1, 3])
@@ -179,7 +197,7 @@ def test_a_streamed_call_that_is_told_again_is_the_same_call(world, client, best
             extra_body={"best_of": best_of},
             extra_headers={"Idempotency-Key": "once"},
         )
-        deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+        deltas = [chunk.choices[0].delta for chunk in chunks]
         words = "".join(delta.content or "" for delta in deltas)
         return words, [call.to_dict() for delta in deltas for call in delta.tool_calls or ()]
 
@@ -205,7 +223,7 @@ def test_log_probs_of_a_streamed_call_are_of_every_token_once(world, client, bes
     chunks = client.chat.completions.create(
         model="default", messages=ASK, tools=[WEATHER], stream=True, logprobs=True, extra_body={"best_of": best_of}
     )
-    told = [one.token for chunk in chunks for choice in chunk.choices for one in choice.logprobs.content]
+    told = [one.token for chunk in chunks if (said := chunk.choices[0].logprobs) for one in said.content]
     assert "".join(told) == "Let me see.\n" + CALL
 
 
@@ -214,7 +232,7 @@ def test_a_stream_without_a_call_says_all_of_it(world, client):
     chunks = client.chat.completions.create(
         model="default", messages=ASK, tools=[WEATHER], stream=True, extra_body={"best_of": 1}
     )
-    said = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    said = [chunk.choices[0] for chunk in chunks]
     assert "".join(one.delta.content or "" for one in said) == "It may <rain> "
     assert said[-1].finish_reason == "stop"
 

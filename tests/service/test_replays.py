@@ -142,15 +142,15 @@ def chat(client: Any, **more: Any) -> tuple[Mapping[str, str], Heard]:
     raw = client.chat.completions.with_raw_response.create(
         model="default", messages=HI, logprobs=True, stream=True, extra_headers=ONCE, **more
     )
-    *said, last = raw.parse()
-    parts = [chunk.choices[0] for chunk in said]
+    chunks = list(raw.parse())
+    parts = [choice for chunk in chunks for choice in chunk.choices]
     assert [part.delta.role for part in parts] == ["assistant", *[None] * (len(parts) - 1)]
     return raw.headers, Heard(
-        {chunk.id for chunk in [*said, last]},
+        {chunk.id for chunk in chunks},
         "".join(part.delta.content or "" for part in parts),
         [part.finish_reason for part in parts if part.finish_reason],
-        [token.logprob for part in parts for token in part.logprobs.content],
-        last.to_dict(),
+        [token.logprob for part in parts if part.logprobs for token in part.logprobs.content],
+        chunks[-1].to_dict(),
     )
 
 
@@ -158,14 +158,14 @@ def complete(client: Any, **more: Any) -> tuple[Mapping[str, str], Heard]:
     raw = client.completions.with_raw_response.create(
         model="default", prompt="hi", logprobs=0, stream=True, extra_headers=ONCE, **more
     )
-    *said, last = raw.parse()
-    parts = [chunk.choices[0] for chunk in said]
+    chunks = list(raw.parse())
+    parts = [choice for chunk in chunks for choice in chunk.choices]
     return raw.headers, Heard(
-        {chunk.id for chunk in [*said, last]},
+        {chunk.id for chunk in chunks},
         "".join(part.text for part in parts),
         [part.finish_reason for part in parts if part.finish_reason],
-        [logprob for part in parts for logprob in part.logprobs.token_logprobs],
-        last.to_dict(),
+        [logprob for part in parts if part.logprobs for logprob in part.logprobs.token_logprobs],
+        chunks[-1].to_dict(),
     )
 
 
@@ -183,6 +183,33 @@ def test_a_stream_is_drawn_once_and_says_the_same_again(world, client, stream, b
     assert ("idempotent-replayed" in first, second["idempotent-replayed"]) == (False, "true")
     for name in ("content-type", "x-bonsai-arm", "x-bonsai-policy", "x-accel-buffering"):
         assert second[name] == first[name]
+    assert len(world.engine.requests) == 1
+
+
+def test_every_choice_of_a_stream_is_told_again(world, client):
+    world.engine.script.completions = ["the longest of them", "short", "middling"]
+    world.engine.script.finish_reasons = ["stop", "length", "stop"]
+
+    def told() -> tuple[dict[int, str], list[tuple[int, str]], Any]:
+        *chunks, last = client.chat.completions.create(
+            model="default",
+            messages=HI,
+            n=3,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_headers=ONCE,
+            extra_body={"best_of": 3},
+        )
+        texts: dict[int, str] = {}
+        for [choice] in (chunk.choices for chunk in chunks):
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+        ends = [(one.index, one.finish_reason) for chunk in chunks for one in chunk.choices if one.finish_reason]
+        return texts, ends, last.to_dict()
+
+    first = told()
+    assert told() == first
+    assert first[0] == {0: "the longest of them", 1: "middling", 2: "short"}
+    assert first[1] == [(0, "stop"), (1, "stop"), (2, "length")]
     assert len(world.engine.requests) == 1
 
 

@@ -56,6 +56,16 @@ def ensemble(tmp_path, engine, reward, judge, redis_url):
             yield World(client, engine, reward, redis_url)
 
 
+def test_a_candidate_is_served_with_its_reasoning_and_judged_without(world):
+    """The longest answer wins, not the longest thought; one that never came to an answer is empty."""
+    said = ["<think>" + "hm " * 9 + "</think>yes", "<think></think>no, never", "<think>" + "oh " * 20]
+    world.engine.script.completions = said
+    body = world.client.post("/generate?n=3", {**HI, "return_candidates": True}).json
+    assert (body["completion"], body["reward"]) == (said[1], 8 + len("no, never"))
+    assert body["candidates"]["failed"] == {"empty": 1}
+    assert sorted(world.reward.texts) == ["u:hi\na:no, never\n", "u:hi\na:yes\n"]
+
+
 # --- a program over HTTP --------------------------------------------------------------------------------------
 
 

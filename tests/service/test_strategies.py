@@ -296,6 +296,7 @@ def test_log_probs_of_a_winner_from_a_later_wave(adaptive, is_stream):
     assert len(adaptive.engine.requests) > 1
     assert {request["logprobs"] for request in adaptive.engine.requests} == {1}
     replies = chunks_of(reply) if is_stream else [reply.json]
-    told = [one for part in replies for choice in part["choices"] for one in choice["logprobs"]["content"]]
+    spoken = [choice["logprobs"]["content"] for part in replies for choice in part["choices"] if choice["logprobs"]]
+    told = [one for tokens in spoken for one in tokens]
     assert [(one["token"], one["logprob"]) for one in told] == [("2", -0.5), (".", -0.5), ("0", -0.5)]
     assert [[other["token"] for other in one["top_logprobs"]] for one in told] == [["9"]] * 3

@@ -29,7 +29,15 @@ from bon_algos.contracts import (
     RlooSpec,
     VbonSpec,
 )
-from bon_algos.fresh_steps import learn_iterative, learn_j_bond, learn_ranked, learn_rloo, learn_vbon
+from bon_algos.fresh_steps import (
+    learn_iterative,
+    learn_j_bond,
+    learn_ranked,
+    learn_rloo,
+    learn_vbon,
+    tilt_of_exact_likelihood,
+    tilt_of_lower_bound,
+)
 from bon_algos.logged_steps import (
     PairLoss,
     choose_best,
@@ -55,8 +63,7 @@ def make_step(spec: AlgorithmSpec) -> Step:
         case JBondSpec() | IterativeBondSpec():
             return _anchored(spec)
         case VbonSpec():
-            loss = partial(learn_vbon, n=spec.n, clip_range=spec.clip_range)
-            return SampledStep(loss, spec.samples_per_prompt)
+            return _vbon(spec)
         case RlooSpec():
             return SampledStep(partial(learn_rloo, kl_strength=spec.kl_strength), spec.samples_per_prompt)
         case BondSpec():
@@ -105,6 +112,12 @@ def _bonbon(spec: BonbonSpec) -> PairLoss:
         return bonbon_loss(*given, n=spec.n, imitation_weight=spec.imitation_weight).loss_B
 
     return pair_loss
+
+
+def _vbon(spec: VbonSpec) -> SampledStep:
+    log_tilt = tilt_of_exact_likelihood if spec.likelihood == "exact" else tilt_of_lower_bound
+    clip_range = spec.clip_range if spec.gradient == "ppo_clip" else None
+    return SampledStep(partial(learn_vbon, n=spec.n, log_tilt=log_tilt, clip_range=clip_range), spec.samples_per_prompt)
 
 
 def _anchored(spec: JBondSpec | IterativeBondSpec) -> OnPolicyStep:

@@ -8,7 +8,7 @@ Dimension key:  B prompts · N samples per prompt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +19,15 @@ from bon_algos.logged_steps import one_row
 from bon_algos.logprobs import TokenGroup
 from bon_algos.order import best_of_n_weights
 from bon_algos.policy_gradient import kl_regularised_return, leave_one_out, ppo_clip_loss, reinforce_loss
-from bon_algos.quantiles import log_quantile_harmonic_mid, log_tilt_tie_aware, standing_against
+from bon_algos.quantiles import (
+    Standing,
+    log_quantile_add_one,
+    log_quantile_harmonic_mid,
+    log_tilt_tie_aware,
+    standing_against,
+)
 from bon_algos.steps import ChosenGroup, FreshGroup, RankedGroup, SequenceLogprobs, StepLoss
-from bon_algos.vbon import log_tilt_lower_bound, variational_return
+from bon_algos.vbon import log_tilt_exact, log_tilt_lower_bound, variational_return
 
 
 def learn_ranked(
@@ -128,25 +134,48 @@ def _own_logprob(groups: Sequence[FreshGroup], anchor: SequenceLogprobs) -> Tens
         return torch.cat(list(anchor([TokenGroup(group.prompt_ids, [group.completion_ids]) for group in groups])))
 
 
+LogTilt = Callable[[Standing, Tensor, int], Tensor]
+"""log π_BoN/π_ref of samples, from where their rewards stand, their log-probs under the reference, and n. (B, N)."""
+
+
 def learn_vbon(
     groups: Sequence[RankedGroup],
     policy: SequenceLogprobs,
     reference: SequenceLogprobs,
     *,
     n: int,
-    clip_range: float,
+    log_tilt: LogTilt,
+    clip_range: float | None,
 ) -> StepLoss:
-    """vBoN's lower bound: what a sample earned when it was drawn, less its prompt's others, by PPO's clipped ratio."""
-    log_tilt_BN = torch.cat([_lower_bound(group, n) for group in groups])
+    """vBoN: what a sample earned when it was drawn, less its prompt's others, by PPO's clipped ratio; by plain
+    REINFORCE where there is no clip range."""
     logprob_BN, reference_BN, sampled_BN = _of_samples(groups, policy, reference)
+    rows = zip(groups, torch.split(reference_BN.double(), 1), strict=True)
+    log_tilt_BN = torch.cat([log_tilt(_standing(group), row_1N, n) for group, row_1N in rows])
     return_BN = variational_return(log_tilt_BN, sampled_BN.double(), reference_BN.double())
+    earned = _earned(return_BN, logprob_BN, reference_BN, log_tilt=log_tilt_BN)
+    if clip_range is None:
+        return StepLoss(reinforce_loss(logprob_BN, leave_one_out(return_BN)).mean(), earned)
     loss, metrics = ppo_clip_loss(logprob_BN, sampled_BN, leave_one_out(return_BN), clip_range=clip_range)
-    return StepLoss(loss, metrics._asdict() | _earned(return_BN, logprob_BN, reference_BN, log_tilt=log_tilt_BN))
+    return StepLoss(loss, metrics._asdict() | earned)
 
 
-def _lower_bound(group: RankedGroup, n: int) -> Tensor:
-    standing = standing_against(one_row(group.rewards), one_row(group.logged.rewards))
-    return log_tilt_lower_bound(log_quantile_harmonic_mid(standing), n)
+def _standing(group: RankedGroup) -> Standing:
+    return standing_against(one_row(group.rewards), one_row(group.logged.rewards))
+
+
+def tilt_of_lower_bound(standing: Standing, reference_logprob_BN: Tensor, n: int) -> Tensor:
+    """log n·F^{n−1} at the mid-rank, whose estimate is never −∞. (B, N); nats, where the log-probs are."""
+    return log_tilt_lower_bound(log_quantile_harmonic_mid(standing), n).to(reference_logprob_BN)
+
+
+def tilt_of_exact_likelihood(standing: Standing, reference_logprob_BN: Tensor, n: int) -> Tensor:
+    """log π_BoN/π_ref of a total order at the add-one share, as released. (B, N); nats, where the log-probs are.
+
+    ValueError for a log-prob that is not finite. What rounding leaves above 0 counts as 0.
+    """
+    log_quantile_BN = log_quantile_add_one(standing).to(reference_logprob_BN)
+    return log_tilt_exact(log_quantile_BN, reference_logprob_BN.clamp(max=0.0), n)
 
 
 def learn_rloo(
@@ -155,7 +184,8 @@ def learn_rloo(
     """Reward on its own scale, less β·KL to the reference, less its prompt's others."""
     reward_BN = torch.cat([_as_scored(group.raw_rewards) for group in groups])
     logprob_BN, reference_BN, sampled_BN = _of_samples(groups, policy, reference)
-    return_BN = kl_regularised_return(reward_BN, sampled_BN.double(), reference_BN.double(), kl_strength=kl_strength)
+    own_BN, of_reference_BN = sampled_BN.double(), reference_BN.double()
+    return_BN = kl_regularised_return(reward_BN.to(own_BN), own_BN, of_reference_BN, kl_strength=kl_strength)
     loss_B = reinforce_loss(logprob_BN, leave_one_out(return_BN))
     return StepLoss(loss_B.mean(), _earned(return_BN, logprob_BN, reference_BN, reward=reward_BN))
 

@@ -11,9 +11,12 @@ import torch
 
 from benchmarks.papers.exact_binary import binary
 from benchmarks.papers.exact_bond import bond_iterative, bond_jeffreys
+from benchmarks.papers.exact_curve import curve
 from benchmarks.papers.exact_importance import other_policy
+from benchmarks.papers.exact_interpolation import interpolation
 from benchmarks.papers.exact_jbond import jbond_drift, jbond_gamma
 from benchmarks.papers.exact_noise import jbond_ema, weights
+from benchmarks.papers.exact_off_policy import other_policy_gradient
 from benchmarks.papers.exact_pairs import consistent_pairs
 from benchmarks.papers.exact_quantiles import quantiles
 from benchmarks.papers.exact_vbon import vbon
@@ -50,5 +53,8 @@ EXPERIMENTS = tuple(
         "weights": weights,
         "consistent-pairs": consistent_pairs,
         "other-policy": other_policy,
+        "other-policy-gradient": other_policy_gradient,
+        "interpolation": interpolation,
+        "n-curve": curve,
     }.items()
 )

@@ -7,6 +7,7 @@ Dimension key:  S tables · K outcomes · M candidates of a group · G groups
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -34,9 +35,14 @@ AS_IF: Final = "half of each, all taken as the reference's"
 OWN_RATIO: Final = "half of each, each by its own ratio"
 MIXTURE: Final = "half of each, by the mixture"
 OTHER: Final = "the other's alone, by their ratio"
+OTHER_CAPPED_AT_2: Final = "the other's alone, by their ratio, at most 2"
+OTHER_CAPPED_AT_1: Final = "the other's alone, by their ratio, at most 1"
 OTHER_AS_IF: Final = "the other's alone, taken as the reference's"
+CAPS: Final[Mapping[str, float]] = {OTHER_CAPPED_AT_2: 2.0, OTHER_CAPPED_AT_1: 1.0}
 OF_REFERENCE: Final[Mapping[str, int]] = {REFERENCE: M, AS_IF: M // 2, OWN_RATIO: M // 2, MIXTURE: M // 2} | {
     OTHER: 0,
+    OTHER_CAPPED_AT_2: 0,
+    OTHER_CAPPED_AT_1: 0,
     OTHER_AS_IF: 0,
 }
 """How many of a group's candidates the reference drew."""
@@ -64,7 +70,8 @@ def other_policy(effort: Effort, tell: Tell) -> Finding:
         claims=fields_of(_claims(of_group, of_mean)),
         remarks="Taken as the reference's, another policy's candidates teach a greedier law than best-of-n, however "
         "many there are. Weighed by the mixture of all who drew, none counts for more than twice a draw of the "
-        "reference, and they teach more than as many draws of the reference: more of them are where best-of-n is.",
+        "reference, and they teach more than as many draws of the reference: more of them are where best-of-n is. A "
+        "cap on ratios leaves a bias towards what the other policy draws.",
     )
 
 
@@ -83,9 +90,9 @@ def _imitated(label: str, law_K: Array, other_K: Array, reward_K: Array, rng: Ge
     of_reference = rng.choice(len(law_K), num_reference, p=law_K)
     drawn_M = np.concatenate([of_reference, rng.choice(len(law_K), M - num_reference, p=other_K)])
     reference_M = np.log(law_K[drawn_M])
-    weight_M = best_of_n_weights_of_shares(
-        reward_K[drawn_M], shares_of_reference(reference_M, _sampled(label, law_K, other_K, drawn_M)), LEARNED_N
-    )
+    sampled_M, cap = _sampled(label, law_K, other_K, drawn_M), CAPS.get(label, math.inf)
+    share_M = shares_of_reference(reference_M, sampled_M, max_importance=cap)
+    weight_M = best_of_n_weights_of_shares(reward_K[drawn_M], share_M, LEARNED_N)
     imitated_K: Array = np.bincount(drawn_M, weights=weight_M, minlength=len(law_K)).astype(np.float64)
     return imitated_K
 
@@ -104,8 +111,10 @@ def _sampled(label: str, law_K: Array, other_K: Array, drawn_M: Array) -> Array:
 
 def _claims(of_group: Mapping[str, torch.Tensor], of_mean: Mapping[str, torch.Tensor]) -> list[Claim]:
     as_if = interval(of_mean[AS_IF] - of_mean[MIXTURE]).low
+    capped = interval(of_mean[OTHER_CAPPED_AT_1] - of_mean[OTHER]).low
     own = interval(of_group[OWN_RATIO] - of_group[MIXTURE]).low
     return [
         above("distance of the mean: taken as the reference's less by the mixture, lower bound", as_if, 0.0),
         above("distance of a group: each by its own ratio less by the mixture, lower bound", own, 0.0),
+        above("distance of the mean: ratios of at most 1 less ratios without a cap, lower bound", capped, 0.0),
     ]

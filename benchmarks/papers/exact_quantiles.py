@@ -30,7 +30,9 @@ from bon_algos.learned_quantile import (
 from bon_algos.quantiles import (
     Standing,
     log_quantile_add_one,
+    log_quantile_harmonic,
     log_quantile_harmonic_mid,
+    log_quantile_mid_rank,
     log_quantile_monte_carlo,
     standing_against,
 )
@@ -190,11 +192,18 @@ def clipped_monte_carlo(standing: Standing) -> Tensor:
     return log_quantile_monte_carlo(standing).clamp(min=math.log(0.5 / standing.num_reference))
 
 
+def clipped_mid_rank(standing: Standing) -> Tensor:
+    """−∞ becomes the log of half a draw."""
+    return log_quantile_mid_rank(standing).clamp(min=math.log(0.5 / standing.num_reference))
+
+
 KINDS: dict[str, Callable[[Task], Quantile]] = {
     "known": lambda task: Known(),
     "Monte Carlo, 16 draws": lambda task: Counted(clipped_monte_carlo, 16),
     "add-one, 16 draws": lambda task: Counted(log_quantile_add_one, 16),
-    "harmonic, 16 draws": lambda task: Counted(log_quantile_harmonic_mid, 16),
+    "mid-rank, 16 draws": lambda task: Counted(clipped_mid_rank, 16),
+    "harmonic, 16 draws": lambda task: Counted(log_quantile_harmonic, 16),
+    "harmonic mid-rank, 16 draws": lambda task: Counted(log_quantile_harmonic_mid, 16),
     "Monte Carlo, 1 draw": lambda task: Counted(clipped_monte_carlo, 1),
     "learned by the paper's head, 1 draw": Learned,
     "learned law of rewards, 1 draw": LearnedLaw,
@@ -260,7 +269,7 @@ def quantiles(effort: Effort, tell: Tell) -> Finding:
         f"BOND's backward part at n = {N} with the estimated (n − 1)·log p̂, its expectation over the policy exact; "
         "the policy is a small network's addition to the reference's logits. Heads learn alongside. Measured on "
         f"{HELD_OUT} other prompts; errors are root mean squares of log p̂ − log p in nats, over draws of the "
-        "reference and over those of the policy at the end. Monte Carlo's −∞ counts as half a draw.",
+        "reference and over those of the policy at the end. The −∞ of Monte Carlo and mid-rank counts as half a draw.",
         columns=("quantile", "error", "error of policy's", "win rate", "KL(π ‖ ref)", "KL(π ‖ BoN)", "log-quantile"),
         rows=tuple((name, *map(cell, one)) for name, one in found.items()),
         claims=fields_of(_quantile_claims(found)),

@@ -26,7 +26,8 @@ class BondSpec(TrainingSpec):
     """BOND (arXiv 2407.14622, section 4) around the ledger: the reference's logged candidates are imitated and rank
     fresh samples of the policy, so its law of best-of-n needs no draw of the reference.
 
-    Samples are drawn while the step before trains, so they are one update old."""
+    Samples are drawn while the step before trains, so they are one update old. Published: n of 4, 8 and 16, 16 draws of
+    the reference to rank a sample, weights of 0, ½ and 1 for the backward KL; its rate and batch are not told."""
 
     n: int = Field(20, ge=2, le=MOST_N)
     """The best-of-n aimed at; a policy lands a little below, so aim a little above the n to be replaced. Left out: a
@@ -55,7 +56,7 @@ class BondSpec(TrainingSpec):
 
 class OfflineBondSpec(LoggedSpec):
     """BOND (arXiv 2407.14622, eq. 15) from logged candidates alone: its backward part by importance weights, held to
-    the reference by the exact KL of every token, which sees what no candidate says."""
+    the reference by the exact KL of every token, which sees what no candidate says. Published: nothing, it is ours."""
 
     backward_n: int = Field(20, ge=2, le=MOST_N)
     """The best-of-n aimed at by the backward part, which may be more than there are candidates: a policy lands a little
@@ -85,7 +86,9 @@ class OfflineBondSpec(LoggedSpec):
 
 
 class JBondSpec(TrainingSpec):
-    """J-BOND (arXiv 2407.14622, section 5): best-of-2 of a moving anchor, Jeffreys divergence, fresh samples."""
+    """J-BOND (arXiv 2407.14622, section 5): best-of-2 of a moving anchor, Jeffreys divergence, fresh samples.
+    Published: Adam at 3e-6, 100 steps of warm-up, batches of 128, jeffreys_weight ½; anchor_rate .02 for 7B, .01 to .1
+    for 2B, and kl_strength 0 to 2 for 2B at .05."""
 
     jeffreys_weight: float = Field(0.5, ge=0, le=1)
     """Weight of the backward KL; 0 is plain imitation of the better anchor sample."""
@@ -94,7 +97,8 @@ class JBondSpec(TrainingSpec):
     kl_strength: float = Field(0.0, ge=0, le=100)
     """γ: extra pull to the anchor; larger is slower (eq. 19, ambiguity J2)."""
     refresh_steps: int = Field(1, ge=1, le=1000)
-    """Steps between two refreshes of the engine's copies of policy and anchor."""
+    """Steps between two refreshes of the engine's copies of policy and anchor. Beyond 1 the later steps take samples of
+    both as they were: nothing weighs them, and what is learned is biased towards where they came from (J10)."""
 
     @property
     def candidates_needed(self) -> int:
@@ -108,13 +112,15 @@ class JBondSpec(TrainingSpec):
 
 class IterativeBondSpec(TrainingSpec):
     """Iterative BOND (arXiv 2407.14622, Algorithm 1): best-of-n of an anchor that becomes the policy every so many
-    steps, so that m rounds aim at best-of-n^m of the reference. Published: n of 2 or 4, a copy every 1000 steps."""
+    steps, so that m rounds aim at best-of-n^m of the reference. Published: n of 2 or 4, a copy every 1000 steps,
+    jeffreys_weight ½."""
 
     n: int = Field(2, ge=2, le=64)
     """The best-of-n of the anchor that is aimed at."""
     anchor_samples: int = Field(4, ge=2, le=64)
     """Fresh samples of the anchor for each prompt, at least n: they are imitated by best-of-n's weights, and rank the
-    policy's sample."""
+    policy's sample. Few rank it coarsely: the log of its quantile is a series cut off after so many terms. Without
+    ties, the backward KL to best-of-2 alone ends at a win rate of .617 with 2, .644 with 4, .658 with 8; it is .667."""
     jeffreys_weight: float = Field(0.5, ge=0, le=1)
     """Weight of the backward KL; 0 is imitation alone."""
     kl_strength: float = Field(0.0, ge=0, le=100)
@@ -122,7 +128,7 @@ class IterativeBondSpec(TrainingSpec):
     anchor_steps: int = Field(50, ge=1, le=1_000_000)
     """Steps of a round: then the anchor becomes the policy."""
     refresh_steps: int = Field(1, ge=1, le=1000)
-    """Steps between two refreshes of the engine's copies of policy and anchor."""
+    """Steps between two refreshes of the engine's copies of policy and anchor; beyond 1 as for J-BOND."""
 
     @model_validator(mode="after")
     def enough_anchor_samples(self) -> IterativeBondSpec:
@@ -140,14 +146,22 @@ class IterativeBondSpec(TrainingSpec):
 
 
 class VbonSpec(SampledSpec):
-    """vBoN (arXiv 2407.06057): the backward KL to best-of-n of the reference by its lower bound, with PPO's clipping of
-    whole completions. Logged candidates estimate the quantiles. Published: n = 1/β + 1 by the KL coefficient β, up to
-    300 reference samples of a prompt, clip range .2, four epochs on every batch."""
+    """vBoN (arXiv 2407.06057): the backward KL to best-of-n of the reference, from fresh samples of the policy. Logged
+    candidates estimate the quantiles. Published: n = 1/β + 1 by the KL coefficient β, clip_range .2; for sentiment
+    AdamW at 3e-5, batches of 32 from 128 rollouts, four epochs on them, 10,000 steps, up to 301 reference samples of a
+    prompt; for summaries 3e-6 and batches of 4."""
 
     n: int = Field(16, ge=2, le=MOST_N)
     """The best-of-n aimed at; there may be fewer candidates. Left out: the job's n."""
     clip_range: float = Field(0.2, gt=0, lt=1)
-    """By how much π/π_old of a completion may leave 1 before its gradient ends; π_old drew it."""
+    """By how much π/π_old of a completion may leave 1 before its gradient ends; π_old drew it. Of ppo_clip alone."""
+    likelihood: Literal["bound", "exact"] = "bound"
+    """bound: the paper's lower bound of best-of-n's likelihood, n·F^{n−1}, at the mid-rank and so for rewards that tie.
+    exact: the likelihood of a total order, at the released add-one share strictly below: rewards should not tie. They
+    differ where a completion is a good part of the reference's mass."""
+    gradient: Literal["ppo_clip", "reinforce"] = "ppo_clip"
+    """ppo_clip: PPO's clipping of whole completions. reinforce: samples as they are, one update old. Both take
+    the mean of a prompt's others off."""
 
     @property
     def log_aim(self) -> float | None:
@@ -159,26 +173,30 @@ class VbonSpec(SampledSpec):
 
 class RlooSpec(SampledSpec):
     """REINFORCE with a leave-one-out baseline (arXiv 2402.14740) on the reward model's own scale, less a KL to the
-    reference: the baseline that best-of-n distillation is to beat. Its optimum is π_ref·exp(r/β)/Z."""
+    reference: the baseline that best-of-n distillation is to beat. Its optimum is π_ref·exp(r/β)/Z. That samples are
+    one update old nothing corrects. Published, beside J-BOND: 2 samples of a prompt, kl_strength .001 to 1."""
 
     kl_strength: float = Field(0.5, gt=0, le=1e4)
     """β, in units of the reward per nat."""
 
 
 class BonSftSpec(LoggedSpec):
-    """Supervised fine-tuning on the best of n logged candidates: the forward KL with the winner's sample alone."""
+    """Supervised fine-tuning on the best of n logged candidates: the forward KL with the winner's sample alone.
+    Published: it is BOND with a jeffreys_weight of 0, at n of 4, 8 and 16; its rate and batch are not told."""
 
 
 class BonbonSpec(ContrastSpec):
     """BoNBoN (arXiv 2406.00832): the best and the worst of n logged candidates, as published. Its optimum is not
-    best-of-n: it is stopped before. Published: n = 8, α = .005, RMSprop at 5e-7, all weights."""
+    best-of-n: it is stopped before. Published: n = 8, α = .005, RMSprop at 5e-7 on all weights, 150 steps of
+    warm-up, batches of 64, gradients clipped at 10."""
 
     imitation_weight: float = Field(0.005, ge=0, le=1)
     """α: weight of imitation of the best; as published it is all but inert."""
 
 
 class BonbonConsistentSpec(ContrastSpec, WeighedSpec):
-    """BoNBoN with each pair's own target, over all pairs of the candidates looked at: its optimum is best-of-n."""
+    """BoNBoN with each pair's own target, over all pairs of the candidates looked at: its optimum is best-of-n.
+    Published: nothing, it is ours."""
 
     candidates_per_prompt: int = Field(4, ge=2, le=4096)
     """Candidates looked at when a prompt's turn comes, of which every two are compared: drawn evenly, others at the next
@@ -195,7 +213,8 @@ class DpoSpec(ContrastSpec):
 
 
 class IpoSpec(ContrastSpec):
-    """IPO (arXiv 2310.12036, eq. 17, token sums) on the best and the worst of n logged candidates."""
+    """IPO (arXiv 2310.12036, eq. 17, token sums) on the best and the worst of n logged candidates.
+    Published, by BoNBoN: β of 1/(2(n − 1)·H_{n−1}), .0275 for n = 8."""
 
     learning_rate: float = Field(3e-4, gt=0, le=1)
     beta: float = Field(0.1, gt=0, le=100)
@@ -204,11 +223,13 @@ class IpoSpec(ContrastSpec):
 
 class BonForwardKlSpec(WeighedSpec):
     """Imitation of best-of-n from logged candidates alone: forward KL with the exact (Rao–Blackwell) weights
-    of every candidate (algorithms.md 1.1), i.e. the forward part of BOND without throwing candidates away."""
+    of every candidate (algorithms.md 1.1), i.e. the forward part of BOND without throwing candidates away. Published:
+    nothing, it is ours."""
 
 
 class BonRegressionSpec(ContrastSpec, WeighedSpec):
-    """Pointwise log-quantile regression of the policy's log-ratio (algorithms.md 1.7, item 5; QRPO 2507.08068)."""
+    """Pointwise log-quantile regression of the policy's log-ratio (algorithms.md 1.7, item 5; QRPO 2507.08068).
+    Published: QRPO's loss, on quantiles and not their logs, at 8B; no setting for these."""
 
     huber_delta: float | None = Field(None, gt=0)
     """Nats beyond which the loss is linear; None is the square loss."""

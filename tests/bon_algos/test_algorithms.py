@@ -25,7 +25,6 @@ from bon_algos.contracts import (
     JBondSpec,
     OfflineBondSpec,
     RlooSpec,
-    VbonSpec,
 )
 from bon_algos.logprobs import TokenGroup
 from bon_algos.quantiles import log_tilt_tie_aware, standing_against, standing_among_others
@@ -150,24 +149,6 @@ def test_an_rloo_step_by_hand():
     assert loss.item() == pytest.approx(-(-1.75 + 1 + 3.75) / 3)
     assert metrics["reward"].item() == pytest.approx(2 / 3)
     assert metrics["kl_policy_reference_now"].item() == pytest.approx(2 / 3)
-
-
-def test_a_vbon_step_by_hand():
-    """n = 3, logged rewards 0 and 1, samples earning .5 and 2: log p̂ = H_1 − H_2 = −.5 and 0, so returns differ by
-    2·.5, advantages are ∓1. π/π_old is e^.1 for both, within .2: loss −(−e^.1 + e^.1)/2; and e^.5 for the better one is
-    cut to 1.2."""
-    log = LoggedGroup(TokenGroup([0], [[7], [8]]), [0.0, 1.0], [-1.0, -1.0])
-    group = RankedGroup(log, [[0], [1]], [0.5, 2.0], [-1.0, -1.0], [0.5, 2.0])
-    step = make_step(VbonSpec(n=3, clip_range=0.2, samples_per_prompt=2))
-    assert isinstance(step, SampledStep)
-    policy = torch.tensor([-0.9, -0.9])
-    within = step.loss([group], lambda groups: [policy], lambda groups: [torch.full((2,), -1.0)])
-    assert within.loss.item() == pytest.approx(0, abs=1e-6)
-    assert within.metrics["clip_fraction"].item() == 0
-    policy = torch.tensor([-0.9, -0.5])
-    beyond = step.loss([group], lambda groups: [policy], lambda groups: [torch.full((2,), -1.0)])
-    assert beyond.loss.item() == pytest.approx(-(-exp(0.1) + 1.2) / 2)
-    assert beyond.metrics["clip_fraction"].item() == pytest.approx(0.5)
 
 
 def test_a_j_bond_step_imitates_the_better_anchor_sample():

@@ -182,6 +182,8 @@ def test_how_far_a_method_goes(method, log_aim):
         {"type": "iterative_bond", "iterative_bond": {"n": 4, "anchor_samples": 3}},
         {"type": "vbon", "vbon": {"samples_per_prompt": 1}},
         {"type": "vbon", "vbon": {"clip_range": 1}},
+        {"type": "vbon", "vbon": {"likelihood": "upper"}},
+        {"type": "vbon", "vbon": {"gradient": "ppo"}},
         {"type": "rloo", "rloo": {"kl_strength": 0}},
         {"type": "bonbon", "bonbon": {"imitation_weight": 1.5}},
         {"type": "dpo", "dpo": {"beta": 0}},

@@ -44,6 +44,7 @@ SPECS = [
     JBondSpec(anchor_rate=0.1),
     IterativeBondSpec(n=3, anchor_samples=5, anchor_steps=4),
     VbonSpec(n=4),
+    VbonSpec(n=4, likelihood="exact", gradient="reinforce"),
     BonSftSpec(n=4),
     BonbonSpec(n=4),
     BonbonConsistentSpec(n=4),

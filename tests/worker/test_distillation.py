@@ -20,7 +20,7 @@ from bon_algos.contracts import (
 from bon_algos.importance import effective_sample_size
 from bon_algos.logprobs import sequence_logprobs
 from tests.worker import world
-from tests.worker.distilled import FORWARD, JOB, answered_by, manifest_of, published, report_of, state
+from tests.worker.distilled import FORWARD, JOB, VBON, answered_by, manifest_of, published, report_of, state
 from tests.worker.stub_engine import save_tokenizer
 from worker import checkpoint
 from worker.durable import sha256_file
@@ -60,6 +60,14 @@ def test_a_regression_on_learned_quantiles_needs_no_group_of_n(job, client):
     """Best-of-40 is aimed at, from groups of fewer candidates."""
     job("bon_regression", FORWARD | {"n": 40, "quantiles": "learned"}).run()
     assert state(client) == "succeeded"
+
+
+@pytest.mark.parametrize("asked", [{"likelihood": "exact"}, {"gradient": "reinforce"}], ids=["exact", "reinforce"])
+def test_vbon_is_trained_by_its_exact_likelihood_and_by_reinforce(job, client, asked):
+    attempt = job("vbon", VBON | asked)
+    attempt.run()
+    assert state(client) == "succeeded"
+    assert manifest_of(client, JOB).spec.method.spec.model_dump(include=asked.keys()) == asked
 
 
 @pytest.mark.parametrize("method", WEIGHING_METHODS)

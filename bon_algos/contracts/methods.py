@@ -199,8 +199,8 @@ class BonbonConsistentSpec(ContrastSpec, WeighedSpec):
     Published: nothing, it is ours."""
 
     candidates_per_prompt: int = Field(4, ge=2, le=4096)
-    """Candidates looked at when a prompt's turn comes, of which every two are compared: drawn evenly, others at the next
-    turn."""
+    """Candidates looked at when a prompt's turn comes, of which every two are compared: drawn evenly, others at the
+    next turn."""
 
 
 class DpoSpec(ContrastSpec):

@@ -254,5 +254,5 @@ def test_rewards_of_the_wrong_shape_or_no_number_are_refused(rule):
 
 
 def test_a_loss_of_mixed_shapes_is_refused():
-    with pytest.raises(ValueError, match="each prompt"):
+    with pytest.raises(ValueError, match="one shape"):
         bond.bond_loss(torch.zeros(3, 1), torch.zeros(3), torch.zeros(3), torch.zeros(3), jeffreys_weight=0.5)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 
 class EmaAnchor:
@@ -23,12 +24,13 @@ class EmaAnchor:
     """
 
     def __init__(self, trained: Mapping[str, Tensor]) -> None:
-        """Copies `trained`, by name. ValueError when it is empty or contains a LoRA factor A."""
+        """Copies `trained`, by name. ValueError when it is empty, contains a LoRA factor A or is not finite."""
         for name in trained:
             if "lora_A" in name or "lora_embedding_A" in name:
                 raise ValueError(f"{name} is trained: the average of B·A needs A frozen")
         if not trained:
             raise ValueError("nothing is trained, so there is nothing to average")
+        _check_finite(trained)
         self._tensors = {name: _shadow(tensor) for name, tensor in trained.items()}
 
     @property
@@ -41,7 +43,8 @@ class EmaAnchor:
         """Moves the anchor towards the policy; call after every optimiser step.
 
         rate: η in [0, 1], weight of the policy; 1 makes the anchor the policy.
-        ValueError when names or shapes are not those the anchor began with.
+        ValueError when names or shapes are not those the anchor began with, or something is not finite; the anchor is
+        then as it was.
         """
         if not 0 <= rate <= 1:
             raise ValueError(f"the rate must lie in [0, 1], got {rate}")
@@ -50,6 +53,8 @@ class EmaAnchor:
         for name, anchor in self._tensors.items():
             if trained[name].shape != anchor.shape:
                 raise ValueError(f"{name} changed its shape to {tuple(trained[name].shape)}")
+        _check_finite(trained)
+        for name, anchor in self._tensors.items():
             anchor.lerp_(trained[name].to(anchor), rate)
 
     @torch.no_grad()
@@ -61,3 +66,9 @@ class EmaAnchor:
 
 def _shadow(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32, copy=True)
+
+
+def _check_finite(trained: Mapping[str, Tensor]) -> None:
+    """By the norm of all of them, so that an accelerator is waited for once."""
+    if not get_total_norm([tensor.detach() for tensor in trained.values()]).isfinite():
+        raise ValueError("an average of tensors that are not finite would never recover")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from bon_algos.checks import check_finite, check_one_shape
 from bon_algos.preference import log_ratio_margin
 
 # --- as published ----------------------------------------------------------------------------------------
@@ -76,7 +77,8 @@ def bonbon_loss(
     n                                    how many draws the pair is the best and the worst of (`best_and_worst`)
     imitation_weight                     α in [0, 1]
 
-    A group that is tied throughout is the same sample twice: Δ = 0, and only imitation has a gradient.
+    A group that is tied throughout is the same sample twice: Δ = 0, and only imitation has a gradient. ValueError when
+    shapes differ, nothing is given, a log-prob of the reference is not finite, or α or n is out of range.
     """
     if not 0 <= imitation_weight <= 1:
         raise ValueError(f"need 0 ≤ α ≤ 1, got {imitation_weight}")
@@ -109,12 +111,12 @@ def consistent_pair_loss(logprob_BN: Tensor, reference_logprob_BN: Tensor, log_t
     reference_logprob_BN   (B, N)  log π_ref, token sum
     log_tilt_BN            (B, N)  t; nats
 
-    -> (B,). ValueError when shapes differ or a group has no pair.
+    -> (B,). ValueError when shapes differ, a group has no pair, or a tilt or a log-prob of the reference is not finite.
     """
-    if not logprob_BN.shape == reference_logprob_BN.shape == log_tilt_BN.shape:
-        raise ValueError(f"need one shape: {logprob_BN.shape}, {reference_logprob_BN.shape}, {log_tilt_BN.shape}")
-    if logprob_BN.ndim != 2 or logprob_BN.shape[-1] < 2:
+    check_one_shape("BN", logprob_BN, reference_logprob_BN, log_tilt_BN)
+    if logprob_BN.shape[-1] < 2:
         raise ValueError(f"need (B, N) with at least two candidates, got {tuple(logprob_BN.shape)}")
+    check_finite("tilts and log-probs of the reference", reference_logprob_BN, log_tilt_BN)
     target_BN = log_tilt_BN.detach().to(logprob_BN.dtype)
     return 2 * (logprob_BN - reference_logprob_BN.detach() - target_BN).var(dim=-1)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bon_algos.checks import check_finite, check_one_shape
 from bon_algos.importance import tapered_advantage
 
 PENALTY = -math.log(16)
@@ -102,8 +103,11 @@ def bond_loss(
     kl_strength        γ ≥ 0
     sampled_logprob_B  (B,)  log π(y) under the policy that drew y, where that is not quite π: see `tapered_advantage`
 
-    ValueError with fewer than two prompts: the baseline is the others' mean.
+    ValueError with fewer than two prompts, as the baseline is the others' mean; when shapes differ, a tilt or a
+    log-prob of the anchor is not finite, or a weight is out of range.
     """
+    check_one_shape("B", imitation_B, logprob_B, anchor_logprob_B, log_tilt_B)
+    check_finite("tilts and log-probs of the anchor", anchor_logprob_B, log_tilt_B)
     log_ratio_B = (logprob_B - anchor_logprob_B).detach()
     return_B = policy_return(log_tilt_B, log_ratio_B, jeffreys_weight=jeffreys_weight, kl_strength=kl_strength)
     advantage_B = less_mean_of_others(return_B).to(logprob_B.dtype)
@@ -121,8 +125,8 @@ def bond_loss(
 
 def policy_return(log_tilt_B: Tensor, log_ratio_B: Tensor, *, jeffreys_weight: float, kl_strength: float) -> Tensor:
     """β·t − (β + γ)·d: what a sample of the policy earns, before any baseline. (B,), (B,) -> (B,)."""
-    if not 0 <= jeffreys_weight <= 1 or kl_strength < 0:
-        raise ValueError(f"need 0 ≤ β ≤ 1 and γ ≥ 0, got {jeffreys_weight} and {kl_strength}")
+    if not (0 <= jeffreys_weight <= 1 and 0 <= kl_strength < math.inf):
+        raise ValueError(f"need 0 ≤ β ≤ 1 and a finite γ ≥ 0, got {jeffreys_weight} and {kl_strength}")
     return jeffreys_weight * log_tilt_B - (jeffreys_weight + kl_strength) * log_ratio_B
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bon_algos.checks import check_finite, check_one_shape
 from bon_algos.quantiles import Standing, standing_against
 
 SMALLEST_SCALE = 0.01
@@ -51,10 +52,10 @@ def quantile_cross_entropy(log_odds_BN: Tensor, label_BN: Tensor) -> Tensor:
     """−label·log p − (1 − label)·log(1 − p), averaged over candidates; least where p is the label's expectation.
 
     With `at_most_label` that is P(r(y') ≤ r(y)), with `mid_rank_label` the mid-rank quantile, whatever law the
-    candidates come from. (B, N), (B, N) -> (B,); nats. ValueError when shapes differ or a label is outside [0, 1].
+    candidates come from. (B, N), (B, N) -> (B,); nats. ValueError when shapes differ, nothing is given or a label is
+    outside [0, 1].
     """
-    if log_odds_BN.shape != label_BN.shape:
-        raise ValueError(f"one label for each candidate: {log_odds_BN.shape}, {label_BN.shape}")
+    check_one_shape("BN", log_odds_BN, label_BN)
     if not ((label_BN >= 0) & (label_BN <= 1)).all():
         raise ValueError("a label is a share, in [0, 1]")
     label_BN = label_BN.to(log_odds_BN.dtype)
@@ -127,10 +128,9 @@ class LogisticMixture(NamedTuple):
         return torch.logsumexp(self.log_weight_BC[:, None] + log_kernel_BNC, dim=-1)
 
     def _standardised(self, reward_BN: Tensor) -> Tensor:
-        if reward_BN.ndim != 2 or len(reward_BN) != len(self.location_BC):
+        if reward_BN.ndim != 2 or reward_BN.numel() == 0 or len(reward_BN) != len(self.location_BC):
             raise ValueError(f"a row of rewards for each of {len(self.location_BC)} prompts, got {reward_BN.shape}")
-        if not reward_BN.isfinite().all():
-            raise ValueError("rewards are not all finite")
+        check_finite("rewards", reward_BN)
         reward_BN1 = reward_BN[..., None].to(self.location_BC.dtype)
         return (reward_BN1 - self.location_BC[:, None]) / self.scale_BC[:, None]
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bon_algos.bond import compressed_below
+from bon_algos.checks import check_finite, check_one_shape
 from bon_algos.imitation import best_of_n_imitation
 from bon_algos.importance import truncated_importance
 from bon_algos.token_kl import TokenTerms
@@ -78,8 +79,13 @@ def offline_bond_loss(
     token_kl_weight     κ ≥ 0
     max_importance      c ≥ 1: a weight beyond it counts as c
     return_floor        nats below which A counts by its logarithm (`bond.compressed_below`)
+
+    ValueError when shapes differ, nothing is given, a weight, a tilt or a log-prob is not finite, shares are negative
+    or all 0, or a number is out of range. Without c a ratio that the dtype cannot hold leaves a loss that is no number:
+    its caller looks at it.
     """
-    check_weights(jeffreys_weight, token_kl_weight, max_importance)
+    check_weights(jeffreys_weight, token_kl_weight, max_importance, return_floor)
+    _check_data(terms, imitation_weight_N, log_tilt_N, share_N)
     logprob_N, log_ratio_NL = terms.logprob_NL.sum(dim=-1), (terms.logprob_NL - terms.reference_logprob_NL).detach()
     log_ratio_N, share_N, tilt_N = log_ratio_NL.sum(dim=-1), share_N.to(logprob_N), log_tilt_N.to(logprob_N)
     log_cap = math.log(max_importance)
@@ -103,6 +109,18 @@ def offline_bond_loss(
     return OfflineBondLoss(loss, metrics)
 
 
-def check_weights(jeffreys_weight: float, token_kl_weight: float, max_importance: float) -> None:
-    if not 0 <= jeffreys_weight <= 1 or token_kl_weight < 0 or max_importance < 1:
-        raise ValueError(f"need 0 ≤ β ≤ 1, κ ≥ 0 and c ≥ 1, got {jeffreys_weight}, {token_kl_weight}, {max_importance}")
+def check_weights(jeffreys_weight: float, token_kl_weight: float, max_importance: float, return_floor: float) -> None:
+    if not (0 <= jeffreys_weight <= 1 and 0 <= token_kl_weight < math.inf and max_importance >= 1):
+        given = f"{jeffreys_weight}, {token_kl_weight}, {max_importance}"
+        raise ValueError(f"need 0 ≤ β ≤ 1, a finite κ ≥ 0 and c ≥ 1, got {given}")
+    if not return_floor < math.inf:
+        raise ValueError(f"need a floor of returns that is a number below ∞, got {return_floor}")
+
+
+def _check_data(terms: TokenTerms, imitation_weight_N: Tensor, log_tilt_N: Tensor, share_N: Tensor) -> None:
+    check_one_shape("NL", *terms)
+    check_one_shape("N", terms.logprob_NL[:, 0], imitation_weight_N, log_tilt_N, share_N)
+    check_finite("weights, tilts and shares", imitation_weight_N, log_tilt_N, share_N)
+    check_finite("log-probs of the reference", terms.reference_logprob_NL)
+    if share_N.min() < 0 or share_N.max() == 0:
+        raise ValueError("shares must not be negative, nor all 0")

@@ -136,9 +136,10 @@ def best_of_n_weights(reward_M: ArrayLike, n: int) -> Array:
     Σ_j w_j f(y_j) is unbiased for E_BoN[f] at every n ≤ M, all from the same draws (Rao–Blackwell; the
     U-statistic behind pass@k, cf. arXiv:2505.15201). Equal rewards share their weights equally.
 
-    (M,) -> (M,), in drawing order; non-negative, sums to 1. ValueError when n is not in 1..M.
+    (M,) -> (M,), in drawing order; non-negative, sums to 1. ValueError when n is not in 1..M, for another shape, or
+    rewards that are not finite.
     """
-    reward = _floats(reward_M)
+    reward = _row(reward_M)
     _check_n(n, reward.size)
     _, level_M, num_tied = np.unique(reward, return_inverse=True, return_counts=True)
     lowest_of_level = np.cumsum(num_tied) - num_tied
@@ -152,11 +153,14 @@ def soft_best_of_n_weights(reward_M: ArrayLike, softness: float) -> Array:
     λ → 0 is best-of-n and λ → ∞ a plain sample; the policy that is served comes within O(1/n) of π_ref·exp(r/λ)/Z.
     Unlike best-of-n it depends on the reward's scale.
 
-    (M,), λ > 0 in units of the reward -> (M,), sums to 1. ValueError for rewards that are not finite.
+    (M,), λ > 0 in units of the reward -> (M,), sums to 1. ValueError for another shape, no draw, or rewards that are
+    not finite.
     """
     if not softness > 0:
         raise ValueError(f"softness is positive, got {softness}")
-    reward = _floats(reward_M)
+    reward = _row(reward_M)
+    if reward.size == 0:
+        raise ValueError("there is no draw to serve")
     weight = np.exp((reward - reward.max()) / softness)
     weights: Array = weight / weight.sum()
     return weights
@@ -272,10 +276,16 @@ def win_rate(reward_BN: ArrayLike, reference_BM: ArrayLike) -> Interval:
 
     The 95 % interval takes a prompt as one observation and is cut to [0, 1].
 
-    (B, N), (B, M) -> win rate in [0, 1]. ValueError with fewer than two prompts.
+    (B, N), (B, M) -> win rate in [0, 1]. ValueError for other shapes, no candidates or draws, values that are not
+    finite, or fewer than two prompts.
     """
-    reward, reference = _floats(reward_BN)[:, :, None], _floats(reference_BM)[:, None, :]
-    interval = mean_interval(((reward > reference) + (reward == reference) / 2).mean(axis=(1, 2)))
+    reward, reference = _floats(reward_BN), _floats(reference_BM)
+    if reward.ndim != 2 or reference.ndim != 2 or len(reward) != len(reference):
+        raise ValueError(f"need (B, N) and (B, M), got {reward.shape} and {reference.shape}")
+    if reward.size == 0 or reference.size == 0:
+        raise ValueError(f"nothing to compare: {reward.shape} against {reference.shape}")
+    own, other = reward[:, :, None], reference[:, None, :]
+    interval = mean_interval(((own > other) + (own == other) / 2).mean(axis=(1, 2)))
     return Interval(mean=interval.mean, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
 
 
@@ -293,10 +303,13 @@ def paired_difference(first: ArrayLike, second: ArrayLike, prompts: Sequence[Has
 
     Pairs of one prompt are averaged first, so that a prompt counts once however often it was drawn.
 
-    Three equally long sequences; `prompts` names the prompt of each pair. ValueError with fewer than two
-    different prompts.
+    Three equally long sequences; `prompts` names the prompt of each pair. ValueError when they are not, or with fewer
+    than two different prompts.
     """
-    difference = _floats(first) - _floats(second)
+    minuend, subtrahend = _floats(first), _floats(second)
+    if minuend.shape != subtrahend.shape:
+        raise ValueError(f"one value for each other: {minuend.shape}, {subtrahend.shape}")
+    difference = minuend - subtrahend
     cluster_of = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
     if difference.shape != (len(prompts),):
         raise ValueError(f"one prompt for each pair: {difference.shape} differences, {len(prompts)} prompts")
@@ -334,6 +347,13 @@ def _floats(values: ArrayLike) -> Array:
     if not np.isfinite(array).all():
         raise ValueError("values are not all finite")
     return array
+
+
+def _row(values: ArrayLike) -> Array:
+    row = _floats(values)
+    if row.ndim != 1:
+        raise ValueError(f"need the draws of one prompt, (M,), got {row.shape}")
+    return row
 
 
 def _check_n(n: int, num_drawn: int | None = None) -> None:

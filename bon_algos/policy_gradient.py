@@ -18,6 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bon_algos.checks import check_finite, check_one_shape
+
+LARGEST_LOG_RATIO = 20.0
+"""Nats of log π/π_old: a larger one counts as this. A bad sample's ratio, which PPO does not bound, stays finite."""
+
 
 def kl_regularised_return(
     reward_BN: Tensor, logprob_BN: Tensor, reference_logprob_BN: Tensor, *, kl_strength: float
@@ -71,7 +76,7 @@ class ClippedMetrics(NamedTuple):
     clip_fraction: Tensor
     """Share of terms that clipping leaves without a gradient; in [0, 1]."""
     mean_ratio: Tensor
-    """Of π/π_old, before clipping; for whole completions that π_old drew its expectation is 1."""
+    """Of π/π_old, before clipping (`LARGEST_LOG_RATIO` holds); for whole completions of π_old its expectation is 1."""
 
 
 class ClippedLoss(NamedTuple):
@@ -87,7 +92,8 @@ def ppo_clip_loss(
 
     The bandit's form: one action is one completion. While nothing is clipped its expectation over y ~ π_old is
     −E_π[A], and at π = π_old its gradient is that of `reinforce_loss`. ρ is a product over all tokens, so it leaves
-    the range sooner the longer the completion. Bad samples (A < 0) have no upper bound on ρ, as in eq. 7.
+    the range sooner the longer the completion. Bad samples (A < 0) have no upper bound on ρ, as in eq. 7, but what a
+    dtype can hold: above `LARGEST_LOG_RATIO` loss and gradient are those at that ratio.
 
     logprob_BN          (B, N)  log π; carries the gradient
     sampled_logprob_BN  (B, N)  log π_old, of the policy that drew the samples
@@ -108,15 +114,17 @@ def ppo_clip_loss(
     is_clipped_BN = (kept_BN != log_ratio_BN) & (advantage_BN != 0)
     metrics = ClippedMetrics(
         clip_fraction=is_clipped_BN.to(log_ratio_BN.dtype).mean(),
-        mean_ratio=log_ratio_BN.detach().exp().mean(),
+        mean_ratio=_ratio(log_ratio_BN.detach()).mean(),
     )
-    return ClippedLoss(-(advantage_BN * kept_BN.exp()).mean(), metrics)
+    return ClippedLoss(-(advantage_BN * _ratio(kept_BN)).mean(), metrics)
+
+
+def _ratio(log_ratio_BN: Tensor) -> Tensor:
+    """Cut in value alone: where it is cut it still has a gradient, its own."""
+    return (log_ratio_BN - (log_ratio_BN.detach() - LARGEST_LOG_RATIO).clamp(min=0.0)).exp()
 
 
 def _check(*given: Tensor) -> None:
     """One shape of prompts and samples, and numbers."""
-    shapes = {tuple(one.shape) for one in given}
-    if len(shapes) > 1 or given[0].ndim != 2 or given[0].numel() == 0:
-        raise ValueError(f"need one shape (B, N) with something in it, got {sorted(shapes)}")
-    if not all(one.isfinite().all() for one in given):
-        raise ValueError("returns, advantages and log-probs must all be finite")
+    check_one_shape("BN", *given)
+    check_finite("returns, advantages and log-probs", *given)

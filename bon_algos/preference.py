@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional
+
+from bon_algos.checks import check_finite, check_one_shape
 
 
 class BestAndWorst(NamedTuple):
@@ -39,10 +40,8 @@ def best_and_worst(reward_BN: Tensor) -> BestAndWorst:
 
     (B, N) -> (B,), (B,). ValueError for another shape, an empty group, or rewards that are not all finite.
     """
-    if reward_BN.ndim != 2 or reward_BN.shape[-1] < 1:
-        raise ValueError(f"need (B, N) with at least one candidate, got {tuple(reward_BN.shape)}")
-    if not torch.isfinite(reward_BN).all():
-        raise ValueError("rewards are not all finite")
+    check_one_shape("BN", reward_BN)
+    check_finite("rewards", reward_BN)
     return BestAndWorst(reward_BN.argmax(dim=-1), reward_BN.argmin(dim=-1))
 
 
@@ -51,14 +50,11 @@ def log_ratio_margin(
 ) -> Tensor:
     """Δ: by how much the policy's log-ratio to the reference is higher on the chosen completion.
 
-    (B,) each, token sums; only the policy's carry a gradient -> (B,), nats. ValueError for any other shape.
+    (B,) each, token sums; only the policy's carry a gradient -> (B,), nats. ValueError for any other shape, none at
+    all, or a log-prob of the reference that is not finite.
     """
-    shapes = [
-        tuple(logprob_B.shape)
-        for logprob_B in (chosen_logprob_B, rejected_logprob_B, chosen_reference_B, rejected_reference_B)
-    ]
-    if len(set(shapes)) > 1 or len(shapes[0]) != 1:
-        raise ValueError(f"need one log-prob for each prompt, (B,) four times, got {shapes}")
+    check_one_shape("B", chosen_logprob_B, rejected_logprob_B, chosen_reference_B, rejected_reference_B)
+    check_finite("log-probs of the reference", chosen_reference_B, rejected_reference_B)
     return (chosen_logprob_B - rejected_logprob_B) - (chosen_reference_B - rejected_reference_B).detach()
 
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bon_algos.checks import check_finite
+
 
 class Standing(NamedTuple):
     """How each reward stands among its prompt's reference rewards: the whole input of every estimator."""
@@ -30,11 +32,16 @@ class Standing(NamedTuple):
 
 
 def standing_against(reward_BN: Tensor, reference_BM: Tensor) -> Standing:
-    """How rewards stand against independent reference rewards. (B, N), (B, M) -> Standing of (B, N)."""
+    """How rewards stand against independent reference rewards. (B, N), (B, M) -> Standing of (B, N).
+
+    ValueError for other shapes, no rewards on either side (nothing is known of a quantile then), or one that is not
+    finite.
+    """
     if reward_BN.ndim != 2 or reference_BM.ndim != 2 or len(reward_BN) != len(reference_BM):
         raise ValueError(f"need (B, N) and (B, M), got {tuple(reward_BN.shape)}, {tuple(reference_BM.shape)}")
-    if not (reward_BN.isfinite().all() and reference_BM.isfinite().all()):
-        raise ValueError("rewards are not all finite")
+    if reward_BN.numel() == 0 or reference_BM.numel() == 0:
+        raise ValueError(f"no rewards: {tuple(reward_BN.shape)} against {tuple(reference_BM.shape)}")
+    check_finite("rewards", reward_BN, reference_BM)
     sorted_BM, wanted_BN = reference_BM.sort(dim=-1).values, reward_BN.contiguous()
     below_BN = torch.searchsorted(sorted_BM, wanted_BN)
     at_most_BN = torch.searchsorted(sorted_BM, wanted_BN, right=True)
@@ -123,8 +130,9 @@ def log_tilt_harmonic(standing: Standing, n: int) -> Tensor:
     """log n + (n − 1) · log p̂_mid: the log-ratio of best-of-n to the reference, by the harmonic estimator.
 
     Up to the series' truncation unbiased for best-of-2, ties included, and for every n without ties.
-    (B, N), nats, at most log n.
+    (B, N), nats, at most log n. ValueError for n < 1.
     """
+    _check_n(n)
     return math.log(n) + (n - 1) * log_quantile_harmonic_mid(standing)
 
 
@@ -132,8 +140,10 @@ def log_tilt_levels(standing: Standing, n: int) -> Tensor:
     """log[(Ûⁿ − L̂ⁿ)/(Û − L̂)]: the same log-ratio from counts, right for n ≥ 3 on broad tie levels.
 
     The candidate counts once in its own level: with M reference rewards, L̂ = s/(M + 1) and
-    Û = (s + T + 1)/(M + 1), never 0/0. (B, N), nats, in [−(n − 1) log(M + 1), log n].
+    Û = (s + T + 1)/(M + 1), never 0/0. (B, N), nats, in [−(n − 1) log(M + 1), log n]. ValueError for
+    n < 1.
     """
+    _check_n(n)
     at_most_BN = (standing.below + standing.tied + 1).double()
     share_BN = (standing.tied + 1) / at_most_BN
     log_miss_BN = n * torch.log1p(-share_BN)  # −∞ on the lowest level, where expm1 gives −1
@@ -146,9 +156,14 @@ def log_tilt_tie_aware(standing: Standing, n: int) -> Tensor:
 
     Harmonic for n = 2 and where a candidate ties with no reference reward; levels where it ties and n ≥ 3
     (there the harmonic form overshoots: best-of-4 of a binary reward at P = .32 would win .778, not .733).
-    (B, N), nats, at most log n.
+    (B, N), nats, at most log n. ValueError for n < 1.
     """
     harmonic_BN = log_tilt_harmonic(standing, n)
     if n == 2:
         return harmonic_BN
     return torch.where(standing.tied > 0, log_tilt_levels(standing, n), harmonic_BN)
+
+
+def _check_n(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"best-of-{n} needs n ≥ 1")

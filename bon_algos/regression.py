@@ -12,6 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from bon_algos.checks import check_finite, check_one_shape
+
 
 def log_quantile_regression(
     logprob_BN: Tensor, reference_logprob_BN: Tensor, log_tilt_BN: Tensor, *, huber_delta: float | None = None
@@ -27,10 +29,11 @@ def log_quantile_regression(
     log_tilt_BN            (B, N)  t from the *other* rewards of the prompt; nats
     huber_delta            nats of residual beyond which the loss grows linearly, (2|x| − δ)·δ; None: never
 
-    -> (B,); nats². ValueError when shapes differ.
+    -> (B,); nats². ValueError when shapes differ, nothing is given, or a target or a log-prob of the reference is not
+    finite.
     """
-    if not logprob_BN.shape == reference_logprob_BN.shape == log_tilt_BN.shape:
-        raise ValueError(f"need one shape: {logprob_BN.shape}, {reference_logprob_BN.shape}, {log_tilt_BN.shape}")
+    check_one_shape("BN", logprob_BN, reference_logprob_BN, log_tilt_BN)
+    check_finite("tilts and log-probs of the reference", reference_logprob_BN, log_tilt_BN)
     log_ratio_BN = logprob_BN - reference_logprob_BN.detach()
     target_BN = log_tilt_BN.detach().to(log_ratio_BN.dtype)
     if huber_delta is None:

@@ -33,6 +33,13 @@ def target(vector: str, n: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(order.best_of_n_law(REFERENCE_K, REWARDS[vector], n)), tilt_K
 
 
+def at_most(vector: str) -> Tensor:
+    """p_≤ of every outcome. (20,)."""
+    draws = the_law_as_draws(REWARDS[vector])
+    log_quantile = quantiles.log_quantile_monte_carlo(quantiles.standing_against(draws, draws))
+    return torch.tensor(per_outcome(log_quantile)).exp()
+
+
 # --- gradients -------------------------------------------------------------------------------------------
 
 GRADIENTS = [  # vector, n, KL(q ‖ BoN), KL(BoN ‖ q), three components of the gradient of the first
@@ -54,6 +61,45 @@ def test_the_backward_gradient_is_that_of_the_divergence(vector, n, backward, fo
     assert actual_K[:3].tolist() == pytest.approx(components, abs=6e-7)
     assert divergence(POLICY_LOGIT.softmax(-1), law_K).item() == pytest.approx(backward, abs=6e-9)
     assert divergence(law_K, POLICY_LOGIT.softmax(-1)).item() == pytest.approx(forward, abs=6e-9)
+
+
+@pytest.mark.parametrize(("n", "highest"), [(2, 0.686227), (4, 0.455194)])
+def test_the_range_of_what_is_dropped_from_the_reward(n, highest):
+    """β_BOND·log (B), which practice leaves out: 0 for the worst outcome, at most log n/(n − 1)."""
+    log_b_K = target("U", n)[1].numpy() - (n - 1) * at_most("U").log().numpy()
+    assert log_b_K.min() / (n - 1) == pytest.approx(0, abs=1e-12)
+    assert log_b_K.max() / (n - 1) == pytest.approx(highest, abs=6e-7)
+
+
+OTHER_REWARDS = [  # n, which, furthest component and cosine of its gradient to the true one
+    (2, "without (B)", 0.024, 0.995),
+    (4, "without (B)", 0.046, 0.996),
+    (2, "mid-rank", 0.0, 1.0),
+    (4, "mid-rank", 0.026, None),
+    (2, "no logarithm", 0.075, 0.91),
+    (4, "no logarithm", 0.198, 0.86),
+]
+
+
+@pytest.mark.parametrize(("n", "which", "furthest", "cosine"), OTHER_REWARDS)
+def test_how_far_the_gradients_of_other_rewards_are(n, which, furthest, cosine):
+    """Register J1: what tells log p_≤ with (B) from what else the reward might be, p_≤ as §4.2 prints it above all."""
+    law_K, tilt_K = target("U", n)
+    at_most_K = at_most("U")
+    other_K = {
+        "without (B)": at_most_K.log(),
+        "mid-rank": (at_most_K - REFERENCE / 2).log(),
+        "no logarithm": at_most_K,
+    }[which]
+    logit_K = POLICY_LOGIT.clone().requires_grad_()
+    true_K, wrong_K = (
+        gradient(expected_surrogate(logit_K, REFERENCE, law_K, reward_K, jeffreys_weight=1.0), logit_K)
+        for reward_K in (tilt_K, (n - 1) * other_K)
+    )
+    assert (wrong_K - true_K).abs().max().item() == pytest.approx(furthest, abs=6e-4)
+    if cosine is not None:
+        actual = torch.cosine_similarity(wrong_K, true_K, dim=0).item()
+        assert actual == pytest.approx(cosine, abs=6e-4 if cosine > 0.95 else 6e-3)
 
 
 @pytest.mark.parametrize("vector", REWARDS)
@@ -193,6 +239,24 @@ def test_the_strict_penalty_falls_with_probability_one_less_quantile_squared(vec
 
 
 @pytest.mark.parametrize(
+    ("vector", "whoever_ties", "mean_log_quantile"),
+    [("U", 0.366005, -0.850909), ("T", 0.438924, -0.656718), ("B", 0.713429, -0.261665)],
+)
+def test_how_often_a_sample_is_last_alone_or_with_others(vector, whoever_ties, mean_log_quantile):
+    """Whom the tie-aware rule charges at all is whom eq. 17 with ≤ in place of < would: (1 − p_<)² of samples."""
+    reward_K = torch.tensor(REWARDS[vector])
+    is_charged_K = expected_quantile_reward(
+        lambda reward_B, anchor_B2: (bond.quantile_reward_tie_aware(reward_B, anchor_B2) < 0).double(),
+        reward_K,
+        REFERENCE,
+    )
+    assert (REFERENCE @ is_charged_K).item() == pytest.approx(whoever_ties, abs=6e-7)
+    below_K = (reward_K[:, None] > reward_K).double() @ REFERENCE
+    torch.testing.assert_close(is_charged_K, (1 - below_K) ** 2, atol=1e-14, rtol=0)
+    assert (REFERENCE @ at_most(vector).log()).item() == pytest.approx(mean_log_quantile, abs=6e-7)
+
+
+@pytest.mark.parametrize(
     ("vector", "by_level"),
     [("T", [0.82996, 0.52036, 0.26361, 0.10966, 0.02204]), ("B", [0.47361, 0.03393])],
 )
@@ -221,6 +285,15 @@ def test_a_rare_right_answer_is_only_rewarded_by_the_tie_aware_rule(p, strict, t
     for rule, gap in [(bond.quantile_reward_strict, strict), (bond.quantile_reward_tie_aware, tie_aware)]:
         wrong, right = expected_quantile_reward(rule, reward_K, law_K).tolist()
         assert wrong - right == pytest.approx(gap, abs=6e-4)
+
+
+@pytest.mark.parametrize(("p", "gap"), [(0.1, -0.747), (0.3, -0.887), (0.5, -1.099), (2 / 3, -1.386), (0.9, -2.398)])
+def test_what_best_of_two_itself_says_of_a_wrong_answer(p, gap):
+    """log (1 − p)/(2 − p): what either rule is a surrogate of."""
+    law_K = np.array([1 - p, p])
+    wrong, right = np.log(order.best_of_n_law(law_K, [0, 1], 2) / law_K)
+    assert wrong - right == pytest.approx(gap, abs=6e-4)
+    assert wrong - right == pytest.approx(math.log((1 - p) / (2 - p)), rel=1e-12)
 
 
 def test_the_winner_is_the_first_highest():
@@ -254,5 +327,5 @@ def test_rewards_of_the_wrong_shape_or_no_number_are_refused(rule):
 
 
 def test_a_loss_of_mixed_shapes_is_refused():
-    with pytest.raises(ValueError, match="each prompt"):
+    with pytest.raises(ValueError, match="one shape"):
         bond.bond_loss(torch.zeros(3, 1), torch.zeros(3), torch.zeros(3), torch.zeros(3), jeffreys_weight=0.5)

@@ -308,7 +308,7 @@ def test_shapes_that_would_broadcast_are_refused():
         law.log_odds(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="a row of rewards"):
         law.log_density(torch.zeros(1))
-    with pytest.raises(ValueError, match="one label"):
+    with pytest.raises(ValueError, match="one shape"):
         learned.quantile_cross_entropy(torch.zeros(2, 3), torch.zeros(3))
     with pytest.raises(ValueError, match="one row"):
         learned.pooled_rank_score(torch.zeros(2, 3), torch.zeros(2, 3))

@@ -77,6 +77,50 @@ def test_the_law_on_twenty_outcomes(vector, n, kl_forward, kl_backward, win, mea
     assert law_K @ reward_K == pytest.approx(mean_reward, abs=6e-7)
 
 
+WIN_TABLE = [  # vector, n, P(best of n > one draw), P(they tie): exact rationals, 6 digits
+    ("U", 2, 0.632672, 0.066403),
+    ("U", 4, 0.764560, 0.067483),
+    ("U", 8, 0.852192, 0.066587),
+    ("U", 16, 0.904916, 0.060871),
+    ("T", 2, 0.550216, 0.218116),
+    ("T", 4, 0.666559, 0.231793),
+    ("T", 8, 0.725841, 0.247816),
+    ("T", 16, 0.741567, 0.256182),
+    ("B", 2, 0.365197, 0.486861),
+    ("B", 4, 0.534538, 0.396862),
+    ("B", 8, 0.649471, 0.335779),
+    ("B", 16, 0.679497, 0.319821),
+]
+
+
+@pytest.mark.parametrize(("vector", "n", "win", "tie"), WIN_TABLE)
+def test_wins_and_ties_of_the_law_on_twenty_outcomes(vector, n, win, tie):
+    reward_K = REWARDS[vector]
+    law_K = order.best_of_n_law(REFERENCE_K, reward_K, n)
+    assert law_K @ (reward_K[:, None] > reward_K) @ REFERENCE_K == pytest.approx(win, abs=6e-7)
+    assert law_K @ (reward_K[:, None] == reward_K) @ REFERENCE_K == pytest.approx(tie, abs=6e-7)
+    assert order.win_rate_best_of_n(REFERENCE_K, reward_K, n) == pytest.approx(win + tie / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(("n", "bound"), [(2, 0.193147), (4, 0.636294), (8, 1.204442), (16, 1.835089)])
+def test_the_bound_on_the_divergence(n, bound):
+    assert order.kl_bound(n) == pytest.approx(bound, abs=6e-7)
+    assert order.kl_best_of_n_reference(REFERENCE_K, UNIQUE_K, n) < bound
+
+
+@pytest.mark.parametrize(("vector", "jeffreys"), [("U", 1.054581), ("T", 0.928667), ("B", 0.478312)])
+def test_jeffreys_divergence_of_best_of_four(vector, jeffreys):
+    law_K = order.best_of_n_law(REFERENCE_K, REWARDS[vector], 4)
+    assert (kl(law_K, REFERENCE_K) + kl(REFERENCE_K, law_K)) / 2 == pytest.approx(jeffreys, abs=6e-7)
+
+
+def test_ties_to_the_lowest_outcome_would_be_another_law():
+    first_drawn_K = order.best_of_n_law(REFERENCE_K, TIED_K, 4)
+    lowest_K = order.best_of_n_law(REFERENCE_K, TIED_K - np.arange(20) / 100, 4)
+    assert np.abs(lowest_K - first_drawn_K).sum() / 2 == pytest.approx(0.111691, abs=6e-7)
+    assert kl(lowest_K, REFERENCE_K) == pytest.approx(0.632621, abs=6e-7)
+
+
 PMF_OF_FOUR = {
     "U": ".000265 .009774 .051542 .012283 .108925 .000034 .000301 .003641 .031664 .017258 "
     ".077226 .270891 .000066 .002142 .013942 .015558 .068157 .188847 .126814 .000672",

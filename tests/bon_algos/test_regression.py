@@ -142,7 +142,7 @@ def test_candidates_may_come_in_any_order(shuffle, seed):
 
 def test_shapes_and_weights_that_do_not_fit_are_refused():
     two, three = torch.zeros(1, 2), torch.zeros(1, 3)
-    with pytest.raises(ValueError, match="one weight"):
+    with pytest.raises(ValueError, match="one shape"):
         best_of_n_imitation(two, three)
     with pytest.raises(ValueError, match="one shape"):
         log_quantile_regression(two, three, two)

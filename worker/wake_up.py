@@ -13,7 +13,7 @@ from worker import tasks
 from worker.settings import BrokerSettings
 
 
-@shared_task(name=DISTILL_TASK)
+@shared_task(name=DISTILL_TASK, Request="worker.acknowledging:AcknowledgingRequest")
 def wake_up(job_id: str) -> None:
     settings = BrokerSettings()
     tasks.distill(

@@ -85,6 +85,20 @@ def test_F18_a_worker_on_a_half_open_link_consumes_again(client, proxy, start, r
     assert worker.is_alive
 
 
+def test_F18_a_worker_whose_acknowledgement_was_lost_consumes_again(client, proxy, start, redis_url, small):
+    """Its link went silent while it trained, which is when nothing is said over it."""
+    job = small()
+    worker = start(job.environment | {FREEZE_AT: "progress.asked:4"})
+    with reconciling(redis_url):
+        training = until(lambda: is_frozen(worker.training) and worker.training, "frozen in training")
+        proxy.go_silent()
+        os.kill(training, signal.SIGCONT)
+        until(lambda: job.state == "succeeded", "the job ends", seconds=90)
+        submit_unwanted(client)
+        until(was_delivered(client), "it takes another message", seconds=60)
+    assert b"Couldn't ack" in worker.log.read_bytes()
+
+
 def test_F19_while_connections_break_all_the_time_a_job_has_one_owner(proxy, start, redis_url, small, undisturbed):
     job = small()
     for _ in range(2):

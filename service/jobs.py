@@ -47,6 +47,7 @@ from service.errors import FileNotFound, InvalidField, JobNotFound, PolicyNotFou
 from service.idempotency import KEPT_SECONDS, Idempotency
 from service.job_object import checkpoint_object, event_object, finished_object, job_object
 from service.job_scripts import MOST_OPEN_JOBS, SCRIPTS, SUBMIT, Wish, queue_full, refusal
+from service.record_reading import read_record
 from service.store import translated
 from service.training_checks import (
     check_parent,
@@ -280,11 +281,11 @@ class Jobs:
     async def _base_of(self, route: str, tenant: str) -> str | None:
         """None where there is no such route."""
         row = cast("str | None", await self._redis.get(route_key(route, tenant)))
-        return None if row is None else Route.model_validate_json(row).base_policy
+        return None if row is None else read_record(Route, row).base_policy
 
     async def _policy(self, policy: str, param: str, tenant: str) -> PolicyRecord:
         row = cast("str | None", await self._redis.hget(policy_key(policy), "record"))
-        record = None if row is None else PolicyRecord.model_validate_json(row)
+        record = None if row is None else read_record(PolicyRecord, row)
         if record is None or not _is_seen_by(tenant, record):
             raise PolicyNotFound(f"no such policy: {policy}", param=param)
         return record

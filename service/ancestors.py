@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from bon_algos.acceptance import Unusable
 from bon_algos.ancestors import Lineage, lineage, pools_path
 from bon_algos.contracts import POLICIES_DELETED, PolicyId, PolicyRecord, policy_key
+from service.record_reading import read_record
 from service.store import translated
 
 
@@ -36,7 +37,7 @@ class Ancestors:
                 row = cast("bytes | None", await self._redis.hget(policy_key(one), "record"))
                 if row is None and await self._redis.zscore(POLICIES_DELETED, one) is not None:
                     deleted.add(one)
-            record = records[one] = None if row is None else PolicyRecord.model_validate_json(row)
+            record = records[one] = None if row is None else read_record(PolicyRecord, row)
             waiting |= frozenset[PolicyId]() if record is None else record.parents - records.keys()
         try:
             return await asyncio.to_thread(

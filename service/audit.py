@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Self, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
-from bon_algos.audit_entries import GENESIS, chained, entry_digest
+from bon_algos.audit_entries import GENESIS, MOST_TRIES, chained, entry_digest, newest_digest, script_values
 from bon_algos.contracts import AUDIT_STREAM
 from service.access import Caller
-from service.errors import InvalidField
+from service.errors import InvalidField, StoreUnavailable
 from service.store import translated
 
 SCANNED_AT_ONCE: Final = 500
+OVERTAKEN: Final = "overtaken"
+"""What a script answers that did nothing, for its entry does not follow the newest one."""
 Entry = tuple[str, Mapping[str, str]]
 """Its place in the stream, and its fields."""
 _PLACE: Final = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
@@ -51,8 +53,7 @@ class AuditChain:
     async def open(cls, pipe: Pipeline) -> Self:
         """Watches the audit; before `multi()`."""
         await pipe.watch(AUDIT_STREAM)
-        rows = cast("list[tuple[str, dict[str, str]]]", await pipe.xrevrange(AUDIT_STREAM, count=1))
-        return cls(rows[0][1].get("digest", "") if rows else GENESIS)
+        return cls(newest_digest(cast("list[Entry]", await pipe.xrevrange(AUDIT_STREAM, count=1))))
 
     def append(self, pipe: Pipeline, event: str, by: Caller, **fields: str) -> None:
         """Queue an entry with the writes that it is about. by: GATEWAY for what nobody asked for. fields: never a key,
@@ -60,6 +61,19 @@ class AuditChain:
         entry = chained(event, tenant=by.tenant, by=by.key_id, previous=self._digest, **fields)
         self._digest = entry["digest"]
         pipe.xadd(AUDIT_STREAM, cast("dict[Any, Any]", entry))
+
+
+async def audited(
+    redis: Redis, run: Callable[[tuple[str, str]], Awaitable[str]], event: str, by: Caller, **fields: str
+) -> str:
+    """What a script answers that writes this entry together with what the entry is about, as `AUDIT_LUA` says. run: it,
+    given the entry; again where it was OVERTAKEN. Raises StoreUnavailable when it always was."""
+    for _ in range(MOST_TRIES):
+        previous = newest_digest(cast("list[Entry]", await redis.xrevrange(AUDIT_STREAM, count=1)))
+        entry = chained(event, tenant=by.tenant, by=by.key_id, previous=previous, **fields)
+        if (answer := await run(script_values(entry))) != OVERTAKEN:
+            return answer
+    raise StoreUnavailable("others wrote to the audit all the time; nothing was changed")
 
 
 def verified(entries: Iterable[Entry]) -> AuditHead:

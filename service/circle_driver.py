@@ -206,7 +206,7 @@ class CircleDriver:
             case Submit():
                 await self._submit(circle, turn)
             case CancelJob(reason):
-                await self._means.jobs.grant("cancel", cast(str, turn.job_id), circle.tenant)
+                await self._means.jobs.grant("cancel", cast(str, turn.job_id), by)
                 await self._note(circle, reason, facts)
             case Prove(policy):
                 seconds = 0.0 if facts.job is None else facts.job.seconds
@@ -240,7 +240,7 @@ class CircleDriver:
     async def _submit(self, circle: Circle, turn: Turn) -> None:
         spec, key = circle.spec.job(circle.route, turn.number, circle.live_policy), _key_of(circle, turn)
         try:
-            submitted = await self._means.jobs.submit(spec, key, circle.tenant, model=turn.parent)
+            submitted = await self._means.jobs.submit(spec, key, _caller(circle), model=turn.parent)
         except (InvalidField, NotFound) as error:
             await self._write_end(circle, turn, End("failed", error.message))
             return
@@ -303,7 +303,7 @@ class CircleDriver:
         job_id = turn.job_id or await self._means.jobs.submitted_as(_key_of(circle, turn))
         with suppress(Conflict, NotFound):  # it has ended
             if job_id is not None:
-                await self._means.jobs.grant("cancel", job_id, circle.tenant)
+                await self._means.jobs.grant("cancel", job_id, _caller(circle))
 
     async def _stop_trial(self, circle: Circle, turn: Turn) -> None:
         with suppress(Conflict, NotFound):  # it is on no trial, or live by somebody else's will

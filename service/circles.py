@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from time import time
 from typing import Any, cast
 
-from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
@@ -31,6 +30,7 @@ from service.audit import AuditChain
 from service.circle_rules import foreseen_kl, of_last_day
 from service.errors import CircleNotFound, Conflict, InvalidField, RouteNotFound, Unavailable
 from service.preconditions import ANY, Precondition, version_of
+from service.record_reading import read_record
 from service.registry import read_policy
 from service.store import transact, translated
 from service.trials import CANARY_MOST
@@ -64,7 +64,7 @@ class Circles:
             if row is None:
                 raise RouteNotFound("no such route", param="route")
             precondition.require(circle_version(former))
-            route = Route.model_validate_json(row)
+            route = read_record(Route, row)
             circle = (
                 Circle(route=name, tenant=by.tenant, spec=spec, since=0.0, **await _stands_at(pipe, route))
                 if former is None
@@ -87,7 +87,7 @@ class Circles:
             row = cast("str | None", await self._redis.get(circle_key(name, tenant)))
         if row is None:
             raise _no_circle()
-        return _parsed(row)
+        return read_record(Circle, row)
 
     async def list(self) -> Sequence[Circle]:
         """Those of all tenants, without those of another version: one of them must not hold up all the others."""
@@ -216,26 +216,16 @@ async def require_as_decided(pipe: Pipeline, circle: Circle) -> None:
 async def _read(pipe: Pipeline, key: str) -> Circle | None:
     await pipe.watch(key)
     row = cast("str | None", await pipe.get(key))
-    return None if row is None else _parsed(row)
+    return None if row is None else read_record(Circle, row)
 
 
 def _no_circle() -> CircleNotFound:
     return CircleNotFound("the route has no circle: PUT /routes/{route}/circle begins one")
 
 
-def _parsed(row: str) -> Circle:
-    try:
-        return Circle.model_validate_json(row)
-    except ValidationError as error:
-        raise Unavailable(
-            "the circle is of another version than this gateway: ask a gateway of that version",
-            code="circle_of_other_version",
-        ) from error
-
-
 def _readable(name: str, row: str | None) -> Circle | None:
     try:
-        return None if row is None else _parsed(row)
+        return None if row is None else read_record(Circle, row)
     except Unavailable:
         log.error("the circle of %s is of another version: it is passed over", name)
         return None
@@ -246,7 +236,7 @@ async def _read_both(pipe: Pipeline, name: str, tenant: str) -> tuple[Circle, Ro
     row = cast("str | None", await pipe.get(route_key(name, tenant)))
     if circle is None or row is None:
         raise _no_circle()
-    return circle, Route.model_validate_json(row)
+    return circle, read_record(Route, row)
 
 
 async def _stands_at(pipe: Pipeline, route: Route) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from service.artefacts import MANIFEST_FILE
 from service.audit import AuditChain
 from service.errors import Conflict, StoreFull, StoreUnavailable
 from service.preconditions import ANY, Precondition
+from service.record_reading import read_record
 from service.registry import read_policy, watched_routes, write_move
 from service.store import transact, translated
 
@@ -185,7 +186,7 @@ async def _is_shown(pipe: Pipeline, policy: PolicyRecord, route: str) -> bool:
     key = experiment_key(route, policy.tenant)
     await pipe.watch(key)
     row = cast("str | None", await pipe.get(key))
-    experiment = None if row is None else Experiment.model_validate_json(row)
+    experiment = None if row is None else read_record(Experiment, row)
     if experiment is None or experiment.stopped_at is not None:
         return False
     return any(entry.arm.policy == policy.id for entry in experiment.arms)

@@ -35,6 +35,7 @@ from service.catalogue import Snapshot
 from service.errors import Conflict, ExperimentNotFound, InvalidField, RouteNotFound
 from service.experiments import BUCKETS, arm_object, policy_named, require_n
 from service.preconditions import ANY, Precondition, version_of
+from service.record_reading import read_record
 from service.store import transact, translated
 
 MIN_ARMS: Final = 2
@@ -127,7 +128,7 @@ class Experiments:
             route_row, row = cast("list[str | None]", await pipe.mget(keys))
             if route_row is None:
                 raise RouteNotFound("no such route")
-            former, route = None if row is None else Experiment.model_validate_json(row), _free_route(route_row)
+            former, route = None if row is None else read_record(Experiment, row), _free_route(route_row)
             precondition.require(version_of(former))
             arms = checked_arms(request, route, snapshot)
             experiment = _successor(route_name, by.tenant, former, arms)
@@ -147,7 +148,7 @@ class Experiments:
             row = cast("str | None", await self._redis.get(experiment_key(route_name, tenant)))
         if row is None:
             raise ExperimentNotFound("the route has no experiment")
-        return Experiment.model_validate_json(row)
+        return read_record(Experiment, row)
 
     async def stop(self, route_name: str, by: Caller = GATEWAY, *, precondition: Precondition = ANY) -> Experiment:
         """Raises ExperimentNotFound, PreconditionFailed, and Conflict when it stopped before."""
@@ -157,7 +158,7 @@ class Experiments:
             row = cast("str | None", await pipe.get(key))
             if row is None:
                 raise ExperimentNotFound("the route has no experiment")
-            experiment = Experiment.model_validate_json(row)
+            experiment = read_record(Experiment, row)
             precondition.require(version_of(experiment))
             if experiment.stopped_at is not None:
                 raise Conflict("the experiment has stopped already", code="experiment_stopped")
@@ -203,7 +204,7 @@ def _successor(route: str, tenant: str, former: Experiment | None, arms: tuple[E
 
 def _free_route(row: str) -> Route:
     """Raises Conflict where a canary decides who answers."""
-    route = Route.model_validate_json(row)
+    route = read_record(Route, row)
     if route.canary is not None:
         raise Conflict("a canary is tried on the route: withdraw or promote it first", code="route_in_use")
     return route

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, Literal
 
+from bon_algos.audit_entries import AUDIT_LUA
 from bon_algos.contracts import FINAL_JOB_STATES, JOB_LUA
 from bon_algos.contracts.job_states import JOB_PREFIX
+from service.audit import OVERTAKEN
 from service.errors import Conflict, GatewayError, JobNotFound, QueueFull
 
 Wish = Literal["pause", "resume", "cancel"]
@@ -19,7 +21,7 @@ MOST_OPEN_JOBS: Final = 100
 
 # How many of the open jobs are a tenant's.
 _OPEN: Final = (
-    f"local PREFIX = '{JOB_PREFIX}'\n"
+    f"local PREFIX, OVERTAKEN = '{JOB_PREFIX}', '{OVERTAKEN}'\n"
     + """
 local function open_jobs(all, tenant)
   local own = 0
@@ -34,10 +36,12 @@ end
 
 # KEYS: job, events, jobs index, open jobs, idempotency key, files. ARGV: job id, spec, tenant, model, priority, steps,
 # digest of the body or "" without an idempotency key, its life in seconds, the file it learns from or "", how many open
-# jobs a tenant may have. Returns "" for a new job, "no_file" when that file was deleted meanwhile, "full" when the
-# tenant has as many jobs, else "digest job" of the earlier request.
+# jobs a tenant may have, the audit's entry in two. Returns "" for a new job, "no_file" when that file was deleted
+# meanwhile, "full" when the tenant has as many jobs, OVERTAKEN when the entry does not follow the newest one, else
+# "digest job" of the earlier request.
 SUBMIT: Final = (
     JOB_LUA
+    + AUDIT_LUA
     + _OPEN
     + """
 if ARGV[7] ~= '' then
@@ -46,6 +50,7 @@ if ARGV[7] ~= '' then
 end
 if ARGV[9] ~= '' and redis.call('HEXISTS', KEYS[6], ARGV[9]) == 0 then return 'no_file' end
 if open_jobs(KEYS[4], ARGV[3]) >= tonumber(ARGV[10]) then return 'full' end
+if not is_newest(ARGV[11]) then return OVERTAKEN end
 if ARGV[7] ~= '' then
   redis.call('SET', KEYS[5], ARGV[7] .. ' ' .. ARGV[1], 'EX', ARGV[8])
 end
@@ -55,16 +60,20 @@ redis.call('HSET', KEYS[1], 'spec', ARGV[2], 'tenant', ARGV[3], 'model', ARGV[4]
 tell(KEYS[1], KEYS[2], 'state', 'queued')
 redis.call('ZADD', KEYS[3], at, ARGV[1])
 redis.call('SADD', KEYS[4], ARGV[1])
+note(ARGV[12])
 return ''
 """
 )
 
 # The three below. KEYS: job, events, open jobs, idempotency key. ARGV: job id, tenant, digest of the request or ""
-# without an idempotency key, its life in seconds, how many open jobs a tenant may have. Return 'done' when the job was
-# moved, 'asked' when its worker will be told, 'digest answer' of the earlier request that was granted, else what stands
-# in the way: 'unknown' to the tenant, the job's state, 'cancelling', or 'full' when the tenant has as many jobs.
+# without an idempotency key, its life in seconds, how many open jobs a tenant may have, the audit's entry in two, which
+# is written where anything is changed. Return 'done' when the job was moved, 'asked' when its worker will be told,
+# 'digest answer' of the earlier request that was granted, OVERTAKEN when the entry does not follow the newest one, else
+# what stands in the way: 'unknown' to the tenant, the job's state, 'cancelling', or 'full' when the tenant has as many
+# jobs.
 _OWNED: Final = (
     JOB_LUA
+    + AUDIT_LUA
     + _OPEN
     + """
 local job = redis.call('HMGET', KEYS[1], 'tenant', 'state', 'cancel', 'pause')
@@ -72,13 +81,19 @@ if job[1] ~= ARGV[2] then return 'unknown' end
 local state, cancelling, pausing = job[2], job[3] == '1', job[4] == '1'
 local earlier = ARGV[3] ~= '' and redis.call('GET', KEYS[4])
 if earlier then return earlier end
+if not is_newest(ARGV[6]) then return OVERTAKEN end
 local function granted(answer)
   if ARGV[3] ~= '' then redis.call('SET', KEYS[4], ARGV[3] .. ' ' .. answer, 'EX', ARGV[4]) end
   return answer
 end
+local function done()
+  note(ARGV[7])
+  return granted('done')
+end
 local function ask(wish)
   redis.call('HSET', KEYS[1], wish, 1)
   tell(KEYS[1], KEYS[2], 'asked', wish)
+  note(ARGV[7])
 end
 """
 )
@@ -88,7 +103,7 @@ SCRIPTS: Final[Mapping[Wish, str]] = {
 if state == 'queued' then
   move(KEYS[1], KEYS[2], 'paused')
   redis.call('SREM', KEYS[3], ARGV[1])
-  return granted('done')
+  return done()
 end
 if state ~= 'running' then return state end
 if cancelling then return 'cancelling' end
@@ -102,11 +117,12 @@ if state == 'paused' then
   redis.call('HDEL', KEYS[1], 'dispatched_at')
   move(KEYS[1], KEYS[2], 'queued')
   redis.call('SADD', KEYS[3], ARGV[1])
-  return granted('done')
+  return done()
 end
 if state ~= 'running' or not pausing or cancelling then return state end
 redis.call('HDEL', KEYS[1], 'pause')
 tell(KEYS[1], KEYS[2], 'asked', 'resume')
+note(ARGV[7])
 return granted('asked')
 """,
     "cancel": _OWNED
@@ -115,7 +131,7 @@ if state == 'queued' or state == 'paused' then
   redis.call('HSET', KEYS[1], 'cancel', 1)
   move(KEYS[1], KEYS[2], 'cancelled')
   redis.call('SREM', KEYS[3], ARGV[1])
-  return granted('done')
+  return done()
 end
 if state ~= 'running' then return state end
 if not cancelling then ask('cancel') end

@@ -15,6 +15,7 @@ from time import time
 from typing import Any, Final, cast
 
 from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
 from uuid_utils import uuid7
 
 from bon_algos.contracts import (
@@ -40,10 +41,13 @@ from bon_algos.contracts import (
     route_key,
 )
 from bon_algos.crash_points import crash_point
+from service.access import GATEWAY, Caller
+from service.audit import audited
 from service.errors import FileNotFound, InvalidField, JobNotFound, PolicyNotFound
 from service.idempotency import KEPT_SECONDS, Idempotency
 from service.job_object import checkpoint_object, event_object, finished_object, job_object
 from service.job_scripts import MOST_OPEN_JOBS, SCRIPTS, SUBMIT, Wish, queue_full, refusal
+from service.record_reading import read_record
 from service.store import translated
 from service.training_checks import (
     check_parent,
@@ -81,28 +85,27 @@ class Jobs:
         self,
         spec: JobSpec,
         idempotency: Idempotency | None = None,
-        tenant: str = DEFAULT_TENANT,
+        by: Caller = GATEWAY,
         *,
         model: str | None = None,
     ) -> Submitted:
-        """Record a job. model: the policy that it begins with, None: the one its route is based on.
+        """Record a job of the caller's tenant. model: the policy that it begins with, None: its route's base.
         Raises InvalidField for a spec this installation cannot run, an empty ledger, or an idempotency key that was
         used for another body; PolicyNotFound for a policy it names that is none; QueueFull."""
         check_spec(spec, n_cap=self._n_cap, max_lora_rank=self._max_lora_rank, now=time())
-        job_id = f"job_{uuid7().hex}"
+        job_id, tenant = f"job_{uuid7().hex}", by.tenant
         key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
+        keys = [job_key(job_id), job_events_key(job_id), jobs_index(tenant), OPEN_JOBS, key, files_key(tenant)]
+        values = (
+            *(job_id, spec.model_dump_json(), tenant, model or "", spec.priority, _steps(spec)),
+            *(digest, KEPT_SECONDS, spec.training_file or "", MOST_OPEN_JOBS),
+        )
         with translated():
             if idempotency is None or not await self._redis.exists(key):
                 await self._require_groups(spec, tenant)
                 await self._require_named(spec, tenant)
             crash_point("submit.asked")
-            kept = await self._submit(
-                keys=[job_key(job_id), job_events_key(job_id), jobs_index(tenant), OPEN_JOBS, key, files_key(tenant)],
-                args=[
-                    *(job_id, spec.model_dump_json(), tenant, model or "", spec.priority, _steps(spec)),
-                    *(digest, KEPT_SECONDS, spec.training_file or "", MOST_OPEN_JOBS),
-                ],
-            )
+            kept = await self._audited(self._submit, keys, values, "job_submit", by, job=job_id, route=spec.route)
             crash_point("submit.recorded")
         if kept == "no_file":
             raise _no_file()
@@ -110,7 +113,7 @@ class Jobs:
             raise queue_full()
         if idempotency is None or not kept:
             return Submitted(job_id, is_replayed=False)
-        return Submitted(idempotency.answer(cast(str, kept)), is_replayed=True)
+        return Submitted(idempotency.answer(kept), is_replayed=True)
 
     async def submitted_as(self, idempotency: Idempotency) -> str | None:
         """The job of an earlier `submit` with this key; None: there was none. Raises InvalidField for a key that was
@@ -181,26 +184,38 @@ class Jobs:
         return [checkpoint_object(job_id, step, kept[step]) for step in sorted(kept, key=int, reverse=True)]
 
     async def grant(
-        self, wish: Wish, job_id: str, tenant: str = DEFAULT_TENANT, idempotency: Idempotency | None = None
+        self, wish: Wish, job_id: str, by: Caller = GATEWAY, idempotency: Idempotency | None = None
     ) -> dict[str, Any]:
         """Pause, resume or cancel: at once where no worker has the job, else its worker is asked to. The job, after.
         Raises JobNotFound, Conflict when the state of the job forbids it, QueueFull for one to resume where the tenant
-        has as many jobs as it may, and InvalidField for an idempotency key that
-        was used for another request."""
+        has as many jobs as it may, and InvalidField for an idempotency key that was used for another request."""
         _require_job_id(job_id)
         key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
+        keys = [job_key(job_id), job_events_key(job_id), OPEN_JOBS, key]
+        values = (job_id, by.tenant, digest, KEPT_SECONDS, MOST_OPEN_JOBS)
         with translated():
             crash_point("wish.asked")
-            answer = await self._wishes[wish](
-                keys=[job_key(job_id), job_events_key(job_id), OPEN_JOBS, key],
-                args=[job_id, tenant, digest, KEPT_SECONDS, MOST_OPEN_JOBS],
-            )
+            answer = await self._audited(self._wishes[wish], keys, values, f"job_{wish}", by, job=job_id)
             crash_point("wish.recorded")
         if idempotency is not None and " " in answer:
             answer = idempotency.answer(answer)
-        if (refused := refusal(wish, cast(str, answer))) is not None:
+        if (refused := refusal(wish, answer)) is not None:
             raise refused
-        return await self.get(job_id, tenant)
+        return await self.get(job_id, by.tenant)
+
+    async def _audited(
+        self,
+        script: AsyncScript,
+        keys: Sequence[str],
+        values: Sequence[str | int],
+        event: str,
+        by: Caller,
+        **about: str,
+    ) -> str:
+        async def run(entry: tuple[str, str]) -> str:
+            return cast(str, await script(keys=keys, args=(*values, *entry)))
+
+        return await audited(self._redis, run, event, by, **about)
 
     async def _fields(self, job_id: str, tenant: str) -> dict[str, str]:
         _require_job_id(job_id)
@@ -266,11 +281,11 @@ class Jobs:
     async def _base_of(self, route: str, tenant: str) -> str | None:
         """None where there is no such route."""
         row = cast("str | None", await self._redis.get(route_key(route, tenant)))
-        return None if row is None else Route.model_validate_json(row).base_policy
+        return None if row is None else read_record(Route, row).base_policy
 
     async def _policy(self, policy: str, param: str, tenant: str) -> PolicyRecord:
         row = cast("str | None", await self._redis.hget(policy_key(policy), "record"))
-        record = None if row is None else PolicyRecord.model_validate_json(row)
+        record = None if row is None else read_record(PolicyRecord, row)
         if record is None or not _is_seen_by(tenant, record):
             raise PolicyNotFound(f"no such policy: {policy}", param=param)
         return record

@@ -33,6 +33,7 @@ from service.circles import require_as_decided
 from service.errors import Conflict, PolicyNotFound
 from service.idempotency import Idempotency
 from service.preconditions import ANY, Precondition, version_of
+from service.record_reading import read_record
 from service.registry import moved, named, read_policy, require_fit, settled, watched_routes, write_move, write_policy
 from service.store import transact
 
@@ -99,7 +100,7 @@ class Policies:
 
         async def change(pipe: Pipeline) -> Route:
             if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
-                return Route.model_validate_json(earlier)
+                return read_record(Route, earlier)
             if circle is not None:
                 await require_as_decided(pipe, circle)
             routes = await watched_routes(pipe, by.tenant)
@@ -138,7 +139,7 @@ class Policies:
 
         async def change(pipe: Pipeline) -> Route:
             if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
-                return Route.model_validate_json(earlier)
+                return read_record(Route, earlier)
             routes = await watched_routes(pipe, by.tenant)
             route = named(routes, route_name)
             precondition.require(version_of(route))

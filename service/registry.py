@@ -25,6 +25,7 @@ from bon_algos.contracts import (
 from service.errors import Conflict, InvalidField, PolicyNotFound, RouteNotFound
 from service.experiment_store import FORMER_STATISTICS_SECONDS
 from service.idempotency import Idempotency
+from service.record_reading import read_record
 
 
 class Settled(NamedTuple):
@@ -37,7 +38,7 @@ class Settled(NamedTuple):
 async def read_policy(pipe: Pipeline, policy_id: str, tenant: str | None = None) -> PolicyRecord:
     """tenant: whose it must be unless it is a base; None: anybody's. Raises PolicyNotFound."""
     row = cast("str | None", await pipe.hget(policy_key(policy_id), "record"))
-    policy = None if row is None else PolicyRecord.model_validate_json(row)
+    policy = None if row is None else read_record(PolicyRecord, row)
     if policy is None or (tenant is not None and policy.kind != "base" and policy.tenant != tenant):
         raise PolicyNotFound("no such policy")
     return policy
@@ -60,7 +61,7 @@ async def watched_routes(pipe: Pipeline, tenant: str) -> dict[str, Route]:
     keys = [route_key(name, tenant) for name in own]
     await pipe.watch(*keys)
     rows = cast("list[str | None]", await pipe.mget(keys))
-    return {name: Route.model_validate_json(row) for name, row in zip(own, rows, strict=True) if row is not None}
+    return {name: read_record(Route, row) for name, row in zip(own, rows, strict=True) if row is not None}
 
 
 def named(routes: Mapping[str, Route], name: str) -> Route:

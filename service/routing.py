@@ -31,6 +31,7 @@ from service.catalogue import Snapshot
 from service.errors import Conflict, InvalidField, RouteNotFound
 from service.experiment_store import FORMER_STATISTICS_SECONDS
 from service.preconditions import ANY, Precondition, version_of
+from service.record_reading import read_record
 from service.store import transact
 
 MAX_ROUTES: Final = 100
@@ -75,7 +76,7 @@ class Routes:
 
         async def change(pipe: Pipeline) -> tuple[Route, bool]:
             row = cast("str | None", await pipe.get(key))
-            former = None if row is None else Route.model_validate_json(row)
+            former = None if row is None else read_record(Route, row)
             precondition.require(version_of(former))
             if former is None and await _count(pipe, by.tenant) >= MAX_ROUTES:
                 raise Conflict(f"there are {MAX_ROUTES} routes already: delete one", code="too_many_routes")
@@ -104,9 +105,9 @@ class Routes:
             row, experiment_row = cast("list[str | None]", await pipe.mget(keys[:2]))
             if row is None:
                 raise RouteNotFound("no such route", param="route")
-            route = Route.model_validate_json(row)
+            route = read_record(Route, row)
             precondition.require(version_of(route))
-            experiment = None if experiment_row is None else Experiment.model_validate_json(experiment_row)
+            experiment = None if experiment_row is None else read_record(Experiment, experiment_row)
             if experiment is not None and experiment.stopped_at is None:
                 raise Conflict("an experiment runs on the route: stop it first", code="route_in_use")
             if route.collect_share is not None:

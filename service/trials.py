@@ -33,6 +33,7 @@ from service.errors import Conflict, InvalidField
 from service.experiments import arm_object
 from service.idempotency import Idempotency
 from service.preconditions import ANY, Precondition
+from service.record_reading import read_record
 from service.registry import moved, named, read_policy, require_fit, settled, watched_routes, write_move
 from service.store import transact, translated
 
@@ -65,7 +66,7 @@ class Trials:
 
         async def change(pipe: Pipeline) -> Route:
             if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
-                return Route.model_validate_json(earlier)
+                return read_record(Route, earlier)
             routes = await watched_routes(pipe, by.tenant)
             route = named(routes, route_name)
             policy = await read_policy(pipe, policy_id, by.tenant)
@@ -145,7 +146,7 @@ async def _require_free(pipe: Pipeline, route: Route, stage: TrialStage, policy_
     key = experiment_key(route.name, route.tenant)
     await pipe.watch(key)
     row = cast("str | None", await pipe.get(key))
-    if stage == "canary" and row is not None and Experiment.model_validate_json(row).stopped_at is None:
+    if stage == "canary" and row is not None and read_record(Experiment, row).stopped_at is None:
         raise Conflict("an experiment runs on the route, which decides who answers: stop it first", code="route_in_use")
 
 

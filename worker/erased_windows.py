@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 import redis
 from pydantic import ValidationError
 
-from bon_algos.audit_entries import GENESIS, chained
+from bon_algos.audit_entries import chained, newest_digest
 from bon_algos.contracts import (
     AUDIT_STREAM,
     DEFAULT_TENANT,
@@ -127,11 +127,11 @@ def _mark(client: redis.Redis, policy_id: str) -> None:
             return
         tainted = record.model_copy(update={"tainted": True, "version": record.version + 1})
         pipe.hset(key, mapping={"record": tainted.model_dump_json(), "version": str(tainted.version)})
-        previous = newest[0][1].get(b"digest", b"").decode() if newest else GENESIS
         told = json.dumps({"state": record.state, "reason": CODE})
-        entry = chained(
-            "policy_tainted", tenant=record.tenant, by="worker", previous=previous, policy=policy_id, data=told
+        former = newest_digest(newest)
+        pipe.xadd(
+            AUDIT_STREAM,
+            chained("policy_tainted", tenant=record.tenant, by="worker", previous=former, policy=policy_id, data=told),
         )
-        pipe.xadd(AUDIT_STREAM, entry)
 
     client.transaction(change, key, AUDIT_STREAM)

@@ -17,11 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Final, Literal, NamedTuple, Self, TypeVar, cast
+from typing import Any, Final, Literal, NamedTuple, Self, TypeVar, cast
 
 import redis
 
+from bon_algos.audit_entries import MOST_TRIES, chained, newest_digest, script_values
 from bon_algos.contracts import (
+    AUDIT_STREAM,
     JOB_EVENTS_KEPT,
     POLICIES_DELETED,
     POLICIES_INDEX,
@@ -214,15 +216,15 @@ class Lease:
             raise JobCancelled(self.job_id)
 
     def finish_succeeded(self, policy: PolicyRecord, report_json: str) -> None:
-        """End the job and register its policy, in one script. Raises LeaseLost, JobCancelled or RedisError, and
-        JobFailed where the same weights were deleted before, or what it was made from is tainted by now."""
+        """End the job, register its policy and tell the audit, in one script. Raises LeaseLost, JobCancelled or
+        RedisError, and JobFailed where the same weights were deleted before, or what it was made from is tainted."""
         keys = (
             *(job_key(self.job_id), job_events_key(self.job_id)),
             *(policy_key(policy.id), POLICIES_INDEX, POLICIES_DELETED),
             *(policy_key(parent) for parent in sorted(policy.parents)),
         )
         values = ("succeeded", JOB_EVENTS_KEPT, policy.model_dump_json(), policy.created_at, policy.id, report_json)
-        answer = self._finish(keys, values)
+        answer = self._register(policy, keys, values)
         if answer == 2:
             raise JobCancelled(self.job_id)
         if answer == 3:
@@ -236,6 +238,29 @@ class Lease:
 
     def finish_cancelled(self) -> None:
         self._finish((job_key(self.job_id), job_events_key(self.job_id)), ("cancelled", JOB_EVENTS_KEPT))
+
+    def _register(self, policy: PolicyRecord, keys: tuple[str, ...], values: tuple[str | int | float, ...]) -> int:
+        """Again with another entry of the audit where somebody else's was written first. Raises RedisError where it
+        always was."""
+        digest = {} if policy.manifest is None else {"digest": policy.manifest.digest}
+        told = json.dumps({"before": None, "after": policy.state, **digest})
+        for _ in range(MOST_TRIES):
+            previous = self._until_redis_answers(self._newest_digest)
+            entry = chained(
+                "policy_register",
+                tenant=policy.tenant,
+                by="worker",
+                previous=previous,
+                policy=policy.id,
+                job=self.job_id,
+                data=told,
+            )
+            if (answer := self._finish(keys, (*values, *script_values(entry)))) != 5:
+                return answer
+        raise redis.WatchError("others wrote to the audit all the time")
+
+    def _newest_digest(self) -> str:
+        return newest_digest(cast("list[Any]", self._client.xrevrange(AUDIT_STREAM, count=1)))
 
     def _finish(self, keys: tuple[str, ...], values: tuple[str | int | float, ...]) -> int:
         crash_point("finish.asked")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from bon_algos.audit_entries import AUDIT_LUA
 from bon_algos.contracts import JOB_LUA
 
 _FENCE: Final = """
@@ -126,6 +127,7 @@ return 1
 
 FINISH: Final = (
     JOB_LUA
+    + AUDIT_LUA
     + _ASKED
     + _FENCE
     + """
@@ -137,11 +139,12 @@ if state == 'succeeded' then
     local parent = redis.call('HGET', KEYS[i], 'record')
     if parent and cjson.decode(parent).tainted == true then return 4 end
   end
+  if redis.call('HEXISTS', KEYS[3], 'record') == 0 and not is_newest(ARGV[8]) then return 5 end
 end
 spend(KEYS[1])
 if state == 'succeeded' then
   redis.call('HSETNX', KEYS[3], 'version', '1')
-  redis.call('HSETNX', KEYS[3], 'record', ARGV[4])
+  if redis.call('HSETNX', KEYS[3], 'record', ARGV[4]) == 1 then note(ARGV[9]) end
   redis.call('ZADD', KEYS[4], 'NX', ARGV[5], ARGV[6])
   redis.call('HSET', KEYS[1], 'policy_id', ARGV[6], 'report', ARGV[7])
 elseif state == 'failed' then
@@ -152,6 +155,7 @@ return answer
 """
 )
 """KEYS job, events[, policy, policies, deleted policies, its parents]. ARGV claim, state, events kept, then for
-`succeeded` record, created_at, policy id, report; for `failed` code, message. -> 0 fenced, 1 done, 2 done as cancelled:
-a success that comes after a cancellation is none, 3 nothing done: this very policy was deleted, 4 nothing done: a
-parent is tainted. One that exists is left as it is."""
+`succeeded` record, created_at, policy id, report and the audit's entry in two (AUDIT_LUA); for `failed` code, message.
+-> 0 fenced, 1 done, 2 done as cancelled: a success that comes after a cancellation is none, 3 nothing done: this very
+policy was deleted, 4 nothing done: a parent is tainted, 5 nothing done: others wrote to the audit, again with another
+entry. A policy that exists is left as it is, and no entry tells of it."""

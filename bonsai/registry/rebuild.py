@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 import redis
 from pydantic import ValidationError
 
-from bon_algos.audit_entries import GENESIS, chained
+from bon_algos.audit_entries import chained, newest_digest
 from bon_algos.contracts import (
     AUDIT_STREAM,
     DEFAULT_TENANT,
@@ -197,7 +197,7 @@ def write(client: redis.Redis, missing: Restoration) -> None:
         _write_registry(pipe, missing)
         for job_id, fields in missing.jobs.items():
             _write_job(pipe, job_id, fields)
-        entry = _audit_entry(missing, tail[0][1]["digest"] if tail else GENESIS)
+        entry = _audit_entry(missing, newest_digest(tail))
         pipe.xadd(AUDIT_STREAM, cast("dict[Any, Any]", entry))
         pipe.execute()
 

@@ -70,7 +70,7 @@ async def _submitted(request: Request, spec: JobSpec, status: int) -> JSONRespon
     control, caller = control_of(request), caller_of(request)
     route = _route_for(request, spec)
     idempotency = idempotency_of(request, spec.model_dump_json())
-    submitted = await control.jobs.submit(spec, idempotency, caller.tenant, model=route.base_policy)
+    submitted = await control.jobs.submit(spec, idempotency, caller, model=route.base_policy)
     await control.job_records.write_promptly(submitted.job_id)
     headers = {"Location": f"{JOBS}/{submitted.job_id}"}
     if submitted.is_replayed:
@@ -160,7 +160,7 @@ async def _granted(request: Request, wish: Wish, job_id: str) -> JSONResponse:
     control = control_of(request)
     query_parameters(request, ())
     await _seen(request, job_id)
-    granted = await control.jobs.grant(wish, job_id, caller_of(request).tenant, idempotency_of(request))
+    granted = await control.jobs.grant(wish, job_id, caller_of(request), idempotency_of(request))
     await control.job_records.write_promptly(job_id)
     wake = BackgroundTask(control.dispatcher.wake, job_id) if granted["status"] == "queued" else None
     return JSONResponse(granted, background=wake)

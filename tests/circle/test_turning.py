@@ -77,4 +77,4 @@ def test_nobody_else_did_any_of_it(stack, ended):
     entries = stack.http.get("/audit?limit=100").json()["data"]
     moved = [entry for entry in entries if ended["live_policy"] in str(entry)]
     assert {"shadow_start", "canary_start", "promote"} <= {entry["event"] for entry in moved}
-    assert {entry["by"] for entry in moved} <= {f"circle:{ROUTE}", "gateway"}
+    assert {entry["by"] for entry in moved} <= {f"circle:{ROUTE}", "gateway", "worker"}

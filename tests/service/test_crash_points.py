@@ -125,7 +125,7 @@ def test_F32_a_job_is_there_once_and_somebody_is_woken_for_it(point, client, red
     assert recorded in ([], [job_id])
     assert client.zrange(jobs_index("default"), 0, -1) == [job_id]
     assert (client.smembers(OPEN_JOBS), client.hget(job_key(job_id), "state")) == ({job_id}, "queued")
-    assert client.llen(QUEUE) >= 1
+    assert (client.llen(QUEUE) >= 1, client.xlen(AUDIT_STREAM)) == (True, 1)
 
 
 @pytest.fixture
@@ -160,13 +160,14 @@ def test_a_wish_is_granted_as_a_whole_or_not_at_all_and_asked_for_again_is_grant
 ):
     """The caller, who saw the connection break, asks again with the same key, whatever came of the first time."""
     job_id = a_job(**before)
-    told = client.xlen(job_events_key(job_id))
+    told, audited = client.xlen(job_events_key(job_id)), client.xlen(AUDIT_STREAM)
 
     def stands() -> tuple[object, ...]:
         fields = client.hmget(job_key(job_id), "state", "pause", "cancel")
-        return tuple(fields), client.sismember(OPEN_JOBS, job_id), client.xlen(job_events_key(job_id)) - told
+        entries = client.xlen(job_events_key(job_id)) - told, client.xlen(AUDIT_STREAM) - audited
+        return tuple(fields), client.sismember(OPEN_JOBS, job_id), entries
 
-    untouched, granted = stands(), (after, is_open, 1)
+    untouched, granted = stands(), (after, is_open, (1, 1))
     dies(wanted, point)
     assert stands() == (granted if point == "wish.recorded" else untouched)
     seen = asyncio.run(mortal.wish(wanted, redis_url))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from typing import Any, cast
 
 import pytest
 from redis.asyncio import Redis
 
 from bon_algos.contracts import (
+    AUDIT_STREAM,
     LEDGER_COUNTS,
     OPEN_JOBS,
     BonForwardKlSpec,
@@ -21,6 +24,8 @@ from bon_algos.contracts import (
     jobs_index,
     policy_key,
 )
+from service.access import GATEWAY, Caller
+from service.audit import Entry, verified
 from service.errors import (
     Conflict,
     InvalidField,
@@ -153,7 +158,7 @@ async def test_D36_a_tenant_has_so_many_open_jobs_and_no_more(jobs: Jobs, redis:
     with pytest.raises(QueueFull):
         await jobs.submit(job_spec(), key("another"))
     assert (await jobs.submit(job_spec(), key("first"))).job_id == first.job_id
-    await jobs.submit(job_spec(), tenant="acme")
+    await jobs.submit(job_spec(), by=GATEWAY._replace(tenant="acme"))
     await jobs.grant("cancel", last.job_id)
     # The key of what was refused is free.
     assert not (await jobs.submit(job_spec(), key("another"))).is_replayed
@@ -296,6 +301,71 @@ async def test_what_a_worker_wrote_is_what_the_caller_sees(jobs: Jobs, redis: Re
     assert (job["status"], seen["step"], seen["steps"], seen["attempts"]) == ("failed", 3, 10, 3)
     assert (seen["seconds_left"], seen["started_at"], job["finished_at"]) == (None, 1.5, 2)
     assert (seen["metrics"], job["error"]) == ({"loss": 0.5}, {"code": "x", "message": "y", "param": None})
+
+
+async def entries(redis: Redis) -> list[dict[str, str]]:
+    """The audit, found whole."""
+    found = cast("list[Entry]", await redis.xrange(AUDIT_STREAM))
+    verified(found)
+    return [dict(fields) for _, fields in found]
+
+
+async def asked_of_jobs(redis: Redis) -> list[tuple[str, ...]]:
+    return [tuple(one[name] for name in ("event", "by", "tenant", "job")) for one in await entries(redis)]
+
+
+async def test_the_audit_tells_once_who_asked_for_what(jobs: Jobs, redis: Redis):
+    ann, bob = Caller("key_ann", "acme", "trainer"), Caller("key_bob", "acme", "admin")
+    await redis.hset(LEDGER_COUNTS, "acme/default", "100")
+    for _ in range(2):
+        job_id = (await jobs.submit(job_spec(), key("k"), ann)).job_id
+    for _ in range(2):
+        await jobs.grant("pause", job_id, bob, key("p"))
+    with pytest.raises(Conflict):
+        await jobs.grant("pause", job_id, bob)
+    await jobs.grant("resume", job_id, ann)
+    await redis.hset(job_key(job_id), "state", "running")
+    for wish in ("pause", "pause", "resume", "cancel", "cancel"):
+        await jobs.grant(wish, job_id, bob)
+    with pytest.raises(JobNotFound):
+        await jobs.grant("cancel", job_id, Caller("key_eve", "default", "admin"))
+    assert await asked_of_jobs(redis) == [
+        ("job_submit", "key_ann", "acme", job_id),
+        ("job_pause", "key_bob", "acme", job_id),
+        ("job_resume", "key_ann", "acme", job_id),
+        # Of the running one.
+        ("job_pause", "key_bob", "acme", job_id),
+        ("job_resume", "key_bob", "acme", job_id),
+        ("job_cancel", "key_bob", "acme", job_id),
+    ]
+
+
+async def test_what_many_ask_for_at_once_is_one_chain(jobs: Jobs, redis: Redis):
+    submitted = await asyncio.gather(*(jobs.submit(job_spec()) for _ in range(12)))
+    await asyncio.gather(*(jobs.grant("cancel", one.job_id) for one in submitted))
+    told = sorted((one["event"], one["job"]) for one in await entries(redis))
+    ids = sorted(one.job_id for one in submitted)
+    assert told == [(event, job) for event in ("job_cancel", "job_submit") for job in ids]
+
+
+@pytest.mark.parametrize("asked", ["submit", "pause", "resume", "cancel"])
+async def test_nothing_is_changed_without_an_entry_that_follows_the_newest(asked, jobs: Jobs, redis: Redis):
+    """Every script is given the entry that follows a digest of before the newest entry."""
+    job_id = (await jobs.submit(job_spec())).job_id
+    if asked == "resume":
+        await jobs.grant("pause", job_id)
+    before, told = await redis.hgetall(job_key(job_id)), await entries(redis)
+
+    class OutOfDate(Redis):
+        async def xrevrange(self, *_: Any, **__: Any) -> list[Any]:
+            return []
+
+    async with OutOfDate(connection_pool=redis.connection_pool) as late:
+        others = Jobs(late, n_cap=64, max_lora_rank=32)
+        with pytest.raises(StoreUnavailable):
+            await (others.submit(job_spec()) if asked == "submit" else others.grant(asked, job_id))
+    assert (await redis.hgetall(job_key(job_id)), await entries(redis)) == (before, told)
+    assert await redis.zrange(jobs_index("default"), 0, -1) == [job_id]
 
 
 async def test_redis_away_is_503_and_says_so(own_redis: RedisServer):

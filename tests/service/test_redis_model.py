@@ -199,7 +199,7 @@ async def go_through_keys(redis: Redis, directory: Path) -> None:
     await keys.revoke(record.id, GATEWAY)
     await redis.hset(LEDGER_COUNTS, of_tenant("acme", "default"), str(GROUPS_NEEDED))
     await go_through_files(redis, directory)
-    await Jobs(redis, n_cap=64, max_lora_rank=32).submit(job_spec(), tenant="acme")
+    await Jobs(redis, n_cap=64, max_lora_rank=32).submit(job_spec(), by=GATEWAY._replace(tenant="acme"))
 
 
 async def go_through_jobs(redis: Redis, url: str) -> None:

@@ -112,8 +112,9 @@ async def cancelled_job(redis: Redis, tenant: str = "default") -> str:
     """A job that was submitted and cancelled."""
     await redis.hset(LEDGER_COUNTS, "default" if tenant == "default" else f"{tenant}/default", "100")
     jobs = Jobs(redis, n_cap=64, max_lora_rank=32)
-    job_id = (await jobs.submit(job_spec(), tenant=tenant)).job_id
-    await jobs.grant("cancel", job_id, tenant)
+    by = GATEWAY._replace(tenant=tenant)
+    job_id = (await jobs.submit(job_spec(), by=by)).job_id
+    await jobs.grant("cancel", job_id, by)
     return job_id
 
 

@@ -35,6 +35,8 @@ WorkerPoint = Literal[
     "checkpoint.forgotten",
     "tell.asked",
     "tell.recorded",
+    "report.written",
+    "report.renamed",
     "policy.written",
     "policy.renamed",
     "finish.asked",
@@ -117,10 +119,14 @@ ArchivePoint = Literal[
 ]
 """In the order in which a compactor's turn passes them: a batch, an erasure, a merge, what is too old."""
 
-CrashPoint = WorkerPoint | GatewayPoint | ArchivePoint
+CommandPoint = Literal["import.written", "import.renamed", "rebuild.asked", "rebuild.written"]
+"""What an operator's commands pass."""
+
+CrashPoint = WorkerPoint | GatewayPoint | ArchivePoint | CommandPoint
 WORKER_POINTS: Final[tuple[WorkerPoint, ...]] = get_args(WorkerPoint)
 GATEWAY_POINTS: Final[tuple[GatewayPoint, ...]] = get_args(GatewayPoint)
 ARCHIVE_POINTS: Final[tuple[ArchivePoint, ...]] = get_args(ArchivePoint)
+COMMAND_POINTS: Final[tuple[CommandPoint, ...]] = get_args(CommandPoint)
 
 _passes: Final[Counter[str]] = Counter()
 

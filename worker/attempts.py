@@ -138,6 +138,8 @@ def has_ended(client: redis.Redis, job_id: str) -> bool:
 
 
 def _is_orphan(client: redis.Redis, home: Path) -> bool:
+    if home.name.startswith("."):  # of an import that was killed while it wrote, or doomed
+        return not home.name.startswith(DOOMED) and _is_old(home)
     if client.exists(policy_key(f"pol-{home.name[:16]}")):
         return False
     try:

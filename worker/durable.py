@@ -17,12 +17,12 @@ from typing import Final
 
 from safetensors import SafetensorError
 
-from bon_algos.crash_points import WorkerPoint, crash_point
+from bon_algos.crash_points import CrashPoint, crash_point
 from worker.errors import DiskFull
 
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The disk, a quota, the size that a file may have here."""
-Points = tuple[WorkerPoint, WorkerPoint]
+Points = tuple[CrashPoint, CrashPoint]
 """Passed when all is written and synced, and when it has its name."""
 
 

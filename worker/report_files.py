@@ -23,7 +23,8 @@ def write_report(artefacts: Path, report: PolicyReport) -> dict[str, str]:
         "report.png": report_figure(report),
     }
     files = {name: sha256(content).hexdigest() for name, content in contents.items()}
-    with staged(artefacts / "reports" / report_digest(files)) as aside:
+    home = artefacts / "reports" / report_digest(files)
+    with staged(home, points=("report.written", "report.renamed")) as aside:
         for name, content in contents.items():
             (aside / name).write_bytes(content)
     return files

@@ -191,7 +191,7 @@ def _published(
         lora_rank=adapter.rank,
         steps=0,
     )
-    with staged(artefacts / "policies" / digest) as aside:
+    with staged(artefacts / "policies" / digest, points=("import.written", "import.renamed")) as aside:
         for name in ADAPTER_FILES:
             shutil.copyfile(scratch / name, aside / name)
         (aside / "manifest.json").write_text(manifest.model_dump_json(indent=2))

@@ -42,6 +42,7 @@ from bon_algos.contracts import (
     policy_key,
     route_key,
 )
+from bon_algos.crash_points import crash_point
 from service.artefacts import ArtefactRefused, checked_adapter, checked_files, read_manifest
 from service.job_records import DIRECTORY, JobFile
 from service.journal import Journal, read_journal
@@ -199,7 +200,9 @@ def write(client: redis.Redis, missing: Restoration) -> None:
             _write_job(pipe, job_id, fields)
         entry = _audit_entry(missing, newest_digest(tail))
         pipe.xadd(AUDIT_STREAM, cast("dict[Any, Any]", entry))
+        crash_point("rebuild.asked")
         pipe.execute()
+    crash_point("rebuild.written")
 
 
 def _write_registry(pipe: Any, missing: Restoration) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from bon_algos.crash_points import ARCHIVE_POINTS, CRASH_AT, GATEWAY_POINTS, WORKER_POINTS
+from bon_algos.crash_points import ARCHIVE_POINTS, COMMAND_POINTS, CRASH_AT, GATEWAY_POINTS, WORKER_POINTS
 
 ROOT = Path(__file__).parents[2]
 
 
-POINTS = (*GATEWAY_POINTS, *WORKER_POINTS, *ARCHIVE_POINTS)
+POINTS = (*GATEWAY_POINTS, *WORKER_POINTS, *ARCHIVE_POINTS, *COMMAND_POINTS)
 
 
 def places(*packages: str) -> Counter[str]:
@@ -32,7 +32,7 @@ def places(*packages: str) -> Counter[str]:
 
 
 def test_each_place_is_in_the_code_once():
-    assert places("archive", "service", "worker") == Counter(POINTS)
+    assert places("archive", "bonsai", "service", "worker") == Counter(POINTS)
 
 
 @pytest.mark.parametrize(("asked", "passed"), [("beat.asked", 0), ("beat.asked:3", 2), ("claim.asked", 9)])

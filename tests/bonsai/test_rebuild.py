@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from bon_algos.contracts import (
     policy_key,
     route_key,
 )
+from bon_algos.crash_points import CRASH_AT
 from bonsai.cli import main
 from bonsai.registry.auditing import verified_audit
 from bonsai.registry.rebuild import RegistryInUse, missing_from, read_artefacts, write
@@ -40,6 +43,7 @@ from worker.job_record import keep
 from worker.lease import claim
 
 __all__ = ["engine", "reward", "world"]
+ROOT = Path(__file__).parents[2]
 DONE, RUNNING = "job_" + "d" * 32, "job_" + "e" * 32
 
 
@@ -133,6 +137,20 @@ def test_registry_and_jobs_come_back_and_the_same_policy_answers(world: World, t
     send(world.client, "PUT", "/tags/next", {"policy": live})
     journalled(world, tmp_path)
     wait_until(lambda: "next" in read_journal(tmp_path / "artefacts").tags)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("point", "is_there"), [("rebuild.asked", False), ("rebuild.written", True)])
+def test_a_rebuild_that_is_killed_is_there_whole_or_not_at_all_and_may_be_made_again(
+    point: str, is_there: bool, world: World, tmp_path: Path, store
+):
+    live, _ = a_life(world, tmp_path)
+    store.flushall()
+    command = [sys.executable, "-m", "bonsai", "rebuild", "--dir", str(tmp_path), "--redis-url", world.redis_url]
+    assert subprocess.run(command, env={**os.environ, CRASH_AT: point}, cwd=ROOT).returncode == -9
+    assert bool(store.exists(policy_key(live))) == is_there
+    again = rebuild(world, tmp_path)
+    assert again.exit_code == 0, again.output
+    wait_until(lambda: world.client.get("/routes/default").json.get("live_policy") == live)
 
 
 def test_a_registry_that_lives_is_not_overwritten(world: World, tmp_path: Path, store):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,15 +16,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from bon_algos.crash_points import CRASH_AT
 from bon_algos.logprobs import TokenGroup, token_logprobs
 from bonsai.registry.importing import AdapterRefused, Base, import_adapter
 from bonsai.registry.merging import merge
 from bonsai.stack_plan import SHIPPED_MODELS
-from service.artefacts import checked_adapter
+from service.artefacts import checked_adapter, read_manifest
 from service.export import archive_of, unpack
 from worker.models import open_policy, unwarned_of_tied_embeddings
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 BASE = Base(SHIPPED_MODELS / "policy", "pol-" + "0" * 16)
 GROUPS = [TokenGroup([3, 1, 4], [[1, 5, 9, 2, 6, 5, 3, 5]])]
 RANK = 4
@@ -61,6 +66,25 @@ def worn(directory: Path):
 def said(model, groups=GROUPS) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([logprob_L for group in token_logprobs(model, groups) for logprob_L in group])
+
+
+@pytest.mark.parametrize(("point", "named"), [("import.written", 0), ("import.renamed", 1)])
+def test_an_import_that_is_killed_is_there_whole_or_not_at_all_and_may_be_made_again(
+    point, named, made_elsewhere, tmp_path
+):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tests.bonsai.test_registry_files import imported\n"
+        "imported(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    asked = [sys.executable, "-c", code, str(made_elsewhere), str(tmp_path)]
+    done = subprocess.run(asked, env={**os.environ, CRASH_AT: point}, cwd=ROOT)
+    assert done.returncode == -9
+    visible = [path.name for path in (tmp_path / "policies").glob("[!.]*")]
+    assert len(visible) == named
+    manifest = imported(made_elsewhere, tmp_path)
+    assert [path.name for path in (tmp_path / "policies").glob("[!.]*")] == [manifest.digest]
+    kept = read_manifest(tmp_path, manifest.digest)
+    checked_adapter(tmp_path, kept, max_rank=8)
 
 
 def test_an_import_is_whole_the_same_every_time_and_its_fingerprint_is_what_peft_says(made_elsewhere, tmp_path):

@@ -126,6 +126,16 @@ def test_a_report_that_no_policy_names_goes_after_a_day(client, tmp_path):
     assert [one.exists() for one in (lost, lying, registered, fresh)] == [False, True, True, True]
 
 
+def test_what_an_import_that_was_killed_has_written_goes_after_a_day(client, tmp_path):
+    lost, fresh = (tmp_path / "policies" / f".{number * 64}.12345678" for number in "12")
+    for directory in (lost, fresh):
+        directory.mkdir(parents=True)
+        (directory / "adapter_config.json").write_text("{}")
+    aged(lost)
+    attempts.sweep(client, tmp_path)
+    assert [one.name for one in (tmp_path / "policies").iterdir()] == [fresh.name]
+
+
 def test_while_a_policy_does_not_say_which_report_is_its_own_all_stay(client, tmp_path):
     lost, _ = reported(tmp_path, 1)
     (tmp_path / "policies" / write_policy(tmp_path).digest / "manifest.json").write_text("{")

@@ -188,6 +188,7 @@ def test_without_redis_the_gateway_serves_and_refuses_changes(
         settings = gateway_settings(tmp_path, engine_url, reward_url, own_redis.url)
         with running_gateway(settings) as client:
             world = World(client, engine, reward, own_redis.url)
+            wait_until(lambda: client.get("/ready").status == 200)
             own_redis.kill()
             assert client.post("/generate", {"prompt": "p", "n": 2}).status == 200
             for verb, path, body in [

@@ -158,7 +158,6 @@ def _success(status: int, schema: Schema, row: Operation, schemas: Schemas) -> d
     content = {} if schema is None else {row.media_type: {"schema": schemas.of(schema)}}
     content |= {"text/event-stream": {"schema": TEXT}} if row.streams else {}
     content |= {media_type: {"schema": TEXT} for media_type in row.also}
-    response = {"description": HTTPStatus(status).phrase, "headers": _headers(*row.headers)}
     made = [name for name in row.headers if name != "Location" or status in (HTTPStatus.CREATED, HTTPStatus.ACCEPTED)]
     response = {"description": HTTPStatus(status).phrase, "headers": _headers(*made)}
     return {**response, "content": content} if content else response

@@ -19,12 +19,12 @@ from bonsai.runtime_directory import StateDirectory, locked, open_state
 from bonsai.supervisor import kept
 
 # The shape of a worker that trains: the child has a session of its own and does not die with its parent.
-# Both sleep for longer than any test lasts: they are there to be ended, and nobody waits for them.
+# Both wait for the signal by which they are ended.
 FAMILY = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], start_new_session=True)
+import signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-S", "-c", "import signal; signal.pause()"], start_new_session=True)
 print("child", child.pid, flush=True)
-time.sleep(600)
+signal.pause()
 """
 
 

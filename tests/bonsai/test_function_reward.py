@@ -26,13 +26,13 @@ from bonsai.supervisor import kept
 from tests.fixtures.gateway import wait_until
 
 LENGTH = """
-import os, sys, time
+import os, sys, threading
 
 def reward(prompt, completions):
     print("a print of the function's", flush=True)
     if "hang" in completions:
         open("hanging", "w").close()
-        time.sleep(3600)  # stands for a function that never returns; the test ends it
+        threading.Event().wait()  # a function that never returns; the test ends it
     if "die" in completions:
         os._exit(7)
     if "exit" in completions:

@@ -58,7 +58,7 @@ def test_a_first_life_that_ends_early_is_a_failure_with_its_reason(tmp_path: Pat
     assert process.status.state == "failed"
 
 
-# Programs here sleep for longer than any test lasts, to be ended by it; nobody waits for them.
+# Programs here wait for the signal by which the test ends them.
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_what_its_probe_finds_hopeless_is_ended_with_the_reason(tmp_path: Path) 
     async def refused(log: LogTail) -> str | None:
         raise Hopeless("the reward model ranks 12 of 12 pairs wrongly")
 
-    program = "print('up', flush=True); import time; time.sleep(600)"
+    program = "print('up', flush=True); import signal; signal.pause()"
     process = SupervisedProcess(spec(tmp_path, program, probe=refused), lambda: None)
     with pytest.raises(ProcessFailed, match="small: the reward model ranks 12 of 12 pairs wrongly"):
         run(process.keep())
@@ -97,7 +97,7 @@ def test_what_was_ready_once_is_not_ended_by_its_probe(tmp_path: Path) -> None:
         await keeping
 
     changed = asyncio.Event()
-    program = "print('up', flush=True); import time; time.sleep(600)"
+    program = "print('up', flush=True); import signal; signal.pause()"
     process = SupervisedProcess(spec(tmp_path, program, probe=refused_later), changed.set)
     run(until_it_starts_again())
     assert process.status.state == "stopped"
@@ -106,7 +106,7 @@ def test_what_was_ready_once_is_not_ended_by_its_probe(tmp_path: Path) -> None:
 def test_statuses_tell_the_story(tmp_path: Path) -> None:
     seen: list[ProcessStatus] = []
     process = SupervisedProcess(
-        spec(tmp_path, "print('up', flush=True); import time; time.sleep(600)"), lambda: seen.append(process.status)
+        spec(tmp_path, "print('up', flush=True); import signal; signal.pause()"), lambda: seen.append(process.status)
     )
     run(_keep_until_ready_then_stop(process))
     states = [status.state for status in seen]
@@ -121,14 +121,15 @@ def test_statuses_tell_the_story(tmp_path: Path) -> None:
 def test_what_dies_after_it_was_ready_is_started_again(tmp_path: Path) -> None:
     """The first life leaves a mark and dies; the second sees it and stays."""
     program = """
-import pathlib, sys, time
+import pathlib, signal, time
 mark = pathlib.Path("mark")
 second = mark.exists()
 mark.touch()
 print("up", flush=True)
-while not second and not pathlib.Path("seen").exists():
-    time.sleep(0.01)
-time.sleep(600 if second else 0)
+if second:
+    signal.pause()
+while not pathlib.Path("seen").exists():
+    time.sleep(0.01)  # the program's own wait for the test's mark
 """
 
     async def story() -> None:
@@ -146,14 +147,14 @@ time.sleep(600 if second else 0)
 
 
 def test_what_ignores_the_request_is_killed_after_the_grace(tmp_path: Path) -> None:
-    program = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    program = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
     process = SupervisedProcess(spec(tmp_path, program, grace_seconds=0.5), lambda: None)
     assert 0.5 <= run(_keep_until_ready_then_stop(process)) < 10
 
 
 def test_a_cancelled_keeper_leaves_nothing(tmp_path: Path) -> None:
     async def story() -> int:
-        program = "import os, time; print(os.getpid(), 'up', flush=True); time.sleep(600)"
+        program = "import os, signal; print(os.getpid(), 'up', flush=True); signal.pause()"
         process = SupervisedProcess(spec(tmp_path, program), lambda: None)
         keeping = asyncio.create_task(process.keep())
         await process.ready.wait()
@@ -169,7 +170,7 @@ def test_the_environment_is_what_the_spec_says_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    program = "import os, time; print(sorted(os.environ)); print('up', flush=True); time.sleep(600)"
+    program = "import os, signal; print(sorted(os.environ)); print('up', flush=True); signal.pause()"
     process = SupervisedProcess(spec(tmp_path, program, environment={"GIVEN": "1"}), lambda: None)
     run(_keep_until_ready_then_stop(process))
     # Python itself adds LC_CTYPE under the C locale.
@@ -178,7 +179,7 @@ def test_the_environment_is_what_the_spec_says_and_nothing_else(
 
 def test_a_stale_socket_is_removed_before_the_start(tmp_path: Path) -> None:
     (tmp_path / "engine.sock").touch()
-    program = "import os, time; print('stale' if os.path.exists('engine.sock') else 'up', flush=True); time.sleep(600)"
+    program = "import os, signal; print('stale' if os.path.exists('engine.sock') else 'up', flush=True); signal.pause()"
     process = SupervisedProcess(spec(tmp_path, program, socket=tmp_path / "engine.sock"), lambda: None)
     run(_keep_until_ready_then_stop(process))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from io import StringIO
 from typing import Any
@@ -12,7 +12,6 @@ import pytest
 import redis as blocking_redis
 from fastapi import APIRouter
 
-from bon_algos.contracts import POLICIES_INDEX, Window, policy_key
 from service.access import GATEWAY, Role, needs, rights
 from service.api_key import new_key
 from service.app import Gateway, create_app
@@ -21,7 +20,7 @@ from service.keys import KeyRecord, KeyRequest, KeyRing, Keys, admin_record
 from service.routes import health
 from service.store import open_redis
 from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until, write_secrets
-from tests.service.records import BASE, job_spec, manifest, route
+from tests.service.records import route
 from tests.stubs.server import running
 
 ROLES: tuple[Role, ...] = ("admin", "operator", "trainer", "inference", "viewer")
@@ -192,7 +191,7 @@ def test_an_app_with_a_route_that_declares_no_right_does_not_start(monkeypatch):
             create_app(no_gateway)
 
 
-# --- arms, routes, what is open --------------------------------------------------------------------------
+# --- arms, what is open --------------------------------------------------------------------------
 
 
 def test_G55_an_arm_is_forced_only_by_who_may(clients):
@@ -200,106 +199,6 @@ def test_G55_an_arm_is_forced_only_by_who_may(clients):
     told = refused(clients["inference"].post("/generate", {"prompt": "hi"}, headers), 403, "role_insufficient")
     assert told["error"]["param"] == "x-bonsai-arm"
     assert clients["operator"].post("/generate", {"prompt": "hi"}, headers).status == 200
-
-
-@pytest.fixture(scope="module")
-def scoped(still_world: World) -> Client:
-    """Of an operator whose key is good for the route `mine` alone."""
-    for name in ("mine", "other"):
-        reply = still_world.client.request(
-            "PUT", f"/routes/{name}", b'{"default_n":2}', {"Content-Type": "application/json"}
-        )
-        assert reply.status in (200, 201)
-    return still_world.client.with_key(made(still_world.client, role="operator", routes=["mine"])["key"])
-
-
-ROUTED = [
-    ("POST", "/generate", b'{"prompt":"hi","route":"%s"}'),
-    ("POST", "/v1/completions", b'{"prompt":"hi","model":"%s"}'),
-    ("POST", "/v1/chat/completions", b'{"messages":[{"role":"user","content":"hi"}],"model":"%s"}'),
-    ("GET", "/routes/%s", None),
-    ("PUT", "/routes/%s", b'{"default_n":2}'),
-    ("GET", "/routes/%s/curve", None),
-    ("GET", "/routes/%s/strategy", None),
-    ("GET", "/routes/%s/trials", None),
-    ("POST", "/routes/%s/rollback", b""),
-    ("GET", "/routes/%s/circle", None),
-    ("PUT", "/routes/%s/circle", b"{}"),
-    ("POST", "/routes/%s/circle/start", b""),
-    ("POST", "/routes/%s/circle/stop", b""),
-    ("DELETE", "/routes/%s/circle", b""),
-    ("PUT", "/experiments/%s", b'{"arms":[{"policy":"base","n":2,"weight":1},{"policy":"base","n":1,"weight":9999}]}'),
-    ("DELETE", "/experiments/%s", b""),
-    ("POST", "/policies/pol-1111111111111111/promote", b'{"route":"%s","override_reason":"r"}'),
-    ("POST", "/distill", b'{"route":"%s","method":{"type":"bon_sft"}}'),
-    ("POST", "/v1/fine_tuning/jobs", b'{"model":"%s","training_file":"ledger:%s","method":{"type":"bon_sft"}}'),
-    ("DELETE", "/routes/%s", b""),
-]
-
-
-@pytest.mark.parametrize(("method", "path", "body"), ROUTED, ids=[f"{method} {path}" for method, path, _ in ROUTED])
-def test_a_key_for_some_routes_is_good_for_no_other(scoped: Client, method: str, path: str, body: bytes | None):
-    def reply_for(name: str) -> Reply:
-        filled = body.replace(b"%s", name.encode()) if body is not None else None
-        return scoped.request(method, path.replace("%s", name), filled, {"Content-Type": "application/json"})
-
-    refused(reply_for("other"), 403, "route_forbidden")
-    assert reply_for("mine").status not in (401, 403, 500)
-
-
-def learned_from(world: World, digit: str, *routes: str, window: Sequence[str] = ()) -> str:
-    """A policy whose job was for the first route; without a route: one that was imported."""
-    name = f"pol-{digit * 16}"
-    spec = job_spec(route=routes[0], window=Window(routes=tuple(window))) if routes else None
-    record = manifest(name).model_copy(update={"spec": spec}).as_candidate()
-    with blocking_redis.Redis.from_url(world.redis_url) as store:
-        store.hset(policy_key(name), "record", record.model_dump_json())
-        store.zadd(POLICIES_INDEX, {name: 1.0})
-    assert world.client.get(f"/policies/{name}").status == 200
-    return name
-
-
-CHANGING_POLICIES = [
-    ("PATCH", "/policies/%s", b'{"description":"d"}'),
-    ("GET", "/policies/%s/export", None),
-    ("PUT", "/tags/of-mine", b'{"policy":"%s"}'),
-    ("POST", "/policies/%s/retire", b""),
-    ("DELETE", "/policies/%s", b""),
-]
-
-
-@pytest.mark.parametrize(("method", "path", "body"), CHANGING_POLICIES, ids=lambda value: str(value)[:30])
-def test_a_key_for_some_routes_changes_no_policy_that_learned_from_others(
-    still_world: World, scoped: Client, method: str, path: str, body: bytes | None
-):
-    def reply_for(name: str) -> Reply:
-        filled = body.replace(b"%s", name.encode()) if body is not None else None
-        return scoped.request(method, path.replace("%s", name), filled, {"Content-Type": "application/json"})
-
-    for name in (
-        learned_from(still_world, "a", "other"),
-        learned_from(still_world, "b", "mine", window=("mine", "other")),
-        learned_from(still_world, "c"),
-    ):
-        told = refused(reply_for(name), 403, "route_forbidden")
-        assert told["error"]["param"] == "policy_id"
-    assert reply_for(learned_from(still_world, "d", "mine")).status not in (401, 403, 500)
-
-
-def test_a_key_for_some_routes_takes_no_tag_from_a_policy_of_others(still_world: World, scoped: Client):
-    theirs, own = learned_from(still_world, "e", "other"), learned_from(still_world, "f", "mine")
-    typed = {"Content-Type": "application/json"}
-    assert still_world.client.request("PUT", "/tags/prod", f'{{"policy":"{theirs}"}}'.encode(), typed).status == 201
-    refused(scoped.request("PUT", "/tags/prod", f'{{"policy":"{own}"}}'.encode(), typed), 403, "route_forbidden")
-    refused(scoped.request("DELETE", "/tags/prod"), 403, "route_forbidden")
-    assert still_world.client.get("/tags/prod").json["policy"] == theirs
-
-
-def test_a_key_for_some_routes_lists_no_other(still_world, scoped):
-    still_world.client.request("PUT", "/routes/mine", b'{"default_n":2}', {"Content-Type": "application/json"})
-    assert [row["id"] for row in scoped.get("/routes").json["data"]] == ["mine"]
-    listed = {row["id"] for row in scoped.get("/v1/models").json["data"]}
-    assert listed == {"mine", BASE}
 
 
 def test_K15_what_is_open_tells_nothing_to_whom_nobody_knows(still_world):

@@ -87,6 +87,8 @@ TESTS: Final[Mapping[str, Mapping[str, str]]] = {
     "../worker/test_erasing.py": {
         "L20": "test_L20_another_tenants_user_of_that_name_is_another",
         "L22": "test_L22_killed_in_the_middle_it_is_done_by_the_next",
+    },
+    "../worker/test_erased_windows.py": {
         "L23": "test_L23_a_job_that_reads_the_window_fails_and_what_was_learned_is_tainted",
     },
     "../archive/test_retention.py": {

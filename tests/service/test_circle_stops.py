@@ -46,11 +46,16 @@ async def test_stopping_takes_its_canary_away_and_leaves_what_is_live(turning: T
     assert (found.live_policy, found.shadow) == (FIRST, None)
 
 
-async def test_stopped_while_its_job_is_being_submitted_no_job_is_left(turning: Turning):
-    """The gateway that drives had looked before; it finds that it came too late, and takes the job back."""
+async def about_to_submit(turning: Turning) -> Circle:
+    """A circle whose next step submits the turn's job."""
     await turning.circles.put("default", SPEC, GATEWAY)
     await turning.groups(BASE)
-    looked_at = await turning.look()
+    return await turning.look()
+
+
+async def test_stopped_while_its_job_is_being_submitted_no_job_is_left(turning: Turning):
+    """The gateway that drives had looked before; it finds that it came too late, and takes the job back."""
+    looked_at = await about_to_submit(turning)
     await turning.circles.stop("default", "enough", GATEWAY)
     await turning.look()
     await turning.driver.step(looked_at)
@@ -61,9 +66,7 @@ async def test_stopped_while_its_job_is_being_submitted_no_job_is_left(turning: 
 
 async def submitted_and_died(turning: Turning) -> Circle:
     """A gateway has asked for the turn's job and died before it wrote that down."""
-    await turning.circles.put("default", SPEC, GATEWAY)
-    await turning.groups(BASE)
-    looked_at = await turning.look()
+    looked_at = await about_to_submit(turning)
     await turning.driver.step(looked_at)
     await turning.redis.set(circle_key("default"), looked_at.model_dump_json())
     return looked_at
@@ -91,9 +94,7 @@ async def test_rules_changed_after_a_gateway_died_with_a_job_unwritten_it_is_the
 
 
 async def test_deleted_while_its_job_is_being_submitted_no_job_is_left(turning: Turning):
-    await turning.circles.put("default", SPEC, GATEWAY)
-    await turning.groups(BASE)
-    looked_at = await turning.look()
+    looked_at = await about_to_submit(turning)
     await turning.circles.stop("default", "enough", GATEWAY)
     await turning.look()
     await turning.circles.delete("default", GATEWAY)

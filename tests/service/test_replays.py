@@ -82,11 +82,12 @@ def test_while_the_first_is_under_way_the_second_is_told_so(world, path, body):
     assert len(world.engine.requests) == 1
 
 
-def test_after_an_error_the_key_is_free(world):
+@pytest.mark.parametrize("asked", [GENERATE, STREAMED], ids=["whole", "streamed"])
+def test_after_an_error_the_key_is_free(world, asked):
     world.engine.script.fault = "busy"
-    assert ask(world, *GENERATE).status == 503
+    assert ask(world, *asked).status == 503
     world.engine.script.fault = "none"
-    assert ask(world, *GENERATE).status == 200
+    assert ask(world, *asked).status == 200
 
 
 def test_what_is_refused_before_it_is_drawn_takes_no_key(world):
@@ -243,10 +244,3 @@ def test_a_stream_that_fails_in_its_middle_is_drawn_anew(world, client):
     headers, told = chat(client, extra_body={"best_of": 1})
     assert (told.text, "idempotent-replayed" in headers) == ("a fine answer", False)
     assert len(world.engine.requests) == 2
-
-
-def test_a_stream_that_fails_before_it_begins_leaves_the_key_free(world):
-    world.engine.script.fault = "busy"
-    assert ask(world, *STREAMED).status == 503
-    world.engine.script.fault = "none"
-    assert ask(world, *STREAMED).status == 200

@@ -31,8 +31,7 @@ from bon_algos.contracts import (
 from bon_algos.crash_points import ARCHIVE_POINTS
 from tests.archive.records import DAY, NOON, archive_at, entries, feedback, group
 from tests.worker import world
-from tests.worker.mortal_compactor import LIMITS, turn
-from tests.worker.test_erasing import (
+from tests.worker.erasure import (
     ADA,
     STUDENT,
     asked,
@@ -43,6 +42,7 @@ from tests.worker.test_erasing import (
     registered,
     submitted,
 )
+from tests.worker.mortal_compactor import LIMITS, turn
 from worker.compaction import Compaction
 
 pytestmark = pytest.mark.slow

@@ -21,8 +21,8 @@ from archive.writing import write_batch
 from bon_algos.contracts import ERASURES, LEDGER_STREAM, CandidateGroup, Erasure
 from tests.archive.records import archive_at, entries, group
 from tests.worker import world
+from tests.worker.erasure import ADA, asked, frozen, of
 from tests.worker.forks import until
-from tests.worker.test_erasing import ADA, asked, frozen, of
 from worker.compaction import Limits
 from worker.compactor import Compactor
 from worker.erasing import Eraser

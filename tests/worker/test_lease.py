@@ -5,57 +5,20 @@ import time
 
 import pytest
 import redis
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from bon_algos.audit_entries import GENESIS, chained
 from bon_algos.contracts import (
-    AUDIT_STREAM,
-    POLICIES_INDEX,
-    PolicyRecord,
     job_checkpoints_key,
-    job_events_key,
     job_key,
     policy_key,
 )
-from service.audit import verified
 from tests.fixtures.fault_proxy import FaultProxy
+from tests.worker.leased import JOB, POLICY, client, expire, field, held, submit, take
 from worker import lease as leases
 from worker import tasks
 from worker.erased_windows import fail_jobs
 from worker.errors import JobCancelled, JobParked, LeaseLost
-from worker.lease import Lease, claim
 
-JOB = "job_0"
-POLICY = PolicyRecord(id="pol-0123456789abcdef", kind="lora", state="candidate", created_at=7.0, n_equivalent=16)
-
-
-@pytest.fixture
-def client(redis_url):
-    with redis.Redis.from_url(redis_url, decode_responses=True) as connection:
-        yield connection
-
-
-def submit(client, state="queued", **fields):
-    client.hset(job_key(JOB), mapping={"state": state, "epoch": 0, "attempts": 0, **fields})
-
-
-def take(client, seconds=60.0, processes=1):
-    return claim(client, JOB, lease_seconds=seconds, worker="here:1", processes=processes)
-
-
-def held(client, own, lease_seconds=60.0, heartbeat_seconds=60.0):
-    return Lease(client, JOB, own, lease_seconds=lease_seconds, heartbeat_seconds=heartbeat_seconds)
-
-
-def expire(client):
-    """What the passing of time does to a lease."""
-    client.hset(job_key(JOB), "lease_until", 1)
-
-
-def field(client, name):
-    return client.hget(job_key(JOB), name)
+__all__ = ["client"]
 
 
 def test_a_queued_job_is_claimed_once(client):
@@ -270,104 +233,6 @@ def test_a_clock_that_is_set_forward_is_not_spent(client):
     assert int(field(client, "spent_ms")) <= 61_000
 
 
-def test_a_success_that_comes_after_the_cancellation_registers_nothing(client):
-    submit(client)
-    lease = held(client, take(client))
-    client.hset(job_key(JOB), "cancel", 1)
-    with pytest.raises(JobCancelled):
-        lease.finish_succeeded(POLICY, "{}")
-    assert field(client, "state") == "cancelled"
-    assert not client.exists(policy_key(POLICY.id), AUDIT_STREAM)
-
-
-def test_finishing_registers_the_policy_in_the_same_script(client):
-    submit(client)
-    lease = held(client, take(client))
-    lease.finish_succeeded(POLICY, '{"prompts": 3}')
-    assert PolicyRecord.model_validate_json(client.hget(policy_key(POLICY.id), "record")) == POLICY
-    assert client.zscore(POLICIES_INDEX, POLICY.id) == 7.0
-    assert (field(client, "policy_id"), field(client, "report")) == (POLICY.id, '{"prompts": 3}')
-    with pytest.raises(LeaseLost):
-        lease.finish_failed("second", "end")
-    assert field(client, "state") == "succeeded"
-
-
-OF_ACME = POLICY.model_copy(update={"tenant": "acme"})
-
-
-def others_entry(client):
-    newest = client.xrevrange(AUDIT_STREAM, count=1)
-    previous = newest[0][1]["digest"] if newest else GENESIS
-    client.xadd(AUDIT_STREAM, chained("tag_put", tenant="default", by="key_ann", previous=previous))
-
-
-def entries(client):
-    """The audit, found whole, without what others wrote."""
-    found = client.xrange(AUDIT_STREAM)
-    verified(found)
-    return [fields for _, fields in found if fields["event"] != "tag_put"]
-
-
-def test_the_audit_tells_once_of_the_policy_that_a_job_made(client):
-    submit(client)
-    others_entry(client)
-    lease = held(client, take(client))
-    lease.finish_succeeded(OF_ACME, "{}")
-    with pytest.raises(LeaseLost):
-        lease.finish_succeeded(OF_ACME, "{}")
-    [entry] = entries(client)
-    told = {"event": "policy_register", "tenant": "acme", "by": "worker", "policy": POLICY.id, "job": JOB}
-    assert entry | told == entry
-    assert json.loads(entry["data"]) == {"before": None, "after": "candidate"}
-
-
-class Overtaken(redis.Redis):
-    """Whenever it has seen the newest entry of the audit, up to so many times, somebody else writes another."""
-
-    times = 0
-
-    def xrevrange(self, *args, **options):
-        found = super().xrevrange(*args, **options)
-        if self.times > 0:
-            self.times -= 1
-            others_entry(super())
-        return found
-
-
-@pytest.mark.parametrize(("times", "registered"), [(3, 1), (10**6, 0)], ids=["for a while", "all the time"])
-def test_a_policy_is_registered_with_an_entry_that_follows_the_newest_or_not_at_all(times, registered, client):
-    submit(client)
-    own = take(client)
-    with Overtaken(connection_pool=client.connection_pool) as busy:
-        busy.times = times
-        if registered:
-            held(busy, own).finish_succeeded(OF_ACME, "{}")
-        else:
-            with pytest.raises(redis.WatchError):
-                held(busy, own).finish_succeeded(OF_ACME, "{}")
-    assert (len(entries(client)), client.exists(policy_key(POLICY.id))) == (registered, registered)
-    assert field(client, "state") == ("succeeded" if registered else "running")
-
-
-def test_a_policy_that_is_live_already_is_not_made_a_candidate_again(client):
-    live = POLICY.model_copy(update={"state": "live"})
-    client.hset(policy_key(POLICY.id), mapping={"record": live.model_dump_json(), "version": 4})
-    submit(client)
-    held(client, take(client)).finish_succeeded(POLICY, "{}")
-    assert PolicyRecord.model_validate_json(client.hget(policy_key(POLICY.id), "record")).state == "live"
-    assert client.hget(policy_key(POLICY.id), "version") == "4"
-    assert not client.exists(AUDIT_STREAM)
-
-
-def test_progress_is_on_the_job_and_in_its_events(client):
-    submit(client)
-    held(client, take(client)).progress("training", 3, 10, {"loss": 0.5}, 12.34)
-    assert json.loads(field(client, "metrics")) == {"loss": 0.5}
-    assert (field(client, "phase"), field(client, "step"), field(client, "seconds_left")) == ("training", "3", "12.3")
-    (_, event), *_ = client.xrevrange(job_events_key(JOB), count=1)
-    assert event == {"phase": "training", "step": "3", "metrics": '{"loss": 0.5}'}
-
-
 def test_a_job_given_back_may_be_claimed_at_once_and_says_why(client):
     submit(client)
     assert leases.release(client, JOB, take(client), "the engine is away")
@@ -410,109 +275,3 @@ def test_without_redis_a_lease_ends_by_itself(own_redis):
                 lease.wait(1.1)
             with pytest.raises(LeaseLost):
                 lease.confirm()
-
-
-class TwoWorkers(RuleBasedStateMachine):
-    """Two workers on one job, claims, beats, reports and endings in any order, leases that run out at any moment.
-
-    The model: the newest epoch alone may write, and the job ends once.
-    """
-
-    redis_url = ""
-
-    def __init__(self):
-        super().__init__()
-        self.client = redis.Redis.from_url(self.redis_url, decode_responses=True)
-        self.client.flushall()
-        submit(self.client)
-        self.epoch, self.alive, self.ended, self.cancel = 0, False, None, False
-        self.held: dict[str, Lease] = {}
-
-    def teardown(self):
-        self.client.close()
-
-    @rule(worker=st.sampled_from("ab"))
-    def claims(self, worker):
-        answer = take(self.client)
-        if self.ended is not None:
-            assert answer == "final"
-        elif self.alive:
-            assert answer == "held"
-        elif self.cancel:
-            assert answer == "cancelled"
-            self.ended = "cancelled"
-        else:
-            self.epoch += 1
-            assert answer.epoch == self.epoch
-            self.alive, self.held[worker] = True, held(self.client, answer)
-
-    @precondition(lambda self: self.ended is None)
-    @rule()
-    def time_passes(self):
-        expire(self.client)
-        self.alive = False
-
-    @precondition(lambda self: self.ended is None)
-    @rule()
-    def owner_cancels(self):
-        self.client.hset(job_key(JOB), "cancel", 1)
-        self.cancel = True
-
-    def may_write(self, lease):
-        return lease.epoch == self.epoch and self.ended is None
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def beats(self, data):
-        lease = self.held[data.draw(st.sampled_from(sorted(self.held)))]
-        if not self.may_write(lease):
-            with pytest.raises(LeaseLost):
-                lease.beat()
-            return
-        self.alive = True
-        if self.cancel:
-            with pytest.raises(JobCancelled):
-                lease.beat()
-        else:
-            lease.beat()
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data(), end=st.sampled_from(["succeeded", "failed", "cancelled"]))
-    def finishes(self, data, end):
-        lease = self.held[data.draw(st.sampled_from(sorted(self.held)))]
-        finish = {
-            "succeeded": lambda: lease.finish_succeeded(POLICY, "{}"),
-            "failed": lambda: lease.finish_failed("code", "message"),
-            "cancelled": lease.finish_cancelled,
-        }[end]
-        if not self.may_write(lease):
-            with pytest.raises(LeaseLost):
-                finish()
-        elif end == "succeeded" and self.cancel:
-            with pytest.raises(JobCancelled):
-                finish()
-            self.ended = "cancelled"
-        else:
-            finish()
-            self.ended = end
-
-    @invariant()
-    def the_job_is_what_the_model_says(self):
-        state = field(self.client, "state")
-        assert state == (self.ended or ("running" if self.epoch else "queued"))
-        assert int(field(self.client, "attempts")) == self.epoch
-        assert bool(self.client.exists(policy_key(POLICY.id))) == (self.ended == "succeeded")
-
-
-@pytest.mark.slow
-def test_any_interleaving_of_two_workers(redis_url):
-    TwoWorkers.redis_url = redis_url
-    run_state_machine_as_test(
-        TwoWorkers,
-        settings=settings(
-            max_examples=60,
-            stateful_step_count=25,
-            deadline=None,
-            suppress_health_check=[HealthCheck.function_scoped_fixture],
-        ),
-    )

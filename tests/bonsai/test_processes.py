@@ -1,6 +1,6 @@
 """The life of one supervised process: first failure, restart, give up, kill after the grace.
 
-The programs sleep for longer than any test lasts, for they are there to be ended; no test waits by sleeping.
+The programs wait for the signal by which they are ended; no test waits by sleeping.
 """
 
 from __future__ import annotations

@@ -58,10 +58,10 @@ def require_movable(schema: Mapping[str, Any], param: str) -> None:
 
 def require_small(schema: Mapping[str, Any], param: str) -> None:
     """What candidates are held to, and an engine therefore compiles: of few counts. Raises InvalidField."""
-    counted = 0.0
+    counted: float = 0
     for _, name, value in _members(schema):
         if name in COUNTS and isinstance(value, int | float):
-            counted += max(value, 0)
+            counted += min(max(value, 0), MAX_COUNT + 1)  # a whole number may be too large for a float
         counted += sum(map(_repeated, _patterns(name, value)))
     if counted > MAX_COUNT:
         raise InvalidField(

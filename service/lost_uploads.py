@@ -2,8 +2,8 @@
 
 Owns: finding and removing them. Does not own: uploads and their records (files.py).
 
-A Redis that was lost names nothing either. Then everything stays: only that of the registry whose journal lies beside
-the artefacts is believed.
+A Redis that was lost names nothing either, nor does one that was rebuilt: of what was written before it began to keep
+records everything stays.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from typing import Final, cast
 from pydantic import ValidationError
 from redis.asyncio import Redis
 
-from bon_algos.contracts import REGISTRY, FileRecord, files_key
+from bon_algos.contracts import FILES_SINCE, FileRecord, files_key
 from bon_algos.crash_points import crash_point
 from service.errors import StoreFull, StoreUnavailable
-from service.journal import UnreadableJournal, read_journal
 from service.store import translated
 
 LOST_SECONDS: Final = 86_400.0
@@ -43,36 +42,39 @@ class LostUploads:
         while True:
             try:
                 await self.sweep()
-            except (StoreUnavailable, StoreFull, OSError, UnreadableJournal, ValidationError) as error:
+            except (StoreUnavailable, StoreFull, OSError, ValidationError) as error:
                 log.warning("contents of lost uploads stay for now: %s", error)
             await asyncio.sleep(SWEEP_SECONDS)
 
     async def sweep(self) -> None:
-        """Remove what is old and has no record. Raises StoreUnavailable, StoreFull, OSError, UnreadableJournal, and
-        ValidationError for a record of another version, which may name any content."""
+        """Remove what is old and has no record. Raises StoreUnavailable, StoreFull, OSError, and ValidationError for a
+        record of another version, which may name any content."""
         old = await asyncio.to_thread(_old, self._artefacts / "files")
-        if old and await self._is_known():
-            named = {path for tenant in {one.parent.name for one in old} for path in await self._named(tenant)}
-            await asyncio.to_thread(_remove, [one for one in old if one not in named])
+        since, named = await self._known({path.parent.name for path, _ in old})
+        await asyncio.to_thread(_remove, [path for path, at in old if at >= since and path not in named])
 
-    async def _is_known(self) -> bool:
-        journal = await asyncio.to_thread(read_journal, self._artefacts)
+    async def _known(self, tenants: set[str]) -> tuple[float, frozenset[Path]]:
+        """Since when this Redis has the records of uploads, and what these name. One look at both: a Redis that is lost
+        in between names nothing, and has known it for no time."""
         with translated():
-            present = cast("str | None", await self._redis.get(REGISTRY))
-        return journal is not None and journal.registry == present
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.set(FILES_SINCE, repr(time()), nx=True)
+                pipe.get(FILES_SINCE)
+                for tenant in sorted(tenants):
+                    pipe.hvals(files_key(tenant))
+                _, since, *rows = cast("tuple[bool, str, *tuple[list[str], ...]]", await pipe.execute())
+        records = [FileRecord.model_validate_json(row) for of_tenant in rows for row in of_tenant]
+        return float(since), frozenset(self._artefacts / record.path for record in records)
 
-    async def _named(self, tenant: str) -> list[Path]:
-        with translated():
-            rows = cast("list[str]", await self._redis.hvals(files_key(tenant)))
-        return [self._artefacts / FileRecord.model_validate_json(row).path for row in rows]
 
-
-def _old(root: Path) -> list[Path]:
+def _old(root: Path) -> list[tuple[Path, float]]:
+    """And when it was last written to."""
     found = []
     for path in root.glob("*/*"):
         with suppress(FileNotFoundError):  # another gateway sweeps too
-            if time() - path.lstat().st_mtime >= LOST_SECONDS:
-                found.append(path)
+            written_at = path.lstat().st_mtime
+            if time() - written_at >= LOST_SECONDS:
+                found.append((path, written_at))
     return found
 
 

@@ -102,6 +102,10 @@ def jobs_index(tenant: str = DEFAULT_TENANT) -> str:
     return "bonsai:jobs" if tenant == DEFAULT_TENANT else f"bonsai:jobs-of:{tenant}"
 
 
+FILES_SINCE: Final = "bonsai:files:since"
+"""Since when this Redis has the records of uploads; Unix seconds."""
+
+
 def files_key(tenant: str = DEFAULT_TENANT) -> str:
     """Hash file id -> FileRecord."""
     return "bonsai:files" if tenant == DEFAULT_TENANT else f"bonsai:files-of:{tenant}"

@@ -510,6 +510,7 @@ TOOLS = chats(
     ("O16 an enum of 1 MB", schema({"enum": ["x" * 1000] * 1000}), SCHEMA),
     ("O16 a pattern of 360 characters", schema({"type": "string", "pattern": "(a+)+$" * 60}), SCHEMA),
     ("O16 100 million items", schema({"items": {"type": "boolean"}, "maxItems": 10**8}), "response_format"),
+    ("O16 items of 900 digits", schema({"items": {"type": "boolean"}, "maxItems": int("9" * 900)}), "response_format"),
     ("O16 300 patterns of 500 repetitions",
      schema({"anyOf": [{"type": "string", "pattern": f"a{{1,500}}b{i}"} for i in range(300)]}), "response_format"),
     ("O17 a choice without tools", {"tool_choice": "auto"}, "tool_choice"),

@@ -42,6 +42,7 @@ from service.jobs import GROUPS_NEEDED, Jobs
 from service.keys import KeyRecord, KeyRequest, KeyRing, Keys
 from service.leadership import Leadership
 from service.ledger import Ledger
+from service.lost_uploads import LostUploads
 from service.policies import Policies
 from service.routing import RouteRequest, Routes
 from service.spool import Spool
@@ -183,6 +184,7 @@ async def go_through_files(redis: Redis, directory: Path) -> None:
     )
     for tenant in ("default", "acme"):
         await files.keep(file_record(tenant=tenant))
+    await LostUploads(redis, directory).sweep()
 
 
 async def go_through_keys(redis: Redis, directory: Path) -> None:

@@ -26,8 +26,9 @@ from bon_algos.contracts import (
 )
 from bon_algos.order import soft_best_of_n_weights, systematic_sample
 from bon_algos.scoring import Completion, Score
+from bon_algos.vllm_protocol import Listener
 from service.errors import DeadlineExceeded, EngineBroken, GatewayError, InvalidField, RewardModelUnavailable
-from service.vllm import DrawingWindow, Listener
+from service.vllm import DrawingWindow
 
 
 class Policy(Protocol):

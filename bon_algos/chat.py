@@ -267,14 +267,15 @@ def reward_writer(tokenizer: ChatTokenizer, prompt: str, messages: Sequence[Mess
     TemplateRefused.
     """
     if not tokenizer.has_template:
-        said = [_spelled_out(message).content for message in messages or ()]
-        before = prompt if messages is None else "\n".join(said) + "\n"
+        texts = [_spelled_out(message).content for message in messages or ()]
+        before = prompt if messages is None else "\n".join(texts) + "\n"
         return lambda completion: before + completion
     render = tokenizer.renderer((), add_generation_prompt=False)
-    turns = [Message(role="user", content=prompt)] if messages is None else list(messages)
-    if not tokenizer.shows_calls:
-        turns = [_spelled_out(message) for message in turns]
-    before_it = [_for_template(message) for message in turns]
+    if messages is None:
+        before_it = [{"role": "user", "content": prompt}]
+    else:
+        said = messages if tokenizer.shows_calls else [_spelled_out(message) for message in messages]
+        before_it = [_for_template(message) for message in said]
     return lambda completion: render([*before_it, {"role": "assistant", "content": completion}])
 
 

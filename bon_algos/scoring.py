@@ -35,7 +35,10 @@ class Score(NamedTuple):
     """In the member's own words, where it gave any."""
 
 
-_REASONING: Final = ("<think>", "</think>")
+_BEGIN: Final = "<think>"
+_BEGUN: Final = (_BEGIN, f"{_BEGIN}\n")
+"""How the prompt ends where its template has begun the reasoning."""
+_END: Final = "</think>"
 _TOO_LONG: Final = Score(None, "too_long")
 
 
@@ -50,10 +53,9 @@ class Completion(NamedTuple):
     def answer(self) -> str:
         """The text behind its reasoning, which the policy or its template began; empty where that never ends. Reward
         models judge answers: they were shown no reasoning when they were made."""
-        begin, end = _REASONING
-        if not self.text.lstrip().startswith(begin) and not self.prompt.endswith((begin, f"{begin}\n")):
+        if not self.prompt.endswith(_BEGUN) and not self.text.lstrip().startswith(_BEGIN):
             return self.text
-        return self.text.partition(end)[2].lstrip()
+        return self.text.partition(_END)[2].lstrip()
 
 
 class Call(NamedTuple):

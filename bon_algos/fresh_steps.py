@@ -181,7 +181,8 @@ def tilt_of_exact_likelihood(standing: Standing, reference_logprob_BN: Tensor, n
 def learn_rloo(
     groups: Sequence[RankedGroup], policy: SequenceLogprobs, reference: SequenceLogprobs, *, kl_strength: float
 ) -> StepLoss:
-    """Reward on its own scale, less β·KL to the reference, less its prompt's others."""
+    """Reward on its own scale, less β·KL to the reference, less its prompt's others. The one method that measures
+    rewards: what was cut off earns its own, as in a policy-gradient method that has no serving in mind."""
     reward_BN = torch.cat([_as_scored(group.raw_rewards) for group in groups])
     logprob_BN, reference_BN, sampled_BN = _of_samples(groups, policy, reference)
     own_BN, of_reference_BN = sampled_BN.double(), reference_BN.double()

@@ -25,6 +25,7 @@ from bon_algos.learned_quantile import (
     quantile_cross_entropy,
 )
 from bon_algos.quantiles import standing_among_others
+from bon_algos.serving_order import serving_ranks_of
 from worker.dataset import PromptPool
 from worker.errors import JobFailed
 
@@ -45,7 +46,8 @@ def with_learned_quantiles(
     A learned law tells the middle of a reward level and not its breadth, which counts for n ≥ 3: there a pool whose
     rewards tie keeps the levels that it has, or those that are counted among its own candidates.
     """
-    rewards = [[one.ranking_reward for one in pool.candidates] for pool in pools]
+    # One law is learned of all prompts: their candidates are ranked together.
+    rewards = [ranks.tolist() for ranks in serving_ranks_of(*(pool.candidates for pool in pools))]
     learned = learned_log_quantiles(feature_BD, rewards, seed)
     return tuple(
         _with_counted_levels(pool, own)

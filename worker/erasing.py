@@ -46,7 +46,7 @@ from bon_algos.crash_points import crash_point
 from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
 from worker.compaction import is_in_stream
 from worker.erased_windows import fail_jobs, taint
-from worker.erasures import Erasures, LedgerRecord, is_of, user_of
+from worker.erasures import Erasures, LedgerRecord, groups_and_sessions, is_of, user_of
 from worker.sources import (
     DamagedSources,
     Source,
@@ -74,15 +74,9 @@ class _Traces:
     """What one erasure is about, as found by looking at every group and every piece of feedback."""
 
     groups: set[str] = field(default_factory=set)
-    sessions: set[str] = field(default_factory=set)
-    others_sessions: set[str] = field(default_factory=set)
+    own_sessions: set[str] = field(default_factory=set)
     unsearched: set[str] = field(default_factory=set)
     """Files that are damaged: what is in them nobody knows."""
-
-    @property
-    def own_sessions(self) -> set[str]:
-        """Of nobody else: a session without a name is what began with the same words."""
-        return self.sessions - self.others_sessions
 
 
 @dataclass
@@ -156,7 +150,7 @@ class Eraser:
         return tuple(sorted(name.decode() for name, clean in told.items() if oldest < float(clean) < late))
 
     def _pass(self, erasure: Erasure) -> Erasure:
-        traces = self._traces(erasure)
+        traces = _Traces(*groups_and_sessions(erasure, partial(self._rows_of, erasure.tenant)))
         key = erasure_groups_key(erasure.id)
         if traces.groups:
             # Of what arrives late only this tells that it belongs to one of them.
@@ -183,28 +177,16 @@ class Eraser:
 
     # --- finding -----------------------------------------------------------------------------------------
 
-    def _traces(self, erasure: Erasure) -> _Traces:
-        traces = _Traces()
-        for tenant, row in self._all_groups():
-            if tenant != erasure.tenant:
-                continue
-            is_subject = is_of(erasure, row["user"], row["created_at"])
-            if is_subject:
-                traces.groups.add(row["id"])
-            if row["session"] is not None:
-                (traces.sessions if is_subject else traces.others_sessions).add(row["session"])
-        return traces
-
-    def _all_groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Without those of damaged segments, which are told of where they should be rewritten."""
+    def _rows_of(self, tenant: str) -> Iterator[dict[str, Any]]:
+        """Of groups. Without those of damaged segments, which are told of where they should be rewritten."""
         columns = ("id", "created_at", "user", "session")
         for segment in self._segments("groups"):
-            with suppress(DamagedSegment, FileNotFoundError):
-                for row in self._archive.load(segment, columns).to_pylist():
-                    yield segment.tenant, row
+            if segment.tenant == tenant:
+                with suppress(DamagedSegment, FileNotFoundError):
+                    yield from self._archive.load(segment, columns).to_pylist()
         for _, record in self._stream():
-            if isinstance(record, CandidateGroup):
-                yield record.tenant, record.model_dump(include=set(columns))
+            if isinstance(record, CandidateGroup) and record.tenant == tenant:
+                yield record.model_dump(include=set(columns))
 
     def _segments(self, *kinds: str) -> Iterator[Segment]:
         for batch in self._archive.manifest.batches_newest_first():
@@ -322,25 +304,26 @@ class Eraser:
         """The receipt with the jobs of the windows and the policies. They are kept before anything of a window goes:
         after that nobody could tell any more whose it was."""
         concerned = self._concerned(erasure, traces)
+        job_ids = [window.parent.name for window in concerned]
         # First the jobs, so that nobody reads a window that is half there.
-        fail_jobs(self._client, concerned)
+        fail_jobs(self._client, job_ids)
         crash_point("job.failed")
-        policies = taint(self._client, frozenset(concerned), erasure.tenant)
+        policies = taint(self._client, frozenset(job_ids), erasure.tenant)
         crash_point("policies.tainted")
-        jobs = {"jobs": {*erasure.jobs, *concerned}, "policies": {*erasure.policies, *policies}}
+        jobs = {"jobs": {*erasure.jobs, *job_ids}, "policies": {*erasure.policies, *policies}}
         told = erasure.model_copy(update={name: tuple(sorted(found)) for name, found in jobs.items()})
         self._write(erasure, told)
         crash_point("erasure.told")
         for aside in unfinished(self._artefacts):
             delete_unfinished(aside, partial(self._is_source_concerned, erasure, traces.groups))
-        for job_id, gone in concerned.items():
-            delete_content(windows(self._artefacts)[job_id], gone)
+        for window, gone in concerned.items():
+            delete_content(window, gone)
         return told
 
-    def _concerned(self, erasure: Erasure, traces: _Traces) -> dict[str, list[str]]:
-        """Job -> the groups in its window that are to go, of those that have any."""
+    def _concerned(self, erasure: Erasure, traces: _Traces) -> dict[Path, list[str]]:
+        """Window -> the groups in it that are to go, of those that have any."""
         concerned = {}
-        for job_id, window in windows(self._artefacts).items():
+        for window in windows(self._artefacts):
             try:
                 sources = read_sources(window)
             except DamagedSources as error:
@@ -349,7 +332,7 @@ class Eraser:
                 continue
             gone = [one.group_id for one in sources if self._is_source_concerned(erasure, traces.groups, one)]
             if gone:
-                concerned[job_id] = gone
+                concerned[window] = gone
         return concerned
 
     @staticmethod
@@ -374,7 +357,7 @@ class Eraser:
         found += sum(self._client.exists(feedback_key(one)) for one in groups)
         is_concerned = partial(self._is_source_concerned, erasure, groups)
         found += sum(holds(aside, is_concerned) for aside in unfinished(self._artefacts))
-        sources = [one for window in windows(self._artefacts).values() for one in read_sources(window)]
+        sources = [one for window in windows(self._artefacts) for one in read_sources(window)]
         return found + sum(map(is_concerned, sources))
 
     def _files(self) -> Sequence[str]:

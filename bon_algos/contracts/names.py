@@ -79,9 +79,10 @@ def target_of(group_id: str | None, session: str | None, tenant: str = DEFAULT_T
     return group_id or f"session-{sha256(named.encode()).hexdigest()[:32]}"
 
 
-def erasure_groups_key(erasure_id: str) -> str:
-    """Set of the ids of the groups that an erasure took: what arrives later about one of them goes too."""
-    return f"bonsai:erasure:{erasure_id}:groups"
+def erasure_targets_key(erasure_id: str) -> str:
+    """Set of what an erasure is about, as feedback is kept under it (`target_of`): what is found or arrives later about
+    one of them goes too."""
+    return f"bonsai:erasure:{erasure_id}:targets"
 
 
 SHADOW_PREFIX: Final = "shadow_"

@@ -2,8 +2,8 @@
 
 import tracemalloc
 
-from bon_algos.contracts import Erasure, subject_digest
-from worker.erasures import groups_and_sessions
+from bon_algos.contracts import Erasure, subject_digest, target_of
+from worker.erasures import targets_of
 
 ASKED_AT = 100.0
 ERASURE = Erasure(
@@ -31,10 +31,14 @@ def test_a_session_of_others_too_is_not_the_subjects():
         row(8, "ada", "gone on after she asked", created_at=ASKED_AT + 1),
         row(9, "bob", "his"),
     ]
-    for ledger in (rows, rows[::-1]):
-        groups, sessions = groups_and_sessions(ERASURE, ledger.copy)
-        assert groups == {f"resp_{number}" for number in range(1, 6)}
-        assert sessions == {"hers"}
+    own = {f"resp_{number}" for number in range(1, 6)} | {target_of(None, "hers")}
+    assert targets_of(ERASURE, rows.copy) == targets_of(ERASURE, rows[::-1].copy) == own
+
+
+def test_what_was_found_before_is_the_subjects_until_somebody_else_is_there():
+    before = {"resp_1", target_of(None, "hers"), target_of(None, "shared by now")}
+    rows = [row(2, "bob", "shared by now"), row(3, "bob", "his")]
+    assert targets_of(ERASURE, rows.copy, before) == {"resp_1", target_of(None, "hers")}
 
 
 def test_what_is_held_does_not_grow_with_what_others_said():
@@ -44,7 +48,7 @@ def test_what_is_held_does_not_grow_with_what_others_said():
             yield row(number, None, f"session {number}")
 
     tracemalloc.start()
-    assert groups_and_sessions(ERASURE, ledger) == ({"resp_0"}, {"hers"})
+    assert targets_of(ERASURE, ledger) == {"resp_0", target_of(None, "hers")}
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 2**18

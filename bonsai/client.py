@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any, Final, Literal, TypeVar
@@ -38,6 +38,8 @@ RECONNECT_SECONDS: Final = 1.0
 SILENT_SECONDS: Final = 30.0
 """A stream of events has a comment every 10 s."""
 WEBHOOKS = "/v1/webhook_endpoints"
+_EXPORT: Final = aiohttp.ClientTimeout(sock_connect=10, sock_read=600)
+"""As long as something comes. Before the first byte the gateway has read them all and checked their digests."""
 _NOT_NOW = (429, 503)
 """What a gateway answers that has done nothing yet and says when to come again."""
 
@@ -277,9 +279,10 @@ class BonsaiClient:
         """An adapter that was put below the artefact root becomes a candidate."""
         return await self._call(Policy, "POST", "/policies", {"digest": digest})
 
-    async def export_policy(self, policy_id: str, base: str) -> bytes:
-        """A tar archive of its directory. base: what an adapter says of its base model."""
-        return await self._exchange("GET", f"/policies/{policy_id}/export?{urlencode({'base': base})}")
+    def export_policy(self, policy_id: str, base: str) -> AsyncGenerator[bytes]:
+        """A tar archive of its directory, in pieces: whole weights need not fit into memory. base: what an adapter says
+        of its base model."""
+        return self._pieces("GET", f"/policies/{policy_id}/export?{urlencode({'base': base})}", timeout=_EXPORT)
 
     async def add_webhook(self, url: str, event_types: Sequence[str], name: str) -> Webhook:
         """With its secret, which no other reply but a rotation's has."""
@@ -336,20 +339,25 @@ class BonsaiClient:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> bytes:
+        return b"".join([piece async for piece in self._pieces(method, path, json=body, headers=headers)])
+
+    async def _pieces(self, method: str, path: str, **asked: Any) -> AsyncGenerator[bytes]:
+        """The reply's content as it comes; asked: what the session is told besides."""
         give_up = monotonic() + self._patience_seconds
         while True:
             try:
-                async with self._session.request(method, path, json=body, headers=headers) as response:
-                    content, status = await response.read(), response.status
+                async with self._session.request(method, path, **asked) as response:
                     pause = response.headers.get("Retry-After", "")
+                    is_later = response.status in _NOT_NOW and pause.isdigit() and monotonic() + int(pause) <= give_up
+                    if not is_later:
+                        if response.status >= 400:
+                            raise _refusal(response.status, await response.read())
+                        async for piece in response.content.iter_any():
+                            yield piece
+                        return
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 raise GatewayUnreachable(f"{method} {path}: {error or type(error).__name__}") from error
-            if status not in _NOT_NOW or not pause.isdigit() or monotonic() + int(pause) > give_up:
-                break
             await asyncio.sleep(int(pause))
-        if status >= 400:
-            raise _refusal(status, content)
-        return content
 
 
 class _ErrorMembers(Reply):

@@ -31,6 +31,7 @@ from bon_algos.contracts import (
 from bonsai.engine_replies import Engine, EnginePage
 from bonsai.job_replies import DryRun, Job, JobEvent, JobPage, Reply
 from bonsai.webhook_replies import Webhook, WebhookAttempts, WebhookPage, WebhookTest
+from service.headers import ARM, LAST_EVENT_ID, UNIT
 
 _Reply = TypeVar("_Reply", bound=BaseModel)
 
@@ -185,7 +186,7 @@ class BonsaiClient:
         **fields: Any,
     ) -> Generation:
         """One answer. `arm` forces `POLICY:N`; `fields` are members of the body (`wait_for_reward`, `store`, …)."""
-        headers = {"x-bonsai-arm": arm, "x-bonsai-unit": unit}
+        headers = {ARM: arm, UNIT: unit}
         return await self._call(
             Generation,
             "POST",
@@ -232,7 +233,7 @@ class BonsaiClient:
         path = f"/distill/{job_id}/events?stream=true"
         timeout = aiohttp.ClientTimeout(sock_connect=10, sock_read=SILENT_SECONDS)
         try:
-            async with self._session.get(path, headers={"Last-Event-ID": last}, timeout=timeout) as response:
+            async with self._session.get(path, headers={LAST_EVENT_ID: last}, timeout=timeout) as response:
                 if response.status >= 400:
                     raise _refusal(response.status, await response.read())
                 async for line in response.content:

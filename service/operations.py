@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, PolicyReport
-from service import ledger_replies, replies
+from service import headers, ledger_replies, replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.erasures import ErasureRequest
 from service.errors import (
@@ -55,19 +55,19 @@ from service.routing import RouteRequest
 from service.training_operations import TRAINING_OPERATIONS
 
 ARM: Final = header(
-    "x-bonsai-arm",
+    headers.ARM,
     "POLICY:N, forces an arm; for admins and operators.",
     pattern=f"^(base|live|{POLICY_ID_PATTERN.strip('^$')}):[0-9]{{1,6}}$",
 )
 UNIT: Final = header(
-    "x-bonsai-unit",
+    headers.UNIT,
     "Whom an experiment's arm sticks to.",
     minLength=1,
     maxLength=MAX_UNIT_LENGTH,
     pattern="^[ -~]+$",
 )
 TIMEOUT: Final = header(
-    "x-bonsai-timeout",
+    headers.TIMEOUT,
     "Milliseconds; also in the body, as `timeout_ms`.",
     pattern="^[1-9][0-9]*$",
 )

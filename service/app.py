@@ -44,7 +44,7 @@ from service.replays import Replays
 from service.replica import Replica
 from service.residency import DRAIN_SECONDS
 from service.reward import RewardModel
-from service.reward_test import Exam, RewardTest
+from service.reward_test import PairTest, RewardTest
 from service.routes import (
     audit,
     circles,
@@ -235,23 +235,23 @@ async def _rewarding(settings: GatewaySettings) -> AsyncGenerator[tuple[RewardMo
     readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     reward_model = RewardModel(settings.reward_model, readers)
     try:
-        test = RewardTest(_exams(settings, reward_model))
+        test = RewardTest(_pair_tests(settings, reward_model))
         async with running_loops(test.run()):
             yield reward_model, test
     finally:
         await reward_model.close()
 
 
-def _exams(settings: GatewaySettings, reward_model: RewardModel) -> list[Exam]:
+def _pair_tests(settings: GatewaySettings, reward_model: RewardModel) -> list[PairTest]:
     """The operator's own pairs are about the whole; the built-in ones about each member that reads general text."""
     if settings.reward_pairs == NO_PAIRS:
         return []
     if settings.reward_pairs is not None:
-        return [Exam(reward_model.score, read_pairs(settings.reward_pairs))]
+        return [PairTest(reward_model.score, read_pairs(settings.reward_pairs))]
     members = settings.reward_model.members
     pairs = general_pairs()
     return [
-        Exam(
+        PairTest(
             partial(reward_model.score_of_member, place),
             pairs,
             title="the reward model" if len(members) == 1 else f"the reward model {member.id}",

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from archive.reading import Archive
 from archive.storage import archive_url
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import VllmMember
+from bon_algos.contracts import RewardConfig
 from bon_algos.scoring import open_readers
 from service.access import rights
 from service.allowances import Allowances, TakingLimits
@@ -32,7 +32,7 @@ from service.feedback import FeedbackBook
 from service.files import Files
 from service.fleet import running_fleet
 from service.keys import admin_record
-from service.known_pairs import NO_PAIRS, general_pairs, read_pairs
+from service.known_pairs import Tested, tested
 from service.ledger import Ledger
 from service.limits import Limits
 from service.loops import running_loops
@@ -235,31 +235,23 @@ async def _rewarding(settings: GatewaySettings) -> AsyncGenerator[tuple[RewardMo
     readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
     reward_model = RewardModel(settings.reward_model, readers)
     try:
-        test = RewardTest(_pair_tests(settings, reward_model))
+        config = settings.reward_model
+        test = RewardTest([_pair_test(reward_model, config, one) for one in tested(settings.reward_pairs, config)])
         async with running_loops(test.run()):
             yield reward_model, test
     finally:
         await reward_model.close()
 
 
-def _pair_tests(settings: GatewaySettings, reward_model: RewardModel) -> list[PairTest]:
-    """The operator's own pairs are about the whole; the built-in ones about each member that reads general text."""
-    if settings.reward_pairs == NO_PAIRS:
-        return []
-    if settings.reward_pairs is not None:
-        return [PairTest(reward_model.score, read_pairs(settings.reward_pairs))]
-    members = settings.reward_model.members
-    pairs = general_pairs()
-    return [
-        PairTest(
-            partial(reward_model.score_of_member, place),
-            pairs,
-            title="the reward model" if len(members) == 1 else f"the reward model {member.id}",
-            is_general=True,
-        )
-        for place, member in enumerate(members)
-        if isinstance(member, VllmMember)
-    ]
+def _pair_test(reward_model: RewardModel, config: RewardConfig, of: Tested) -> PairTest:
+    if of.member is None:
+        return PairTest(reward_model.score, of.pairs)
+    return PairTest(
+        partial(reward_model.score_of_member, of.member),
+        of.pairs,
+        title="the reward model" if len(config.members) == 1 else f"the reward model {config.members[of.member].id}",
+        is_general=True,
+    )
 
 
 @asynccontextmanager

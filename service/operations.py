@@ -265,7 +265,8 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "Have what one user left erased",
         {202: ledger_replies.ERASURE},
         Body(ErasureRequest, {"user": "customer-4711"}),
-        errors=(StoreFull,),
+        (ONCE,),
+        (StoreFull,),
         headers=("Location",),
     ),
     ("GET", "/ledger/erasures/{erasure_id}"): Operation(

@@ -14,7 +14,7 @@ from service.circles import circle_object, circle_version, require_sense
 from service.errors import CircleNotFound, Unavailable
 from service.json_body import read_model
 from service.preconditions import Precondition, etag
-from service.routes.admin import control_of, cut, page_of, snapshot_of
+from service.routes.admin import control_of, cut, idempotency_of, page_of, snapshot_of
 
 log = logging.getLogger("bonsai.circle")
 router = APIRouter()
@@ -62,7 +62,9 @@ async def circle(request: Request, route: str) -> JSONResponse:
 async def start(request: Request, route: str) -> JSONResponse:
     control, caller = control_of(request), caller_of(request)
     caller.require_route(snapshot_of(request).route(route).name)
-    return _shown(await control.circle_driver.circles.start(route, caller, precondition=Precondition.of(request)))
+    once, precondition = idempotency_of(request), Precondition.of(request)
+    kept = control.circle_driver.circles
+    return _shown(await kept.start(route, caller, idempotency=once, precondition=precondition))
 
 
 @router.post("/routes/{route}/circle/stop", dependencies=[needs("move_traffic")])

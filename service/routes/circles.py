@@ -44,7 +44,7 @@ async def put(request: Request, route: str) -> JSONResponse:
     found = snapshot_of(request).route(route)
     caller.require_route(found.name)
     require_sense(spec)
-    await control.jobs.check(spec.job(found.name, 1, found.live_policy), caller.tenant)
+    await control.jobs.check(spec.job(found.name, 1, found.live_policy), caller)
     precondition = Precondition.of(request)
     circle, is_new = await control.circle_driver.circles.put(found.name, spec, caller, precondition=precondition)
     await control.catalogue.refresh()

@@ -62,7 +62,7 @@ async def _told(request: Request, spec: JobSpec) -> JSONResponse:
     idempotency_of(request, "")
     control, caller = control_of(request), caller_of(request)
     _route_for(request, spec)
-    await control.jobs.check(spec, caller.tenant)
+    await control.jobs.check(spec, caller)
     return JSONResponse(await control.training.dry_runs.of(spec, caller.tenant))
 
 

@@ -36,6 +36,7 @@ from bon_algos.contracts import (
 )
 from bon_algos.crash_points import crash_point
 from service.errors import PolicyNotFound, RouteNotFound, StoreFull, StoreUnavailable
+from service.record_reading import read_record
 from service.store import translated
 
 REFRESH_SECONDS: Final = 1.0
@@ -157,10 +158,20 @@ class Catalogue:
             return self._snapshot
 
     async def policy(self, policy_id: str, tenant: str = DEFAULT_TENANT) -> PolicyRecord:
-        """One policy; Redis is asked when the snapshot does not have it yet. Raises PolicyNotFound."""
+        """One policy; Redis is asked when the snapshot does not have it yet. Raises PolicyNotFound, Unavailable for one
+        of another version."""
         if policy_id not in self._snapshot.policies:
             await self.refresh()
+        if policy_id not in self._snapshot.policies:
+            await self._require_known_version(policy_id)
         return self.of(tenant).policy(policy_id)
+
+    async def _require_known_version(self, policy_id: str) -> None:
+        """A snapshot passes over records of another version, which are there all the same."""
+        with translated():
+            row = cast("str | None", await self._redis.hget(policy_key(policy_id), "record"))
+        if row is not None:
+            read_record(PolicyRecord, row)
 
     async def run(self) -> None:
         """Refresh until cancelled."""

@@ -69,7 +69,7 @@ class Caller(NamedTuple):
         return self.routes is None or route in self.routes
 
     def require_route(self, route: str) -> None:
-        """Raises Forbidden for a route that the key is not good for. The route has been found among the tenant's."""
+        """Raises Forbidden for a route that the key is not good for, be there one of that name or not."""
         if not self.may_use(route):
             raise Forbidden("this needs a key that is good for this route", param="route", code="route_forbidden")
 

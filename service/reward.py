@@ -74,10 +74,9 @@ class RewardModel:
 
     def require_up(self) -> None:
         """Refuse what would be drawn for nothing. Raises RewardModelUnavailable."""
-        pause = self._breaker.probe_at - monotonic()
-        if self._breaker.state == "half_open" or (self._breaker.state == "open" and pause > 0):
+        if not self._breaker.admits:
             error = RewardModelUnavailable(f"{FAILING} of late: it is tried again soon")
-            error.retry_after = max(1, math.ceil(pause))
+            error.retry_after = max(1, math.ceil(self._breaker.probe_at - monotonic()))
             raise error
 
     def require_room(self, prompt: str, messages: Sequence[Message] | None) -> None:
@@ -111,13 +110,15 @@ class RewardModel:
             raise
         except (RewardModelUnavailable, EngineBroken):
             self._breaker.count(epoch, failed=True)
+            if is_probe:
+                self._breaker.trip()
             raise
         finally:
             if works:
                 self._breaker.close()
                 self._breaker.count(epoch, failed=False)
             elif is_probe:
-                self._breaker.trip()
+                self._breaker.give_up()
 
     async def score_of_member(
         self, i: int, prompt: str, messages: Sequence[Message] | None, completions: Sequence[str]

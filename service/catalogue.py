@@ -31,6 +31,7 @@ from bon_algos.contracts import (
     Route,
     experiment_key,
     of_tenant,
+    own_name,
     policy_key,
     route_key,
 )
@@ -98,7 +99,7 @@ class Snapshot:
             routes={own: self.routes[name] for name, own in names.items()},
             experiments={own: self.experiments[name] for name, own in names.items() if name in self.experiments},
             policies={own: one for own, one in self.policies.items() if one.kind == "base" or one.tenant == tenant},
-            tags={own: policy for tag, policy in self.tags.items() if of_tenant(tenant, own := _bare(tag)) == tag},
+            tags={own: policy for tag, policy in self.tags.items() if (own := own_name(tenant, tag)) is not None},
         )
 
     def age(self, now: float) -> float:
@@ -237,8 +238,3 @@ class Catalogue:
                 self._parsed[f"{kind.__name__}:{name}"] = known
             records[name] = cast(RecordT, known[1])
         return records
-
-
-def _bare(name: str) -> str:
-    """A name of `of_tenant` without the tenant."""
-    return name.rpartition("/")[2]

@@ -16,6 +16,8 @@ from bon_algos.contracts import DEFAULT_TENANT, idempotency_key
 from service.errors import InvalidField, Unparseable
 
 HEADER: Final = "Idempotency-Key"
+REPLAYED: Final = "Idempotent-Replayed"
+"""Of the reply to a request that was carried out before."""
 KEPT_SECONDS: Final = 86_400
 MAX_LENGTH: Final = 255
 

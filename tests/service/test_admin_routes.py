@@ -166,7 +166,7 @@ def test_bad_requests_name_what_is_wrong_and_change_nothing(world: World):
                 assert "unprintable" not in reply.json["error"]["message"], name
         assert wrong == []
         # The gateway's, which come when they come.
-        own = (b"bonsai:reconciler", b"bonsai:circles:lease", b"bonsai:keys:used", b"bonsai:spools")
+        own = [f"bonsai:{name}".encode() for name in ("reconciler", "circles:lease", "keys:used", "spools", "files:since")]
         assert [key for key in sorted(client.keys("*")) if key not in before and key not in own] == []
 
 

@@ -233,7 +233,7 @@ async def _reporting(ledger: Ledger, settings: GatewaySettings) -> AsyncGenerato
 async def _rewarding(settings: GatewaySettings) -> AsyncGenerator[tuple[RewardModel, RewardTest]]:
     """The reward model and its test, which runs as soon as its engines answer."""
     readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
-    reward_model = RewardModel(settings.reward_model, readers)
+    reward_model = RewardModel(settings.reward_model, readers, hung_after=settings.hung_after_seconds)
     try:
         config = settings.reward_model
         test = RewardTest([_pair_test(reward_model, config, one) for one in tested(settings.reward_pairs, config)])

@@ -60,7 +60,7 @@ CIRCLE_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "Stop a route's circle and what it has under way",
         {200: CIRCLE},
         parameters=(MATCH,),
-        errors=(RouteNotFound, CircleNotFound, PreconditionFailed, StoreFull),
+        errors=(CircleNotFound, PreconditionFailed, StoreFull),
         headers=("ETag",),
     ),
     ("DELETE", "/routes/{route}/circle"): Operation(

@@ -23,6 +23,7 @@ from bon_algos.contracts import (
     Route,
     circle_key,
     of_tenant,
+    own_names,
     route_key,
 )
 from service.access import Caller
@@ -101,7 +102,7 @@ class Circles:
         """The tenant's routes that have a circle, of whatever version."""
         with translated():
             names = cast("set[str]", await self._redis.smembers(CIRCLES_INDEX))
-        return sorted(bare for name in names if of_tenant(tenant, bare := name.rpartition("/")[2]) == name)
+        return own_names(tenant, names)
 
     async def start(
         self, name: str, by: Caller, *, idempotency: Idempotency | None = None, precondition: Precondition = ANY

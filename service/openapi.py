@@ -32,7 +32,7 @@ from service.errors import (
     Unparseable,
     UnsupportedMediaType,
 )
-from service.headers import REQUEST_ID
+from service.headers import REPLAYED, REQUEST_ID
 from service.operation import Operation, Parameter
 from service.operations import OPERATIONS as OTHERS
 from service.registry_operations import REGISTRY_OPERATIONS
@@ -54,6 +54,10 @@ HEADERS: Final = {
         "schema": TEXT,
     },
     "Location": {"description": "Where to find what was made.", "required": True, "schema": TEXT},
+    REPLAYED: {
+        "description": "`true`: this answered an earlier request with the same `Idempotency-Key`.",
+        "schema": {"const": "true"},
+    },
     "Retry-After": {"description": "Seconds.", "required": True, "schema": TEXT},
     "WWW-Authenticate": {"description": "Bearer.", "required": True, "schema": TEXT},
 }

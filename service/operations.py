@@ -42,6 +42,7 @@ from service.errors import (
 from service.experiment_store import ExperimentRequest
 from service.feedback import FeedbackRequest
 from service.generation import GenerateRequest
+from service.headers import REPLAYED
 from service.keys import KeyRequest
 from service.ledger_query import DEFAULT_LIMIT as PAGE_ROWS
 from service.ledger_query import FIELDS
@@ -71,6 +72,12 @@ TIMEOUT: Final = header(
     "Milliseconds; also in the body, as `timeout_ms`.",
     pattern="^[1-9][0-9]*$",
 )
+TOLD: Final = (
+    *(ARM, UNIT, TIMEOUT, ONCE),
+    header("traceparent", "The caller's trace (W3C): goes along with what is asked of engines and reward models."),
+    header("tracestate", "Goes along with it."),
+)
+"""Headers of a completion."""
 COMPLETING: Final = (
     RouteNotFound,
     Conflict,
@@ -92,8 +99,9 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "The best of n completions",
         {200: replies.GENERATION},
         Body(GenerateRequest, {"prompt": "A good review begins:", "n": 4, "max_tokens": 16}, nulls="refused"),
-        (query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, TIMEOUT, ONCE),
+        (query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), *TOLD),
         COMPLETING,
+        headers=(REPLAYED,),
     ),
     ("POST", "/v1/completions"): Operation(
         "OpenAI's completions, best-of-n",
@@ -101,8 +109,9 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         Body(
             CompletionBody, {"model": "default", "prompt": "A good review begins:", "max_tokens": 16}, nulls="left out"
         ),
-        (ARM, UNIT, TIMEOUT, ONCE),
+        TOLD,
         COMPLETING,
+        headers=(REPLAYED,),
         streams=True,
     ),
     ("POST", "/v1/chat/completions"): Operation(
@@ -113,8 +122,9 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
             {"model": "default", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16},
             nulls="left out",
         ),
-        (ARM, UNIT, TIMEOUT, ONCE),
+        TOLD,
         COMPLETING,
+        headers=(REPLAYED,),
         streams=True,
     ),
     ("GET", "/v1/models"): Operation(

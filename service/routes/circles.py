@@ -44,7 +44,7 @@ async def put(request: Request, route: str) -> JSONResponse:
     found = snapshot_of(request).route(route)
     caller.require_route(found.name)
     require_sense(spec)
-    await control.jobs.check(spec.job(found.name, 1, found.live_policy), caller.tenant)
+    await control.jobs.check(spec.job(found.name, 1, found.live_policy), caller)
     precondition = Precondition.of(request)
     circle, is_new = await control.circle_driver.circles.put(found.name, spec, caller, precondition=precondition)
     await control.catalogue.refresh()
@@ -69,8 +69,9 @@ async def start(request: Request, route: str) -> JSONResponse:
 
 @router.post("/routes/{route}/circle/stop", dependencies=[needs("move_traffic")])
 async def stop(request: Request, route: str) -> JSONResponse:
-    caller_of(request).require_route(snapshot_of(request).route(route).name)
+    # A circle is stopped whatever has become of its route: also one that a gateway of another version wrote.
     control, caller, precondition = control_of(request), caller_of(request), Precondition.of(request)
+    caller.require_route(route)
     failures = await control.circle_driver.stop([route], _by(request), caller, precondition=precondition)
     for failure in failures.values():
         raise failure

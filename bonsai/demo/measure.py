@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bon_algos.contracts import Interval, Record
 from bon_algos.order import best_of_n_weights, kl_best_of_n_reference, kl_bound, mean_interval
 from bon_algos.serving_order import serving_ranks
-from bonsai.client import Choice
+from bonsai.generation_replies import Choice
 
 Array = NDArray[np.float64]
 

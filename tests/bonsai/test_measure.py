@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bonsai.client import Choice
 from bonsai.demo import measure
+from bonsai.generation_replies import Choice
 
 
 def choice(text: str, reward: float | None, *, finish_reason: str = "stop", tokens: int = 3) -> Choice:

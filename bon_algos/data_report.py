@@ -29,7 +29,7 @@ from bon_algos.acceptance import (
 from bon_algos.ancestors import NO_ANCESTORS, Lineage
 from bon_algos.contracts import CandidateGroup, DataReport, GainPoint, Leakage, RewardDistribution, Spread, Trouble
 from bon_algos.near_duplicates import near_duplicates
-from bon_algos.order import best_of_k_values, kl_best_of_n_estimate, kl_bound, mean_interval
+from bon_algos.order import kl_best_of_n_estimate, kl_bound, mean_interval, n_curve
 
 QUANTILES: Final = (0, 5, 25, 50, 75, 95, 100)
 HISTOGRAM_BINS: Final = 20
@@ -165,12 +165,12 @@ def _curve(pools: Sequence[Pool], n: int) -> tuple[GainPoint, ...]:
         return ()
     rows = [(_rewards(entry)[:most], entry.ranks[:most]) for entry in pools if len(entry.scored) >= most]
     value_BM, rank_BM = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
-    curve_BM = best_of_k_values(value_BM, rank_BM)
+    curve = n_curve(value_BM, rank_BM)
     ks = sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})
     points = []
     for k in ks:
-        gain = mean_interval(curve_BM[:, k - 1] - curve_BM[:, 0])
-        reward = float(curve_BM[:, k - 1].mean())
+        gain = mean_interval(curve.value_PM[:, k - 1] - curve.value_PM[:, 0])
+        reward = float(curve.mean[k - 1])
         points.append(GainPoint(k=k, reward=reward, gain=gain.mean, gain_low=gain.low))
     return tuple(points)
 

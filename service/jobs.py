@@ -344,9 +344,9 @@ def _check_other_policies(spec: JobSpec) -> None:
             f"{method} learns from draws of the reference alone; leave window.policies empty, or take one of {able}",
             param="window.policies",
         )
-    if regression is not None and regression.quantiles == "learned":
+    if regression is not None and regression.quantiles != "harmonic_mid":
         raise InvalidField(
-            "learned quantiles learn from draws of the reference alone; leave window.policies empty",
+            f"quantiles {regression.quantiles} are of draws of the reference alone; leave window.policies empty",
             param="window.policies",
         )
     if len(set(spec.window.policies)) < len(spec.window.policies):

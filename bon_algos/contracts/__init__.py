@@ -44,7 +44,13 @@ from bon_algos.contracts.jobs import (
     Label,
     Window,
 )
-from bon_algos.contracts.method_families import LoggedSpec, SampledSpec, TrainingSpec
+from bon_algos.contracts.method_families import (
+    CountedQuantiles,
+    LearnedQuantiles,
+    LoggedSpec,
+    SampledSpec,
+    TrainingSpec,
+)
 from bon_algos.contracts.methods import (
     METHOD_NAMES,
     AlgorithmSpec,
@@ -264,6 +270,7 @@ __all__ = [
     "Circle",
     "CircleSpec",
     "Cost",
+    "CountedQuantiles",
     "DataReport",
     "DataWindow",
     "DpoSpec",
@@ -300,6 +307,7 @@ __all__ = [
     "JobState",
     "Label",
     "Leakage",
+    "LearnedQuantiles",
     "LedgerRecord",
     "Lengths",
     "LoggedSpec",

@@ -111,7 +111,9 @@ def test_learned_quantiles_rank_all_prompts_candidates_together():
     def learned(transform):
         entries = pools_of([transformed(group, transform) for group in groups], {(0, b): "train" for b in range(8)})
         pools = [prompt_pool(entry, world.BASE) for entry in entries]
-        return [one.log_quantiles for one in with_learned_quantiles(pools, feature_BD, n=4, seed=0)]
+        return [
+            one.log_quantiles for one in with_learned_quantiles(pools, lambda _: feature_BD, "learned_law", n=4, seed=0)
+        ]
 
     plain = learned(float)
     assert all(own[0] == min(own) for own in plain)

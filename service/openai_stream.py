@@ -25,7 +25,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bon_algos.contracts import CandidateGroup
-from bon_algos.vllm_protocol import Piece
+from bon_algos.vllm_protocol import Listener, Piece
 from service.best_of_n import Answer
 from service.errors import GatewayError, problem
 from service.headers import ARM, POLICY
@@ -35,7 +35,6 @@ from service.openai_replies import Part, Shape, whole
 from service.replays import Reply
 from service.serving import Prepared, Serving, answer
 from service.tracing import named
-from service.vllm import Listener
 
 KEEP_ALIVE_SECONDS: Final = 10.0
 """Load balancers give up a connection that is silent for 60 s, some for 30."""

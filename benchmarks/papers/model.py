@@ -17,6 +17,7 @@ from benchmarks.papers.findings import Curve, Effort, Experiment, Finding, field
 from benchmarks.papers.model_findings import (
     COLUMNS,
     KL_LABEL,
+    MANY_STEPS,
     SHARE_LABEL,
     STEPS,
     WIN_LABEL,
@@ -60,9 +61,8 @@ MOST_BELOW: Final = 0.87
 is .87 of best-of-n's."""
 
 
-def method_of(name: MethodName, effort: Effort, **changes: object) -> Method:
+def method_of(name: MethodName, steps: int, **changes: object) -> Method:
     """A method at the benchmark's settings, with changes."""
-    steps = STEPS[effort]
     given: dict[str, object] = {"steps": steps, "learning_rate": LEARNING_RATE}
     if name == "bond":
         given |= {"imitation_steps": steps // 2, "averaged_steps": max(1, 2 * steps // 5)}
@@ -87,7 +87,7 @@ def settings() -> str:
 
 
 def every_method(effort: Effort) -> dict[str, Arm]:
-    return {name: Arm(method_of(name, effort)) for name in METHOD_NAMES}
+    return {name: Arm(method_of(name, STEPS[effort])) for name in METHOD_NAMES}
 
 
 def methods(effort: Effort, tell: Tell) -> Finding:
@@ -95,7 +95,7 @@ def methods(effort: Effort, tell: Tell) -> Finding:
     return Finding(
         title=f"Every method, n = {N}: win rate against KL",
         source="BOND Fig. 7, vBoN Fig. 1, BoNBoN Fig. 1",
-        method=f"{described(effort)} {settings()}",
+        method=f"{described(effort, STEPS[effort])} {settings()}",
         columns=COLUMNS,
         rows=(*reference_rows(seen.reference, seen.frontier), *(row(name, seen) for name in METHOD_NAMES)),
         claims=fields_of(not_below_frontier(seen)),
@@ -161,7 +161,8 @@ LEARNED: Final = "regression, 16 candidates, learned law"
 
 
 def regression(effort: Effort, tell: Tell) -> Finding:
-    method, imitation = method_of("bon_regression", effort), method_of("bon_forward_kl", effort)
+    steps = MANY_STEPS[effort]
+    method, imitation = method_of("bon_regression", steps), method_of("bon_forward_kl", steps)
     arms = {
         OWN_GROUP: Arm(method, candidates=N),
         POOLED: Arm(method, candidates=N, targets="pooled"),
@@ -176,7 +177,7 @@ def regression(effort: Effort, tell: Tell) -> Finding:
         source="Ours; log-quantile regression (QRPO, arXiv:2507.08068), learned quantiles (BOND, B.1)",
         method="Three regressions learn from the same 16 candidates of each prompt and differ in their targets alone: "
         "counted among those 16, counted among all that are logged, or by a law of rewards learned from other prompts' "
-        f"16 (of the reference's last hidden state of the prompt; four folds). {described(effort)} {settings()}",
+        f"16 (of the reference's last hidden state of the prompt; four folds). {described(effort, steps)} {settings()}",
         columns=COLUMNS,
         rows=tuple(row(label, seen) for label in arms),
         claims=fields_of(not_below_frontier(seen)),
@@ -193,14 +194,15 @@ def regression(effort: Effort, tell: Tell) -> Finding:
 
 
 def j_bond(effort: Effort, tell: Tell) -> Finding:
-    arms = {"J-BOND": Arm(method_of("jbond", effort))}
-    arms |= {f"RLOO, β = {beta:g}": Arm(method_of("rloo", effort, kl_strength=beta)) for beta in RLOO_STRENGTHS}
+    steps = MANY_STEPS[effort]
+    arms = {"J-BOND": Arm(method_of("jbond", steps))}
+    arms |= {f"RLOO, β = {beta:g}": Arm(method_of("rloo", steps, kl_strength=beta)) for beta in RLOO_STRENGTHS}
     seen = found(arms, effort, tell)
     return Finding(
         title="J-BOND against RLOO at four KL strengths, over steps",
         source="BOND §6, Fig. 7",
         method="Every line is one policy over its steps, mean of the seeds, judged at each third. "
-        f"{described(effort)} {settings()}",
+        f"{described(effort, steps)} {settings()}",
         columns=("policy", "steps", "share of gain, %", "win rate, %", "KL, nats", "KL ÷ frontier's"),
         rows=tuple(line for label in arms for line in over_steps(label, seen)),
         claims=fields_of([*not_below_frontier(seen), drift_rate(seen)]),
@@ -264,7 +266,7 @@ def bonbon(effort: Effort, tell: Tell) -> Finding:
         title="BoNBoN: win rate against off-target drift",
         source="BoNBoN §5, Fig. 1 and Table 1",
         method="The best and the worst of n logged candidates. Off target: length, and different pairs of words. "
-        f"{described(effort)} {settings()}",
+        f"{described(effort, STEPS[effort])} {settings()}",
         columns=COLUMNS,
         rows=(*reference_rows(seen.reference, seen.frontier), *(row(label, seen) for label in arms)),
         claims=fields_of(not_below_frontier(seen)),
@@ -292,12 +294,12 @@ def win_against_length(label: str, seen: Found) -> Curve:
 
 def on_pairs(effort: Effort, n: int) -> dict[str, Arm]:
     return {
-        BONBON: Arm(method_of("bonbon", effort, n=n)),
-        "BoNBoN, α = .5": Arm(method_of("bonbon", effort, n=n, imitation_weight=0.5)),
-        "BoNBoN, each pair's own target": Arm(method_of("bonbon_consistent", effort, n=n)),
-        "SFT on the best": Arm(method_of("bon_sft", effort, n=n)),
-        "DPO": Arm(method_of("dpo", effort, n=n)),
-        "IPO": Arm(method_of("ipo", effort, n=n)),
+        BONBON: Arm(method_of("bonbon", STEPS[effort], n=n)),
+        "BoNBoN, α = .5": Arm(method_of("bonbon", STEPS[effort], n=n, imitation_weight=0.5)),
+        "BoNBoN, each pair's own target": Arm(method_of("bonbon_consistent", STEPS[effort], n=n)),
+        "SFT on the best": Arm(method_of("bon_sft", STEPS[effort], n=n)),
+        "DPO": Arm(method_of("dpo", STEPS[effort], n=n)),
+        "IPO": Arm(method_of("ipo", STEPS[effort], n=n)),
     }
 
 
@@ -306,16 +308,16 @@ def on_pairs(effort: Effort, n: int) -> dict[str, Arm]:
 
 def full_fine_tuning(effort: Effort, tell: Tell) -> Finding:
     names: tuple[MethodName, ...] = ("bon_forward_kl", "bon_sft")
-    arms = {f"{name}, LoRA of rank 8": Arm(method_of(name, effort)) for name in names}
+    arms = {f"{name}, LoRA of rank 8": Arm(method_of(name, STEPS[effort])) for name in names}
     arms |= {
-        f"{name}, all weights": Arm(method_of(name, effort, learning_rate=ALL_WEIGHTS_RATE), all_weights=True)
+        f"{name}, all weights": Arm(method_of(name, STEPS[effort], learning_rate=ALL_WEIGHTS_RATE), all_weights=True)
         for name in names
     }
     seen = found(arms, effort, tell)
     return Finding(
         title="All weights against LoRA",
         source="Ours",
-        method=f"All weights at a rate of {ALL_WEIGHTS_RATE:g}. {described(effort)} {settings()}",
+        method=f"All weights at a rate of {ALL_WEIGHTS_RATE:g}. {described(effort, STEPS[effort])} {settings()}",
         columns=COLUMNS,
         rows=tuple(row(label, seen) for label in arms),
         claims=fields_of(not_below_frontier(seen)),

@@ -17,6 +17,7 @@ from benchmarks.papers.findings import Curve, Effort, Experiment, Finding, field
 from benchmarks.papers.model_findings import (
     COLUMNS,
     KL_LABEL,
+    MANY_STEPS,
     SHARE_LABEL,
     STEPS,
     WIN_LABEL,
@@ -36,7 +37,8 @@ from benchmarks.papers.model_findings import (
     win_against_kl,
 )
 from benchmarks.papers.model_goal import goal
-from benchmarks.papers.model_lab import Judged
+from benchmarks.papers.model_lab import COMPARED_DRAWS, Judged, distinct_2, lengths_of
+from benchmarks.papers.model_verdicts import OffTarget, Reached, bonbon_verdict, j_bond_verdict, pooling_verdict
 from bon_algos.contracts import Method
 from bon_algos.contracts.methods import METHOD_NAMES, MethodName
 
@@ -59,9 +61,8 @@ MOST_BELOW: Final = 0.87
 is .87 of best-of-n's."""
 
 
-def method_of(name: MethodName, effort: Effort, **changes: object) -> Method:
+def method_of(name: MethodName, steps: int, **changes: object) -> Method:
     """A method at the benchmark's settings, with changes."""
-    steps = STEPS[effort]
     given: dict[str, object] = {"steps": steps, "learning_rate": LEARNING_RATE}
     if name == "bond":
         given |= {"imitation_steps": steps // 2, "averaged_steps": max(1, 2 * steps // 5)}
@@ -86,7 +87,7 @@ def settings() -> str:
 
 
 def every_method(effort: Effort) -> dict[str, Arm]:
-    return {name: Arm(method_of(name, effort)) for name in METHOD_NAMES}
+    return {name: Arm(method_of(name, STEPS[effort])) for name in METHOD_NAMES}
 
 
 def methods(effort: Effort, tell: Tell) -> Finding:
@@ -94,7 +95,7 @@ def methods(effort: Effort, tell: Tell) -> Finding:
     return Finding(
         title=f"Every method, n = {N}: win rate against KL",
         source="BOND Fig. 7, vBoN Fig. 1, BoNBoN Fig. 1",
-        method=f"{described(effort)} {settings()}",
+        method=f"{described(effort, STEPS[effort])} {settings()}",
         columns=COLUMNS,
         rows=(*reference_rows(seen.reference, seen.frontier), *(row(name, seen) for name in METHOD_NAMES)),
         claims=fields_of(not_below_frontier(seen)),
@@ -160,7 +161,8 @@ LEARNED: Final = "regression, 16 candidates, learned law"
 
 
 def regression(effort: Effort, tell: Tell) -> Finding:
-    method, imitation = method_of("bon_regression", effort), method_of("bon_forward_kl", effort)
+    steps = MANY_STEPS[effort]
+    method, imitation = method_of("bon_regression", steps), method_of("bon_forward_kl", steps)
     arms = {
         OWN_GROUP: Arm(method, candidates=N),
         POOLED: Arm(method, candidates=N, targets="pooled"),
@@ -175,48 +177,47 @@ def regression(effort: Effort, tell: Tell) -> Finding:
         source="Ours; log-quantile regression (QRPO, arXiv:2507.08068), learned quantiles (BOND, B.1)",
         method="Three regressions learn from the same 16 candidates of each prompt and differ in their targets alone: "
         "counted among those 16, counted among all that are logged, or by a law of rewards learned from other prompts' "
-        f"16 (of the reference's last hidden state of the prompt; four folds). {described(effort)} {settings()}",
+        f"16 (of the reference's last hidden state of the prompt; four folds). {described(effort, steps)} {settings()}",
         columns=COLUMNS,
         rows=tuple(row(label, seen) for label in arms),
         claims=fields_of(not_below_frontier(seen)),
-        remarks="A regression holds only what was drawn: what it pushes off bad candidates may land where no "
-        "candidate is, which its KL shows and its loss does not. "
-        + " ".join(gap(seen, label) for label in (POOLED, LEARNED)),
+        remarks=pooling_verdict(*(Reached(seen.last(one), seen.ratios(one)) for one in (OWN_GROUP, POOLED, LEARNED)))
+        + " A regression holds only what was drawn: what it pushes off bad candidates may land where no candidate is, "
+        "which its KL shows and its loss does not.",
         x_label=KL_LABEL,
         y_label=WIN_LABEL,
         curves=win_against_kl(seen, list(arms)),
     )
 
 
-def gap(seen: Found, label: str) -> str:
-    """How an arm differs from the one whose targets are counted among its own group, seed by seed."""
-    pairs = list(zip(seen.last(label), seen.last(OWN_GROUP), strict=True))
-    win = [100 * (ours.win_rate - theirs.win_rate) for ours, theirs in pairs]
-    kl = [ours.kl - theirs.kl for ours, theirs in pairs]
-    return f"{label}, less the same counted among them: win rate {cell(win, 1)} points, KL {cell(kl, 2)} nats."
-
-
 # --- J-BOND against RLOO ---------------------------------------------------------------------------------
 
 
 def j_bond(effort: Effort, tell: Tell) -> Finding:
-    arms = {"J-BOND": Arm(method_of("jbond", effort))}
-    arms |= {f"RLOO, β = {beta:g}": Arm(method_of("rloo", effort, kl_strength=beta)) for beta in RLOO_STRENGTHS}
+    steps = MANY_STEPS[effort]
+    arms = {"J-BOND": Arm(method_of("jbond", steps))}
+    arms |= {f"RLOO, β = {beta:g}": Arm(method_of("rloo", steps, kl_strength=beta)) for beta in RLOO_STRENGTHS}
     seen = found(arms, effort, tell)
     return Finding(
         title="J-BOND against RLOO at four KL strengths, over steps",
         source="BOND §6, Fig. 7",
         method="Every line is one policy over its steps, mean of the seeds, judged at each third. "
-        f"{described(effort)} {settings()}",
+        f"{described(effort, steps)} {settings()}",
         columns=("policy", "steps", "share of gain, %", "win rate, %", "KL, nats", "KL ÷ frontier's"),
         rows=tuple(line for label in arms for line in over_steps(label, seen)),
         claims=fields_of([*not_below_frontier(seen), drift_rate(seen)]),
-        remarks=f"{ranked(seen)} The paper has J-BOND above all four strengths at every KL. Its anchor "
-        f"moves by {ANCHOR_RATE} a step, so that its KL rises by at most as many nats a step in the long run.",
+        remarks=f"{against_rloo(seen)} {ranked(seen)} The paper has J-BOND above all four strengths at every KL. Its "
+        f"anchor moves by {ANCHOR_RATE} a step, so that its KL rises by at most as many nats a step in the long run.",
         x_label=KL_LABEL,
         y_label=SHARE_LABEL,
         curves=(reward_frontier(seen.frontier), *(path(label, seen) for label in arms)),
     )
+
+
+def against_rloo(seen: Found) -> str:
+    best, rloo = reward_frontier(seen.frontier), {**seen.arms}
+    roots = np.sqrt(np.maximum(best.x, 0.0))
+    return j_bond_verdict(rloo.pop("J-BOND"), rloo, lambda kl: float(np.interp(max(kl, 0.0) ** 0.5, roots, best.y)))
 
 
 def drift_rate(seen: Found) -> Claim:
@@ -254,6 +255,9 @@ def path(label: str, seen: Found) -> Curve:
 # --- BoNBoN ----------------------------------------------------------------------------------------------
 
 
+BONBON: Final = "BoNBoN, α = .005"
+
+
 def bonbon(effort: Effort, tell: Tell) -> Finding:
     ns = (2, 4, 8, 16) if effort == "full" else (N,)
     arms = {f"{label}, n = {n}": arm for n in ns for label, arm in on_pairs(effort, n).items()}
@@ -262,15 +266,24 @@ def bonbon(effort: Effort, tell: Tell) -> Finding:
         title="BoNBoN: win rate against off-target drift",
         source="BoNBoN §5, Fig. 1 and Table 1",
         method="The best and the worst of n logged candidates. Off target: length, and different pairs of words. "
-        f"{described(effort)} {settings()}",
+        f"{described(effort, STEPS[effort])} {settings()}",
         columns=COLUMNS,
         rows=(*reference_rows(seen.reference, seen.frontier), *(row(label, seen) for label in arms)),
         claims=fields_of(not_below_frontier(seen)),
-        remarks="Published: BoNBoN near best-of-n's win rate with the least change of length. " + ranked(seen),
+        remarks=" ".join(drift_of_bonbon(seen, n) for n in ns) + " Published: BoNBoN near best-of-n's win rate with "
+        "the least change of length. " + ranked(seen),
         x_label="tokens of a completion",
         y_label=WIN_LABEL,
         curves=tuple(win_against_length(label, seen) for label in arms),
     )
+
+
+def drift_of_bonbon(seen: Found, n: int) -> str:
+    texts = [group[:COMPARED_DRAWS] for group in seen.reference.texts]
+    best = float(seen.frontier.win_rate[seen.frontier.n.index(n)])
+    reference = OffTarget(best, float(lengths_of(seen.reference).mean()), distinct_2(texts))
+    others = {label: seen.last(f"{label}, n = {n}") for label in ("SFT on the best", "DPO", "IPO")}
+    return f"n = {n}: {bonbon_verdict(seen.last(f'{BONBON}, n = {n}'), others, reference)}"
 
 
 def win_against_length(label: str, seen: Found) -> Curve:
@@ -281,12 +294,12 @@ def win_against_length(label: str, seen: Found) -> Curve:
 
 def on_pairs(effort: Effort, n: int) -> dict[str, Arm]:
     return {
-        "BoNBoN, α = .005": Arm(method_of("bonbon", effort, n=n)),
-        "BoNBoN, α = .5": Arm(method_of("bonbon", effort, n=n, imitation_weight=0.5)),
-        "BoNBoN, each pair's own target": Arm(method_of("bonbon_consistent", effort, n=n)),
-        "SFT on the best": Arm(method_of("bon_sft", effort, n=n)),
-        "DPO": Arm(method_of("dpo", effort, n=n)),
-        "IPO": Arm(method_of("ipo", effort, n=n)),
+        BONBON: Arm(method_of("bonbon", STEPS[effort], n=n)),
+        "BoNBoN, α = .5": Arm(method_of("bonbon", STEPS[effort], n=n, imitation_weight=0.5)),
+        "BoNBoN, each pair's own target": Arm(method_of("bonbon_consistent", STEPS[effort], n=n)),
+        "SFT on the best": Arm(method_of("bon_sft", STEPS[effort], n=n)),
+        "DPO": Arm(method_of("dpo", STEPS[effort], n=n)),
+        "IPO": Arm(method_of("ipo", STEPS[effort], n=n)),
     }
 
 
@@ -295,16 +308,16 @@ def on_pairs(effort: Effort, n: int) -> dict[str, Arm]:
 
 def full_fine_tuning(effort: Effort, tell: Tell) -> Finding:
     names: tuple[MethodName, ...] = ("bon_forward_kl", "bon_sft")
-    arms = {f"{name}, LoRA of rank 8": Arm(method_of(name, effort)) for name in names}
+    arms = {f"{name}, LoRA of rank 8": Arm(method_of(name, STEPS[effort])) for name in names}
     arms |= {
-        f"{name}, all weights": Arm(method_of(name, effort, learning_rate=ALL_WEIGHTS_RATE), all_weights=True)
+        f"{name}, all weights": Arm(method_of(name, STEPS[effort], learning_rate=ALL_WEIGHTS_RATE), all_weights=True)
         for name in names
     }
     seen = found(arms, effort, tell)
     return Finding(
         title="All weights against LoRA",
         source="Ours",
-        method=f"All weights at a rate of {ALL_WEIGHTS_RATE:g}. {described(effort)} {settings()}",
+        method=f"All weights at a rate of {ALL_WEIGHTS_RATE:g}. {described(effort, STEPS[effort])} {settings()}",
         columns=COLUMNS,
         rows=tuple(row(label, seen) for label in arms),
         claims=fields_of(not_below_frontier(seen)),

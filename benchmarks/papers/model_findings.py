@@ -42,7 +42,9 @@ SIZES: Final[Mapping[Effort, Sizes]] = {
     "default": Sizes(512, 64, 64, 256, 32),
     "full": Sizes(512, 64, 64, 256, 32),
 }
-STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 50, "full": 200}
+STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 50, "full": 50}
+MANY_STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 50, "full": 200}
+"""Of what shows only with time: lines over steps, and methods that push log-probs down."""
 LEAST_KL: Final = 0.1
 """Nats of the frontier; below, a ratio is noise."""
 FARTHEST: Final = 8.0
@@ -157,10 +159,10 @@ def points(label: str, x: Sequence[float], y: Sequence[float], *, is_line: bool 
     return Curve(label=label, x=tuple(a for a, _ in near), y=tuple(b for _, b in near), is_line=is_line)
 
 
-def described(effort: Effort) -> str:
+def described(effort: Effort, steps: int) -> str:
     sizes = SIZES[effort]
     return (
-        f"The demo's policy (2.9 M parameters, LoRA of rank 8 unless said otherwise), {STEPS[effort]} steps of 16 "
+        f"The demo's policy (2.9 M parameters, LoRA of rank 8 unless said otherwise), {steps} steps of 16 "
         f"prompts, {SEEDS[effort]} seed(s), {sizes.train_prompts} training prompts with {sizes.train_draws} logged "
         f"candidates each. Judged on {sizes.held_out_prompts} held-out prompts with {sizes.judged_draws} samples each "
         f"against {sizes.held_out_draws} draws of the reference, of which the frontier is made, too. KL is the mean of "

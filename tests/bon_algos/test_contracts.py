@@ -198,6 +198,10 @@ def test_how_far_a_method_goes(method, log_aim):
         {"type": "vbon", "vbon": {"clip_range": 1}},
         {"type": "vbon", "vbon": {"likelihood": "upper"}},
         {"type": "vbon", "vbon": {"gradient": "ppo"}},
+        {"type": "vbon", "vbon": {"likelihood": "exact", "quantiles": "mid_rank"}},  # its F is strict
+        {"type": "vbon", "vbon": {"quantiles": "learned_law"}},
+        {"type": "bond", "bond": {"quantiles": "learned_head"}},
+        {"type": "bon_regression", "bon_regression": {"quantiles": "counted"}},
         {"type": "rloo", "rloo": {"kl_strength": 0}},
         {"type": "bonbon", "bonbon": {"imitation_weight": 1.5}},
         {"type": "dpo", "dpo": {"beta": 0}},

@@ -6,6 +6,7 @@ Whether a message arrived is seen on a job that its owner no longer wants: a cla
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 import redis
@@ -110,14 +111,17 @@ def test_F19_while_connections_break_all_the_time_a_job_has_one_owner(proxy, sta
 
 
 def broken_once_more(proxy, job):
-    """Whether the job has ended. Breaks all connections, and the next one between a script and its reply; again when the
-    lease was kept since: by the clock, a slow machine would never keep it."""
+    """Whether the job has ended. Breaks all connections, and the next one between a script and its reply; again when
+    the lease was kept since: by the clock, a slow machine would never keep it."""
     proxy.reset()
     proxy.lose_reply_to(b"EVAL")
     for _ in range(2):  # the script may have been what keeps it
-        kept = job.value("lease_until")
-        until(lambda before=kept: is_over(job) or job.value("lease_until") != before, "it is kept", seconds=90)
+        until(partial(is_kept_or_over, job, job.value("lease_until")), "it is kept", seconds=90)
     return is_over(job)
+
+
+def is_kept_or_over(job, before):
+    return is_over(job) or job.value("lease_until") != before
 
 
 def is_over(job):

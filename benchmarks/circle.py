@@ -154,7 +154,7 @@ def together(reference: measure.Pool, seeds: Sequence[Seed]) -> tuple[measure.Qu
         reference.prompts,
         np.hstack([part.reward for part in parts]),
         np.hstack([part.gold for part in parts]),
-        np.hstack([part.order for part in parts]),
+        np.hstack([part.is_complete for part in parts]),
         np.hstack([part.tokens for part in parts]),
     )
     # Half-widths are averaged as if the seeds erred together: no narrower than any truth.

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from bon_algos.contracts import Interval
 from bon_algos.logprobs import TokenGroup, sequence_logprobs
 from bon_algos.order import mean_interval
-from bonsai.client import Choice
+from bonsai.generation_replies import Choice
 from worker.models import unwarned_of_tied_embeddings
 
 PROMPTS_AT_ONCE = 8

@@ -107,8 +107,8 @@ def on_the_demo() -> World:
 
     def logged(draws: Draws) -> list[LoggedDraws]:
         return [
-            LoggedDraws(to_serve(reward, order), tokens)
-            for reward, order, tokens in zip(draws.reward, draws.order, lengths_of(draws), strict=True)
+            LoggedDraws(to_serve(reward, is_complete), tokens)
+            for reward, is_complete, tokens in zip(draws.reward, draws.is_complete, lengths_of(draws), strict=True)
         ]
 
     bench = Bench()
@@ -119,9 +119,8 @@ def on_the_demo() -> World:
     return World(history, own, np.stack(true_BM))
 
 
-def to_serve(reward_M: Array, order_M: Array) -> Array:
+def to_serve(reward_M: Array, is_complete_M: NDArray[np.bool_]) -> Array:
     """As the gateway takes them: incomplete candidates have no reward where there is a complete one."""
-    is_complete_M = order_M == reward_M
     return np.where(is_complete_M, reward_M, np.nan) if is_complete_M.any() else reward_M
 
 

@@ -18,10 +18,7 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Final, Literal, NamedTuple
 
 from bon_algos.contracts import ANY_LAW_METHODS, Candidate, CandidateGroup, Feedback, FeedbackFilter, JobSpec
-
-INCOMPLETE_PENALTY: Final = 1e9
-"""Taken off the reward of a truncated or empty completion for ranking: such a one is served only when there is
-no complete one, so below all complete ones is its place. Ranks are all that is used of it."""
+from bon_algos.serving_order import serving_ranks_of
 
 MIN_PROMPTS: Final = 2
 """On either side: a baseline and an interval need another prompt."""
@@ -82,11 +79,6 @@ class Requirements(NamedTuple):
         """Whether the reference's candidates that it leaves are draws of its law: neither picked by what was said of
         them, nor drawn in whatever way."""
         return self.feedback is None and not self.is_any_law
-
-
-def ranking_reward(candidate: Candidate, reward: float) -> float:
-    """The number that orders candidates as they are served."""
-    return reward if candidate.is_complete else reward - INCOMPLETE_PENALTY
 
 
 # --- choosing --------------------------------------------------------------------------------------------
@@ -256,14 +248,14 @@ class Pool(NamedTuple):
         return sum(group.requested for group in self.groups)
 
     @property
-    def ranking_rewards(self) -> list[float]:
-        """Of all candidates that have one, in drawing order."""
-        return [
-            ranking_reward(candidate, candidate.reward)
-            for group in self.groups
-            for candidate in group.candidates
-            if candidate.reward is not None
-        ]
+    def scored(self) -> list[Candidate]:
+        """All candidates that have a reward, in drawing order."""
+        return [one for group in self.groups for one in group.candidates if one.reward is not None]
+
+    @property
+    def ranks(self) -> list[float]:
+        """Of those, as they are served."""
+        return [float(rank) for rank in serving_ranks_of(self.scored)[0]]
 
 
 def pool(groups: Sequence[CandidateGroup], sides: dict[Prompt, Side]) -> list[Pool]:
@@ -295,8 +287,8 @@ def usable_pools(
         if sum(entry.side == side for entry in usable) < MIN_PROMPTS:
             message = f"best-of-{wanted.num_candidates} needs that many candidates of a prompt; the largest of "
             raise Unusable("too_few_candidates", f"{message}{len(pools)} prompts has {largest}; {read}")
-    rewards = [entry.ranking_rewards for entry in usable] if wanted.is_scored else []
-    if rewards and all(len(set(row)) == 1 for row in rewards) and any(len(row) > 1 for row in rewards):
+    ranks = [entry.ranks for entry in usable] if wanted.is_scored else []
+    if ranks and all(len(set(row)) == 1 for row in ranks) and any(len(row) > 1 for row in ranks):
         raise Unusable("rewards_all_equal", f"no prompt of {len(usable)} has two different rewards; {read}")
     num_small = sum(len(entry.groups) for entry in pools) - sum(len(entry.groups) for entry in usable)
     choice.rejected.update({"too_few_candidates": num_small} if num_small else {})

@@ -86,7 +86,8 @@ def _logged(
         case BonForwardKlSpec():
             return LoggedStep(partial(choose_imitated, n=spec.n, count=spec.candidates_per_prompt), imitate)
         case BonRegressionSpec():
-            choose = partial(choose_regressed, n=spec.n, count=spec.candidates_per_prompt)
+            counted = spec.counted or "harmonic_mid"  # where quantiles are learned, groups bring them
+            choose = partial(choose_regressed, n=spec.n, count=spec.candidates_per_prompt, quantiles=counted)
             return LoggedStep(choose, partial(regress, huber_delta=spec.huber_delta))
         case BonSftSpec():
             return LoggedStep(partial(choose_winner, n=spec.n), imitate)
@@ -115,7 +116,8 @@ def _bonbon(spec: BonbonSpec) -> PairLoss:
 
 
 def _vbon(spec: VbonSpec) -> SampledStep:
-    log_tilt = tilt_of_exact_likelihood if spec.likelihood == "exact" else tilt_of_lower_bound
+    bound = partial(tilt_of_lower_bound, quantiles=spec.quantiles or "harmonic_mid")
+    log_tilt = tilt_of_exact_likelihood if spec.likelihood == "exact" else bound
     clip_range = spec.clip_range if spec.gradient == "ppo_clip" else None
     return SampledStep(partial(learn_vbon, n=spec.n, log_tilt=log_tilt, clip_range=clip_range), spec.samples_per_prompt)
 
@@ -149,7 +151,13 @@ def _bond(spec: BondSpec) -> BondStep:
         LoggedStep(partial(choose_best, n=spec.n, count=rows), imitate),
         spec.imitation_steps,
         partial(choose_best, n=spec.n, count=spec.candidates_per_prompt),
-        partial(learn_ranked, n=spec.n, jeffreys_weight=spec.jeffreys_weight, return_floor=spec.return_floor),
+        partial(
+            learn_ranked,
+            n=spec.n,
+            jeffreys_weight=spec.jeffreys_weight,
+            return_floor=spec.return_floor,
+            quantiles=spec.quantiles,
+        ),
         spec.samples_per_prompt,
         spec.averaged_steps,
     )

@@ -51,8 +51,8 @@ def lineage(
     """Of a policy that is made from these, or learns from what they drew; base policies have no ancestors.
 
     record_of: None for one that nobody knows; whoever needs that one refuses it.
-    Raises Unusable (`lineage_unknown`) where the window of an ancestor is gone or is not the one of its manifest: then
-    nobody can tell which prompts are still unseen.
+    Raises Unusable: `lineage_unknown` where the window of an ancestor is gone or not the one of its manifest, for then
+    nobody can tell which prompts are still unseen; `policy_unusable` where an erasure took it.
     """
     found: list[PolicyId] = []
     unknown: list[PolicyId] = []
@@ -65,6 +65,8 @@ def lineage(
         if not is_ancestor or policy_id in found:
             continue
         found.append(policy_id)
+        if record is not None and record.tainted:
+            raise Unusable("policy_unusable", f"{policy_id} had learned from rows that were erased since")
         learned_from = None if record is None else _trained(record.manifest, open_window)
         if learned_from is None:
             unknown.append(policy_id)

@@ -114,31 +114,35 @@ class ChatTokenizer:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Tool] = ()) -> str:
         """The conversation as the model reads it. Raises TemplateRefused, also when there is no template."""
-        return self.render_plain([_for_template(message) for message in messages], add_generation_prompt, tools)
+        listed = [_tool_for_template(tool) for tool in tools]
+        return self.renderer(listed, add_generation_prompt)([_for_template(message) for message in messages])
 
-    def render_plain(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Sequence[Tool] = ()
-    ) -> str:
-        """As `render`, of messages as a template reads them."""
-        return self._rendered(messages, [_tool_for_template(tool) for tool in tools], add_generation_prompt)
-
-    def _rendered(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
-    ) -> str:
-        if self._template is None:
+    def renderer(
+        self, tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> Callable[[Sequence[Mapping[str, Any]]], str]:
+        """How messages are rendered, both as a template reads them. What Jinja puts around its variables takes as long
+        as a rendering, and is made once. Raises TemplateRefused, here when there is no template."""
+        template = self._template
+        if template is None:
             raise TemplateRefused("this model has no chat template: send `prompt` instead of `messages`")
-        try:
-            return self._template.render(
-                messages=messages,
-                tools=tools or None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special,
-            )
-        except jinja2.exceptions.TemplateError as error:
-            raise TemplateRefused(str(error)) from error
-        except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            # What it says may hold what was sent.
-            raise TemplateRefused("it fails on one of them") from error
+        context = template.new_context(
+            {"tools": tools or None, "add_generation_prompt": add_generation_prompt, **self._special}
+        )
+
+        def rendered(messages: Sequence[Mapping[str, Any]]) -> str:
+            # Without what the template has set for other messages.
+            context.vars.clear()
+            context.exported_vars.clear()
+            context.vars["messages"] = messages
+            try:
+                return "".join(template.root_render_func(context))
+            except jinja2.exceptions.TemplateError as error:
+                raise TemplateRefused(str(error)) from error
+            except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+                # What it says may hold what was sent.
+                raise TemplateRefused("it fails on one of them") from error
+
+        return rendered
 
     def encode_messages(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Tool] = ()
@@ -146,13 +150,13 @@ class ChatTokenizer:
         """The conversation as `render` has it, and its token ids. Only the template writes special tokens: one that
         somebody names in a message or a tool stays text. Raises TemplateRefused."""
         plain, listed = [_for_template(message) for message in messages], [_tool_for_template(tool) for tool in tools]
-        rendered = self._rendered(plain, listed, add_generation_prompt)
+        rendered = self.renderer(listed, add_generation_prompt)(plain)
         mark = secrets.token_hex(16)
         marked, marked_list = self._marked(plain, mark), self._marked(listed, mark)
         if (marked, marked_list) == (plain, listed):
             return rendered, self.encode_chat(rendered)
         # Each stretch is encoded by itself, so that none of them holds a name that is cut by a mark.
-        stretches = self._rendered(marked, marked_list, add_generation_prompt).split(mark)
+        stretches = self.renderer(marked_list, add_generation_prompt)(marked).split(mark)
         if "".join(stretches) != rendered:
             raise TemplateRefused("it changes a text that names a special token")
         encoded = self.encode_all(stretches, add_special_tokens=False)
@@ -266,16 +270,12 @@ def reward_writer(tokenizer: ChatTokenizer, prompt: str, messages: Sequence[Mess
         said = [_spelled_out(message).content for message in messages or ()]
         before = prompt if messages is None else "\n".join(said) + "\n"
         return lambda completion: before + completion
+    render = tokenizer.renderer((), add_generation_prompt=False)
     turns = [Message(role="user", content=prompt)] if messages is None else list(messages)
     if not tokenizer.shows_calls:
         turns = [_spelled_out(message) for message in turns]
     before_it = [_for_template(message) for message in turns]
-
-    def write(completion: str) -> str:
-        turn = {"role": "assistant", "content": completion}
-        return tokenizer.render_plain([*before_it, turn], add_generation_prompt=False)
-
-    return write
+    return lambda completion: render([*before_it, {"role": "assistant", "content": completion}])
 
 
 def encode_reward_texts(tokenizer: ChatTokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 Owns two checks that losses share. Does not own the ranges of their weights, which each loss checks by itself. Shapes
 are checked of everything; numbers of data alone (rewards, weights, tilts, log-probs of a reference). What the policy in
-training says may stop being a number at any step: whoever steps looks at the loss.
+training says may stop being a number at any step: whoever steps looks at that, and at the loss.
 """
 
 from __future__ import annotations

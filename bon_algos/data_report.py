@@ -29,7 +29,7 @@ from bon_algos.acceptance import (
 from bon_algos.ancestors import NO_ANCESTORS, Lineage
 from bon_algos.contracts import CandidateGroup, DataReport, GainPoint, Leakage, RewardDistribution, Spread, Trouble
 from bon_algos.near_duplicates import near_duplicates
-from bon_algos.order import best_of_k_values, kl_best_of_n_estimate, kl_bound, mean_interval
+from bon_algos.order import kl_best_of_n_estimate, kl_bound, mean_interval, n_curve
 
 QUANTILES: Final = (0, 5, 25, 50, 75, 95, 100)
 HISTOGRAM_BINS: Final = 20
@@ -57,7 +57,7 @@ def data_report(
         troubles = [Trouble(code=lineage.code, message=lineage.message)]
     if not troubles and (trouble := _too_few_tokens(pools, tokens)):
         troubles.append(trouble)
-    rows = [pool.ranking_rewards for pool in pools if len(pool.ranking_rewards) > 1]
+    rows = [pool.ranks for pool in pools if len(pool.scored) > 1]
     curve = _curve(pools, n)
     return DataReport(
         groups_read=groups_read,
@@ -159,26 +159,25 @@ def _effective_n(rows: Sequence[Sequence[float]], n: int) -> float | None:
 
 def _curve(pools: Sequence[Pool], n: int) -> tuple[GainPoint, ...]:
     """Best-of-k at k = 1, 2, 4, … and the largest k up to n that two prompts or more have candidates for."""
-    lengths = sorted((len(entry.ranking_rewards) for entry in pools), reverse=True)
+    lengths = sorted((len(entry.scored) for entry in pools), reverse=True)
     most = min(n, lengths[1]) if len(lengths) > 1 else 0
     if most < 2:
         return ()
-    rows = [_scored(entry, most) for entry in pools if len(entry.ranking_rewards) >= most]
-    value_BM, ranking_BM = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
-    curve_BM = best_of_k_values(value_BM, ranking_BM)
+    rows = [(_rewards(entry)[:most], entry.ranks[:most]) for entry in pools if len(entry.scored) >= most]
+    value_BM, rank_BM = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    curve = n_curve(value_BM, rank_BM)
     ks = sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})
     points = []
     for k in ks:
-        gain = mean_interval(curve_BM[:, k - 1] - curve_BM[:, 0])
-        reward = float(curve_BM[:, k - 1].mean())
+        gain = mean_interval(curve.value_PM[:, k - 1] - curve.value_PM[:, 0])
+        reward = float(curve.mean[k - 1])
         points.append(GainPoint(k=k, reward=reward, gain=gain.mean, gain_low=gain.low))
     return tuple(points)
 
 
-def _scored(entry: Pool, count: int) -> tuple[list[float], list[float]]:
-    """The first so many rewards of a prompt, as they are and as they rank."""
-    rewards = [one.reward for group in entry.groups for one in group.candidates if one.reward is not None]
-    return list(np.clip(rewards[:count], -LARGEST, LARGEST)), entry.ranking_rewards[:count]
+def _rewards(entry: Pool) -> list[float]:
+    """What its candidates are worth: what was cut off counts with its own reward, wherever it ranks."""
+    return [min(max(one.reward, -LARGEST), LARGEST) for one in entry.scored if one.reward is not None]
 
 
 def _leakage(pools: Sequence[Pool]) -> Leakage:

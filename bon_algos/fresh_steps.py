@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bon_algos.bond import best_of_two, bond_loss, compressed_below, j_bond_loss, quantile_reward_tie_aware
+from bon_algos.contracts import CountedQuantiles
 from bon_algos.imitation import best_of_n_imitation
 from bon_algos.logged_steps import one_row
 from bon_algos.logprobs import TokenGroup
@@ -22,7 +23,8 @@ from bon_algos.policy_gradient import kl_regularised_return, leave_one_out, ppo_
 from bon_algos.quantiles import (
     Standing,
     log_quantile_add_one,
-    log_quantile_harmonic_mid,
+    log_quantile_by,
+    log_tilt_by,
     log_tilt_tie_aware,
     standing_against,
 )
@@ -39,6 +41,7 @@ def learn_ranked(
     n: int,
     jeffreys_weight: float,
     return_floor: float,
+    quantiles: CountedQuantiles,
 ) -> StepLoss:
     fresh = [TokenGroup(group.logged.tokens.prompt_ids, group.completion_ids) for group in groups]
     both = [
@@ -52,8 +55,7 @@ def learn_ranked(
         # Every sample stands beside its prompt's imitation: the mean over samples is the mean over prompts.
         imitation.append(best_of_n_imitation(imitated_1N, weight_1N).expand(len(own_N)))
         logprob.append(own_N)
-        standing = standing_against(one_row(group.rewards), one_row(group.logged.rewards))
-        log_tilt.append(log_tilt_tie_aware(standing, n)[0])
+        log_tilt.append(log_tilt_by(quantiles, _standing(group), n)[0])
     with torch.no_grad():
         reference_logprob = torch.cat(list(reference(fresh)))
     log_ratio = torch.cat(logprob).detach() - reference_logprob
@@ -164,9 +166,11 @@ def _standing(group: RankedGroup) -> Standing:
     return standing_against(one_row(group.rewards), one_row(group.logged.rewards))
 
 
-def tilt_of_lower_bound(standing: Standing, reference_logprob_BN: Tensor, n: int) -> Tensor:
-    """log n·F^{n−1} at the mid-rank, whose estimate is never −∞. (B, N); nats, where the log-probs are."""
-    return log_tilt_lower_bound(log_quantile_harmonic_mid(standing), n).to(reference_logprob_BN)
+def tilt_of_lower_bound(
+    standing: Standing, reference_logprob_BN: Tensor, n: int, *, quantiles: CountedQuantiles
+) -> Tensor:
+    """log n·F^{n−1} by an estimate that is never −∞. (B, N); nats, where the log-probs are."""
+    return log_tilt_lower_bound(log_quantile_by(quantiles, standing), n).to(reference_logprob_BN)
 
 
 def tilt_of_exact_likelihood(standing: Standing, reference_logprob_BN: Tensor, n: int) -> Tensor:
@@ -181,7 +185,8 @@ def tilt_of_exact_likelihood(standing: Standing, reference_logprob_BN: Tensor, n
 def learn_rloo(
     groups: Sequence[RankedGroup], policy: SequenceLogprobs, reference: SequenceLogprobs, *, kl_strength: float
 ) -> StepLoss:
-    """Reward on its own scale, less β·KL to the reference, less its prompt's others."""
+    """Reward on its own scale, less β·KL to the reference, less its prompt's others. The one method that measures
+    rewards: what was cut off earns its own, as in a policy-gradient method that has no serving in mind."""
     reward_BN = torch.cat([_as_scored(group.raw_rewards) for group in groups])
     logprob_BN, reference_BN, sampled_BN = _of_samples(groups, policy, reference)
     own_BN, of_reference_BN = sampled_BN.double(), reference_BN.double()

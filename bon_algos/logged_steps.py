@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bon_algos.bonbon import consistent_pair_loss
-from bon_algos.contracts import OfflineBondSpec
+from bon_algos.contracts import CountedQuantiles, OfflineBondSpec
 from bon_algos.imitation import best_of_n_imitation
 from bon_algos.importance import best_of_n_weights_of_shares
 from bon_algos.logprobs import TokenGroup
 from bon_algos.offline_bond import offline_bond_loss
 from bon_algos.order import best_of_n_weights, log_tilt_of_level, systematic_sample
 from bon_algos.preference import best_and_worst
-from bon_algos.quantiles import log_tilt_tie_aware, standing_among_others
+from bon_algos.quantiles import log_tilt_by, standing_among_others
 from bon_algos.regression import log_quantile_regression
 from bon_algos.steps import (
     ChosenGroup,
@@ -60,15 +60,17 @@ def choose_best(group: LoggedGroup, uniform: float, *, n: int, count: int) -> Ch
     return choose_imitated(group, uniform, n=min(n, len(group.rewards)), count=count)
 
 
-def choose_regressed(group: LoggedGroup, uniform: float, *, n: int, count: int) -> ChosenGroup:
-    """Candidates evenly spread over drawing order, each with its target: from the rewards of all the others, or from a
-    quantile or a level that is given. ValueError for fewer than n candidates where it is counted."""
+def choose_regressed(
+    group: LoggedGroup, uniform: float, *, n: int, count: int, quantiles: CountedQuantiles
+) -> ChosenGroup:
+    """Candidates evenly spread over drawing order, each with its target: from a quantile or a level that is given, or
+    counted among the rewards of all the others. ValueError for fewer than n candidates where it is counted."""
     num_candidates = len(group.rewards)
     _check_targets(group, n)
     drawn = np.flatnonzero(
         systematic_sample(np.full(num_candidates, 1 / num_candidates), min(count, num_candidates), uniform)
     )
-    return _narrowed(group, drawn, _log_tilts(group, n)[drawn])
+    return _narrowed(group, drawn, _log_tilts(group, n, quantiles)[drawn])
 
 
 def _check_targets(group: LoggedGroup, n: int) -> None:
@@ -81,14 +83,14 @@ def _check_draws(group: LoggedGroup, n: int) -> None:
         raise ValueError(f"best-of-{n} from a group of {len(group.rewards)} candidates")
 
 
-def _log_tilts(group: LoggedGroup, n: int) -> NDArray[np.float64]:
-    """log π_BoN/π_ref of every candidate; nats."""
+def _log_tilts(group: LoggedGroup, n: int, counted: CountedQuantiles = "harmonic_mid") -> NDArray[np.float64]:
+    """log π_BoN/π_ref of every candidate, counted where nothing is given; nats."""
     if group.levels is not None:
         lower_M, upper_M = np.asarray(group.levels).T
         return log_tilt_of_level(lower_M, upper_M, n)
     if group.log_quantiles is not None:
         return math.log(n) + (n - 1) * np.asarray(group.log_quantiles)
-    tilts: NDArray[np.float64] = log_tilt_tie_aware(standing_among_others(one_row(group.rewards)), n)[0].numpy()
+    tilts: NDArray[np.float64] = log_tilt_by(counted, standing_among_others(one_row(group.rewards)), n)[0].numpy()
     return tilts
 
 

@@ -222,41 +222,65 @@ def systematic_sample(weight_M: ArrayLike, count: int, uniform: float) -> NDArra
 
 
 class NCurve(NamedTuple):
-    """What best-of-k is worth for every k = 1..M, averaged over prompts."""
+    """What best-of-k is worth for every k = 1..M, prompt by prompt; entry k − 1 belongs to best-of-k."""
 
-    mean: Array
-    """(M,)"""
-    standard_error: Array
-    """(M,); across prompts: the draws of one prompt are one observation."""
+    value_PM: Array
+    """(prompts, M); the draws of one prompt are one observation, however often it was asked."""
+
+    @property
+    def mean(self) -> Array:
+        """(M,)"""
+        return np.asarray(self.value_PM.mean(axis=0))
+
+    @property
+    def standard_error(self) -> Array:
+        """(M,); across prompts."""
+        return np.asarray(self.value_PM.std(axis=0, ddof=1) / math.sqrt(len(self.value_PM)))
+
+    def intervals(self) -> tuple[Interval, ...]:
+        """Of every k, as `mean_interval`."""
+        return tuple(mean_interval(value_P) for value_P in self.value_PM.T)
 
 
-def n_curve(value_BM: ArrayLike, reward_BM: ArrayLike) -> NCurve:
+def n_curve(value_BM: ArrayLike, reward_BM: ArrayLike, prompt_B: Sequence[Hashable] | None = None) -> NCurve:
     """Expected value of the candidate that best-of-k selects by reward, for all k ≤ M from one pool of draws.
 
     With the reward itself as value this is the reward of best-of-k; with another quantity (a second reward
-    model's, a length) it shows what selecting does to that.
+    model's, a length) it shows what selecting does to that. Rows of one prompt are averaged; without prompts each row
+    is its own.
 
-    (B, M), (B, M) -> (M,) and (M,); entry k − 1 belongs to best-of-k. ValueError with fewer than two prompts.
+    (B, M), (B, M), (B,) -> curves of P prompts. ValueError with fewer than two prompts.
     """
     curve_BM = best_of_k_values(value_BM, reward_BM)
-    num_prompts = len(curve_BM)
-    _check_prompts(num_prompts)
-    return NCurve(curve_BM.mean(axis=0), curve_BM.std(axis=0, ddof=1) / math.sqrt(num_prompts))
+    curve_PM = curve_BM if prompt_B is None else _averaged(curve_BM, prompt_B)
+    _check_prompts(len(curve_PM))
+    return NCurve(curve_PM)
 
 
-def best_of_k_values(value_BM: ArrayLike, reward_BM: ArrayLike) -> Array:
-    """For each row of draws the unbiased estimate of what best-of-k's candidate is worth, at k = 1..M.
+def _averaged(curve_BM: Array, prompt_B: Sequence[Hashable]) -> Array:
+    """The mean of each prompt's rows, prompts as they first came. (B, M), (B,) -> (P, M)."""
+    rows: dict[Hashable, list[Array]] = {}
+    for prompt, row_M in zip(prompt_B, curve_BM, strict=True):
+        rows.setdefault(prompt, []).append(row_M)
+    return np.stack([np.mean(own, axis=0) for own in rows.values()])
+
+
+def best_of_k_values(value_BM: ArrayLike, reward_BM: ArrayLike, sizes: Sequence[int] | None = None) -> Array:
+    """For each row of draws the unbiased estimate of what best-of-k's candidate is worth, at k = 1..M or some of them.
 
     Σ_i C(i − 1, k − 1)/C(M, k)·v_(i), values by ascending reward, tied rewards sharing theirs.
-    (B, M), (B, M) -> (B, M).
+    (B, M), (B, M), (K,) -> (B, K). ValueError for a k that is not in 1..M.
     """
     value, reward = _floats(value_BM), _floats(reward_BM)
     if value.ndim != 2 or value.shape != reward.shape:
         raise ValueError(f"one value for each reward: {value.shape} values, {reward.shape} rewards")
     num_drawn = reward.shape[1]
-    weight_MM = np.stack([_rank_weights(num_drawn, k) for k in range(1, num_drawn + 1)])
-    curve_BM: Array = _tie_averaged(value, reward) @ weight_MM.T
-    return curve_BM
+    wanted = range(1, num_drawn + 1) if sizes is None else sizes
+    for k in wanted:
+        _check_n(k, num_drawn)
+    weight_KM = np.stack([_rank_weights(num_drawn, k) for k in wanted])
+    curve_BK: Array = _tie_averaged(value, reward) @ weight_KM.T
+    return curve_BK
 
 
 def _tie_averaged(value_BM: Array, reward_BM: Array) -> Array:

@@ -1,7 +1,8 @@
 """Where a reward falls among the rewards of the reference policy.
 
 Owns counting (`Standing`), the estimators of a log-quantile, and the estimates of log π_BoN/π_ref built on
-them. Does not own the exact laws (`order`) nor any loss. Each estimator is a function of its own name.
+them. Does not own the exact laws (`order`) nor any loss. Each estimator is a function of its own name, by which a spec
+asks for it (`log_quantile_by`, `log_tilt_by`).
 
 Everything depends on the order of rewards alone, so a strictly increasing transform of the reward changes
 nothing, bit for bit. Results are float64: ranks are exact, and a loss casts them to its own precision.
@@ -12,12 +13,13 @@ Dimension key:  B prompts · N candidates per prompt · M reference rewards per 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
 
 from bon_algos.checks import check_finite
+from bon_algos.contracts import CountedQuantiles
 
 
 class Standing(NamedTuple):
@@ -123,6 +125,27 @@ def _harmonic_numbers(last: int, device: torch.device) -> Tensor:
     return torch.cat((reciprocal.new_zeros(1), reciprocal.cumsum(0)))
 
 
+def log_quantile_by(quantiles: CountedQuantiles, standing: Standing) -> Tensor:
+    """By the estimator of that name, and finite: what would be −∞ counts as half a draw, log 1/(2M).
+
+    (B, N), nats, at most 0.
+    """
+    match quantiles:
+        case "harmonic_mid":
+            return log_quantile_harmonic_mid(standing)
+        case "harmonic":
+            return log_quantile_harmonic(standing)
+        case "add_one":
+            return log_quantile_add_one(standing)
+        case "monte_carlo":
+            log_quantile_BN = log_quantile_monte_carlo(standing)
+        case "mid_rank":
+            log_quantile_BN = log_quantile_mid_rank(standing)
+        case _:
+            assert_never(quantiles)
+    return log_quantile_BN.clamp(min=-math.log(2 * standing.num_reference))
+
+
 # --- log π_BoN/π_ref -------------------------------------------------------------------------------------
 
 
@@ -162,6 +185,15 @@ def log_tilt_tie_aware(standing: Standing, n: int) -> Tensor:
     if n == 2:
         return harmonic_BN
     return torch.where(standing.tied > 0, log_tilt_levels(standing, n), harmonic_BN)
+
+
+def log_tilt_by(quantiles: CountedQuantiles, standing: Standing, n: int) -> Tensor:
+    """log n + (n − 1)·log p̂ by the estimator of that name; `log_tilt_tie_aware` for harmonic_mid, which it is but for
+    broad tie levels. (B, N), nats, at most log n, finite. ValueError for n < 1."""
+    _check_n(n)
+    if quantiles == "harmonic_mid":
+        return log_tilt_tie_aware(standing, n)
+    return math.log(n) + (n - 1) * log_quantile_by(quantiles, standing)
 
 
 def _check_n(n: int) -> None:

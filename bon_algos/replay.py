@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bon_algos.contracts import CandidateGroup, Interval, Record
-from bon_algos.order import Array, best_of_k_values, mean_interval
+from bon_algos.order import Array, mean_interval, n_curve
+from bon_algos.serving_order import serving_ranks
 
 
 class Reranked(NamedTuple):
@@ -155,21 +156,14 @@ def _of_one_n(groups: Sequence[Reranked]) -> tuple[int | None, list[Reranked]]:
 def _curve(groups: Sequence[Reranked]) -> tuple[CurvePoint, ...]:
     old_BM, new_BM = np.stack([group.old_M for group in groups]), np.stack([group.new_M for group in groups])
     is_complete_BM = np.stack([group.is_complete_M for group in groups])
-    by_old, by_new = _ranking(old_BM, is_complete_BM), _ranking(new_BM, is_complete_BM)
-    curves = [best_of_k_values(*pair) for pair in ((old_BM, by_old), (new_BM, by_new), (new_BM, by_old))]
+    by_old, by_new = serving_ranks(old_BM, is_complete_BM), serving_ranks(new_BM, is_complete_BM)
+    prompts = [group.prompt for group in groups]
+    pairs = ((old_BM, by_old), (new_BM, by_new), (new_BM, by_old))
+    curves = [n_curve(value_BM, rank_BM, prompts).intervals() for value_BM, rank_BM in pairs]
     return tuple(
         CurvePoint(k=k, old=old, new=new, new_by_old=new_by_old)
-        for k, (old, new, new_by_old) in enumerate(
-            zip(*([_over_prompts(groups, column) for column in curve.T] for curve in curves), strict=True), start=1
-        )
+        for k, (old, new, new_by_old) in enumerate(zip(*curves, strict=True), start=1)
     )
-
-
-def _ranking(value_BM: Array, is_complete_BM: NDArray[np.bool_]) -> Array:
-    """Numbers that order candidates as they are served: every incomplete one below every complete one."""
-    width = value_BM.max() - value_BM.min() + 1.0
-    ranking: Array = value_BM - np.where(is_complete_BM, 0.0, width)
-    return ranking
 
 
 def _num_prompts(groups: Sequence[Reranked]) -> int:

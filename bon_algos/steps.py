@@ -30,6 +30,7 @@ class LoggedGroup(NamedTuple):
 
     tokens: TokenGroup
     rewards: Sequence[float]
+    """Any numbers that order the candidates as they are served; the worker has `serving_order`'s ranks."""
     reference_logprobs: Sequence[float]
     """log π_ref of each completion, token sum; nats. The ledger has them as sampled."""
     log_quantiles: Sequence[float] | None = None
@@ -48,6 +49,7 @@ class FreshGroup(NamedTuple):
     prompt_ids: Sequence[int]
     completion_ids: Sequence[int]
     reward: float
+    """As `LoggedGroup.rewards`, on one scale with the anchor's."""
     anchor_completion_ids: Sequence[Sequence[int]]
     anchor_rewards: Sequence[float]
 
@@ -58,11 +60,11 @@ class RankedGroup(NamedTuple):
     logged: LoggedGroup
     completion_ids: Sequence[Sequence[int]]
     rewards: Sequence[float]
-    """Of the fresh samples, to be ranked among the logged ones."""
+    """Of the fresh samples, on one scale with the logged ones."""
     sampled_logprobs: Sequence[float]
     """log π of each fresh sample under the policy that drew it, which may be a few updates old; nats."""
     raw_rewards: Sequence[float | None]
-    """Of the fresh samples, as the reward model gave them; None where it could not."""
+    """Of the fresh samples, as the reward model gave them, complete or not; None where it could not."""
 
 
 class StepLoss(NamedTuple):

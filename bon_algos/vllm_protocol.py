@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Final, NamedTuple, cast
 
 import msgspec
 from pydantic_core import from_json
@@ -120,31 +119,7 @@ class Piece(NamedTuple):
     """Of each token, where they were asked for."""
 
 
-@dataclass(slots=True)
-class _Partial:
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    alternatives: list[Alternatives] = field(default_factory=list)
-
-    def extend(self, piece: Piece) -> None:
-        self.text.append(piece.text)
-        self.token_ids += piece.token_ids
-        self.logprobs += piece.logprobs
-        self.finish_reason = piece.finish_reason
-        self.alternatives += piece.alternatives
-
-    def candidate(self) -> Candidate:
-        return Candidate(
-            text="".join(self.text),
-            token_ids=tuple(self.token_ids),
-            logprobs=tuple(self.logprobs),
-            finish_reason=self.finish_reason,
-            failure=None if self.finish_reason is not None else "deadline",
-            alternatives=tuple(self.alternatives),
-        )
-
+Listener = Callable[[Piece], None]
 
 _Natural = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -154,9 +129,6 @@ class _Told(msgspec.Struct, gc=False):
     """Finite: msgspec takes no number that no float holds."""
     top_logprobs: msgspec.Raw = msgspec.Raw(b"null")
     """Comes where nobody asked for it too, and is then not looked at."""
-
-
-_NOTHING_TOLD = _Told()
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -173,27 +145,68 @@ class _Chunk(msgspec.Struct, gc=False):
 
 
 _CHUNK = msgspec.json.Decoder(_Chunk)
-_ALTERNATIVES = msgspec.json.Decoder(list[dict[str, float]])
+_ALTERNATIVES = msgspec.json.Decoder(list[dict[str, float]] | None)
+_BLANK: Final = Candidate(text="", token_ids=(), logprobs=())
+"""Its copies are not checked again: what they get, the decoder has checked."""
+
+
+class _Partial:
+    """One candidate, as far as it has come."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._alternatives: list[Alternatives] = []
+        self.finish_reason: FinishReason | None = None
+
+    def extend(self, choice: _Choice, alternatives: Sequence[Alternatives]) -> None:
+        """Raises MalformedReply."""
+        ids, logprobs = choice.token_ids or (), _logprobs(choice)
+        if self.finish_reason is not None:
+            raise MalformedReply(f"candidate {choice.index} goes on after its end")
+        if len(ids) != len(logprobs):
+            raise MalformedReply("token ids and log-probs of a choice do not match")
+        self._text.append(choice.text)
+        self._token_ids += ids
+        self._logprobs += logprobs
+        self._alternatives += alternatives
+        self.finish_reason = choice.finish_reason
+
+    def candidate(self) -> Candidate:
+        told = {
+            "text": "".join(self._text),
+            "token_ids": tuple(self._token_ids),
+            "logprobs": tuple(self._logprobs),
+            "finish_reason": self.finish_reason,
+            "failure": None if self.finish_reason is not None else "deadline",
+            "alternatives": tuple(self._alternatives),
+        }
+        return _BLANK.model_copy(update=told)
 
 
 class CompletionStream:
     """Folds the chunks of one streamed completion call into n candidates, whatever their order of arrival."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, hear: Listener | None = None, *, has_alternatives: bool = False) -> None:
+        """hear: told each piece as it is taken. has_alternatives: whether they were asked for; they come in another
+        form where nobody did."""
         self._partial = [_Partial() for _ in range(n)]
+        self._hear = hear
+        self._has_alternatives = has_alternatives
         self.finished = 0
         """Candidates."""
 
-    def feed(self, chunk: bytes) -> list[Piece]:
-        """Take one chunk's JSON; returns what it adds to which candidates. Raises MalformedReply."""
-        pieces = [_piece(choice, len(self._partial)) for choice in _choices(chunk)]
-        for piece in pieces:
-            partial = self._partial[piece.candidate]
-            if partial.finish_reason is not None:
-                raise MalformedReply(f"candidate {piece.candidate} goes on after its end")
-            partial.extend(piece)
-            self.finished += piece.finish_reason is not None
-        return pieces
+    def feed(self, chunk: bytes) -> None:
+        """Take one chunk's JSON. Raises MalformedReply."""
+        for choice in _choices(chunk):
+            if choice.index >= len(self._partial):
+                raise MalformedReply(f"an index is above {len(self._partial) - 1}")
+            alternatives = _alternatives(choice) if self._has_alternatives else ()
+            self._partial[choice.index].extend(choice, alternatives)
+            self.finished += choice.finish_reason is not None
+            if self._hear is not None:
+                self._hear(_piece(choice, alternatives))
 
     @property
     def is_complete(self) -> bool:
@@ -282,34 +295,27 @@ def _index(index: object, count: int) -> int:
     return index
 
 
-def _piece(choice: _Choice, n: int) -> Piece:
-    told = choice.logprobs or _NOTHING_TOLD
-    ids, logprobs = choice.token_ids or (), told.token_logprobs
-    if choice.index >= n:
-        raise MalformedReply(f"an index is above {n - 1}")
-    if len(ids) != len(logprobs):
-        raise MalformedReply("token ids and log-probs of a choice do not match")
-    alternatives = _alternatives(bytes(told.top_logprobs), len(ids))
-    return Piece(choice.index, choice.text, ids, logprobs, choice.finish_reason, alternatives)
+def _logprobs(choice: _Choice) -> tuple[float, ...]:
+    return () if choice.logprobs is None else choice.logprobs.token_logprobs
+
+
+def _piece(choice: _Choice, alternatives: tuple[Alternatives, ...]) -> Piece:
+    ids = choice.token_ids or ()
+    return Piece(choice.index, choice.text, ids, _logprobs(choice), choice.finish_reason, alternatives)
 
 
 _TOKEN_ID = "token_id:"
-_TOKEN_ID_BYTES = _TOKEN_ID.encode()
-_TOKEN_ID_WITHIN = 32
-"""Bytes: it is the beginning of the first object's first name."""
 
 
-def _alternatives(told: bytes, count: int) -> tuple[Alternatives, ...]:
-    """Of each token, from objects with `token_id:N`: log-prob. By their texts they come where nobody asked for them."""
-    if _TOKEN_ID_BYTES not in told[:_TOKEN_ID_WITHIN]:
-        return ()
+def _alternatives(choice: _Choice) -> tuple[Alternatives, ...]:
+    """Of each token, from objects with `token_id:N`: log-prob."""
     try:
-        rows = _ALTERNATIVES.decode(told)
+        rows = None if choice.logprobs is None else _ALTERNATIVES.decode(choice.logprobs.top_logprobs)
     except ValueError:
         raise MalformedReply("the alternatives to its tokens are no list of JSON objects with numbers") from None
-    if not next(iter(rows[0]), "").startswith(_TOKEN_ID):
+    if not rows or not next(iter(rows[0]), "").startswith(_TOKEN_ID):
         return ()
-    if len(rows) != count:
+    if len(rows) != len(choice.token_ids or ()):
         raise MalformedReply("tokens and their alternatives do not match")
     return tuple(tuple(sorted(map(_alternative, row.items()), key=lambda one: -one[1])) for row in rows)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any, Final, Literal, TypeVar
@@ -29,8 +29,10 @@ from bon_algos.contracts import (
     Turn,
 )
 from bonsai.engine_replies import Engine, EnginePage
+from bonsai.generation_replies import Generation
 from bonsai.job_replies import DryRun, Job, JobEvent, JobPage, Reply
 from bonsai.webhook_replies import Webhook, WebhookAttempts, WebhookPage, WebhookTest
+from service.headers import ARM, LAST_EVENT_ID, UNIT
 
 _Reply = TypeVar("_Reply", bound=BaseModel)
 
@@ -38,6 +40,8 @@ RECONNECT_SECONDS: Final = 1.0
 SILENT_SECONDS: Final = 30.0
 """A stream of events has a comment every 10 s."""
 WEBHOOKS = "/v1/webhook_endpoints"
+_EXPORT: Final = aiohttp.ClientTimeout(sock_connect=10, sock_read=600)
+"""As long as something comes. Before the first byte the gateway has read them all and checked their digests."""
 _NOT_NOW = (429, 503)
 """What a gateway answers that has done nothing yet and says when to come again."""
 
@@ -63,53 +67,6 @@ class RequestRefused(BonsaiError):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.status} {self.code})"
-
-
-class Choice(Reply):
-    """One candidate of an answer, in drawing order."""
-
-    text: str
-    reward: float | None
-    finish_reason: str | None
-    failure: str | None = None
-    tokens: int
-    logprob: float | None = None
-    selected: bool = False
-
-    @property
-    def is_complete(self) -> bool:
-        return self.finish_reason == "stop" and self.text.strip() != ""
-
-
-class Usage(Reply):
-    prompt_tokens: int
-    completion_tokens: int
-    discarded_tokens: int
-
-    @property
-    def generated_tokens(self) -> int:
-        """What the engine had to generate for this answer."""
-        return self.completion_tokens + self.discarded_tokens
-
-
-class Selection(Reply):
-    status: str
-    reward: float | None = None
-    margin: float | None = None
-
-
-class Generation(Reply):
-    id: str
-    completion: str
-    finish_reason: str | None
-    reward: float | None
-    arm: str
-    arm_reason: str
-    policy: str
-    selection: Selection
-    usage: Usage
-    choices: tuple[Choice, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 class Policy(Reply):
@@ -183,7 +140,7 @@ class BonsaiClient:
         **fields: Any,
     ) -> Generation:
         """One answer. `arm` forces `POLICY:N`; `fields` are members of the body (`wait_for_reward`, `store`, …)."""
-        headers = {"x-bonsai-arm": arm, "x-bonsai-unit": unit}
+        headers = {ARM: arm, UNIT: unit}
         return await self._call(
             Generation,
             "POST",
@@ -230,7 +187,7 @@ class BonsaiClient:
         path = f"/distill/{job_id}/events?stream=true"
         timeout = aiohttp.ClientTimeout(sock_connect=10, sock_read=SILENT_SECONDS)
         try:
-            async with self._session.get(path, headers={"Last-Event-ID": last}, timeout=timeout) as response:
+            async with self._session.get(path, headers={LAST_EVENT_ID: last}, timeout=timeout) as response:
                 if response.status >= 400:
                     raise _refusal(response.status, await response.read())
                 async for line in response.content:
@@ -277,9 +234,10 @@ class BonsaiClient:
         """An adapter that was put below the artefact root becomes a candidate."""
         return await self._call(Policy, "POST", "/policies", {"digest": digest})
 
-    async def export_policy(self, policy_id: str, base: str) -> bytes:
-        """A tar archive of its directory. base: what an adapter says of its base model."""
-        return await self._exchange("GET", f"/policies/{policy_id}/export?{urlencode({'base': base})}")
+    def export_policy(self, policy_id: str, base: str) -> AsyncGenerator[bytes]:
+        """A tar archive of its directory, in pieces: whole weights need not fit into memory. base: what an adapter says
+        of its base model."""
+        return self._pieces("GET", f"/policies/{policy_id}/export?{urlencode({'base': base})}", timeout=_EXPORT)
 
     async def add_webhook(self, url: str, event_types: Sequence[str], name: str) -> Webhook:
         """With its secret, which no other reply but a rotation's has."""
@@ -336,20 +294,25 @@ class BonsaiClient:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> bytes:
+        return b"".join([piece async for piece in self._pieces(method, path, json=body, headers=headers)])
+
+    async def _pieces(self, method: str, path: str, **asked: Any) -> AsyncGenerator[bytes]:
+        """The reply's content as it comes; asked: what the session is told besides."""
         give_up = monotonic() + self._patience_seconds
         while True:
             try:
-                async with self._session.request(method, path, json=body, headers=headers) as response:
-                    content, status = await response.read(), response.status
+                async with self._session.request(method, path, **asked) as response:
                     pause = response.headers.get("Retry-After", "")
+                    is_later = response.status in _NOT_NOW and pause.isdigit() and monotonic() + int(pause) <= give_up
+                    if not is_later:
+                        if response.status >= 400:
+                            raise _refusal(response.status, await response.read())
+                        async for piece in response.content.iter_any():
+                            yield piece
+                        return
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 raise GatewayUnreachable(f"{method} {path}: {error or type(error).__name__}") from error
-            if status not in _NOT_NOW or not pause.isdigit() or monotonic() + int(pause) > give_up:
-                break
             await asyncio.sleep(int(pause))
-        if status >= 400:
-            raise _refusal(status, content)
-        return content
 
 
 class _ErrorMembers(Reply):

@@ -17,6 +17,13 @@ Option = Callable[[Command], Command]
 REDIS_URL: Final = click.option(
     "--redis-url", envvar="BONSAI_REDIS_URL", metavar="URL", help="Its Redis, where it is one of yours."
 )
+ARCHIVE: Final = click.option(
+    "--archive",
+    envvar="BONSAI_ARCHIVE",
+    default="",
+    metavar="URL",
+    help="A directory or s3://bucket/prefix; default: the stack's own.",
+)
 
 
 def stack_directory(says: str) -> Option:

@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote
 
 import bonsai
-from bon_algos.contracts import RewardConfig, VllmMember
+from bon_algos.contracts import RewardConfig
 from bonsai import engines, function_reward, model_directory, probes, redis_server
 from bonsai.model_directory import ModelDirectory
 from bonsai.placement import Placement, cache_bytes, place
@@ -27,7 +28,7 @@ from bonsai.redis_server import RedisServer
 from bonsai.reward_function import RewardFunction, function_spec, open_function
 from bonsai.reward_plan import Reward, RewardDirectory, config_of, open_directory, read_config
 from bonsai.runtime_directory import StateDirectory
-from service.known_pairs import NO_PAIRS, read_pairs
+from service.known_pairs import NO_PAIRS, read_pairs, tested
 
 SHIPPED_MODELS = Path(bonsai.__file__).parent / "demo" / "models"
 DEMO_JUDGE = "bonsai.demo.gold:reward"
@@ -109,10 +110,8 @@ class Plan:
 
     @property
     def _is_tested(self) -> bool:
-        """The built-in pairs are about reward models of general text alone."""
-        members = config_of(self.reward, Path("/")).members
-        pairs = self.options.reward_pairs or any(isinstance(member, VllmMember) for member in members)
-        return bool(pairs) and pairs != NO_PAIRS
+        """What the gateway will say of itself, before it is started."""
+        return bool(tested(reward_pairs(self), config_of(self.reward, Path("/"))))
 
 
 def prepare(options: Options) -> Plan:
@@ -193,13 +192,13 @@ def redis_url(plan: Plan, state: StateDirectory) -> str:
     return plan.options.redis_url or f"unix://{quote(str(state.redis_socket))}"
 
 
-def reward_pairs(plan: Plan) -> str:
-    """What the gateway is told; "" leaves it to the gateway, which has pairs of its own."""
+def reward_pairs(plan: Plan) -> Path | Literal["none"] | None:
+    """What the gateway is told; None leaves it to the gateway, which has pairs of its own."""
     told = plan.options.reward_pairs
     if told:
-        return told if told == NO_PAIRS else str(Path(told).resolve())
+        return NO_PAIRS if told == NO_PAIRS else Path(told).resolve()
     is_shipped = isinstance(plan.reward, RewardDirectory) and plan.reward.model.path == SHIPPED_MODELS / "reward"
-    return str(SHIPPED_MODELS.with_name("reward_pairs.json")) if is_shipped else ""
+    return SHIPPED_MODELS.with_name("reward_pairs.json") if is_shipped else None
 
 
 def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, str]:
@@ -207,7 +206,7 @@ def bonsai_variables(plan: Plan, state: StateDirectory, port: int) -> dict[str, 
     pairs = reward_pairs(plan)
     judge = {} if plan.judge is None else {"BONSAI_JUDGE_REWARD_MODEL": _told(plan.judge, state.judge_socket)}
     return {
-        **({"BONSAI_REWARD_PAIRS": pairs} if pairs else {}),
+        **({} if pairs is None else {"BONSAI_REWARD_PAIRS": str(pairs)}),
         **judge,
         "BONSAI_REDIS_URL": redis_url(plan, state),
         "BONSAI_POLICY_ENGINE_URLS": json.dumps([f"unix://{state.policy_socket}"]),

@@ -69,11 +69,11 @@ class Caller(NamedTuple):
         return self.routes is None or route in self.routes
 
     def require_route(self, route: str) -> None:
-        """Raises Forbidden for a route that the key is not good for. The route has been found among the tenant's."""
+        """Raises Forbidden for a route that the key is not good for, be there one of that name or not."""
         if not self.may_use(route):
             raise Forbidden("this needs a key that is good for this route", param="route", code="route_forbidden")
 
-    def require_policy(self, policy: PolicyRecord) -> None:
+    def require_policy(self, policy: PolicyRecord, param: str = "policy_id") -> None:
         """Raises Forbidden for a key for some routes, unless the policy learned from those alone: an import and a base
         are of all routes. The policy has been found among the tenant's."""
         spec = None if policy.manifest is None else policy.manifest.spec
@@ -81,7 +81,7 @@ class Caller(NamedTuple):
         if self.routes is not None and not (learned_from and all(map(self.may_use, learned_from))):
             raise Forbidden(
                 "this needs a key that is good for the routes that the policy learned from",
-                param="policy_id",
+                param=param,
                 code="route_forbidden",
             )
 

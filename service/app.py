@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from archive.reading import Archive
 from archive.storage import archive_url
 from bon_algos.chat import ChatTokenizer
-from bon_algos.contracts import VllmMember
+from bon_algos.contracts import RewardConfig
 from bon_algos.scoring import open_readers
 from service.access import rights
 from service.allowances import Allowances, TakingLimits
@@ -32,7 +32,7 @@ from service.feedback import FeedbackBook
 from service.files import Files
 from service.fleet import running_fleet
 from service.keys import admin_record
-from service.known_pairs import NO_PAIRS, general_pairs, read_pairs
+from service.known_pairs import Tested, tested
 from service.ledger import Ledger
 from service.limits import Limits
 from service.loops import running_loops
@@ -44,7 +44,7 @@ from service.replays import Replays
 from service.replica import Replica
 from service.residency import DRAIN_SECONDS
 from service.reward import RewardModel
-from service.reward_test import Exam, RewardTest
+from service.reward_test import PairTest, RewardTest
 from service.routes import (
     audit,
     circles,
@@ -233,33 +233,25 @@ async def _reporting(ledger: Ledger, settings: GatewaySettings) -> AsyncGenerato
 async def _rewarding(settings: GatewaySettings) -> AsyncGenerator[tuple[RewardModel, RewardTest]]:
     """The reward model and its test, which runs as soon as its engines answer."""
     readers = open_readers(settings.reward_model, lambda member: read_tokenizer(member.directory))
-    reward_model = RewardModel(settings.reward_model, readers)
+    reward_model = RewardModel(settings.reward_model, readers, hung_after=settings.hung_after_seconds)
     try:
-        test = RewardTest(_exams(settings, reward_model))
+        config = settings.reward_model
+        test = RewardTest([_pair_test(reward_model, config, one) for one in tested(settings.reward_pairs, config)])
         async with running_loops(test.run()):
             yield reward_model, test
     finally:
         await reward_model.close()
 
 
-def _exams(settings: GatewaySettings, reward_model: RewardModel) -> list[Exam]:
-    """The operator's own pairs are about the whole; the built-in ones about each member that reads general text."""
-    if settings.reward_pairs == NO_PAIRS:
-        return []
-    if settings.reward_pairs is not None:
-        return [Exam(reward_model.score, read_pairs(settings.reward_pairs))]
-    members = settings.reward_model.members
-    pairs = general_pairs()
-    return [
-        Exam(
-            partial(reward_model.score_of_member, place),
-            pairs,
-            title="the reward model" if len(members) == 1 else f"the reward model {member.id}",
-            is_general=True,
-        )
-        for place, member in enumerate(members)
-        if isinstance(member, VllmMember)
-    ]
+def _pair_test(reward_model: RewardModel, config: RewardConfig, of: Tested) -> PairTest:
+    if of.member is None:
+        return PairTest(reward_model.score, of.pairs)
+    return PairTest(
+        partial(reward_model.score_of_member, of.member),
+        of.pairs,
+        title="the reward model" if len(config.members) == 1 else f"the reward model {config.members[of.member].id}",
+        is_general=True,
+    )
 
 
 @asynccontextmanager

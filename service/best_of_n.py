@@ -26,8 +26,9 @@ from bon_algos.contracts import (
 )
 from bon_algos.order import soft_best_of_n_weights, systematic_sample
 from bon_algos.scoring import Completion, Score
+from bon_algos.vllm_protocol import Listener
 from service.errors import DeadlineExceeded, EngineBroken, GatewayError, InvalidField, RewardModelUnavailable
-from service.vllm import DrawingWindow, Listener
+from service.vllm import DrawingWindow
 
 
 class Policy(Protocol):
@@ -125,8 +126,7 @@ def choose(group: CandidateGroup, quorum: int, failure: GatewayError | None = No
 
 def _choice(group: CandidateGroup) -> int | None:
     """The best, or one drawn by soft best-of-n: by the group's id, so that its record gives the same again."""
-    places = group.eligible
-    if group.softness is None or not places:
+    if group.softness is None or not (places := group.eligible):
         return group.best
     weights = soft_best_of_n_weights([cast(float, group.candidates[i].reward) for i in places], group.softness)
     drawn = systematic_sample(weights, 1, random.Random(group.id).random())
@@ -247,8 +247,8 @@ def margin_of(group: CandidateGroup) -> float | None:
 
 def selection_of(group: CandidateGroup) -> dict[str, Any]:
     """How the served candidate was chosen, in the words of a reply."""
-    served, best = group.candidates[cast(int, group.selected)], group.best
-    chosen = served.reward
+    served = group.candidates[cast(int, group.selected)]
+    chosen, best = served.reward, group.selected if group.softness is None else group.best
     highest = None if best is None else group.candidates[best].reward
     return {
         "status": group.status,

@@ -7,6 +7,7 @@ probe (replica.py; reward.py, where the next call is the probe).
     open        its pause is over: one probe may go                     -> half_open
     half_open   the probe succeeded                                     -> closed
                 it failed                                               -> open, for twice the pause
+                it was given up before it told anything                 -> open, and the next one may go at once
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ LAST_CALLS: Final = 10
 FAILED_CALLS: Final = 5
 FIRST_PAUSE_SECONDS: Final = 1.0
 LONGEST_PAUSE_SECONDS: Final = 10.0
+LONGEST_PROBE_SECONDS: Final = 30.0
+"""Of a probe that has told nothing for so long nobody waits for the end: another may go."""
 
 BreakerState = Literal["closed", "open", "half_open"]
 
@@ -34,6 +37,7 @@ class Breaker:
         self._failed: deque[bool] = deque(maxlen=LAST_CALLS)
         self._pause = FIRST_PAUSE_SECONDS
         self._probe_at = 0.0
+        self._probe_lost_at = 0.0
 
     @property
     def state(self) -> BreakerState:
@@ -70,12 +74,25 @@ class Breaker:
         if self._state == "open":
             self._probe_at = min(self._probe_at, self._clock())
 
+    @property
+    def admits(self) -> bool:
+        """Whether a call may go: any while it is closed, else the one probe when it is time."""
+        if self._state == "half_open":
+            return self._clock() >= self._probe_lost_at
+        return self._state == "closed" or self._clock() >= self._probe_at
+
     def try_probe(self) -> bool:
-        """Whether the one probe may go; who is told so must say how it ended, by `close` or `trip`."""
-        if self._state != "open" or self._clock() < self._probe_at:
+        """Whether the one probe may go; who is told so must say how it ended, by `close`, `trip` or `give_up`."""
+        if self._state == "closed" or not self.admits:
             return False
         self._state = "half_open"
+        self._probe_lost_at = self._clock() + LONGEST_PROBE_SECONDS
         return True
+
+    def give_up(self) -> None:
+        """The probe was given up before it told anything: the next one may go at once."""
+        if self._state == "half_open":
+            self._state = "open"
 
     def close(self) -> None:
         """The probe succeeded."""

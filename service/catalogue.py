@@ -31,11 +31,13 @@ from bon_algos.contracts import (
     Route,
     experiment_key,
     of_tenant,
+    own_name,
     policy_key,
     route_key,
 )
 from bon_algos.crash_points import crash_point
 from service.errors import PolicyNotFound, RouteNotFound, StoreFull, StoreUnavailable
+from service.record_reading import read_record
 from service.store import translated
 
 REFRESH_SECONDS: Final = 1.0
@@ -97,7 +99,7 @@ class Snapshot:
             routes={own: self.routes[name] for name, own in names.items()},
             experiments={own: self.experiments[name] for name, own in names.items() if name in self.experiments},
             policies={own: one for own, one in self.policies.items() if one.kind == "base" or one.tenant == tenant},
-            tags={own: policy for tag, policy in self.tags.items() if of_tenant(tenant, own := _bare(tag)) == tag},
+            tags={own: policy for tag, policy in self.tags.items() if (own := own_name(tenant, tag)) is not None},
         )
 
     def age(self, now: float) -> float:
@@ -157,10 +159,20 @@ class Catalogue:
             return self._snapshot
 
     async def policy(self, policy_id: str, tenant: str = DEFAULT_TENANT) -> PolicyRecord:
-        """One policy; Redis is asked when the snapshot does not have it yet. Raises PolicyNotFound."""
+        """One policy; Redis is asked when the snapshot does not have it yet. Raises PolicyNotFound, Unavailable for one
+        of another version."""
         if policy_id not in self._snapshot.policies:
             await self.refresh()
+        if policy_id not in self._snapshot.policies:
+            await self._require_known_version(policy_id)
         return self.of(tenant).policy(policy_id)
+
+    async def _require_known_version(self, policy_id: str) -> None:
+        """A snapshot passes over records of another version, which are there all the same."""
+        with translated():
+            row = cast("str | None", await self._redis.hget(policy_key(policy_id), "record"))
+        if row is not None:
+            read_record(PolicyRecord, row)
 
     async def run(self) -> None:
         """Refresh until cancelled."""
@@ -226,8 +238,3 @@ class Catalogue:
                 self._parsed[f"{kind.__name__}:{name}"] = known
             records[name] = cast(RecordT, known[1])
         return records
-
-
-def _bare(name: str) -> str:
-    """A name of `of_tenant` without the tenant."""
-    return name.rpartition("/")[2]

@@ -19,7 +19,7 @@ from service.errors import (
     RouteNotFound,
     StoreFull,
 )
-from service.operation import MATCH, PAGE, Body, Operation
+from service.operation import MATCH, ONCE, PAGE, Body, Operation
 from service.replies import NUMBER, TEXT, WHOLE, Named, kind, listed, maybe, members, rows
 
 CIRCLE: Final = Named(
@@ -54,13 +54,13 @@ CIRCLE_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         headers=("ETag",),
     ),
     ("POST", "/routes/{route}/circle/start"): Operation(
-        "Go on after a stop", {200: CIRCLE}, parameters=(MATCH,), errors=CHANGING, headers=("ETag",)
+        "Go on after a stop", {200: CIRCLE}, parameters=(ONCE, MATCH), errors=CHANGING, headers=("ETag",)
     ),
     ("POST", "/routes/{route}/circle/stop"): Operation(
         "Stop a route's circle and what it has under way",
         {200: CIRCLE},
         parameters=(MATCH,),
-        errors=(RouteNotFound, CircleNotFound, PreconditionFailed, StoreFull),
+        errors=(CircleNotFound, PreconditionFailed, StoreFull),
         headers=("ETag",),
     ),
     ("DELETE", "/routes/{route}/circle"): Operation(

@@ -23,12 +23,14 @@ from bon_algos.contracts import (
     Route,
     circle_key,
     of_tenant,
+    own_names,
     route_key,
 )
 from service.access import Caller
 from service.audit import AuditChain
 from service.circle_rules import foreseen_kl, of_last_day
 from service.errors import CircleNotFound, Conflict, InvalidField, RouteNotFound, Unavailable
+from service.idempotency import Idempotency
 from service.preconditions import ANY, Precondition, version_of
 from service.record_reading import read_record
 from service.registry import read_policy
@@ -100,13 +102,17 @@ class Circles:
         """The tenant's routes that have a circle, of whatever version."""
         with translated():
             names = cast("set[str]", await self._redis.smembers(CIRCLES_INDEX))
-        return sorted(bare for name in names if of_tenant(tenant, bare := name.rpartition("/")[2]) == name)
+        return own_names(tenant, names)
 
-    async def start(self, name: str, by: Caller, *, precondition: Precondition = ANY) -> Circle:
+    async def start(
+        self, name: str, by: Caller, *, idempotency: Idempotency | None = None, precondition: Precondition = ANY
+    ) -> Circle:
         """Go on after a stop, from the policy that is live now. Raises CircleNotFound, PreconditionFailed, Conflict
         while it runs."""
 
         async def change(pipe: Pipeline) -> Circle:
+            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
+                return read_record(Circle, earlier)
             circle, route = await _read_both(pipe, name, by.tenant)
             precondition.require(circle_version(circle))
             if circle.status == "running":
@@ -114,7 +120,10 @@ class Circles:
             fresh: dict[str, object] = {"status": "running", "reason": "", "refusals": 0}
             if route.live_policy != circle.live_policy:
                 fresh |= {"since": time(), "counted": await _counted(pipe, route), **await _stands_at(pipe, route)}
-            return await _changed(pipe, circle, "circle_start", by, fresh)
+            started = await _changed(pipe, circle, "circle_start", by, fresh)
+            if idempotency is not None:
+                idempotency.remember(pipe, started.model_dump_json())
+            return started
 
         return await transact(self._redis, (circle_key(name, by.tenant), route_key(name, by.tenant)), change)
 

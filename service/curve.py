@@ -22,7 +22,8 @@ from redis.asyncio import Redis
 from archive.reading import SKEW_SECONDS, Archive, Question
 from bon_algos.contracts import CandidateGroup, Interval, Route
 from bon_algos.ledger_entries import EntryId, UnreadableRecord, group_of
-from bon_algos.order import Array, best_of_k_values, mean_interval
+from bon_algos.order import mean_interval, n_curve
+from bon_algos.serving_order import serving_ranks
 from service.errors import Conflict
 from service.ledger_reading import Entry, archive_pages, archived_to, stream_page
 
@@ -202,32 +203,18 @@ def _curve(alike: Sequence[Draws], skipped: Counter[str]) -> Curve:
             facts={"groups_found": len(alike), "skipped": dict(skipped)},
         )
     value_BM = np.array([one.rewards for one in alike])
-    curve_PM = _by_prompt(best_of_k_values(value_BM, _ranking(alike, value_BM)), prompts)
+    rank_BM = serving_ranks(value_BM, [one.is_complete for one in alike])
+    curve = n_curve(value_BM, rank_BM, prompts)
+    of_all_P = curve.value_PM[:, -1]
     return Curve(
         n=value_BM.shape[1],
         groups=len(alike),
-        prompts=len(curve_PM),
+        prompts=len(curve.value_PM),
         skipped=dict(skipped),
-        reward=tuple(mean_interval(column) for column in curve_PM.T),
-        missing=tuple(mean_interval(curve_PM[:, -1] - column) for column in curve_PM.T),
+        reward=curve.intervals(),
+        missing=tuple(mean_interval(of_all_P - of_k_P) for of_k_P in curve.value_PM.T),
         tokens_per_candidate=sum(one.tokens for one in alike) / value_BM.size,
     )
-
-
-def _ranking(alike: Sequence[Draws], value_BM: Array) -> Array:
-    """Numbers that order candidates as they are served: every incomplete one below every complete one."""
-    is_complete_BM = np.array([one.is_complete for one in alike])
-    width = value_BM.max() - value_BM.min() + 1.0
-    ranking: Array = value_BM - np.where(is_complete_BM, 0.0, width)
-    return ranking
-
-
-def _by_prompt(curve_BM: Array, prompts: Sequence[bytes]) -> Array:
-    """The mean of each prompt's rows: however often it was asked, it is one observation."""
-    rows: dict[bytes, list[Array]] = {}
-    for prompt, row in zip(prompts, curve_BM, strict=True):
-        rows.setdefault(prompt, []).append(row)
-    return np.stack([np.mean(own, axis=0) for own in rows.values()])
 
 
 def curve_object(route: Route, curve: Curve, loss: float) -> dict[str, Any]:

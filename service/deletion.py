@@ -38,7 +38,7 @@ from bon_algos.contracts import (
     experiment_key,
     job_key,
     jobs_index,
-    of_tenant,
+    own_names,
     policy_key,
     report_digest,
 )
@@ -169,17 +169,12 @@ async def _elsewhere(pipe: Pipeline, policy: PolicyRecord, routes: Mapping[str, 
     """What tags, experiments and jobs have against it; all that was looked at is watched."""
     await pipe.watch(TAGS, jobs_index(policy.tenant))
     tags = cast("dict[str, str]", await pipe.hgetall(TAGS))
-    own = [tag for name, named in tags.items() if named == policy.id and (tag := _own(policy, name)) is not None]
+    own = own_names(policy.tenant, (name for name, named in tags.items() if named == policy.id))
     return [
-        *(f"the tag {tag} names it" for tag in sorted(own)),
+        *(f"the tag {tag} names it" for tag in own),
         *[f"an experiment on route {name} shows it" for name in routes if await _is_shown(pipe, policy, name)],
         *[f"the job {job_id} needs it" for job_id in await _jobs_that_need(pipe, policy)],
     ]
-
-
-def _own(policy: PolicyRecord, name: str) -> str | None:
-    bare = name.rpartition("/")[2]
-    return bare if of_tenant(policy.tenant, bare) == name else None
 
 
 async def _is_shown(pipe: Pipeline, policy: PolicyRecord, route: str) -> bool:

@@ -16,15 +16,11 @@ from archive.storage import UNFINISHED
 
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
-    """Of all processes only this one writes into the directory, which is made where there is none. Blocks."""
+    """Of all processes only this one writes into the directory, which is made where there is none; what a dead one was
+    writing there is gone. Blocks; raises OSError."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (directory / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def forget_unfinished(directory: Path) -> None:
-    """Remove what writers that are dead left. Blocks; raises OSError."""
-    with sole_writer(directory):
         for path in directory.glob(UNFINISHED):
             path.unlink(missing_ok=True)
+        yield

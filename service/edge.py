@@ -34,7 +34,7 @@ from service.errors import (
     Unparseable,
     render,
 )
-from service.idempotency import HEADER
+from service.headers import ARM, IDEMPOTENCY_KEY, REQUEST_ID, TIMEOUT, UNIT
 from service.tracing import TRACE, named, trace_of
 
 MAX_HEADERS: Final = 100
@@ -45,7 +45,7 @@ ALWAYS: Final = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 """No reply is kept by a cache, taken for another type than it says, or shown inside a page."""
-SINGLE: Final = {name.lower().encode(): name for name in (HEADER, "x-bonsai-arm", "x-bonsai-timeout", "x-bonsai-unit")}
+SINGLE: Final = {name.lower().encode(): name for name in (IDEMPOTENCY_KEY, ARM, TIMEOUT, UNIT)}
 """Twice they would say two things, of which each of several proxies may believe another."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 log = logging.getLogger("bonsai.requests")
@@ -69,7 +69,7 @@ class Edge:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = {**ALWAYS, "X-Request-Id": request_id, **request.state.reply_headers()}
+                headers = {**ALWAYS, REQUEST_ID: request_id, **request.state.reply_headers()}
                 MutableHeaders(scope=message).update(headers)
             await send(message)
 
@@ -113,7 +113,7 @@ def install_edge(app: FastAPI) -> None:
 
 
 def _request_id(request: Request) -> str:
-    given = request.headers.get("x-request-id", "")
+    given = request.headers.get(REQUEST_ID, "")
     return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid4().hex}"
 
 
@@ -153,7 +153,7 @@ def _rendered(request: Request, error: GatewayError, headers: object = None) -> 
     level = logging.WARNING if error.status >= 500 else logging.INFO
     log.log(level, "%s %d %s %s", named(request_id), error.status, error.code, error.param or "")
     response = render(error, request_id, cast("dict[str, str] | None", headers))
-    response.headers.update({**ALWAYS, "X-Request-Id": request_id})
+    response.headers.update({**ALWAYS, REQUEST_ID: request_id})
     if error.status in (BodyTimeout.status, BodyTooLarge.status):
         # The rest of the body is still on its way, and nobody will read it.
         response.headers["Connection"] = "close"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from io import BytesIO
 from typing import Any, Final
 
 from pydantic_core import to_json
@@ -147,8 +148,9 @@ class Events:
         piece = await self._connection.piece()
         if not piece:
             raise MalformedReply("it ends in the middle")
-        # An event is one line here. Split by lines, for one byte is found several times faster than two.
-        *lines, self._pending = (self._pending + piece).split(b"\n")
+        # An event is one line here. `BytesIO` finds their ends several times faster than `split` does.
+        lines = BytesIO(self._pending + piece).readlines()
+        self._pending = b"" if lines[-1].endswith(b"\n") else lines.pop()
         data = [line[len(_DATA) :].strip() for line in lines if line.startswith(_DATA)]
         self._is_over = _END in data
         return [one for one in (data[: data.index(_END)] if self._is_over else data) if one]

@@ -18,6 +18,7 @@ from bon_algos.contracts import ERASURES, Erasure, Record, erasure_id, subject_d
 from service.access import Caller
 from service.audit import AuditChain
 from service.errors import InvalidField, NotFound
+from service.idempotency import Idempotency
 from service.store import transact, translated
 
 _ID: Final = re.compile(r"erasure_[0-9a-f]{32}")
@@ -36,9 +37,9 @@ class ErasureBook:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def ask(self, asked: ErasureRequest, by: Caller) -> Erasure:
-        """The receipt: of one subject always the same. Asked again it is about all that was made until now, proven or
-        not. Raises InvalidField for what names nobody, StoreUnavailable."""
+    async def ask(self, asked: ErasureRequest, by: Caller, *, idempotency: Idempotency | None = None) -> Erasure:
+        """The receipt: of one subject always the same. Asked again, but not with the same key, it is about all that was
+        made until now, proven or not. Raises InvalidField for what names nobody, StoreUnavailable."""
         if set(asked.user) <= set(" *%?"):
             raise InvalidField("user must be the id of one user: there are no patterns", param="user")
         digest = subject_digest(by.tenant, asked.user)
@@ -52,11 +53,15 @@ class ErasureBook:
 
         async def change(pipe: Pipeline) -> Erasure:
             earlier = _read(await cast(Any, pipe.hget(ERASURES, fresh.id)))
+            if idempotency is not None and await idempotency.recall(pipe) is not None and earlier is not None:
+                return earlier
             audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
             erasure = fresh if earlier is None else _again(earlier, fresh)
             pipe.hset(ERASURES, erasure.id, erasure.model_dump_json())
             audit.append(pipe, "erasure", by, erasure=erasure.id)
+            if idempotency is not None:
+                idempotency.remember(pipe, erasure.id)
             return erasure
 
         return await transact(self._redis, [ERASURES], change)

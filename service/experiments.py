@@ -27,6 +27,7 @@ from bon_algos.contracts import (
 )
 from service.catalogue import Snapshot
 from service.errors import InvalidField, PolicyNotServed, PolicyRetired
+from service.headers import ARM
 
 BUCKETS: Final = 10_000
 _Z_95: Final = 1.959964
@@ -155,9 +156,9 @@ def parse_forced_arm(header: str, route: Route, snapshot: Snapshot) -> Arm:
     """`POLICY:N` of `x-bonsai-arm`; POLICY is a policy id, `base` or `live`. Raises InvalidField, PolicyRetired."""
     name, separator, number = header.partition(":")
     if not separator or not number.isascii() or not number.isdigit() or not 1 <= len(number) <= 6:
-        raise InvalidField("x-bonsai-arm must be POLICY:N", param="x-bonsai-arm")
-    require_n(int(number), route.n_cap, "x-bonsai-arm")
-    arm = Arm(policy=policy_named(name, route, snapshot, "x-bonsai-arm"), n=int(number))
+        raise InvalidField(f"{ARM} must be POLICY:N", param=ARM)
+    require_n(int(number), route.n_cap, ARM)
+    arm = Arm(policy=policy_named(name, route, snapshot, ARM), n=int(number))
     record = snapshot.policies.get(arm.policy)
     if record is not None and record.state in ("retired", "failed") and arm.policy not in snapshot.served:
         raise PolicyRetired("the policy was retired or failed, and is served no more")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -33,8 +32,9 @@ class Archive(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        sizes = [len(content) for _, content in self.small] + [size for _, size in self.files]
-        return sum(tarfile.BLOCKSIZE + _padded(size) for size in sizes) + 2 * tarfile.BLOCKSIZE
+        small = [(name, len(content)) for name, content in self.small]
+        entries = small + [(path.name, size) for path, size in self.files]
+        return sum(len(self._header(name, size)) + _padded(size) for name, size in entries) + 2 * tarfile.BLOCKSIZE
 
     def chunks(self) -> Iterator[bytes]:
         """Blocks while it reads."""
@@ -49,6 +49,7 @@ class Archive(NamedTuple):
         yield bytes(2 * tarfile.BLOCKSIZE)
 
     def _header(self, name: str, size: int) -> bytes:
+        """One block, or three: a size of 8 GiB and more has a record of its own."""
         entry = tarfile.TarInfo(name)
         entry.size, entry.mtime, entry.mode = size, self.written_at, 0o644
         return entry.tobuf(tarfile.PAX_FORMAT)
@@ -110,21 +111,21 @@ def _use(manifest: Manifest) -> list[str]:
     return ["```python", load, "```", "", "or", "", "```console", serve, "```"]
 
 
-def unpack(archive: bytes, directory: Path) -> None:
-    """Write the files of an archive into a new directory: plain files without a path, nothing else."""
-    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+def unpack(archive: Path, directory: Path) -> None:
+    """Write the files of an archive into a directory: plain files without a path, nothing else. Raises
+    ValueError, OSError."""
+    with tarfile.open(archive, "r:") as tar:
         members = tar.getmembers()
         names = {member.name for member in members if member.isreg()}
         is_policy = names == {CONFIG_FILE, CARD_FILE, WEIGHTS_FILE} or names > {CARD_FILE, MODEL_FILE}
         if not is_policy or len(members) != len(names) or any("/" in name for name in names):
             raise ValueError("this is no archive of a policy")
-        directory.mkdir(parents=True)
         tar.extractall(directory, filter="data")
 
 
-def is_adapter(archive: bytes) -> bool:
+def is_adapter(archive: Path) -> bool:
     """Whether it holds an adapter, and not a whole model."""
-    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+    with tarfile.open(archive, "r:") as tar:
         return CONFIG_FILE in tar.getnames()
 
 

@@ -19,6 +19,7 @@ from bon_algos.chat import ChatTokenizer, TemplateRefused
 from bon_algos.contracts import TAG_PATTERN, Message, Record, Route, Sampling, Tool
 from service.best_of_n import Budget
 from service.errors import InvalidField
+from service.headers import TIMEOUT
 from service.json_schema import require_schema, require_small
 
 LOWEST_TEMPERATURE: Final = 0.01
@@ -258,7 +259,7 @@ def asked_timeout(body: int | None, header: str | None, deadline_ms: int) -> int
     """Milliseconds, from the body or the header x-bonsai-timeout; both only if they are equal. Raises InvalidField."""
     named, param = body, "timeout_ms"
     if header is not None:
-        param = "x-bonsai-timeout"
+        param = TIMEOUT
         if not re.fullmatch("[1-9][0-9]*", header):
             raise InvalidField(f"{param} must be a positive integer without sign or leading zero", param=param)
         # More digits than any deadline has: far above it, whatever they are.

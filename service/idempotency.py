@@ -14,8 +14,8 @@ from redis.asyncio.client import Pipeline
 
 from bon_algos.contracts import DEFAULT_TENANT, idempotency_key
 from service.errors import InvalidField, Unparseable
+from service.headers import IDEMPOTENCY_KEY
 
-HEADER: Final = "Idempotency-Key"
 KEPT_SECONDS: Final = 86_400
 MAX_LENGTH: Final = 255
 
@@ -43,7 +43,9 @@ class Idempotency:
         if header is None:
             return None
         if not 1 <= len(header) <= MAX_LENGTH or not all(" " < character <= "~" for character in header):
-            raise Unparseable(f"{HEADER} must be 1 to {MAX_LENGTH} printable ASCII characters", param=HEADER)
+            raise Unparseable(
+                f"{IDEMPOTENCY_KEY} must be 1 to {MAX_LENGTH} printable ASCII characters", param=IDEMPOTENCY_KEY
+            )
         return cls(
             key=idempotency_key(sha256(f"{tenant}\0{header}".encode()).hexdigest()),
             digest=sha256(f"{operation}\0{body}".encode()).hexdigest(),
@@ -53,7 +55,11 @@ class Idempotency:
         """The earlier answer from what was kept. Raises InvalidField when the key came with another request."""
         digest, _, answer = kept.partition(" ")
         if digest != self.digest:
-            raise InvalidField(f"this {HEADER} was used for another request", param=HEADER, code="idempotency_conflict")
+            raise InvalidField(
+                f"this {IDEMPOTENCY_KEY} was used for another request",
+                param=IDEMPOTENCY_KEY,
+                code="idempotency_conflict",
+            )
         return answer
 
     async def recall(self, pipe: Pipeline) -> str | None:

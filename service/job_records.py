@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from archive.storage import put_durably
 from bon_algos.contracts import FINAL_JOB_STATES, SCHEMA_VERSION, UNRECORDED_JOBS, Record, job_key
 from bon_algos.crash_points import crash_point
-from service.durable_files import forget_unfinished, sole_writer
+from service.durable_files import sole_writer
 from service.errors import StoreFull, StoreUnavailable
 from service.store import translated
 
@@ -63,7 +63,6 @@ class JobRecords:
         self._redis = redis
         self._directory = artefacts / DIRECTORY
         self._recorded = redis.register_script(_RECORDED)
-        self._is_tidy = False
 
     async def run(self) -> None:
         """Write what is unrecorded until cancelled."""
@@ -81,9 +80,6 @@ class JobRecords:
     async def write(self) -> None:
         """Raises StoreUnavailable, StoreFull, and OSError for the last one that could not be written, after the
         others."""
-        if not self._is_tidy:
-            await asyncio.to_thread(forget_unfinished, self._directory)
-            self._is_tidy = True
         hindrance: OSError | None = None
         with translated():
             for job_id in sorted(cast("set[str]", await self._redis.smembers(UNRECORDED_JOBS))):

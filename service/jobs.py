@@ -91,7 +91,8 @@ class Jobs:
     ) -> Submitted:
         """Record a job of the caller's tenant. model: the policy that it begins with, None: its route's base.
         Raises InvalidField for a spec this installation cannot run, an empty ledger, or an idempotency key that was
-        used for another body; PolicyNotFound for a policy it names that is none; QueueFull."""
+        used for another body; PolicyNotFound for a policy it names that is none, Forbidden for one that the caller's
+        key is not good for; QueueFull."""
         check_spec(spec, n_cap=self._n_cap, max_lora_rank=self._max_lora_rank, now=time())
         job_id, tenant = f"job_{uuid7().hex}", by.tenant
         key, digest = ("", "") if idempotency is None else (idempotency.key, idempotency.digest)
@@ -103,7 +104,7 @@ class Jobs:
         with translated():
             if idempotency is None or not await self._redis.exists(key):
                 await self._require_groups(spec, tenant)
-                await self._require_named(spec, tenant)
+                await self._require_named(spec, by)
             crash_point("submit.asked")
             kept = await self._audited(self._submit, keys, values, "job_submit", by, job=job_id, route=spec.route)
             crash_point("submit.recorded")
@@ -122,11 +123,11 @@ class Jobs:
             kept = cast("str | None", await self._redis.get(idempotency.key))
         return None if kept is None else idempotency.answer(kept)
 
-    async def check(self, spec: JobSpec, tenant: str = DEFAULT_TENANT) -> None:
+    async def check(self, spec: JobSpec, by: Caller = GATEWAY) -> None:
         """Raises what `submit` would of the spec itself, whatever the ledger holds."""
         check_spec(spec, n_cap=self._n_cap, max_lora_rank=self._max_lora_rank, now=time())
         with translated():
-            await self._require_named(spec, tenant)
+            await self._require_named(spec, by)
 
     async def get(self, job_id: str, tenant: str = DEFAULT_TENANT) -> dict[str, Any]:
         """The job object of the API. Raises JobNotFound."""
@@ -250,31 +251,32 @@ class Jobs:
                 facts={"groups_found": found, "groups_needed": GROUPS_NEEDED},
             )
 
-    async def _require_named(self, spec: JobSpec, tenant: str) -> None:
+    async def _require_named(self, spec: JobSpec, by: Caller) -> None:
         if spec.training_file is not None:
-            row = cast("str | None", await self._redis.hget(files_key(tenant), spec.training_file))
+            row = cast("str | None", await self._redis.hget(files_key(by.tenant), spec.training_file))
             if row is None:
                 raise _no_file()
             _require_processed(FileRecord.model_validate_json(row))
-        await self._require_policies(spec, tenant)
+        await self._require_policies(spec, by)
 
-    async def _require_policies(self, spec: JobSpec, tenant: str) -> None:
+    async def _require_policies(self, spec: JobSpec, by: Caller) -> None:
         parents = []
         if spec.method.interpolation is not None:
             parents.append((spec.method.interpolation.policy, "method.interpolation.policy"))
         if spec.training.start_from != "base":
             parents.append((spec.training.start_from, "training.start_from"))
         for place, policy in enumerate(spec.window.policies):
-            await self._usable(policy, f"window.policies[{place}]", tenant)
+            await self._usable(policy, f"window.policies[{place}]", by)
         for policy, param in parents:
-            record = await self._usable(policy, param, tenant)
-            require_parent(record, await self._base_of(spec.route, tenant), param)
+            record = await self._usable(policy, param, by)
+            require_parent(record, await self._base_of(spec.route, by.tenant), param)
             if param == "training.start_from":
                 check_parent(spec, record)
 
-    async def _usable(self, policy: str, param: str, tenant: str) -> PolicyRecord:
-        record = await self._policy(policy, param, tenant)
+    async def _usable(self, policy: str, param: str, by: Caller) -> PolicyRecord:
+        record = await self._policy(policy, param, by.tenant)
         require_adapter(record, param)
+        by.require_policy(record, param)
         require_untainted(record, param)
         return record
 
@@ -342,9 +344,9 @@ def _check_other_policies(spec: JobSpec) -> None:
             f"{method} learns from draws of the reference alone; leave window.policies empty, or take one of {able}",
             param="window.policies",
         )
-    if regression is not None and regression.quantiles == "learned":
+    if regression is not None and regression.quantiles != "harmonic_mid":
         raise InvalidField(
-            "learned quantiles learn from draws of the reference alone; leave window.policies empty",
+            f"quantiles {regression.quantiles} are of draws of the reference alone; leave window.policies empty",
             param="window.policies",
         )
     if len(set(spec.window.policies)) < len(spec.window.policies):

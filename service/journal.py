@@ -20,7 +20,7 @@ from archive.storage import put_durably
 from bon_algos.contracts import SCHEMA_VERSION, Experiment, PolicyRecord, Record, Route
 from bon_algos.crash_points import crash_point
 from service.catalogue import Catalogue, Snapshot
-from service.durable_files import forget_unfinished, sole_writer
+from service.durable_files import sole_writer
 
 FILE: Final = Path("registry") / "journal.json"
 """Below the artefact directory."""
@@ -122,7 +122,6 @@ def _differ(new: Snapshot, old: Snapshot | None) -> bool:
 
 def _write(file: Path, text: str) -> None:
     """Whole or not at all, also after a power cut."""
-    forget_unfinished(file.parent)
     with sole_writer(file.parent):
         put_durably(file, text.encode())
         crash_point("journal.renamed")

@@ -1,6 +1,7 @@
 """Answers of which one is known to be better, for a reward model to prove itself on.
 
-Owns: what a pair is, an operator's file of them, the built-in ones. Does not own: the test (reward_test.py).
+Owns: what a pair is, an operator's file of them, the built-in ones, and which of a reward model's members are asked
+about which. Does not own: the test (reward_test.py).
 
 The built-in pairs (general_pairs.json) are what any reward model of general text should rank rightly: an answer against
 gibberish, an insult, a wrong sum. In half of them the better answer is the longer one, so that length is no cue.
@@ -10,11 +11,11 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from bon_algos.contracts import Message, Record
+from bon_algos.contracts import Message, Record, RewardConfig, VllmMember
 
 NO_PAIRS: Final = "none"
 """Stands for a file where the operator wants no test."""
@@ -54,6 +55,25 @@ def read_pairs(file: Path) -> tuple[Pair, ...]:
 def general_pairs() -> tuple[Pair, ...]:
     """The built-in ones."""
     return _PAIRS.validate_json((files("service") / "general_pairs.json").read_bytes())
+
+
+class Tested(NamedTuple):
+    """What is asked about which pairs."""
+
+    member: int | None
+    """Its place among the reward model's members; None for all of the reward model."""
+    pairs: tuple[Pair, ...]
+
+
+def tested(told: Path | Literal["none"] | None, config: RewardConfig) -> tuple[Tested, ...]:
+    """The operator's own pairs are about the whole; the built-in ones about each member that reads general text.
+    Nothing: the reward model stays untested. Raises ValueError for a file that is none of pairs."""
+    if told == NO_PAIRS:
+        return ()
+    if told is not None:
+        return (Tested(None, read_pairs(told)),)
+    pairs = general_pairs()
+    return tuple(Tested(place, pairs) for place, member in enumerate(config.members) if isinstance(member, VllmMember))
 
 
 def _readable(told: Path | Literal["none"]) -> Path | Literal["none"]:

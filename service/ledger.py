@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha1
 from typing import Any, Final
 
+import msgspec
 from isal.isal_zlib import compress, decompress
 from pydantic_core import to_json
 from redis.asyncio import Redis
@@ -271,7 +272,18 @@ def _frame(record: Record) -> bytes:
         head["usable"] = of_tenant(record.tenant, record.route) if record.is_unbiased and record.requested > 1 else ""
         head["unmeasured"] = record.store and record.status == "single" and not record.scored
         kept = record if record.store else without_content(record)
-    return to_json(head) + b"\n" + compress(kept.model_dump_json().encode(), level=1)
+    return to_json(head) + b"\n" + compress(_RECORD.encode(kept), level=1)
+
+
+def _members(record: object) -> dict[str, Any]:
+    told = dict(vars(record))
+    if isinstance(record, Candidate):
+        del told["alternatives"]  # not logged
+    return told
+
+
+_RECORD: Final = msgspec.json.Encoder(enc_hook=_members)
+"""What pydantic would write of a record, in two thirds of the instructions."""
 
 
 def _head(payload: bytes) -> tuple[dict[str, Any], bytes]:

@@ -20,6 +20,7 @@ from bon_algos.tool_calls import CallFormat
 from service.catalogue import Snapshot
 from service.errors import InvalidField, NotFound
 from service.generation import MAX_TOOLS, CompletionOptions, GenerateRequest, TokenIds
+from service.headers import ARM
 from service.openai_messages import (
     ChatMessage,
     ChatTool,
@@ -196,7 +197,7 @@ def addressed(body: Body, snapshot: Snapshot, forced_arm: str | None, n_cap: int
         drawn = body.best_of or max(body.n, route.default_n)
         return Addressed(body.as_request(route.name, drawn), f"base:{drawn}")
     if forced_arm is not None:
-        raise InvalidField("model must be a route where x-bonsai-arm names a policy", param="model")
+        raise InvalidField(f"model must be a route where {ARM} names a policy", param="model")
     if body.model not in snapshot.policies:
         raise NotFound("model is neither a route nor a policy", param="model", code="model_not_found")
     return Addressed(body.as_request("default", asked), f"{body.model}:{asked}")

@@ -112,7 +112,7 @@ class Shape(ABC):
         return {
             "id": group.id,
             "object": kind,
-            "created": int(group.created_at),
+            "created": int(self._prepared.group.created_at),  # not the answer's: the chunks of a stream agree
             "model": group.answered_by,
             "system_fingerprint": f"fp_{group.settings_digest[:12]}_{group.answered_by.removeprefix('pol-')}",
         }

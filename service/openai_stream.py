@@ -25,16 +25,16 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bon_algos.contracts import CandidateGroup
-from bon_algos.vllm_protocol import Piece
+from bon_algos.vllm_protocol import Listener, Piece
 from service.best_of_n import Answer
 from service.errors import GatewayError, problem
+from service.headers import ARM, POLICY
 from service.idempotency import Idempotency
 from service.openai_bodies import StreamOptions
 from service.openai_replies import Part, Shape, whole
 from service.replays import Reply
 from service.serving import Prepared, Serving, answer
 from service.tracing import named
-from service.vllm import Listener
 
 KEEP_ALIVE_SECONDS: Final = 10.0
 """Load balancers give up a connection that is silent for 60 s, some for 30."""
@@ -94,8 +94,8 @@ async def stream(
     group, options = prepared.group, options or StreamOptions()
     headers = {
         "X-Accel-Buffering": "no",
-        "x-bonsai-arm": str(group.arm),
-        **({} if prepared.policy is None else {"x-bonsai-policy": prepared.policy}),
+        ARM: str(group.arm),
+        **({} if prepared.policy is None else {POLICY: prepared.policy}),
     }
     if asked is not None and (earlier := await serving.replays.begin(asked, prepared.budget.seconds)) is not None:
         return _again(earlier)

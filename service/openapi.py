@@ -32,6 +32,7 @@ from service.errors import (
     Unparseable,
     UnsupportedMediaType,
 )
+from service.headers import REPLAYED, REQUEST_ID
 from service.operation import Operation, Parameter
 from service.operations import OPERATIONS as OTHERS
 from service.registry_operations import REGISTRY_OPERATIONS
@@ -46,13 +47,17 @@ WITH_A_KEY: Final = (Unparseable, Unauthenticated, TooManyWrongKeys, StoreUnavai
 WITH_A_BODY: Final = (Unparseable, BodyTimeout, BodyTooLarge, UnsupportedMediaType, InvalidField)
 
 HEADERS: Final = {
-    "X-Request-Id": {"description": "As it was sent, or made.", "required": True, "schema": TEXT},
+    REQUEST_ID: {"description": "As it was sent, or made.", "required": True, "schema": TEXT},
     "ETag": {
         "description": "For `If-Match` or `If-None-Match`.",
         "required": True,
         "schema": TEXT,
     },
     "Location": {"description": "Where to find what was made.", "required": True, "schema": TEXT},
+    REPLAYED: {
+        "description": "`true`: this answered an earlier request with the same `Idempotency-Key`.",
+        "schema": {"const": "true"},
+    },
     "Retry-After": {"description": "Seconds.", "required": True, "schema": TEXT},
     "WWW-Authenticate": {"description": "Bearer.", "required": True, "schema": TEXT},
 }
@@ -173,7 +178,7 @@ def _errors(row: Operation, path: str, right: Right | None) -> Iterator[type[Gat
 
 
 def _headers(*names: str) -> dict[str, Any]:
-    return {name: {"$ref": f"#/components/headers/{name}"} for name in ("X-Request-Id", *names)}
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in (REQUEST_ID, *names)}
 
 
 def text_of(described: Mapping[str, Any]) -> str:

@@ -13,8 +13,8 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel
 
 from service.errors import GatewayError
-from service.idempotency import HEADER, MAX_LENGTH
-from service.preconditions import HEADER as VERSIONS
+from service.headers import IDEMPOTENCY_KEY, IF_MATCH
+from service.idempotency import MAX_LENGTH
 from service.preconditions import MAX_LENGTH as LONGEST
 from service.replies import Schema
 from service.routes.admin import DEFAULT_LIMIT, MAX_LIMIT
@@ -68,8 +68,12 @@ LIMIT: Final = query("limit", "Rows.", type="integer", minimum=1, maximum=MAX_LI
 AFTER: Final = query("after", "The id of a row: those behind it follow.", type="string", minLength=1)
 PAGE: Final = (LIMIT, AFTER)
 MATCH: Final = header(
-    VERSIONS, "Versions that may be changed, as `ETag` told them.", maxLength=LONGEST, pattern='^("[!#-~]*"|\\*)$'
+    IF_MATCH, "Versions that may be changed, as `ETag` told them.", maxLength=LONGEST, pattern='^("[!#-~]*"|\\*)$'
 )
 ONCE: Final = header(
-    HEADER, "The same request is carried out once in 24 h.", minLength=1, maxLength=MAX_LENGTH, pattern="^[!-~]+$"
+    IDEMPOTENCY_KEY,
+    "The same request is carried out once in 24 h.",
+    minLength=1,
+    maxLength=MAX_LENGTH,
+    pattern="^[!-~]+$",
 )

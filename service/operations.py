@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from bon_algos.contracts import POLICY_ID_PATTERN, ROUTE_PATTERN, PolicyReport
-from service import ledger_replies, replies
+from service import headers, ledger_replies, replies
 from service.curve import DEFAULT_GROUPS, DEFAULT_LOSS, MOST_GROUPS
 from service.erasures import ErasureRequest
 from service.errors import (
@@ -42,6 +42,7 @@ from service.errors import (
 from service.experiment_store import ExperimentRequest
 from service.feedback import FeedbackRequest
 from service.generation import GenerateRequest
+from service.headers import REPLAYED
 from service.keys import KeyRequest
 from service.ledger_query import DEFAULT_LIMIT as PAGE_ROWS
 from service.ledger_query import FIELDS
@@ -55,22 +56,28 @@ from service.routing import RouteRequest
 from service.training_operations import TRAINING_OPERATIONS
 
 ARM: Final = header(
-    "x-bonsai-arm",
+    headers.ARM,
     "POLICY:N, forces an arm; for admins and operators.",
     pattern=f"^(base|live|{POLICY_ID_PATTERN.strip('^$')}):[0-9]{{1,6}}$",
 )
 UNIT: Final = header(
-    "x-bonsai-unit",
+    headers.UNIT,
     "Whom an experiment's arm sticks to.",
     minLength=1,
     maxLength=MAX_UNIT_LENGTH,
     pattern="^[ -~]+$",
 )
 TIMEOUT: Final = header(
-    "x-bonsai-timeout",
+    headers.TIMEOUT,
     "Milliseconds; also in the body, as `timeout_ms`.",
     pattern="^[1-9][0-9]*$",
 )
+TOLD: Final = (
+    *(ARM, UNIT, TIMEOUT, ONCE),
+    header("traceparent", "The caller's trace (W3C): goes along with what is asked of engines and reward models."),
+    header("tracestate", "Goes along with it."),
+)
+"""Headers of a completion."""
 COMPLETING: Final = (
     RouteNotFound,
     Conflict,
@@ -92,8 +99,9 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "The best of n completions",
         {200: replies.GENERATION},
         Body(GenerateRequest, {"prompt": "A good review begins:", "n": 4, "max_tokens": 16}, nulls="refused"),
-        (query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), ARM, UNIT, TIMEOUT, ONCE),
+        (query("n", "Candidates drawn; also in the body.", type="integer", minimum=1), *TOLD),
         COMPLETING,
+        headers=(REPLAYED,),
     ),
     ("POST", "/v1/completions"): Operation(
         "OpenAI's completions, best-of-n",
@@ -101,8 +109,9 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         Body(
             CompletionBody, {"model": "default", "prompt": "A good review begins:", "max_tokens": 16}, nulls="left out"
         ),
-        (ARM, UNIT, TIMEOUT, ONCE),
+        TOLD,
         COMPLETING,
+        headers=(REPLAYED,),
         streams=True,
     ),
     ("POST", "/v1/chat/completions"): Operation(
@@ -113,8 +122,9 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
             {"model": "default", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16},
             nulls="left out",
         ),
-        (ARM, UNIT, TIMEOUT, ONCE),
+        TOLD,
         COMPLETING,
+        headers=(REPLAYED,),
         streams=True,
     ),
     ("GET", "/v1/models"): Operation(
@@ -265,7 +275,8 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "Have what one user left erased",
         {202: ledger_replies.ERASURE},
         Body(ErasureRequest, {"user": "customer-4711"}),
-        errors=(StoreFull,),
+        (ONCE,),
+        (StoreFull,),
         headers=("Location",),
     ),
     ("GET", "/ledger/erasures/{erasure_id}"): Operation(

@@ -157,10 +157,19 @@ class Policies:
 
         return await transact(self._redis, [ROUTES_INDEX], change)
 
-    async def retire(self, policy_id: str, by: Caller = GATEWAY, *, precondition: Precondition = ANY) -> PolicyRecord:
+    async def retire(
+        self,
+        policy_id: str,
+        by: Caller = GATEWAY,
+        *,
+        idempotency: Idempotency | None = None,
+        precondition: Precondition = ANY,
+    ) -> PolicyRecord:
         """Take a candidate out of use for good. Raises Conflict for one that is anything to a route."""
 
         async def change(pipe: Pipeline) -> PolicyRecord:
+            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
+                return read_record(PolicyRecord, earlier)
             routes = await watched_routes(pipe, by.tenant)
             policy = await read_policy(pipe, policy_id, by.tenant)
             precondition.require(policy.version)
@@ -174,7 +183,10 @@ class Policies:
                 )
             if policy.state != "candidate":
                 raise Conflict(f"the policy is {policy.state} already", code=f"policy_{policy.state}")
-            return await self._written(pipe, policy, policy.become("retired"), "retire", by)
+            retired = await self._written(pipe, policy, policy.become("retired"), "retire", by)
+            if idempotency is not None:
+                idempotency.remember(pipe, retired.model_dump_json())
+            return retired
 
         return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
 

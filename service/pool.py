@@ -15,9 +15,10 @@ from hashlib import blake2b
 from typing import Final
 
 from bon_algos.contracts import Candidate, Sampling
+from bon_algos.vllm_protocol import Listener
 from service.errors import EngineUnavailable, PolicyNotServed, Unavailable
 from service.replica import Replica, cost_of
-from service.vllm import DrawingWindow, Listener
+from service.vllm import DrawingWindow
 
 PREFIX_TOKENS: Final = 64
 """Prompts that agree so far prefer one replica: its engine has computed their beginning already."""

@@ -15,8 +15,8 @@ from starlette.requests import Request
 
 from bon_algos.contracts import Record
 from service.errors import PreconditionFailed, Unparseable
+from service.headers import IF_MATCH
 
-HEADER: Final = "If-Match"
 MAX_LENGTH: Final = 1000
 _TAG: Final = re.compile(r'\s*(W/)?("[!#-~]*")\s*')
 
@@ -44,12 +44,12 @@ class Precondition:
     @classmethod
     def of(cls, request: Request) -> Precondition:
         """Raises Unparseable (400)."""
-        header = request.headers.get(HEADER)
+        header = request.headers.get(IF_MATCH)
         if header is None or header.strip() == "*":
             return ANY
         found = [_TAG.fullmatch(part) for part in header.split(",")]
         if len(header) > MAX_LENGTH or not all(found):
-            raise Unparseable(f'{HEADER} must be * or entity tags like "3"', param=HEADER)
+            raise Unparseable(f'{IF_MATCH} must be * or entity tags like "3"', param=IF_MATCH)
         # A weak tag never matches: it says that two versions are as good as the same.
         return cls(frozenset(match[2] for match in found if match is not None and match[1] is None))
 
@@ -58,7 +58,7 @@ class Precondition:
         if self.tags is not None and etag(version) not in self.tags:
             raise PreconditionFailed(
                 f"this was changed since: it is version {version} now; read it again and decide again",
-                param=HEADER,
+                param=IF_MATCH,
                 facts={"etag": etag(version)},
             )
 

@@ -20,6 +20,8 @@ from service.access import Caller
 from service.artefacts import ArtefactRefused, checked_adapter, checked_files, read_manifest
 from service.audit import AuditChain
 from service.errors import Conflict, InvalidField
+from service.idempotency import Idempotency
+from service.record_reading import read_record
 from service.store import transact
 
 
@@ -39,14 +41,14 @@ class Registration:
         self._base_policy_id = base_policy_id
         self._max_lora_rank = max_lora_rank
 
-    async def register(self, digest: str, by: Caller) -> PolicyRecord:
+    async def register(self, digest: str, by: Caller, *, idempotency: Idempotency | None = None) -> PolicyRecord:
         """The new candidate. Raises InvalidField where its files are not what they must be, and Conflict where the
         policy is known already or was deleted."""
         try:
             manifest = await asyncio.to_thread(self._checked, digest, by)
         except ArtefactRefused as error:
             raise InvalidField(f"the adapter is refused: {error}", param="digest", code="adapter_refused") from error
-        return await self._write(manifest, by)
+        return await self._write(manifest, by, idempotency)
 
     async def checked(self, policy: PolicyRecord) -> tuple[Manifest, Path]:
         """The manifest of a registered policy, and where its files stand, whole. Raises Conflict."""
@@ -70,10 +72,12 @@ class Registration:
         checked_adapter(self._artefacts, manifest, max_rank=self._max_lora_rank)
         return manifest
 
-    async def _write(self, manifest: Manifest, by: Caller) -> PolicyRecord:
+    async def _write(self, manifest: Manifest, by: Caller, idempotency: Idempotency | None) -> PolicyRecord:
         policy = manifest.as_candidate()
 
         async def change(pipe: Pipeline) -> PolicyRecord:
+            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
+                return read_record(PolicyRecord, earlier)
             if await pipe.zscore(POLICIES_DELETED, policy.id) is not None:
                 raise Conflict("this policy was deleted, and its name is never used again", code="policy_deleted")
             if cast("str | None", await pipe.hget(policy_key(policy.id), "record")) is not None:
@@ -86,6 +90,8 @@ class Registration:
             told = {"before": None, "after": policy.state, "digest": manifest.digest}
             imported = {} if manifest.imported is None else manifest.imported.model_dump()
             audit.append(pipe, "policy_import", by, policy=policy.id, data=json.dumps({**told, **imported}))
+            if idempotency is not None:
+                idempotency.remember(pipe, policy.model_dump_json())
             return policy
 
         return await transact(self._redis, [POLICIES_DELETED, POLICIES_INDEX, policy_key(policy.id)], change)

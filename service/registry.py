@@ -18,7 +18,7 @@ from bon_algos.contracts import (
     PolicyState,
     Route,
     experiment_stats_key,
-    of_tenant,
+    own_names,
     policy_key,
     route_key,
 )
@@ -55,7 +55,7 @@ def write_policy(pipe: Pipeline, policy: PolicyRecord) -> PolicyRecord:
 async def watched_routes(pipe: Pipeline, tenant: str) -> dict[str, Route]:
     """All routes of a tenant: what a policy is depends on every one of them."""
     names = cast(set[str], await pipe.smembers(ROUTES_INDEX))
-    own = sorted(bare for name in names if of_tenant(tenant, bare := name.rpartition("/")[2]) == name)
+    own = own_names(tenant, names)
     if not own:
         return {}
     keys = [route_key(name, tenant) for name in own]

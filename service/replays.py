@@ -19,12 +19,12 @@ from redis.asyncio import Redis
 
 from bon_algos.crash_points import crash_point
 from service.errors import Conflict, GatewayError
+from service.headers import REPLAYED
 from service.idempotency import KEPT_SECONDS, Idempotency
 from service.store import translated
 
 SLACK_SECONDS: Final = 10
 """A gateway that died holds its keys so much longer than its request could have taken."""
-REPLAYED: Final = "Idempotent-Replayed"
 T = TypeVar("T")
 log = logging.getLogger("bonsai.requests")
 

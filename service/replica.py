@@ -21,11 +21,12 @@ from time import monotonic, time
 from typing import Final, Literal, Protocol
 
 from bon_algos.contracts import Candidate, Sampling
+from bon_algos.vllm_protocol import Listener
 from service.best_of_n import Policy
 from service.breaker import Breaker
 from service.canary import Canary
 from service.errors import AnswerTooLong, EngineBroken, EngineRefused, EngineUnavailable, GatewayError, PolicyNotServed
-from service.vllm import DrawingWindow, EngineState, Listener
+from service.vllm import DrawingWindow, EngineState
 
 ReplicaState = Literal["ok", "open", "hung", "other_base", "draining"]
 OTHER_BASE: Final = "it serves other weights under the base policy's name"

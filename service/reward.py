@@ -1,8 +1,11 @@
 """The reward model: a number for each completion, or the reason why it has none.
 
 Owns: asking every member at once, over HTTP; one that fails fails all, for an ensemble of fewer is another reward
-model; that nothing is drawn for one whose last calls failed (a deadline is the caller's and does not count). Does not
-own: what is said and how it is read (bon_algos/scoring.py), deadlines, choosing.
+model; that nothing is drawn for one whose last calls failed. Does not own: what is said and how it is read
+(bon_algos/scoring.py), deadlines, choosing.
+
+A call that is given up, at its caller's deadline or because he left, has failed where the model had answered nobody for
+so long as an engine may be silent (silence.py); else it counts as nothing, for a deadline may be a millisecond.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from bon_algos.scoring import Asked, Call, Completion, Reader, Score, combined, 
 from service.breaker import Breaker
 from service.engine_http import EngineHttp
 from service.errors import EngineBroken, EngineRefused, GatewayError, InvalidField, RewardModelUnavailable
+from service.silence import Silence
 from service.vllm import LIST_SECONDS, model_names
 
 LONG_CHARACTERS: Final = 100_000
 """From here on tokenising would hold up other requests, and is done in a thread."""
+HUNG_AFTER_SECONDS: Final = 30.0
 FAILING: Final = "the reward model fails"
 T = TypeVar("T")
 log = logging.getLogger("bonsai.reward")
@@ -32,8 +37,11 @@ log = logging.getLogger("bonsai.reward")
 class RewardModel:
     """One member or several. Must be made inside a running event loop and closed."""
 
-    def __init__(self, config: RewardConfig, readers: Sequence[Reader]) -> None:
-        """readers: one for each member."""
+    def __init__(
+        self, config: RewardConfig, readers: Sequence[Reader], *, hung_after: float = HUNG_AFTER_SECONDS
+    ) -> None:
+        """readers: one for each member. hung_after: seconds of waiting without any answer from which on a call that is
+        given up has failed."""
         self._config = config
         self._readers = readers
         is_alone = len(config.members) == 1
@@ -50,6 +58,7 @@ class RewardModel:
         self.model = config.id
         self.template_digest = template_digest_of(readers)
         self._breaker = Breaker(monotonic)
+        self._silence, self._hung_after = Silence(monotonic), hung_after
 
     async def close(self) -> None:
         for http in self._http:
@@ -74,10 +83,9 @@ class RewardModel:
 
     def require_up(self) -> None:
         """Refuse what would be drawn for nothing. Raises RewardModelUnavailable."""
-        pause = self._breaker.probe_at - monotonic()
-        if self._breaker.state == "half_open" or (self._breaker.state == "open" and pause > 0):
+        if not self._breaker.admits:
             error = RewardModelUnavailable(f"{FAILING} of late: it is tried again soon")
-            error.retry_after = max(1, math.ceil(pause))
+            error.retry_after = max(1, math.ceil(self._breaker.probe_at - monotonic()))
             raise error
 
     def require_room(self, prompt: str, messages: Sequence[Message] | None) -> None:
@@ -102,22 +110,39 @@ class RewardModel:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         """The first call after a pause is the probe. What the model refuses it has read."""
-        epoch, is_probe, works = self._breaker.epoch, self._breaker.try_probe(), False
+        epoch, is_probe = self._breaker.epoch, self._breaker.try_probe()
+        self._silence.call_begins()
         try:
             yield
-            works = True
         except EngineRefused:
-            works = True
+            self._worked(epoch)
             raise
         except (RewardModelUnavailable, EngineBroken):
-            self._breaker.count(epoch, failed=True)
+            self._failed(epoch, is_probe=is_probe)
             raise
-        finally:
-            if works:
-                self._breaker.close()
-                self._breaker.count(epoch, failed=False)
+        except BaseException:
+            # Given up, most likely by the caller or at its deadline, which alone tells nothing of the model.
+            if self._silence.seconds >= self._hung_after:
+                self._failed(epoch, is_probe=is_probe)
             elif is_probe:
-                self._breaker.trip()
+                self._breaker.give_up()
+            raise
+        else:
+            self._worked(epoch)
+        finally:
+            self._silence.call_ends()
+
+    def _worked(self, epoch: int) -> None:
+        self._silence.broken()
+        self._breaker.close()
+        self._breaker.count(epoch, failed=False)
+
+    def _failed(self, epoch: int, *, is_probe: bool) -> None:
+        self._breaker.count(epoch, failed=True)
+        if is_probe:
+            self._breaker.trip()
+        if self._breaker.state == "open":
+            self._silence.broken()  # the next probe is not judged by what was waited before
 
     async def score_of_member(
         self, i: int, prompt: str, messages: Sequence[Message] | None, completions: Sequence[str]

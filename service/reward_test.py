@@ -33,7 +33,7 @@ class RewardModelRefused(RewardModelUnavailable):
     retry_after = 60
 
 
-class Exam(NamedTuple):
+class PairTest(NamedTuple):
     """Who is asked about which pairs."""
 
     score: Callable[[str, Sequence[Message] | None, Sequence[str]], Awaitable[list[Score]]]
@@ -45,8 +45,8 @@ class Exam(NamedTuple):
     operator's own must all be ranked rightly."""
 
 
-class Grades(NamedTuple):
-    """How many of an exam's pairs were ranked how."""
+class PairCounts(NamedTuple):
+    """How many pairs were ranked how."""
 
     right: int
     alike: int
@@ -60,11 +60,11 @@ class Grades(NamedTuple):
 
 
 class RewardTest:
-    """One test of one reward model: an exam of it, or of each of its members; without any it is untested."""
+    """One test of one reward model, on pairs for all of it or for each of its members; without any it is untested."""
 
-    def __init__(self, exams: Sequence[Exam]) -> None:
-        self._exams = exams
-        self.state: str = WAITING if exams else UNTESTED
+    def __init__(self, tests: Sequence[PairTest]) -> None:
+        self._tests = tests
+        self.state: str = WAITING if tests else UNTESTED
         """For an operator: passed, untested, waiting for the engines, or what is wrong."""
 
     @property
@@ -82,7 +82,7 @@ class RewardTest:
         """Test as soon as the engines answer; then there is a verdict."""
         while self.state == WAITING:
             try:
-                self.state = verdict([(exam, await _grades(exam)) for exam in self._exams])
+                self.state = verdict([(test, await _counted(test)) for test in self._tests])
             except (GatewayError, TimeoutError) as error:
                 log.info("the reward model's test waits: %s", error)
                 await asyncio.sleep(AGAIN_SECONDS)
@@ -92,58 +92,58 @@ class RewardTest:
             log.log(logging.INFO if self.may_choose else logging.ERROR, "the reward model's test: %s", self.state)
 
 
-def verdict(graded: Sequence[tuple[Exam, Grades]]) -> str:
-    """The state that the exams lead to: the first refusal, in words, if there is one."""
-    refusals = [_refusal(exam, grades) for exam, grades in graded if _fails(exam, grades)]
+def verdict(counted: Sequence[tuple[PairTest, PairCounts]]) -> str:
+    """The state that the tests lead to: the first refusal, in words, if there is one."""
+    refusals = [_refusal(test, counts) for test, counts in counted if _fails(test, counts)]
     if refusals:
         return refusals[0]
-    return PASSED if any(grades.total for _, grades in graded) else UNTESTED
+    return PASSED if any(counts.total for _, counts in counted) else UNTESTED
 
 
-def _fails(exam: Exam, grades: Grades) -> bool:
-    if not grades.total:
+def _fails(test: PairTest, counts: PairCounts) -> bool:
+    if not counts.total:
         return False
-    if not exam.is_general or grades.alike == grades.total:
-        return grades.right < grades.total
-    return grades.right + grades.alike / 2 < grades.total / 2
+    if not test.is_general or counts.alike == counts.total:
+        return counts.right < counts.total
+    return counts.right + counts.alike / 2 < counts.total / 2
 
 
-async def _grades(exam: Exam) -> Grades:
+async def _counted(test: PairTest) -> PairCounts:
     right = alike = wrong = unscored = 0
-    for pair in exam.pairs:
+    for pair in test.pairs:
         async with asyncio.timeout(PAIR_SECONDS):
-            scores = await exam.score(pair.prompt or "", pair.messages, [pair.better, pair.worse])
-        if exam.is_general and any(score.failure == "too_long" for score in scores):
+            scores = await test.score(pair.prompt or "", pair.messages, [pair.better, pair.worse])
+        if test.is_general and any(score.failure == "too_long" for score in scores):
             continue
         better, worse = (score.reward for score in scores)
         if better is None or worse is None:
             unscored += 1
         else:
             right, alike, wrong = right + (better > worse), alike + (better == worse), wrong + (better < worse)
-    return Grades(right, alike, wrong, unscored)
+    return PairCounts(right, alike, wrong, unscored)
 
 
-def _refusal(exam: Exam, grades: Grades) -> str:
+def _refusal(test: PairTest, counts: PairCounts) -> str:
     """What it did, what follows, and the usual causes."""
-    pairs = f"{grades.total} {'built-in' if exam.is_general else 'known'} pairs"
-    if grades.unscored == grades.total:
+    pairs = f"{counts.total} {'built-in' if test.is_general else 'known'} pairs"
+    if counts.unscored == counts.total:
         did = f"has no finite reward for any of {pairs}"
         causes = (
             "is its window long enough, does its chat template take these, are its weights whole and its precision the "
             "one it was trained in?"
         )
-    elif grades.alike == grades.total:
+    elif counts.alike == counts.total:
         did = f"gives both answers the same reward in all of {pairs}"
         causes = (
             "a constant ranks nothing; is its score taken before any activation (of one label a softmax is always 1), "
             "and does its chat template write the answer?"
         )
     else:
-        alike = f" and {grades.alike} alike" if grades.alike else ""
-        did = f"ranks {grades.wrong + grades.unscored} of {pairs} wrongly{alike}"
+        alike = f" and {counts.alike} alike" if counts.alike else ""
+        did = f"ranks {counts.wrong + counts.unscored} of {pairs} wrongly{alike}"
         causes = (
             "is its chat template the one it was trained with, its score taken before any activation, and higher "
             "better?"
         )
     own = " If it is meant to do so: BONSAI_REWARD_PAIRS (--reward-pairs) takes pairs of your own, or none."
-    return f"{exam.title} {did}, so that it chooses and measures nothing: {causes}{own if exam.is_general else ''}"
+    return f"{test.title} {did}, so that it chooses and measures nothing: {causes}{own if test.is_general else ''}"

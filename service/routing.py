@@ -23,6 +23,7 @@ from bon_algos.contracts import (
     experiment_key,
     experiment_stats_key,
     of_tenant,
+    own_names,
     route_key,
 )
 from service.access import GATEWAY, Caller
@@ -177,4 +178,4 @@ def _told(before: str | None, after: str | None) -> str:
 async def _count(pipe: Pipeline, tenant: str) -> int:
     """Routes of a tenant."""
     names = cast("set[str]", await pipe.smembers(ROUTES_INDEX))
-    return sum(name == of_tenant(tenant, name.rpartition("/")[2]) for name in names)
+    return len(own_names(tenant, names))

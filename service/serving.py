@@ -16,6 +16,7 @@ from uuid_utils import uuid7
 
 from bon_algos.chat import ChatTokenizer
 from bon_algos.contracts import CandidateGroup, PolicyId, Route, Sampling
+from bon_algos.vllm_protocol import Listener
 from service.access import Caller
 from service.best_of_n import Answer, Budget
 from service.catalogue import Catalogue
@@ -45,7 +46,6 @@ from service.reward import RewardModel
 from service.reward_test import RewardTest
 from service.shadows import Shadows
 from service.strategies import DistilledFirst, Fixed, Plan, answered, planned, share_of
-from service.vllm import Listener
 from service.waves import Means
 
 

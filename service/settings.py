@@ -119,7 +119,8 @@ class GatewaySettings(BaseSettings):
     canary_after_seconds: float = Field(10, gt=0)
     """A policy engine that gave no token for so long is asked for one."""
     hung_after_seconds: float = Field(30, gt=0)
-    """One that gave no token for so long, though asked, is given no requests until it gives one."""
+    """One that gave no token for so long, though asked, is given no requests until it gives one. Of a reward model that
+    has answered nobody for so long, though asked, calls whose callers give up count as failed."""
     max_tokens_in_flight: int = Field(2**18, ge=1)
     """Of all requests that run: prompt + n × the expected length. Best the engine's KV cache, whose size it logs."""
     max_tokens_waiting: int = Field(2**20, ge=0)

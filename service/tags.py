@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
-from bon_algos.contracts import POLICIES_INDEX, TAGS, Record, of_tenant, policy_key
+from bon_algos.contracts import POLICIES_INDEX, TAGS, Record, of_tenant, own_names, policy_key
 from service.access import Caller
 from service.audit import AuditChain
 from service.catalogue import Snapshot
@@ -72,8 +72,7 @@ class Tags:
             tags = cast("dict[str, str]", await pipe.hgetall(TAGS))
             former = tags.get(name)
             precondition.require(former)
-            own = sum(of_tenant(by.tenant, one.rpartition("/")[2]) == one for one in tags)
-            if former is None and own >= MAX_TAGS:
+            if former is None and len(own_names(by.tenant, tags)) >= MAX_TAGS:
                 raise Conflict(f"there are {MAX_TAGS} tags already: remove one", code="too_many_tags")
             audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]

@@ -24,6 +24,7 @@ from service.errors import (
 )
 from service.file_form import FileForm
 from service.fine_tuning_body import FineTuningRequest
+from service.headers import LAST_EVENT_ID, REPLAYED
 from service.operation import AFTER, ONCE, PAGE, Body, Operation, header, query
 
 DRY_RUN: Final = query("dry_run", "Nothing is submitted: the reply is of the data.", type="boolean", default=False)
@@ -37,7 +38,7 @@ JOB_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         parameters=(
             *PAGE,
             query("stream", "As with `Accept: text/event-stream`.", type="string", enum=["true", "false"]),
-            header("Last-Event-ID", "Of a stream: the id behind which it goes on.", pattern="^[0-9]+-[0-9]+$"),
+            header(LAST_EVENT_ID, "Of a stream: the id behind which it goes on.", pattern="^[0-9]+-[0-9]+$"),
         ),
         errors=(JobNotFound, InvalidField, RateLimited, Overloaded),
         streams=True,
@@ -70,7 +71,7 @@ TRAINING_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         ),
         (DRY_RUN, ONCE),
         (RouteNotFound, PolicyNotFound, FileNotFound, QueueFull, Overloaded, StoreFull),
-        headers=("Location",),
+        headers=("Location", REPLAYED),
     ),
     ("POST", "/v1/fine_tuning/jobs"): Operation(
         "Submit a distillation as OpenAI's clients do, or be told what it would learn from",
@@ -82,7 +83,7 @@ TRAINING_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         ),
         (DRY_RUN, ONCE),
         (RouteNotFound, PolicyNotFound, FileNotFound, QueueFull, Overloaded, StoreFull),
-        headers=("Location",),
+        headers=("Location", REPLAYED),
     ),
     **{
         (method, f"{prefix}{path}"): operation

@@ -79,11 +79,19 @@ class Trials:
         return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
 
     async def stop(
-        self, policy_id: str, route_name: str, by: Caller = GATEWAY, *, precondition: Precondition = ANY
+        self,
+        policy_id: str,
+        route_name: str,
+        by: Caller = GATEWAY,
+        *,
+        idempotency: Idempotency | None = None,
+        precondition: Precondition = ANY,
     ) -> Route:
         """End a policy's trial on a route. Raises Conflict where it has none."""
 
         async def change(pipe: Pipeline) -> Route:
+            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
+                return read_record(Route, earlier)
             routes = await watched_routes(pipe, by.tenant)
             route = named(routes, route_name)
             precondition.require((await read_policy(pipe, policy_id, by.tenant)).version)
@@ -93,7 +101,7 @@ class Trials:
             if stage is None:
                 raise Conflict("the policy is neither shadow nor canary of this route", code="no_trial")
             stopped = route.model_copy(update={stage: None})
-            return await _moved(pipe, routes, route, stopped, f"{stage}_stop", policy_id, by, None)
+            return await _moved(pipe, routes, route, stopped, f"{stage}_stop", policy_id, by, idempotency)
 
         return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
 

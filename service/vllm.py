@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any, Final, NamedTuple
 
 from bon_algos.contracts import Candidate, Sampling
 from bon_algos.vllm_protocol import (
     CompletionStream,
-    Piece,
+    Listener,
     canary_request,
     completion_request,
     forced_token_request,
@@ -29,9 +28,6 @@ CHANGE_SECONDS: Final = 120.0
 PROBE_SECONDS: Final = 120.0
 LIST_SECONDS: Final = 2.0
 STARTED_AT: Final = "/metrics?name[]=process_start_time_seconds"
-
-
-Listener = Callable[[Piece], None]
 
 
 class AdapterRefused(Exception):
@@ -88,7 +84,7 @@ class PolicyEngine:
         Raises EngineUnavailable and PolicyNotServed (503: nothing was accepted), EngineBroken (502: never tried
         again).
         """
-        stream = CompletionStream(n)
+        stream = CompletionStream(n, hear, has_alternatives=sampling.top_logprobs > 0)
         body = completion_request(policy, prompt_token_ids, n, sampling, stream=True)
         loop = asyncio.get_running_loop()
         # Not by the clock: a timer may come a little before its time, and comes once.
@@ -108,9 +104,8 @@ class PolicyEngine:
                         if hear is None:
                             await events.whole(window.soft)
                         while (chunks := await events.more()) is not None:
-                            for piece in chain.from_iterable(map(stream.feed, chunks)):
-                                if hear is not None:
-                                    hear(piece)
+                            for chunk in chunks:
+                                stream.feed(chunk)
                             if is_late and stream.finished >= window.quorum:
                                 return stream.candidates()
                 finally:

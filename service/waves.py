@@ -13,10 +13,10 @@ from time import monotonic
 from typing import Final, NamedTuple, Protocol
 
 from bon_algos.contracts import Candidate, CandidateGroup, Sampling, StopReason
-from bon_algos.vllm_protocol import Piece
+from bon_algos.vllm_protocol import Listener, Piece
 from service.best_of_n import Answer, Budget, Policy, Scorer, choose, finished_count, measure_in_time, too_late
 from service.errors import EngineBroken, EngineUnavailable, GatewayError, PolicyNotServed
-from service.vllm import DrawingWindow, Listener
+from service.vllm import DrawingWindow
 
 SEEDS: Final = 2**63
 

@@ -31,9 +31,12 @@ class AcknowledgingRequest(Request):  # type: ignore[misc]  # Celery has no type
 
     def _settle(self) -> None:
         """A link that failed is not used again: the next attempt has one of its own. A consumer that began anew has put
-        the message back, and is not asked."""
+        the message back, and is not asked. Raises what is no failure of the link, as when the broker refuses to write,
+        which is logged."""
         message: Any = self.message
         if message.acknowledged or message.channel is None or message.channel.closed:
             return
-        message.ack_log_error(log, self.connection_errors)
-        self._look_again()
+        try:
+            message.ack_log_error(log, self.connection_errors)
+        finally:
+            self._look_again()

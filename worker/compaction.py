@@ -4,7 +4,8 @@ Owns: the order of these steps and how much of the stream stays hot. Does not ow
 (`archive.writing`), the process and its lease (`worker.compactor`).
 
 A crash between any two steps repeats the batch: what was read and not acknowledged is still pending, what the manifest
-names is only acknowledged. The stream loses nothing that the manifest does not name.
+names is only acknowledged. The stream loses nothing that the manifest does not name: a batch has all that the group has
+handed out, to whomever, for what stands before the archive's end counts as written.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ class Compaction:
 
     def flush(self) -> Batch | None:
         """Write what was read, whether it is much or little."""
+        if self._num_pending() != len(self._entries):
+            # One that was frozen and woke has read on: nobody else writes that, and it may stand before what we read.
+            self.open()
         if not self._entries:
             return None
         self._drop_erased()
@@ -145,6 +149,10 @@ class Compaction:
     def _acknowledge(self, entries: Sequence[EntryId]) -> None:
         for start in range(0, len(entries), IDS_IN_A_COMMAND):
             self._as_writer("XACK", LEDGER_CONSUMERS, *map(str, entries[start : start + IDS_IN_A_COMMAND]))
+
+    def _num_pending(self) -> int:
+        """Entries that were read and not acknowledged, by whomever."""
+        return cast(int, self._client.xpending(LEDGER_STREAM, LEDGER_CONSUMERS)["pending"])
 
     def _as_writer(self, command: str, *arguments: str) -> int:
         """A command on the stream, if nobody has written into the archive since we did. Raises Overtaken."""

@@ -7,6 +7,7 @@ Owns what is kept of a prompt's groups, and the window's file. Does not own whic
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
@@ -20,11 +21,11 @@ from bon_algos.acceptance import (
     Side,
     Unusable,
     choose,
-    ranking_reward,
     usable_pools,
 )
 from bon_algos.contracts import CandidateGroup, DataWindow, FileId, Message, PolicyId, Record, Sampling
 from bon_algos.logprobs import TokenGroup
+from bon_algos.serving_order import serving_ranks_of
 from bon_algos.steps import LoggedGroup
 from worker.durable import staged
 from worker.errors import JobFailed
@@ -37,8 +38,13 @@ class LoggedCandidate(Record):
     """Under the policy that drew it; nats. Empty where a file does not tell."""
     reward: float
     ranking_reward: float
+    """The reward of what is complete, and another number of what is not: how a window's file tells them apart."""
     policy: PolicyId | None = None
     """Who drew it, where that was not the reference."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.ranking_reward == self.reward
 
 
 class PromptPool(Record):
@@ -77,7 +83,7 @@ class PromptPool(Record):
     def logged_group(self) -> LoggedGroup:
         return LoggedGroup(
             TokenGroup(self.prompt_ids, [candidate.token_ids for candidate in self.candidates]),
-            [candidate.ranking_reward for candidate in self.candidates],
+            serving_ranks_of(self.candidates)[0].tolist(),
             self.reference_logprobs or [sum(candidate.token_logprobs) for candidate in self.candidates],
             self.log_quantiles,
             self.levels,
@@ -107,7 +113,7 @@ def prompt_pool(entry: Pool, reference_policy: str) -> PromptPool:
                 token_ids=candidate.token_ids,
                 token_logprobs=candidate.logprobs,
                 reward=candidate.reward,
-                ranking_reward=ranking_reward(candidate, candidate.reward),
+                ranking_reward=candidate.reward if candidate.is_complete else _another(candidate.reward),
                 policy=None if group.policy_id == reference_policy else group.policy_id,
             )
             for group in entry.groups
@@ -115,6 +121,13 @@ def prompt_pool(entry: Pool, reference_policy: str) -> PromptPool:
             if candidate.reward is not None
         ),
     )
+
+
+def _another(reward: float) -> float:
+    """A finite number that is not the reward: lower by a thousand million, as a window of an incomplete completion
+    always had it, or where a float has no digits for that its neighbour."""
+    lower = reward - 1e9
+    return lower if lower != reward else math.nextafter(reward, 0.0)
 
 
 # --- freezing --------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from bon_algos.acceptance import Requirements
 from bon_algos.contracts import (
     DEFAULT_TENANT,
@@ -240,10 +242,14 @@ class Distillation:
     def with_quantiles(self, policy: TrainedPolicy, window: FrozenWindow) -> FrozenWindow:
         """The window with learned quantiles, where the method wants them."""
         method = self.spec.method.algorithm
-        if not isinstance(method, BonRegressionSpec) or method.quantiles == "counted":
+        if not isinstance(method, BonRegressionSpec) or method.learned is None:
             return window
-        feature_BD = policy.prompt_features([pool.prompt_ids for pool in window.train]).cpu()
-        return window._replace(train=with_learned_quantiles(window.train, feature_BD, n=method.n, seed=self.spec.seed))
+
+        def features(sequences: Sequence[Sequence[int]]) -> Tensor:
+            return policy.sequence_features(sequences).cpu()
+
+        train = with_learned_quantiles(window.train, features, method.learned, n=method.n, seed=self.spec.seed)
+        return window._replace(train=train)
 
     def interpolated(self, spec: InterpolationSpec) -> TrainedPolicy:
         """A finished policy some of the way back to its reference."""

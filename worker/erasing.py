@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +36,7 @@ from bon_algos.contracts import (
     Erased,
     Erasure,
     Feedback,
-    erasure_groups_key,
+    erasure_targets_key,
     feedback_key,
     idempotency_key,
     served_id,
@@ -46,7 +46,7 @@ from bon_algos.crash_points import crash_point
 from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
 from worker.compaction import is_in_stream
 from worker.erased_windows import fail_jobs, taint
-from worker.erasures import Erasures, LedgerRecord, is_of, user_of
+from worker.erasures import Erasures, LedgerRecord, is_of, targets_of, user_of
 from worker.sources import (
     DamagedSources,
     Source,
@@ -63,7 +63,7 @@ SPOOL_SILENT_SECONDS: Final = 7 * 86_400.0
 """A spool that was silent for longer is no longer waited for: what it still brings is erased as it arrives."""
 LOOK_AGAIN_SECONDS: Final = 600.0
 """Whether a damaged file was mended, which only another pass over everything tells."""
-GROUPS_KEPT_SECONDS: Final = 30 * 86_400
+TARGETS_KEPT_SECONDS: Final = 30 * 86_400
 _GROUP_ID: Final = re.compile(rb"resp_[0-9a-f]{32}")
 Entry = tuple[bytes, Fields]
 log = logging.getLogger("bonsai.compactor")
@@ -71,18 +71,12 @@ log = logging.getLogger("bonsai.compactor")
 
 @dataclass
 class _Traces:
-    """What one erasure is about, as found by looking at every group and every piece of feedback."""
+    """What one erasure is about, as found by looking at every group."""
 
-    groups: set[str] = field(default_factory=set)
-    sessions: set[str] = field(default_factory=set)
-    others_sessions: set[str] = field(default_factory=set)
+    targets: set[str]
+    """Ids of groups, and what feedback on sessions is kept under."""
     unsearched: set[str] = field(default_factory=set)
     """Files that are damaged: what is in them nobody knows."""
-
-    @property
-    def own_sessions(self) -> set[str]:
-        """Of nobody else: a session without a name is what began with the same words."""
-        return self.sessions - self.others_sessions
 
 
 @dataclass
@@ -156,20 +150,13 @@ class Eraser:
         return tuple(sorted(name.decode() for name, clean in told.items() if oldest < float(clean) < late))
 
     def _pass(self, erasure: Erasure) -> Erasure:
-        traces = self._traces(erasure)
-        key = erasure_groups_key(erasure.id)
-        if traces.groups:
-            # Of what arrives late only this tells that it belongs to one of them.
-            self._client.sadd(key, *traces.groups)
-            self._client.expire(key, GROUPS_KEPT_SECONDS)
-            crash_point("erasure.noted")
-        traces.groups |= {one.decode() for one in cast("set[bytes]", self._client.smembers(key))}
+        traces = _Traces(self._targets(erasure))
         removed = _Removed()
         self._erase_archive(erasure, traces, removed)
         self._erase_stream(erasure, traces, removed)
-        self._client.delete(*(feedback_key(target) for target in self._targets(erasure, traces)), b"")
+        self._client.delete(*map(feedback_key, traces.targets), b"")
         crash_point("targets.forgotten")
-        kept_replies = self._erase_replies(traces.groups)
+        kept_replies = self._erase_replies(traces.targets)
         told = self._erase_windows(erasure, traces)
         before = erasure.erased
         erased = Erased(
@@ -183,28 +170,34 @@ class Eraser:
 
     # --- finding -----------------------------------------------------------------------------------------
 
-    def _traces(self, erasure: Erasure) -> _Traces:
-        traces = _Traces()
-        for tenant, row in self._all_groups():
-            if tenant != erasure.tenant:
-                continue
-            is_subject = is_of(erasure, row["user"], row["created_at"])
-            if is_subject:
-                traces.groups.add(row["id"])
-            if row["session"] is not None:
-                (traces.sessions if is_subject else traces.others_sessions).add(row["session"])
-        return traces
+    def _targets(self, erasure: Erasure) -> set[str]:
+        """Kept before anything goes: after that, and of what arrives late, only this tells that it belongs to them."""
+        known = self._known_targets(erasure)
+        targets = targets_of(erasure, partial(self._rows_of, erasure.tenant), known)
+        key = erasure_targets_key(erasure.id)
+        with self._client.pipeline() as pipe:
+            pipe.delete(key)
+            if targets:
+                pipe.sadd(key, *targets)
+                pipe.expire(key, TARGETS_KEPT_SECONDS)
+            pipe.execute()
+        crash_point("erasure.noted")
+        return targets
 
-    def _all_groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Without those of damaged segments, which are told of where they should be rewritten."""
+    def _known_targets(self, erasure: Erasure) -> set[str]:
+        found = cast("set[bytes]", self._client.smembers(erasure_targets_key(erasure.id)))
+        return {one.decode() for one in found}
+
+    def _rows_of(self, tenant: str) -> Iterator[dict[str, Any]]:
+        """Of groups. Without those of damaged segments, which are told of where they should be rewritten."""
         columns = ("id", "created_at", "user", "session")
         for segment in self._segments("groups"):
-            with suppress(DamagedSegment, FileNotFoundError):
-                for row in self._archive.load(segment, columns).to_pylist():
-                    yield segment.tenant, row
+            if segment.tenant == tenant:
+                with suppress(DamagedSegment, FileNotFoundError):
+                    yield from self._archive.load(segment, columns).to_pylist()
         for _, record in self._stream():
-            if isinstance(record, CandidateGroup):
-                yield record.tenant, record.model_dump(include=set(columns))
+            if isinstance(record, CandidateGroup) and record.tenant == tenant:
+                yield record.model_dump(include=set(columns))
 
     def _segments(self, *kinds: str) -> Iterator[Segment]:
         for batch in self._archive.manifest.batches_newest_first():
@@ -228,13 +221,9 @@ class Eraser:
         if user is not None and is_of(erasure, user, record.created_at):
             return True
         if isinstance(record, CandidateGroup):
-            return served_id(record.id) in traces.groups
-        is_of_session = isinstance(record, Feedback) and record.session in traces.own_sessions
-        return served_id(record.group_id or "") in traces.groups or is_of_session
-
-    def _targets(self, erasure: Erasure, traces: _Traces) -> set[str]:
-        """What feedback is kept under."""
-        return traces.groups | {target_of(None, session, erasure.tenant) for session in traces.own_sessions}
+            return served_id(record.id) in traces.targets
+        session = record.session if isinstance(record, Feedback) else None
+        return _target(erasure, record.group_id, session) in traces.targets
 
     # --- removing ----------------------------------------------------------------------------------------
 
@@ -259,7 +248,7 @@ class Eraser:
             remove_superseded(self._archive, day, inf, self._fence)
         sweep(self._archive, self._fence, partial(is_in_stream, self._client))
         for name in self._quarantined():
-            if self._holds(erasure, traces.groups, name):
+            if self._holds(erasure, traces.targets, name):
                 self._archive.storage.delete(name)
 
     def _quarantined(self) -> list[str]:
@@ -275,8 +264,7 @@ class Eraser:
         user = row.get("user") or row.get("author")
         if user is not None and is_of(erasure, user, row["created_at"]):
             return True
-        is_of_session = segment.kind == "feedback" and row["session"] in traces.own_sessions
-        return is_of_session or served_id(row.get("group_id", row["id"]) or "") in traces.groups
+        return _target_of_row(erasure, row) in traces.targets
 
     def _forget_answers(self, segment: Segment, rows: Iterable[dict[str, Any]]) -> None:
         """What a subject said of anything counts no longer."""
@@ -322,34 +310,35 @@ class Eraser:
         """The receipt with the jobs of the windows and the policies. They are kept before anything of a window goes:
         after that nobody could tell any more whose it was."""
         concerned = self._concerned(erasure, traces)
+        job_ids = [window.parent.name for window in concerned]
         # First the jobs, so that nobody reads a window that is half there.
-        fail_jobs(self._client, concerned)
+        fail_jobs(self._client, job_ids)
         crash_point("job.failed")
-        policies = taint(self._client, frozenset(concerned), erasure.tenant)
+        policies = taint(self._client, frozenset(job_ids), erasure.tenant)
         crash_point("policies.tainted")
-        jobs = {"jobs": {*erasure.jobs, *concerned}, "policies": {*erasure.policies, *policies}}
+        jobs = {"jobs": {*erasure.jobs, *job_ids}, "policies": {*erasure.policies, *policies}}
         told = erasure.model_copy(update={name: tuple(sorted(found)) for name, found in jobs.items()})
         self._write(erasure, told)
         crash_point("erasure.told")
         for aside in unfinished(self._artefacts):
-            delete_unfinished(aside, partial(self._is_source_concerned, erasure, traces.groups))
-        for job_id, gone in concerned.items():
-            delete_content(windows(self._artefacts)[job_id], gone)
+            delete_unfinished(aside, partial(self._is_source_concerned, erasure, traces.targets))
+        for window, gone in concerned.items():
+            delete_content(window, gone)
         return told
 
-    def _concerned(self, erasure: Erasure, traces: _Traces) -> dict[str, list[str]]:
-        """Job -> the groups in its window that are to go, of those that have any."""
+    def _concerned(self, erasure: Erasure, traces: _Traces) -> dict[Path, list[str]]:
+        """Window -> the groups in it that are to go, of those that have any."""
         concerned = {}
-        for job_id, window in windows(self._artefacts).items():
+        for window in windows(self._artefacts):
             try:
                 sources = read_sources(window)
             except DamagedSources as error:
                 log.error("%s", error)
                 traces.unsearched.add(str(window.relative_to(self._artefacts)))
                 continue
-            gone = [one.group_id for one in sources if self._is_source_concerned(erasure, traces.groups, one)]
+            gone = [one.group_id for one in sources if self._is_source_concerned(erasure, traces.targets, one)]
             if gone:
-                concerned[job_id] = gone
+                concerned[window] = gone
         return concerned
 
     @staticmethod
@@ -362,33 +351,41 @@ class Eraser:
     def residue(self, erasure: Erasure) -> int:
         """How many places still hold something, after looking at every file and every key there is, whether or not a
         manifest names it."""
-        groups = {one.decode() for one in cast("set[bytes]", self._client.smembers(erasure_groups_key(erasure.id)))}
-        traces = _Traces(groups=groups)
+        targets = self._known_targets(erasure)
+        traces = _Traces(targets)
         late = erasure.requested_at * 1000
         found = 0
         for name, record in self._stream():
             is_unread = record is None and int(name.partition(b"-")[0]) <= late
             found += is_unread or (record is not None and self._is_concerned(erasure, traces, record))
-        found += sum(self._holds(erasure, groups, name) for name in self._files())
-        found += sum(1 for _ in self._replies_of(groups))
-        found += sum(self._client.exists(feedback_key(one)) for one in groups)
-        is_concerned = partial(self._is_source_concerned, erasure, groups)
+        found += sum(self._holds(erasure, targets, name) for name in self._files())
+        found += sum(1 for _ in self._replies_of(targets))
+        found += sum(self._client.exists(feedback_key(one)) for one in targets)
+        is_concerned = partial(self._is_source_concerned, erasure, targets)
         found += sum(holds(aside, is_concerned) for aside in unfinished(self._artefacts))
-        sources = [one for window in windows(self._artefacts).values() for one in read_sources(window)]
+        sources = [one for window in windows(self._artefacts) for one in read_sources(window)]
         return found + sum(map(is_concerned, sources))
 
     def _files(self) -> Sequence[str]:
         kinds = ("groups", "feedback", "outcomes", "exposures")
         return [*(name for kind in kinds for name in self._archive.storage.names(kind)), *self._quarantined()]
 
-    def _holds(self, erasure: Erasure, groups: set[str], name: str) -> bool:
+    def _holds(self, erasure: Erasure, targets: set[str], name: str) -> bool:
         if f"/tenant={erasure.tenant}/" not in name:
             return False
         try:
             return any(
-                served_id(row.get("group_id", row["id"]) or "") in groups
+                _target_of_row(erasure, row) in targets
                 or is_of(erasure, row.get("user") or row.get("author"), row["created_at"])
                 for row in read_table(self._archive.storage.get(name)).to_pylist()
             )
         except UNREADABLE:
             return True
+
+
+def _target_of_row(erasure: Erasure, row: Mapping[str, Any]) -> str:
+    return _target(erasure, row.get("group_id", row["id"]), row.get("session"))
+
+
+def _target(erasure: Erasure, group_id: str | None, session: str | None) -> str:
+    return target_of(group_id and served_id(group_id), session, erasure.tenant)

@@ -1,14 +1,15 @@
 """Who is to be forgotten, and what is theirs.
 
-Owns: reading the erasures that were asked for, whether a record or a window belongs to one. Does not own: removing
-anything (erasing.py). A subject is known by its digest alone.
+Owns: reading the erasures that were asked for, whether a record or a window belongs to one, which groups and sessions
+are a subject's. Does not own: removing anything (erasing.py). A subject is known by its digest alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import redis
 
@@ -20,6 +21,7 @@ from bon_algos.contracts import (
     Feedback,
     Outcome,
     subject_digest,
+    target_of,
 )
 from bon_algos.ledger_entries import Fields, UnreadableRecord, record_of
 from worker.sources import read_sources
@@ -78,3 +80,25 @@ def is_of(erasure: Erasure, user: str | None, created_at: float) -> bool:
     if user is None or created_at > erasure.requested_at:
         return False
     return subject_digest(erasure.tenant, user) == erasure.subject_digest
+
+
+def targets_of(
+    erasure: Erasure, rows: Callable[[], Iterable[Mapping[str, Any]]], known: Collection[str] = ()
+) -> set[str]:
+    """What of a ledger is the subject's, as feedback is kept under it (`target_of`): its groups, and the sessions that
+    are nobody else's. (One without a name is what began with the same words.)
+
+    rows: id, created_at, user and session of every group of the tenant. They are gone through twice, so that what is
+    held does not grow with what others said.
+    known: what was found before, of which not all may be there any more.
+    """
+    targets = set(known)
+    for row in rows():
+        if is_of(erasure, row["user"], row["created_at"]):
+            targets |= {row["id"], *_session(erasure, row)}
+    others = (row for row in rows() if not is_of(erasure, row["user"], row["created_at"])) if targets else ()
+    return targets - {target for row in others for target in _session(erasure, row) if target in targets}
+
+
+def _session(erasure: Erasure, row: Mapping[str, Any]) -> list[str]:
+    return [] if row["session"] is None else [target_of(None, row["session"], erasure.tenant)]

@@ -20,6 +20,7 @@ from bon_algos.contracts import EvaluationReport, Fingerprint, Interval
 from bon_algos.frontier import Array, win_rate_against_best_of_n
 from bon_algos.logprobs import TokenGroup
 from bon_algos.order import best_of_n_weights, mean_interval
+from bon_algos.serving_order import serving_ranks_of
 from bon_algos.steps import SequenceLogprobs
 from worker.dataset import LoggedCandidate, PromptPool
 from worker.errors import JobFailed
@@ -48,18 +49,27 @@ class Judged(NamedTuple):
 
     @property
     def order_policy(self) -> Array:
-        """(N,); what serving compares, of the policy's draws."""
-        return np.array([one.ranking_reward for one in self.policy])
+        """(N,); what serving compares, of the policy's draws: ranks among those of both sides."""
+        return self._order[0]
 
     @property
     def order_reference(self) -> Array:
         """(M,); the same of all the reference's draws: the fresh ones, then the ledger's."""
-        return np.array([one.ranking_reward for one in self._drawn_by_reference])
+        return self._order[1]
+
+    @property
+    def order_fresh(self) -> Array:
+        """Of the reference's fresh draws."""
+        return self.order_reference[: len(self.reference)]
+
+    @property
+    def _order(self) -> Sequence[Array]:
+        return serving_ranks_of(self.policy, self._drawn_by_reference)
 
     @property
     def reward_policy(self) -> Array:
-        """(N,); rewards of the policy's draws. One without ranks last, and is worth the worst of the prompt, whichever
-        side has it: what is lost on both sides alike favours neither."""
+        """(N,); rewards of the policy's draws, one that was cut off with its own. One without ranks last, and is worth
+        the worst of the prompt, whichever side has it: what is lost on both sides alike favours neither."""
         return self._rewards(self.policy)
 
     @property

@@ -44,7 +44,7 @@ CALLS: Final[Mapping[str, Callable[..., object]]] = {
     "factors": lambda training: training.policy.factors,
     "reference_logprobs": lambda training, rows: training.policy.reference_logprobs(_tokens(rows)),
     "sampled": lambda training, prompts, n, most, seed: training.policy.sampled(prompts, n, most, seed=seed),
-    "prompt_features": lambda training, prompts: training.policy.prompt_features(prompts),
+    "sequence_features": lambda training, sequences: training.policy.sequence_features(sequences),
     "base_logprobs": lambda training, rows: training.policy.base_logprobs(_tokens(rows)),
     "token_logprobs": lambda training, rows, of: training.policy.token_logprobs(_tokens(rows), of=of),
 }

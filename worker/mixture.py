@@ -27,6 +27,7 @@ from bon_algos.importance import (
     shares_of_reference,
 )
 from bon_algos.logprobs import TokenGroup
+from bon_algos.serving_order import serving_ranks_of
 from bon_algos.steps import SequenceLogprobs
 from worker.dataset import FrozenWindow, PromptPool
 from worker.errors import JobFailed
@@ -92,7 +93,7 @@ def _with_shares(pool: PromptPool, logprobs: dict[str | None, NDArray[np.float64
     drew = Counter(candidate.policy for candidate in pool.candidates)
     sampled_M = mixture_logprob([logprobs[policy] for policy in drew], list(drew.values()))
     share_M = shares_of_reference(logprobs[None], sampled_M)
-    level_M2 = levels_of_shares([one.ranking_reward for one in pool.candidates], share_M)
+    level_M2 = levels_of_shares(serving_ranks_of(pool.candidates)[0], share_M)
     update = {
         "reference_logprobs": tuple(logprobs[None].tolist()),
         "shares": tuple(share_M.tolist()),

@@ -135,9 +135,10 @@ class TrainedPolicy:
         return self.logprobs_wearing(self._base(), groups)
 
     @together
-    def prompt_features(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """What the reference makes of each prompt: its last hidden state at the last token. (B, hidden size)."""
-        groups = [TokenGroup(prompt, [[0]]) for prompt in prompts]  # whatever follows, the prompt's end predicts it
+    def sequence_features(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """What the reference makes of each sequence of tokens: its last hidden state at the last one. (number of them,
+        hidden size)."""
+        groups = [TokenGroup(sequence, [[0]]) for sequence in sequences]  # whatever follows, its end predicts it
         with torch.no_grad(), self._wearing(self._reference()):
             return torch.cat([completion_states(self.model, groups[p]).hidden_TD for p in parts_by_tokens(groups)])
 

@@ -144,10 +144,7 @@ def _log_quantile(judged: Sequence[Judged]) -> Sides:
 
 def _lengths(judged: Sequence[Judged], n: int) -> Lengths:
     policy, reference = ([_tokens(getattr(row, side)) for row in judged] for side in ("policy", "reference"))
-    best_B = [
-        best_of_n_weights([one.ranking_reward for one in row.reference], n) @ tokens
-        for row, tokens in zip(judged, reference, strict=True)
-    ]
+    best_B = [best_of_n_weights(row.order_fresh, n) @ tokens for row, tokens in zip(judged, reference, strict=True)]
     policy_B, reference_B = (np.array([tokens.mean() for tokens in rows]) for rows in (policy, reference))
     return Lengths(
         policy=mean_interval(policy_B),

@@ -22,7 +22,7 @@ from bon_algos.frontier import (
     win_rate_against_best_of_n,
     win_rate_of_best_of_k,
 )
-from bon_algos.order import best_of_n_weights, kl_best_of_n_estimate, kl_bound, mean_interval
+from bon_algos.order import best_of_k_values, kl_best_of_n_estimate, kl_bound, mean_interval
 from worker.evaluate import Judged, share_interval
 from worker.judge import NoOpinion, Opinion
 from worker.report_rewards import second_of_chosen
@@ -47,7 +47,7 @@ class Curve(NamedTuple):
         of_prompts: list[list[Array]] = [[], [], []]
         for row in judged:
             order_M, reward_M = row.order_reference, row.reward_reference
-            of_prompts[0].append(np.array([best_of_n_weights(order_M, k) @ reward_M for k in sizes]))
+            of_prompts[0].append(best_of_k_values(reward_M[None], order_M[None], sizes)[0])
             of_prompts[1].append(np.array([win_rate_of_best_of_k(order_M, k) for k in sizes]))
             of_prompts[2].append(np.array([kl_best_of_n_estimate(order_M, k) for k in sizes]))
         return cls(sizes, *(np.stack(rows) for rows in of_prompts))

@@ -71,7 +71,7 @@ def _mean_of(rewards: Row) -> float:
 
 def second_of_chosen(row: Judged, said: Row, k: int) -> float:
     """What the second reward model says of the fresh draw that best-of-k serves; draws it could not score left out."""
-    weight_M = best_of_n_weights([one.ranking_reward for one in row.reference], k)
+    weight_M = best_of_n_weights(row.order_fresh, k)
     known_M = np.array([reward is not None for reward in said])
     total = float(weight_M[known_M].sum())
     values = np.array([reward for reward in said if reward is not None])

@@ -18,21 +18,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bon_algos.acceptance import INCOMPLETE_PENALTY, ranking_reward
 from bon_algos.contracts import Candidate
 from bon_algos.crash_points import crash_point
 from bon_algos.logprobs import TokenGroup
 from bon_algos.scoring import Completion
+from bon_algos.serving_order import serving_ranks_of
 from bon_algos.steps import FreshGroup, RankedGroup
-from worker.dataset import PromptPool
+from worker.dataset import LoggedCandidate, PromptPool
 from worker.engine import Draw, Engines
 from worker.errors import EngineUnavailable
 from worker.models import TrainedPolicy
 
 log = logging.getLogger(__name__)
-
-UNSCORED = -2 * INCOMPLETE_PENALTY
-"""Ranks a completion that the reward model cannot read below all others: it is never served."""
 
 
 class Rollout(NamedTuple):
@@ -40,8 +37,11 @@ class Rollout(NamedTuple):
 
     candidate: Candidate
     reward: float | None
-    """As the reward model says; None when it could not."""
-    ranking_reward: float
+    """As the reward model says; None when it could not: such a one is never served."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.candidate.is_complete
 
     @property
     def logprob(self) -> float:
@@ -121,17 +121,8 @@ class Rollouts:
             asked = ((policy_name, 1), (anchor_name, num_anchor_samples))
             drawn = self.draw([(name, pool, count) for name, count in asked for pool in pools])
         own = [group[0] for group in drawn[: len(pools)]]
-        groups = [
-            FreshGroup(
-                pool.prompt_ids,
-                sample.candidate.token_ids,
-                sample.ranking_reward,
-                [one.candidate.token_ids for one in of_anchor],
-                [one.ranking_reward for one in of_anchor],
-            )
-            for pool, sample, of_anchor in zip(pools, own, drawn[len(pools) :], strict=True)
-        ]
-        return groups, own
+        rows = zip(pools, own, drawn[len(pools) :], strict=True)
+        return [fresh_group(*row) for row in rows], own
 
     def ranked_groups(
         self, policy: TrainedPolicy, factors: Mapping[str, Tensor], pools: Sequence[PromptPool], samples_per_prompt: int
@@ -140,29 +131,38 @@ class Rollouts:
         one of each."""
         with self.served(policy, factors) as name:
             drawn = self.draw([(name, pool, samples_per_prompt) for pool in pools])
-        groups = [
-            RankedGroup(
-                pool.logged_group,
-                [sample.candidate.token_ids for sample in samples],
-                [sample.ranking_reward for sample in samples],
-                [sample.logprob for sample in samples],
-                [sample.reward for sample in samples],
-            )
-            for pool, samples in zip(pools, drawn, strict=True)
-        ]
+        groups = [ranked_group(pool, samples) for pool, samples in zip(pools, drawn, strict=True)]
         return groups, [samples[0] for samples in drawn]
 
     def _score(self, pairs: Sequence[tuple[PromptPool, Candidate]]) -> list[Rollout]:
         scores = self.engines.score(
             [Completion(pool.prompt, pool.messages, candidate.text) for pool, candidate in pairs]
         )
-        return [_rollout(candidate, score.reward) for (_, candidate), score in zip(pairs, scores, strict=True)]
+        return [Rollout(candidate, score.reward) for (_, candidate), score in zip(pairs, scores, strict=True)]
 
 
-def _rollout(candidate: Candidate, reward: float | None) -> Rollout:
-    if reward is None:
-        return Rollout(candidate, None, UNSCORED)
-    return Rollout(candidate, reward, ranking_reward(candidate, reward))
+def fresh_group(pool: PromptPool, sample: Rollout, of_anchor: Sequence[Rollout]) -> FreshGroup:
+    """A sample of the policy, ranked together with those of its anchor."""
+    (rank,), anchor_ranks = serving_ranks_of([sample], of_anchor)
+    return FreshGroup(
+        pool.prompt_ids,
+        sample.candidate.token_ids,
+        float(rank),
+        [one.candidate.token_ids for one in of_anchor],
+        anchor_ranks.tolist(),
+    )
+
+
+def ranked_group(pool: PromptPool, samples: Sequence[Rollout]) -> RankedGroup:
+    """Samples of the policy, ranked together with the logged candidates."""
+    ranks, logged_ranks = serving_ranks_of(samples, pool.candidates)
+    return RankedGroup(
+        pool.logged_group._replace(rewards=logged_ranks.tolist()),
+        [sample.candidate.token_ids for sample in samples],
+        ranks.tolist(),
+        [sample.logprob for sample in samples],
+        [sample.reward for sample in samples],
+    )
 
 
 def spread(pools: Sequence[PromptPool], at_most: int) -> list[PromptPool]:
@@ -172,18 +172,14 @@ def spread(pools: Sequence[PromptPool], at_most: int) -> list[PromptPool]:
 
 
 def live_metrics(policy: TrainedPolicy, pools: Sequence[PromptPool], samples: Sequence[Rollout]) -> dict[str, float]:
-    """What one fresh sample of the policy per prompt says: its reward, KL(policy ‖ reference) in nats, and its
-    win rate against the reference's logged candidates of the same prompt."""
+    """What one fresh sample of the policy per prompt says: its reward, whether complete or not, KL(policy ‖ reference)
+    in nats, and its win rate, as served, against the reference's logged candidates of the same prompt."""
     tokens = [
         TokenGroup(pool.prompt_ids, [sample.candidate.token_ids]) for pool, sample in zip(pools, samples, strict=True)
     ]
     reference = [float(logprob_1) for logprob_1 in policy.reference_logprobs(tokens)]
     rewards = [sample.reward for sample in samples if sample.reward is not None]
-    wins = [
-        (sample.ranking_reward > one.ranking_reward) + (sample.ranking_reward == one.ranking_reward) / 2
-        for pool, sample in zip(pools, samples, strict=True)
-        for one in pool.drawn_by_reference
-    ]
+    wins = [win for pool, sample in zip(pools, samples, strict=True) for win in _wins(sample, pool.drawn_by_reference)]
     metrics = {
         "kl_policy_reference": fmean(
             sample.logprob - logprob for sample, logprob in zip(samples, reference, strict=True)
@@ -192,3 +188,9 @@ def live_metrics(policy: TrainedPolicy, pools: Sequence[PromptPool], samples: Se
     }
     maybe = {"win_rate": wins, "reward": rewards}
     return metrics | {name: fmean(values) for name, values in maybe.items() if values}
+
+
+def _wins(sample: Rollout, others: Sequence[LoggedCandidate]) -> list[float]:
+    """1 against what it is served before, ½ where it ties."""
+    own_1, other_M = serving_ranks_of([sample], others)
+    return [float(win) for win in (own_1 > other_M) + (own_1 == other_M) / 2]

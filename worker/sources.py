@@ -45,9 +45,9 @@ def read_sources(window: Path) -> list[Source]:
         raise DamagedSources(f"{file} cannot be read: {type(error).__name__}") from None
 
 
-def windows(artefacts: Path) -> dict[str, Path]:
-    """Job -> its frozen window, of those that have one."""
-    return {path.parent.name: path for path in sorted(artefacts.glob("jobs/*/window")) if path.is_dir()}
+def windows(artefacts: Path) -> list[Path]:
+    """The frozen windows of all jobs, each in its job's directory."""
+    return [path for path in sorted(artefacts.glob("jobs/*/window")) if path.is_dir()]
 
 
 def unfinished(artefacts: Path) -> list[Path]:
@@ -58,7 +58,7 @@ def unfinished(artefacts: Path) -> list[Path]:
 
 def pinned(artefacts: Path) -> frozenset[str]:
     """Groups that a frozen window was made of. Raises DamagedSources, OSError."""
-    return frozenset(one.group_id for window in windows(artefacts).values() for one in read_sources(window))
+    return frozenset(one.group_id for window in windows(artefacts) for one in read_sources(window))
 
 
 def delete_unfinished(window: Path, is_gone: Callable[[Source], bool]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bon_algos.anchor import EmaAnchor
+from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import (
     BondStep,
     ChosenGroup,
@@ -34,6 +35,7 @@ from bon_algos.steps import (
     StepLoss,
     WeighedGroup,
 )
+from bon_algos.token_kl import TokenTerms
 from worker.checkpoint import TrainingState
 from worker.errors import JobFailed
 from worker.models import TrainedPolicy
@@ -116,12 +118,10 @@ class Training:
         match self.logged_step:
             case LoggedStep(choose, loss):
                 chosen = [choose(group, uniform()) for group in groups]
-                return self._learn_in_parts(chosen, lambda part: loss(part, self.policy.logprobs), rows_tokens)
+                return self._learn_in_parts(chosen, lambda part: loss(part, self._logprobs), rows_tokens)
             case OfflineBondStep(weigh, loss_of_terms):
                 weighed = [weigh(group, uniform()) for group in groups]
-                return self._learn_in_parts(
-                    weighed, lambda part: loss_of_terms(part, self.policy.token_terms), rows_tokens
-                )
+                return self._learn_in_parts(weighed, lambda part: loss_of_terms(part, self._token_terms), rows_tokens)
             case None:
                 raise AssertionError("this step learns from fresh samples")
 
@@ -146,11 +146,11 @@ class Training:
         """A step whose prompts share a baseline. `other` are the log-probs, without gradient, that it asks for besides
         the policy's."""
         if self.ranks.size == self._accumulation == 1:
-            outcome = loss(self.policy.logprobs, other)
+            outcome = loss(self._logprobs, other)
             torch.autograd.backward(outcome.loss)
         else:
             plan = Plan(self.ranks, self._accumulation)
-            rehearsal = Rehearsal(plan, self.policy.logprobs)
+            rehearsal = Rehearsal(plan, self._logprobs)
             outcome = loss(rehearsal, partial(plan.logprobs, other))
             torch.autograd.backward(outcome.loss)
             rehearsal.backward()
@@ -163,8 +163,7 @@ class Training:
         anchor = self.anchor
         assert anchor is not None
         self.tokens += sum(num_tokens(group.prompt_ids, [group.completion_ids]) for group in groups)
-        loss, anchor_logprobs = self.step.loss, partial(self.policy.logprobs_wearing, anchor.tensors)
-        metrics = self._learn_at_once(lambda policy, of_anchor: loss(groups, policy, of_anchor), anchor_logprobs)
+        metrics = self._learn_at_once(partial(self.step.loss, groups), self._anchor_logprobs)
         if self.done % self.step.anchor_steps == 0:
             anchor.update(self._parameters, self.step.anchor_rate)
         return metrics
@@ -184,6 +183,30 @@ class Training:
                 return self._learn_at_once(partial(loss_of_samples, groups), reference_logprobs)
             case _:
                 raise AssertionError("this step is not fed with samples among logged candidates")
+
+    def _logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
+        logprobs = self.policy.logprobs(groups)
+        self._require_numbers(logprobs)
+        return logprobs
+
+    def _token_terms(self, groups: Sequence[TokenGroup]) -> list[TokenTerms]:
+        terms = self.policy.token_terms(groups)
+        self._require_numbers([one.logprob_NL for one in terms])
+        return terms
+
+    def _anchor_logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
+        assert self.anchor is not None
+        logprobs = self.policy.logprobs_wearing(self.anchor.tensors, groups)
+        self._require_numbers(logprobs)
+        return logprobs
+
+    def _require_numbers(self, logprobs: Sequence[Tensor]) -> None:
+        """Raises JobFailed where training has left a policy whose log-probs are none, on every rank at once: all make
+        equally many passes. Some losses would refuse them as data, and some make a number of what is infinite."""
+        lost = torch.stack([logprob.isfinite().logical_not().sum() for logprob in logprobs]).sum()
+        self.ranks.add_up([lost])
+        if lost:
+            raise JobFailed("loss_not_finite", f"step {self.done + 1}: {int(lost)} log-probs are no numbers")
 
     def _uniform(self) -> Callable[[], float]:
         """Numbers from [0, 1) that are this step's alone."""

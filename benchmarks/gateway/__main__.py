@@ -3,7 +3,8 @@
 A stub in a process of its own answers as vLLM does: 16 candidates of 32 tokens after 20 ms, their scores after 5 ms.
 Added latency is what a request takes more than the same calls of engines made directly, at the same rate. The gateway
 has one core to itself, with keys and ledger on; the stub, Redis and the generator share another. Peers come from PyPI:
-LiteLLM's proxy passes one call on, optillm and TensorZero take the best of 16 with 17 calls.
+LiteLLM's proxy passes one call on, with token ids and log-probs as we get and keep them, and once texts alone; optillm
+and TensorZero take the best of 16 with 17 calls.
 
     python -m benchmarks.gateway                        # 10 minutes; peers' environments two more, once
     python -m benchmarks.gateway --no-peers --requests 5000

@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,22 +36,29 @@ DRAWN: Final = " word" * TOKENS
 Peer = Callable[[World], AbstractAsyncContextManager[System]]
 
 
+TOKENS_TOLD: Final = {"logprobs": True, "return_token_ids": True}
+"""What vLLM is asked for where candidates are to be learned from."""
+
+
 @asynccontextmanager
-async def litellm(around: World) -> AsyncGenerator[System]:
-    """One chat completion of n = 16 passed on. No scoring, no choice, no ledger. Raises CannotRun."""
+async def litellm(
+    around: World, *, name: str = "LiteLLM", told: Mapping[str, Any] = TOKENS_TOLD
+) -> AsyncGenerator[System]:
+    """One chat completion of n = 16 passed on, with what is told of tokens, as we get it. No scoring, no choice, no
+    ledger. Raises CannotRun."""
     commands = await asyncio.to_thread(environment_of, "peers/litellm")
     model = {"model": f"openai/{POLICY}", "api_base": f"{around.stub_url}/v1", "api_key": "none"}
-    told = {"model_list": [{"model_name": "stub", "litellm_params": model}], "general_settings": {"master_key": KEY}}
+    models = [{"model_name": "stub", "litellm_params": model}]
     config = around.directory / "litellm.yaml"
-    config.write_text(json.dumps(told))  # JSON is YAML
+    config.write_text(json.dumps({"model_list": models, "general_settings": {"master_key": KEY}}))  # JSON is YAML
     port = free_port()
     argv = (str(commands / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port))
     quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "PYTHONPATH": ""}
     async with running_process(*argv, "--telemetry", "False", **quiet) as process:
         url = f"http://127.0.0.1:{port}"
         await _started(around, f"{url}/health/liveliness")
-        alone = calling(around, CHAT, _chat(n=N))
-        yield await _system(around, "LiteLLM", process.pid, url + "/v1", {"model": "stub", "n": N}, 1, alone)
+        alone = calling(around, CHAT, _chat(n=N, **told))
+        yield await _system(around, name, process.pid, url + "/v1", {"model": "stub", "n": N, **told}, 1, alone)
 
 
 @asynccontextmanager
@@ -86,7 +94,12 @@ async def tensorzero(around: World) -> AsyncGenerator[System]:
         yield await _system(around, "TensorZero", process.pid, url, asked, N + 1, alone)
 
 
-PEERS: Final[Mapping[str, Peer]] = {"LiteLLM": litellm, "optillm": optillm, "TensorZero": tensorzero}
+PEERS: Final[Mapping[str, Peer]] = {
+    "LiteLLM": litellm,
+    "LiteLLM, texts": partial(litellm, name="texts alone through LiteLLM", told={}),
+    "optillm": optillm,
+    "TensorZero": tensorzero,
+}
 
 
 def _tensorzero_config(api_base: str) -> str:

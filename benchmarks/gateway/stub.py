@@ -39,7 +39,7 @@ OPTILLM_ASKS: Final = "Rate the above response:"
 class Stub:
     def __init__(self) -> None:
         self._streams = itertools.cycle(_stream(seed) for seed in range(VARIANTS))
-        self._chats = itertools.cycle(completions(seed) for seed in range(VARIANTS))
+        self._seeds = itertools.cycle(range(VARIANTS))
         self._opinions = itertools.cycle(range(N))
         self._calls = 0
 
@@ -74,14 +74,15 @@ class Stub:
         return response
 
     async def _chat(self, request: web.Request) -> web.Response:
-        """A whole reply to OpenAI's clients: n texts, no tokens; or an opinion, where one is asked for."""
+        """A whole reply to OpenAI's clients: n texts, with their tokens where asked for; or an opinion, where that is
+        asked for."""
         self._calls += 1
         asked = await request.json()
         if (opinion := self._opinion(asked)) is not None:
             await asyncio.sleep(SCORING_SECONDS)
-            return _chat_reply([opinion], "stop")
+            return _json(_chat_reply([_message(0, opinion, "stop")]))
         await asyncio.sleep(DRAWING_SECONDS)
-        return _chat_reply([text for text, _, _ in next(self._chats)][: asked.get("n") or 1], "length")
+        return _json(_drawn_chat(next(self._seeds), asked.get("n") or 1, bool(asked.get("return_token_ids"))))
 
     def _opinion(self, asked: Mapping[str, Any]) -> str | None:
         if asked["messages"][-1]["content"] == OPTILLM_ASKS:
@@ -94,17 +95,37 @@ class Stub:
         self._calls += 1
         asked = await request.json()
         await asyncio.sleep(SCORING_SECONDS)
-        return web.Response(body=_scores(len(asked["input"])), content_type="application/json")
+        return _json(_scores(len(asked["input"])))
 
 
-def _chat_reply(texts: Sequence[str], reason: str) -> web.Response:
-    choices = [
-        {"index": i, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": reason}
-        for i, text in enumerate(texts)
-    ]
-    usage = {"prompt_tokens": 30, "completion_tokens": TOKENS * len(texts), "total_tokens": 30 + TOKENS * len(texts)}
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json")
+
+
+@cache
+def _drawn_chat(seed: int, n: int, with_tokens: bool) -> bytes:
+    choices = []
+    for i, (text, ids, logprobs) in enumerate(completions(seed)[:n]):
+        told = {"token_ids": ids, "logprobs": _of_tokens(_words(text), logprobs)} if with_tokens else {}
+        choices.append({**_message(i, text, "length"), **told})
+    return _chat_reply(choices)
+
+
+def _of_tokens(words: list[str], logprobs: list[float]) -> dict[str, Any]:
+    pairs = zip(words, logprobs, strict=False)
+    return {"content": [{"token": w, "logprob": p, "bytes": list(w.encode()), "top_logprobs": []} for w, p in pairs]}
+
+
+def _message(index: int, text: str, reason: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+
+def _chat_reply(choices: Sequence[Mapping[str, Any]]) -> bytes:
+    drawn = TOKENS * len(choices)
+    usage = {"prompt_tokens": 30, "completion_tokens": drawn, "total_tokens": 30 + drawn}
     head = {"id": "chatcmpl-0", "object": "chat.completion", "created": 1_800_000_000, "model": POLICY}
-    return web.json_response({**head, "choices": choices, "usage": usage})
+    return json.dumps({**head, "choices": choices, "usage": usage}).encode()
 
 
 def completions(seed: int) -> list[tuple[str, list[int], list[float]]]:
@@ -134,10 +155,15 @@ def _stream(seed: int) -> tuple[bytes, list[bytes]]:
     """What goes out with the first token, and then a piece for each candidate: an interval of `max_tokens` tokens."""
     firsts, rests = [], []
     for i, (text, ids, logprobs) in enumerate(completions(seed)):
-        words = [f" {word}" for word in text.split()] + [" ."] * TOKENS
+        words = _words(text)
         firsts.append(_event(_choice(i, words[0], words[:1], ids[:1], logprobs[:1], None)))
         rests.append(_event(_choice(i, text[len(words[0]) :], words[1:TOKENS], ids[1:], logprobs[1:], "length")))
     return b"".join(firsts), [*rests[:-1], rests[-1] + b"data: [DONE]\n\n"]
+
+
+def _words(text: str) -> list[str]:
+    """Stand for tokens: at least as many."""
+    return [f" {word}" for word in text.split()] + [" ."] * TOKENS
 
 
 def _event(choice: dict[str, Any]) -> bytes:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.claims import Claim, at_most
 from benchmarks.papers.enumerable import World, cell, expected_surrogate, interval, kl, worth
 from benchmarks.papers.findings import Curve, Effort, Finding, fields_of
+from bon_algos.contracts import CountedQuantiles
 from bon_algos.learned_quantile import (
     LogisticMixture,
     QuantileHead,
@@ -27,15 +28,7 @@ from bon_algos.learned_quantile import (
     negative_log_likelihood,
     quantile_cross_entropy,
 )
-from bon_algos.quantiles import (
-    Standing,
-    log_quantile_add_one,
-    log_quantile_harmonic,
-    log_quantile_harmonic_mid,
-    log_quantile_mid_rank,
-    log_quantile_monte_carlo,
-    standing_against,
-)
+from bon_algos.quantiles import log_quantile_by, standing_against
 
 Tell = Callable[[float], None]
 
@@ -120,14 +113,15 @@ class Known:
 class Counted(NamedTuple):
     """From draws of the reference for the very prompt."""
 
-    estimate: Callable[[Standing], Tensor]
+    by: CountedQuantiles
     draws: int
 
     def learn(self, prompts: Prompts, law_BK: Tensor, rng: torch.Generator) -> None:
         """Nothing to learn."""
 
     def log_quantile(self, prompts: Prompts, rng: torch.Generator) -> Tensor:
-        return self.estimate(standing_against(prompts.world.reward, drawn_rewards(prompts, self.draws, rng)))
+        standing = standing_against(prompts.world.reward, drawn_rewards(prompts, self.draws, rng))
+        return log_quantile_by(self.by, standing)
 
 
 class Lessons:
@@ -187,24 +181,14 @@ class LearnedLaw:
         return log_quantile(law.log_odds(prompts.world.reward))
 
 
-def clipped_monte_carlo(standing: Standing) -> Tensor:
-    """−∞ becomes the log of half a draw."""
-    return log_quantile_monte_carlo(standing).clamp(min=math.log(0.5 / standing.num_reference))
-
-
-def clipped_mid_rank(standing: Standing) -> Tensor:
-    """−∞ becomes the log of half a draw."""
-    return log_quantile_mid_rank(standing).clamp(min=math.log(0.5 / standing.num_reference))
-
-
 KINDS: dict[str, Callable[[Task], Quantile]] = {
     "known": lambda task: Known(),
-    "Monte Carlo, 16 draws": lambda task: Counted(clipped_monte_carlo, 16),
-    "add-one, 16 draws": lambda task: Counted(log_quantile_add_one, 16),
-    "mid-rank, 16 draws": lambda task: Counted(clipped_mid_rank, 16),
-    "harmonic, 16 draws": lambda task: Counted(log_quantile_harmonic, 16),
-    "harmonic mid-rank, 16 draws": lambda task: Counted(log_quantile_harmonic_mid, 16),
-    "Monte Carlo, 1 draw": lambda task: Counted(clipped_monte_carlo, 1),
+    "Monte Carlo, 16 draws": lambda task: Counted("monte_carlo", 16),
+    "add-one, 16 draws": lambda task: Counted("add_one", 16),
+    "mid-rank, 16 draws": lambda task: Counted("mid_rank", 16),
+    "harmonic, 16 draws": lambda task: Counted("harmonic", 16),
+    "harmonic mid-rank, 16 draws": lambda task: Counted("harmonic_mid", 16),
+    "Monte Carlo, 1 draw": lambda task: Counted("monte_carlo", 1),
     "learned by the paper's head, 1 draw": Learned,
     "learned law of rewards, 1 draw": LearnedLaw,
 }

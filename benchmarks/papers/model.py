@@ -36,7 +36,8 @@ from benchmarks.papers.model_findings import (
     win_against_kl,
 )
 from benchmarks.papers.model_goal import goal
-from benchmarks.papers.model_lab import Judged
+from benchmarks.papers.model_lab import COMPARED_DRAWS, Judged, distinct_2, lengths_of
+from benchmarks.papers.model_verdicts import OffTarget, Reached, bonbon_verdict, j_bond_verdict, pooling_verdict
 from bon_algos.contracts import Method
 from bon_algos.contracts.methods import METHOD_NAMES, MethodName
 
@@ -179,21 +180,13 @@ def regression(effort: Effort, tell: Tell) -> Finding:
         columns=COLUMNS,
         rows=tuple(row(label, seen) for label in arms),
         claims=fields_of(not_below_frontier(seen)),
-        remarks="A regression holds only what was drawn: what it pushes off bad candidates may land where no "
-        "candidate is, which its KL shows and its loss does not. "
-        + " ".join(gap(seen, label) for label in (POOLED, LEARNED)),
+        remarks=pooling_verdict(*(Reached(seen.last(one), seen.ratios(one)) for one in (OWN_GROUP, POOLED, LEARNED)))
+        + " A regression holds only what was drawn: what it pushes off bad candidates may land where no candidate is, "
+        "which its KL shows and its loss does not.",
         x_label=KL_LABEL,
         y_label=WIN_LABEL,
         curves=win_against_kl(seen, list(arms)),
     )
-
-
-def gap(seen: Found, label: str) -> str:
-    """How an arm differs from the one whose targets are counted among its own group, seed by seed."""
-    pairs = list(zip(seen.last(label), seen.last(OWN_GROUP), strict=True))
-    win = [100 * (ours.win_rate - theirs.win_rate) for ours, theirs in pairs]
-    kl = [ours.kl - theirs.kl for ours, theirs in pairs]
-    return f"{label}, less the same counted among them: win rate {cell(win, 1)} points, KL {cell(kl, 2)} nats."
 
 
 # --- J-BOND against RLOO ---------------------------------------------------------------------------------
@@ -211,12 +204,18 @@ def j_bond(effort: Effort, tell: Tell) -> Finding:
         columns=("policy", "steps", "share of gain, %", "win rate, %", "KL, nats", "KL ÷ frontier's"),
         rows=tuple(line for label in arms for line in over_steps(label, seen)),
         claims=fields_of([*not_below_frontier(seen), drift_rate(seen)]),
-        remarks=f"{ranked(seen)} The paper has J-BOND above all four strengths at every KL. Its anchor "
-        f"moves by {ANCHOR_RATE} a step, so that its KL rises by at most as many nats a step in the long run.",
+        remarks=f"{against_rloo(seen)} {ranked(seen)} The paper has J-BOND above all four strengths at every KL. Its "
+        f"anchor moves by {ANCHOR_RATE} a step, so that its KL rises by at most as many nats a step in the long run.",
         x_label=KL_LABEL,
         y_label=SHARE_LABEL,
         curves=(reward_frontier(seen.frontier), *(path(label, seen) for label in arms)),
     )
+
+
+def against_rloo(seen: Found) -> str:
+    best, rloo = reward_frontier(seen.frontier), {**seen.arms}
+    roots = np.sqrt(np.maximum(best.x, 0.0))
+    return j_bond_verdict(rloo.pop("J-BOND"), rloo, lambda kl: float(np.interp(max(kl, 0.0) ** 0.5, roots, best.y)))
 
 
 def drift_rate(seen: Found) -> Claim:
@@ -254,6 +253,9 @@ def path(label: str, seen: Found) -> Curve:
 # --- BoNBoN ----------------------------------------------------------------------------------------------
 
 
+BONBON: Final = "BoNBoN, α = .005"
+
+
 def bonbon(effort: Effort, tell: Tell) -> Finding:
     ns = (2, 4, 8, 16) if effort == "full" else (N,)
     arms = {f"{label}, n = {n}": arm for n in ns for label, arm in on_pairs(effort, n).items()}
@@ -266,11 +268,20 @@ def bonbon(effort: Effort, tell: Tell) -> Finding:
         columns=COLUMNS,
         rows=(*reference_rows(seen.reference, seen.frontier), *(row(label, seen) for label in arms)),
         claims=fields_of(not_below_frontier(seen)),
-        remarks="Published: BoNBoN near best-of-n's win rate with the least change of length. " + ranked(seen),
+        remarks=" ".join(drift_of_bonbon(seen, n) for n in ns) + " Published: BoNBoN near best-of-n's win rate with "
+        "the least change of length. " + ranked(seen),
         x_label="tokens of a completion",
         y_label=WIN_LABEL,
         curves=tuple(win_against_length(label, seen) for label in arms),
     )
+
+
+def drift_of_bonbon(seen: Found, n: int) -> str:
+    texts = [group[:COMPARED_DRAWS] for group in seen.reference.texts]
+    best = float(seen.frontier.win_rate[seen.frontier.n.index(n)])
+    reference = OffTarget(best, float(lengths_of(seen.reference).mean()), distinct_2(texts))
+    others = {label: seen.last(f"{label}, n = {n}") for label in ("SFT on the best", "DPO", "IPO")}
+    return f"n = {n}: {bonbon_verdict(seen.last(f'{BONBON}, n = {n}'), others, reference)}"
 
 
 def win_against_length(label: str, seen: Found) -> Curve:
@@ -281,7 +292,7 @@ def win_against_length(label: str, seen: Found) -> Curve:
 
 def on_pairs(effort: Effort, n: int) -> dict[str, Arm]:
     return {
-        "BoNBoN, α = .005": Arm(method_of("bonbon", effort, n=n)),
+        BONBON: Arm(method_of("bonbon", effort, n=n)),
         "BoNBoN, α = .5": Arm(method_of("bonbon", effort, n=n, imitation_weight=0.5)),
         "BoNBoN, each pair's own target": Arm(method_of("bonbon_consistent", effort, n=n)),
         "SFT on the best": Arm(method_of("bon_sft", effort, n=n)),

@@ -26,7 +26,7 @@ from torch import Tensor
 import bon_algos
 import worker
 from benchmarks.papers import model_lab, model_targets
-from benchmarks.papers.model_lab import Bench, Draws, Judged, Ledger, Part, judge, plain_model
+from benchmarks.papers.model_lab import Bench, Draws, Judged, Ledger, Part, judge, order_of, plain_model
 from bon_algos.algorithms import make_step
 from bon_algos.contracts import BonRegressionSpec, Method
 from bon_algos.contracts.record import Record
@@ -106,14 +106,15 @@ class Feeder:
     """What a training learns from: the ledger's groups, and samples of the policy as it is."""
 
     def __init__(self, bench: Bench, ledger: Ledger, job: Job) -> None:
-        self._bench, self._ledger, self._job = bench, ledger, job
+        self._bench, self._job = bench, job
         self._ahead: list[RankedGroup] = []
         part = slice(job.candidates)
-        draws = ledger.draws
+        self._draws = draws = ledger.draws.part(range(len(ledger.draws.prompts)), part)
+        order_BM = draws.order
         self.groups = [
             LoggedGroup(
-                TokenGroup(draws.prompt_ids[b], draws.completion_ids[b][part]),
-                draws.order[b, part].tolist(),
+                TokenGroup(draws.prompt_ids[b], draws.completion_ids[b]),
+                order_BM[b].tolist(),
                 ledger.logprob[b, part].tolist(),
             )
             for b in range(len(draws.prompts))
@@ -137,7 +138,7 @@ class Feeder:
             training.learn_ranked(groups)
 
     def _drawn(self, weights: Mapping[str, Tensor], batch: Sequence[int], count: int, *key: object) -> Draws:
-        prompts = [self._ledger.draws.prompts[b] for b in batch]
+        prompts = [self._draws.prompts[b] for b in batch]
         seed = random.Random(f"{self._job.seed}/{key}").getrandbits(32)
         return self._bench.draw(self._bench.wearing(weights), prompts, count, seed)
 
@@ -145,11 +146,12 @@ class Feeder:
         batch, weights = self.batch(number), weights_of(training.policy)
         drawn = self._drawn(weights, batch, count, number)
         logprob_BN = self._bench.logprobs(self._bench.wearing(weights), drawn)
+        order_BN, logged_BM = order_of(drawn, self._draws.part(batch))
         return [
             RankedGroup(
-                self.groups[b],
+                self.groups[b]._replace(rewards=logged_BM[row].tolist()),
                 drawn.completion_ids[row],
-                drawn.order[row].tolist(),
+                order_BN[row].tolist(),
                 logprob_BN[row].tolist(),
                 drawn.reward[row].tolist(),
             )
@@ -163,13 +165,14 @@ class Feeder:
         anchors = self._drawn(
             weights_of(training.policy, anchor.tensors), batch, anchor_samples, training.done, "anchor"
         )
+        own_B1, anchor_BM = order_of(own, anchors)
         return [
             FreshGroup(
                 own.prompt_ids[row],
                 own.completion_ids[row][0],
-                float(own.order[row, 0]),
+                float(own_B1[row, 0]),
                 anchors.completion_ids[row],
-                anchors.order[row].tolist(),
+                anchor_BM[row].tolist(),
             )
             for row in range(len(batch))
         ]

@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 
 import bonsai.demo
-from bon_algos.acceptance import INCOMPLETE_PENALTY
 from bon_algos.chat import ChatTokenizer, reward_token_ids
 from bon_algos.logprobs import TokenGroup, sequence_logprobs
 from bon_algos.order import best_of_n_weights, mean_interval, win_rate
+from bon_algos.serving_order import serving_ranks
 from bon_algos.token_kl import token_terms
 from bonsai.demo import grammar
 from bonsai.demo.prompts import held_out_prompts, training_prompts
@@ -60,12 +60,37 @@ class Draws(NamedTuple):
     texts: list[list[str]]
     reward: Array
     """(B, M); the reward model's raw logit."""
-    order: Array
-    """(B, M); what ranks them: the reward, every truncated or empty completion below every complete one."""
+    is_complete: NDArray[np.bool_]
+    """(B, M); neither truncated nor empty."""
+
+    @property
+    def order(self) -> Array:
+        """(B, M); what serving compares, within these draws."""
+        return order_of(self)[0]
+
+    def part(self, rows: Sequence[int], draws: slice = slice(None)) -> Draws:
+        """Some of the prompts, one as often as it is named, with some of their draws."""
+        return Draws(
+            tuple(self.prompts[b] for b in rows),
+            [self.prompt_ids[b] for b in rows],
+            [self.completion_ids[b][draws] for b in rows],
+            [self.texts[b][draws] for b in rows],
+            self.reward[list(rows), draws],
+            self.is_complete[list(rows), draws],
+        )
 
     @property
     def token_groups(self) -> list[TokenGroup]:
         return [TokenGroup(*pair) for pair in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
+
+def order_of(*sides: Draws) -> list[Array]:
+    """Of each side's draws of the same prompts, on one scale: as they are served. (B, M₁), (B, M₂), …"""
+    reward_BM, is_complete_BM = (
+        np.hstack([getattr(side, name) for side in sides]) for name in ("reward", "is_complete")
+    )
+    cuts = np.cumsum([side.reward.shape[1] for side in sides])[:-1]
+    return np.split(serving_ranks(reward_BM, is_complete_BM), cuts, axis=1)
 
 
 class Bench:
@@ -117,8 +142,7 @@ class Bench:
                 for group, own in zip(completion_ids, texts, strict=True)
             ]
         )
-        order_BM = reward_BM - np.where(is_complete_BM, 0.0, INCOMPLETE_PENALTY)
-        return Draws(tuple(prompts), prompt_ids, completion_ids, texts, reward_BM, order_BM)
+        return Draws(tuple(prompts), prompt_ids, completion_ids, texts, reward_BM, is_complete_BM)
 
     @torch.no_grad()
     def _scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -318,12 +342,12 @@ def judge(bench: Bench, weights: Weights, reference: Draws, *, draws: int, seed:
         reward=float(own.reward.mean()),
         gold=float(gold_of(own).mean()),
         gain_share=float((own.reward.mean() - one) / (best - one)),
-        win_rate=win_rate(own.order, reference.order).mean,
+        win_rate=win_rate(*order_of(own, reference)).mean,
         kl=kl.mean,
         kl_error=kl.high - kl.mean,
         length=float(lengths_of(own).mean()),
         distinct_2=distinct_2([group[:COMPARED_DRAWS] for group in own.texts]),
-        truncated=float((own.order < own.reward).mean()),
+        truncated=float((~own.is_complete).mean()),
     )
 
 

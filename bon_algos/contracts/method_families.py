@@ -1,6 +1,7 @@
 """What methods of distillation have in common: steps, rates, and how far they are to go.
 
-Owns the parameters that several methods share. Does not own the methods (`bon_algos.contracts.methods`).
+Owns the parameters that several methods share, and the names of estimators. Does not own the methods
+(`bon_algos.contracts.methods`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,21 @@ from bon_algos.contracts.record import Record
 MOST_N: Final = 4096
 LOGGED_N: Final = 16
 """Of the best-of-n that is learned from a log, where nobody says otherwise: more needs more candidates of a prompt."""
+
+
+CountedQuantiles = Literal["harmonic_mid", "harmonic", "monte_carlo", "mid_rank", "add_one"]
+"""How the log-quantile of a reward is estimated from so many of the reference's (`bon_algos.quantiles.log_quantile_…`).
+harmonic_mid: half of the ties count as below, and the mean is that of a series of the log, without a clip; for n beyond
+2 a level of tied rewards counts with its breadth. harmonic: the same of the share at or below, so ties count as beaten.
+monte_carlo: the log of the share at or below, as BOND published it (eq. 10). mid_rank: of the share below and half of
+the ties. Both lie below what they estimate in the mean (Jensen), and would be −∞ under all of the reference, where the
+reward counts as half a draw instead. add_one: of one more than are strictly below, as vBoN released it; ties count as
+unbeaten, and small quantiles come out too large."""
+
+
+LearnedQuantiles = Literal["learned_law", "learned_head"]
+"""learned_law: a law of rewards given the prompt. learned_head: BOND's head on prompt and completion, which also sees
+the reward; it does not know that quantiles rise with rewards, and reads every candidate once more."""
 
 
 class TrainingSpec(Record):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from typing import Final, Literal, Self, cast, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bon_algos.contracts.method_families import (
     MOST_N,
     ContrastSpec,
+    CountedQuantiles,
+    LearnedQuantiles,
     LoggedSpec,
     SampledSpec,
     TrainingSpec,
@@ -45,6 +47,8 @@ class BondSpec(TrainingSpec):
     averaged_steps: int = Field(40, ge=1)
     """The policy is the mean of its weights over so many last steps, imitation aside (SWA, arXiv 1803.05407): fresh
     samples are few, and what one step's noise opens up is where a policy drifts from its reference."""
+    quantiles: CountedQuantiles = "harmonic_mid"
+    """Of a fresh sample's reward among its prompt's logged ones. Published: monte_carlo."""
 
     @property
     def log_aim(self) -> float | None:
@@ -162,6 +166,17 @@ class VbonSpec(SampledSpec):
     gradient: Literal["ppo_clip", "reinforce"] = "ppo_clip"
     """ppo_clip: PPO's clipping of whole completions. reinforce: samples as they are, one update old. Both take
     the mean of a prompt's others off."""
+    quantiles: CountedQuantiles | None = None
+    """F, of a sample's reward among its prompt's logged ones. None: harmonic_mid for bound, add_one for exact, which
+    takes no other: its F is strict. With harmonic and monte_carlo, whose F counts ties as beaten, the
+    bound is none where rewards tie."""
+
+    @field_validator("quantiles")
+    @classmethod
+    def strict_where_exact(cls, quantiles: CountedQuantiles | None, given: ValidationInfo) -> CountedQuantiles | None:
+        if given.data.get("likelihood") == "exact" and quantiles not in (None, "add_one"):
+            raise ValueError("must be add_one for the exact likelihood")
+        return quantiles
 
     @property
     def log_aim(self) -> float | None:
@@ -233,14 +248,33 @@ class BonRegressionSpec(ContrastSpec, WeighedSpec):
 
     huber_delta: float | None = Field(None, gt=0)
     """Nats beyond which the loss is linear; None is the square loss."""
-    quantiles: Literal["counted", "learned"] = "counted"
-    """counted: of a reward among its prompt's other candidates. learned: by a law of rewards given the prompt, learned
-    from other prompts' candidates (BOND, B.1); for prompts that hardly ever repeat, and groups smaller than n. Where a
-    prompt's rewards tie it is counted all the same, for n beyond 2: a law that is learned tells no level's breadth."""
+    quantiles: Literal[CountedQuantiles, LearnedQuantiles] = "harmonic_mid"
+    """Counted: of a reward among its prompt's other candidates. Learned, from other prompts' candidates (BOND, B.1):
+    for prompts that hardly ever repeat, and groups smaller than n. Where a prompt's rewards tie levels are counted all
+    the same, for n beyond 2: what is learned tells no level's breadth. With candidates of other policies harmonic_mid
+    alone, which weighs them."""
+
+    @property
+    def counted(self) -> CountedQuantiles | None:
+        """None: they are learned."""
+        match self.quantiles:
+            case "learned_law" | "learned_head":
+                return None
+            case counted:
+                return counted
+
+    @property
+    def learned(self) -> LearnedQuantiles | None:
+        """None: they are counted."""
+        match self.quantiles:
+            case "learned_law" | "learned_head" as learned:
+                return learned
+            case _:
+                return None
 
     @property
     def candidates_needed(self) -> int:
-        return self.n if self.quantiles == "counted" else 2
+        return 2 if self.learned else self.n
 
 
 class InterpolationSpec(Record):

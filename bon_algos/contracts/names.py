@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from types import MappingProxyType
 from typing import Final
@@ -79,9 +79,10 @@ def target_of(group_id: str | None, session: str | None, tenant: str = DEFAULT_T
     return group_id or f"session-{sha256(named.encode()).hexdigest()[:32]}"
 
 
-def erasure_groups_key(erasure_id: str) -> str:
-    """Set of the ids of the groups that an erasure took: what arrives later about one of them goes too."""
-    return f"bonsai:erasure:{erasure_id}:groups"
+def erasure_targets_key(erasure_id: str) -> str:
+    """Set of what an erasure is about, as feedback is kept under it (`target_of`): what is found or arrives later about
+    one of them goes too."""
+    return f"bonsai:erasure:{erasure_id}:targets"
 
 
 SHADOW_PREFIX: Final = "shadow_"
@@ -96,6 +97,17 @@ def served_id(group_id: str) -> str:
 def of_tenant(tenant: str, route: str) -> str:
     """A route's name among those of all tenants: bare for the tenant `default`. Neither name can hold a slash."""
     return route if tenant == DEFAULT_TENANT else f"{tenant}/{route}"
+
+
+def own_name(tenant: str, name: str) -> str | None:
+    """The inverse of `of_tenant`: the bare name; None for a name of another tenant."""
+    bare = name.rpartition("/")[2]
+    return bare if of_tenant(tenant, bare) == name else None
+
+
+def own_names(tenant: str, names: Iterable[str]) -> list[str]:
+    """The bare ones of those that are the tenant's, sorted."""
+    return sorted(bare for name in names if (bare := own_name(tenant, name)) is not None)
 
 
 def jobs_index(tenant: str = DEFAULT_TENANT) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,3 +27,13 @@ class Record(BaseModel):
     """Frozen, and refuses what it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, in three fifths of the instructions: a record has its fields and nothing beside them. What is
+        updated is not checked. deep has no meaning here, for all of a record is frozen."""
+        changed, copied, give = update or {}, object.__new__(type(self)), object.__setattr__
+        give(copied, "__dict__", {**self.__dict__, **changed})
+        give(copied, "__pydantic_fields_set__", self.__pydantic_fields_set__.union(changed))
+        give(copied, "__pydantic_extra__", None)
+        give(copied, "__pydantic_private__", None)
+        return copied

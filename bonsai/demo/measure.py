@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from bon_algos.contracts import Interval, Record
 from bon_algos.order import best_of_n_weights, kl_best_of_n_reference, kl_bound, mean_interval
-from bonsai.client import Choice
+from bon_algos.serving_order import serving_ranks
+from bonsai.generation_replies import Choice
 
 Array = NDArray[np.float64]
 
@@ -36,10 +37,15 @@ class Pool(NamedTuple):
     """(B, M); what the reward model says."""
     gold: Array
     """(B, M); what the completion is really worth."""
-    order: Array
-    """(B, M); what serving compares: the reward, every truncated or empty completion below every complete one."""
+    is_complete: NDArray[np.bool_]
+    """(B, M); neither truncated nor empty."""
     tokens: Array
     """(B, M)"""
+
+    @property
+    def order(self) -> Array:
+        """(B, M); what serving compares, within this pool."""
+        return serving_ranks(self.reward, self.is_complete)
 
     @property
     def draws(self) -> int:
@@ -47,8 +53,9 @@ class Pool(NamedTuple):
 
     def part(self, draws: slice) -> Pool:
         """The pool of some of the draws of every prompt."""
-        cut = (array[:, draws] for array in (self.reward, self.gold, self.order, self.tokens))
-        return Pool(self.prompts, *cut)
+        is_complete = self.is_complete[:, draws]
+        reward, gold, tokens = (array[:, draws] for array in (self.reward, self.gold, self.tokens))
+        return Pool(self.prompts, reward, gold, is_complete, tokens)
 
 
 def pool_of(
@@ -71,10 +78,9 @@ def pool_of(
     gold_BM = np.array(
         [[gold_reward(prompt, one.text) for one in group] for prompt, group in zip(prompts, groups, strict=True)]
     )
-    complete_BM = np.array([[one.is_complete for one in group] for group in groups])
-    order_BM = reward_BM - np.where(complete_BM, 0.0, 1.0 + np.ptp(reward_BM))
+    is_complete_BM = np.array([[one.is_complete for one in group] for group in groups])
     tokens_BM = np.array([[one.tokens for one in group] for group in groups], dtype=np.float64)
-    return Pool(tuple(prompts), reward_BM, gold_BM.astype(np.float64), order_BM, tokens_BM)
+    return Pool(tuple(prompts), reward_BM, gold_BM.astype(np.float64), is_complete_BM, tokens_BM)
 
 
 def best_of_k(value_BM: Array, order_BM: Array, k: int) -> Array:
@@ -84,7 +90,10 @@ def best_of_k(value_BM: Array, order_BM: Array, k: int) -> Array:
 
 
 def win_rate_of_best(pool: Pool, reference: Pool, k: int) -> Interval:
-    """P(best of k draws of `pool` > one of `reference`) + half the ties; the two share no draw, only prompts."""
+    """P(best of k draws of `pool` > one of `reference`) + half the ties; the two share no draw, only prompts.
+
+    Won by the reward itself, which the table shows beside it: what was cut off counts with its own.
+    """
     wins_B = [
         best_of_n_weights(order_M, k) @ _mid_rank(reward_M, reference_M)
         for order_M, reward_M, reference_M in zip(pool.order, pool.reward, reference.reward, strict=True)
@@ -229,8 +238,9 @@ def curve_of(pool: Pool, deep: Pool) -> Curve:
     """The curve at about four k per doubling: up to the draws of `pool` from all its prompts, beyond them by what
     `deep`, more draws of some prompts, says that larger k adds."""
     ks = tuple(sorted({round(2 ** (i / 4)) for i in range(int(4 * math.log2(deep.draws)) + 1)} | {deep.draws}))
-    reward = [_point(pool.reward, pool.order, deep.reward, deep.order, k) for k in ks]
-    gold = [_point(pool.gold, pool.order, deep.gold, deep.order, k) for k in ks]
+    order, deep_order = pool.order, deep.order
+    reward = [_point(pool.reward, order, deep.reward, deep_order, k) for k in ks]
+    gold = [_point(pool.gold, order, deep.gold, deep_order, k) for k in ks]
     peak = max(range(len(ks)), key=lambda i: gold[i].interval.mean)
     return Curve(
         k=ks,

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from bonsai import machine
-from bonsai.client import BonsaiClient, Choice, Generation
+from bonsai.client import BonsaiClient
 from bonsai.demo import progress, screen, traffic
 from bonsai.demo.grammar import gold_reward
 from bonsai.demo.job import CircleBroken, N, demo_job, finished, logged_prompts, popular_prompts, served
@@ -31,6 +31,7 @@ from bonsai.demo.measure import (
     quality_of_one,
 )
 from bonsai.demo.prompts import held_out_prompts, training_prompts
+from bonsai.generation_replies import Choice, Generation
 from bonsai.job_replies import Job
 
 ROUTE: Final = "default"

@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bonsai import machine
-from bonsai.client import Choice, ExperimentSummary, Generation, Policy
+from bonsai.client import ExperimentSummary, Policy
 from bonsai.demo.charts import COLUMNS, cells_of, plus_minus
 from bonsai.demo.measure import Measured
+from bonsai.generation_replies import Choice, Generation
 from bonsai.job_replies import Job
 
 

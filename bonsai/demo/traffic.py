@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from bonsai.client import BonsaiClient, Choice, Generation
+from bonsai.client import BonsaiClient
 from bonsai.demo.measure import Speed
+from bonsai.generation_replies import Choice, Generation
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -9,18 +9,12 @@ from typing import Any
 import click
 
 from bonsai.ago import ago
-from bonsai.shared_options import REDIS_URL, in_order, stack_directory
+from bonsai.shared_options import ARCHIVE, REDIS_URL, in_order, stack_directory
 
 _WHERE = (
     stack_directory("Of the running stack whose ledger it is."),
     REDIS_URL,
-    click.option(
-        "--archive",
-        envvar="BONSAI_ARCHIVE",
-        default="",
-        metavar="URL",
-        help="A directory or s3://bucket/prefix; default: the stack's own.",
-    ),
+    ARCHIVE,
 )
 
 

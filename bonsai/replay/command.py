@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 from bonsai.ago import ago
-from bonsai.shared_options import REDIS_URL, stack_directory
+from bonsai.shared_options import ARCHIVE, REDIS_URL, stack_directory
 
 MOST_GROUPS: Final = 100_000
 
@@ -18,6 +18,7 @@ MOST_GROUPS: Final = 100_000
 @click.command("replay")
 @stack_directory("Of the running stack whose ledger is read.")
 @REDIS_URL
+@ARCHIVE
 @click.option("--route", default="default", show_default=True)
 @click.option("--tenant", default="default", show_default=True, help="Whose route it is.")
 @click.option("--since", callback=ago, metavar="AGO", help="Not older than this: 90m, 12h, 7d.")
@@ -38,6 +39,7 @@ MOST_GROUPS: Final = 100_000
 def replay_command(
     directory: Path,
     redis_url: str | None,
+    archive: str,
     route: str,
     since: float | None,
     groups: int,
@@ -54,9 +56,10 @@ def replay_command(
     from bonsai.replay.table import tables
 
     console = Console()
+    window = Window(route, groups, since, tenant)
     options = RewardOptions(**{name.removeprefix("reward_"): value for name, value in reward.items()})
     try:
-        report = asyncio.run(replayed(directory, redis_url, Window(route, groups, since, tenant), options, console))
+        report = asyncio.run(replayed(directory, redis_url, archive, window, options, console))
         if json_file is not None:
             json_file.write_text(report.model_dump_json(indent=1) + "\n")
     except KNOWN as error:

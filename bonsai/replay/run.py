@@ -15,6 +15,8 @@ from redis.exceptions import RedisError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from archive.reading import Archive
+from archive.storage import archive_url
 from bonsai.function_call import FunctionError
 from bonsai.model_directory import BadModel
 from bonsai.processes import ProcessFailed
@@ -42,24 +44,32 @@ KNOWN: Final = (
 
 
 async def replayed(
-    directory: Path, redis_url: str | None, window: Window, reward: RewardOptions, console: Console
+    directory: Path, redis_url: str | None, archive: str, window: Window, reward: RewardOptions, console: Console
 ) -> ReplayReport:
-    """Raises one of `KNOWN`."""
-    url = await _ledger(directory, redis_url)
+    """archive: its address; "" for the stack's own. Raises one of `KNOWN`."""
+    root = directory.absolute()
+    state = StateDirectory(root, runtime_directory(root, os.environ))
+    url = await _ledger(directory, state, redis_url)
+    older = _archive(archive_url(archive, state.artefacts))
     async with answering(reward) as reward_model, open_redis(url, reply_seconds=REDIS_SECONDS, in_bytes=True) as redis:
         with _bar(console, window.num_groups) as told:
-            return await replay(redis, reward_model, window, told)
+            return await replay(redis, older, reward_model, window, told)
 
 
-async def _ledger(directory: Path, redis_url: str | None) -> str:
+def _archive(url: str) -> Archive:
+    try:
+        return Archive.at(url)
+    except ValueError as error:
+        raise ReplayFailed(str(error)) from None
+
+
+async def _ledger(directory: Path, state: StateDirectory, redis_url: str | None) -> str:
     if redis_url is not None:
         await check_foreign(redis_url)
         return redis_url
-    root = directory.absolute()
-    socket = StateDirectory(root, runtime_directory(root, os.environ)).redis_socket
-    if not socket.exists():
+    if not state.redis_socket.exists():
         raise ReplayFailed(f"no stack runs in {directory}: start it with `bonsai up`, or give --redis-url")
-    return f"unix://{socket}"
+    return f"unix://{state.redis_socket}"
 
 
 @contextmanager

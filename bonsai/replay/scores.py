@@ -15,14 +15,15 @@ from typing import Final, cast
 
 from redis.asyncio import Redis
 
-from bon_algos.contracts import DEFAULT_TENANT, LEDGER_STREAM, CandidateGroup, Record
-from bon_algos.ledger_entries import UnreadableRecord, group_of
+from archive.reading import Archive, Question
+from bon_algos.contracts import DEFAULT_TENANT, CandidateGroup, Record
+from bon_algos.ledger_entries import EntryId, UnreadableRecord, group_of
 from bon_algos.replay import Comparison, Reranked, compare, reranked
 from bon_algos.scoring import Score
 from service.errors import EngineBroken, RewardModelUnavailable
+from service.ledger_reading import archive_pages, stream_page
 from service.reward import RewardModel
 
-PAGE_ENTRIES: Final = 100
 AT_ONCE: Final = 8
 """Groups that are scored at the same time."""
 CALL_SECONDS: Final = 600.0
@@ -98,13 +99,13 @@ class _Found:
         self.whole.append(is_whole)
 
 
-async def replay(redis: Redis, reward_model: RewardModel, window: Window, told: Told) -> ReplayReport:
+async def replay(redis: Redis, archive: Archive, reward_model: RewardModel, window: Window, told: Told) -> ReplayReport:
     """The report. redis: one that answers in bytes.
 
-    Raises ReplayFailed, RewardModelUnavailable or RedisError.
+    Raises ReplayFailed, RewardModelUnavailable or StoreUnavailable.
     """
     found = _Found()
-    async for page in _pages(redis, window, found.skipped):
+    async for page in _pages(redis, archive, window, found.skipped):
         usable = [group for group in page if not found.rejects(group, window)]
         for start in range(0, len(usable), AT_ONCE):
             room = window.num_groups - len(found.groups)
@@ -125,20 +126,22 @@ async def _replay_part(reward_model: RewardModel, part: Sequence[CandidateGroup]
             found.add(group, rewards)
 
 
-async def _pages(redis: Redis, window: Window, skipped: Counter[str]) -> AsyncIterator[list[CandidateGroup]]:
-    """The route's groups, newest first. No entry is older than the group in it."""
+async def _pages(
+    redis: Redis, archive: Archive, window: Window, skipped: Counter[str]
+) -> AsyncIterator[list[CandidateGroup]]:
+    """The route's groups, newest first: those of the stream, then those of the archive that the stream has no more. No
+    entry is older than the group in it."""
     newest, oldest = "+", "-" if window.since is None else str(max(0, int(window.since * 1000)))
-    while True:
-        page = cast(
-            "list[tuple[bytes, dict[bytes, bytes]]]",
-            await redis.xrevrange(LEDGER_STREAM, newest, oldest, count=PAGE_ENTRIES),
-        )
-        if not page:
-            return
-        newest = f"({page[-1][0].decode()}"
+    before: EntryId | None = None
+    while page := await stream_page(redis, newest, oldest):
+        before = EntryId.parse(page[-1][0])
+        newest = f"({before}"
         groups = [_read(fields, skipped) for _, fields in page]
         asked = (window.tenant, window.route)
         yield [one for one in groups if one is not None and (one.tenant, one.route) == asked]
+    question = Question(("groups",), window.tenant, window.route, since=window.since, before=before)
+    async for archived in archive_pages(archive, question):
+        yield [cast(CandidateGroup, one.record) for one in archived]
 
 
 def _read(fields: dict[bytes, bytes], skipped: Counter[str]) -> CandidateGroup | None:

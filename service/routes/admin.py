@@ -14,7 +14,8 @@ from service.access import caller_of
 from service.catalogue import Snapshot
 from service.control import Control
 from service.errors import InvalidField
-from service.idempotency import HEADER, Idempotency
+from service.headers import IDEMPOTENCY_KEY
+from service.idempotency import Idempotency
 from service.json_body import query_parameters
 
 DEFAULT_LIMIT: Final = 20
@@ -34,7 +35,7 @@ def snapshot_of(request: Request) -> Snapshot:
 def idempotency_of(request: Request, body: str = "") -> Idempotency | None:
     """The request's `Idempotency-Key`, bound to its method, path and body. Raises Unparseable (400)."""
     operation = f"{request.method} {request.scope['path']}"
-    return Idempotency.of(request.headers.get(HEADER), operation, body, caller_of(request).tenant)
+    return Idempotency.of(request.headers.get(IDEMPOTENCY_KEY), operation, body, caller_of(request).tenant)
 
 
 def page_of(request: Request) -> tuple[int, str | None]:

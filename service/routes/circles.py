@@ -14,7 +14,7 @@ from service.circles import circle_object, circle_version, require_sense
 from service.errors import CircleNotFound, Unavailable
 from service.json_body import read_model
 from service.preconditions import Precondition, etag
-from service.routes.admin import control_of, cut, page_of, snapshot_of
+from service.routes.admin import control_of, cut, idempotency_of, page_of, snapshot_of
 
 log = logging.getLogger("bonsai.circle")
 router = APIRouter()
@@ -44,7 +44,7 @@ async def put(request: Request, route: str) -> JSONResponse:
     found = snapshot_of(request).route(route)
     caller.require_route(found.name)
     require_sense(spec)
-    await control.jobs.check(spec.job(found.name, 1, found.live_policy), caller.tenant)
+    await control.jobs.check(spec.job(found.name, 1, found.live_policy), caller)
     precondition = Precondition.of(request)
     circle, is_new = await control.circle_driver.circles.put(found.name, spec, caller, precondition=precondition)
     await control.catalogue.refresh()
@@ -62,13 +62,16 @@ async def circle(request: Request, route: str) -> JSONResponse:
 async def start(request: Request, route: str) -> JSONResponse:
     control, caller = control_of(request), caller_of(request)
     caller.require_route(snapshot_of(request).route(route).name)
-    return _shown(await control.circle_driver.circles.start(route, caller, precondition=Precondition.of(request)))
+    once, precondition = idempotency_of(request), Precondition.of(request)
+    kept = control.circle_driver.circles
+    return _shown(await kept.start(route, caller, idempotency=once, precondition=precondition))
 
 
 @router.post("/routes/{route}/circle/stop", dependencies=[needs("move_traffic")])
 async def stop(request: Request, route: str) -> JSONResponse:
-    caller_of(request).require_route(snapshot_of(request).route(route).name)
+    # A circle is stopped whatever has become of its route: also one that a gateway of another version wrote.
     control, caller, precondition = control_of(request), caller_of(request), Precondition.of(request)
+    caller.require_route(route)
     failures = await control.circle_driver.stop([route], _by(request), caller, precondition=precondition)
     for failure in failures.values():
         raise failure

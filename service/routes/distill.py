@@ -19,6 +19,7 @@ from bon_algos.contracts import JobSpec, Route
 from service.access import caller_of, needs
 from service.errors import InvalidField
 from service.fine_tuning_body import OBJECTS, FineTuningRequest
+from service.headers import LAST_EVENT_ID, REPLAYED
 from service.job_scripts import Wish
 from service.job_stream import EventStream
 from service.json_body import parse_aside, query_parameters, read_body, read_model
@@ -35,7 +36,6 @@ from service.routes.admin import (
 )
 
 JOBS: Final = "/v1/fine_tuning/jobs"
-LAST_EVENT: Final = "Last-Event-ID"
 EVENT_STREAM: Final = "text/event-stream"
 router = APIRouter()
 
@@ -62,7 +62,7 @@ async def _told(request: Request, spec: JobSpec) -> JSONResponse:
     idempotency_of(request, "")
     control, caller = control_of(request), caller_of(request)
     _route_for(request, spec)
-    await control.jobs.check(spec, caller.tenant)
+    await control.jobs.check(spec, caller)
     return JSONResponse(await control.training.dry_runs.of(spec, caller.tenant))
 
 
@@ -74,7 +74,7 @@ async def _submitted(request: Request, spec: JobSpec, status: int) -> JSONRespon
     await control.job_records.write_promptly(submitted.job_id)
     headers = {"Location": f"{JOBS}/{submitted.job_id}"}
     if submitted.is_replayed:
-        headers["Idempotent-Replayed"] = "true"
+        headers[REPLAYED] = "true"
     # The broker is asked after the reply: it may be slow or away, and the job is recorded already.
     wake = None if submitted.is_replayed else BackgroundTask(control.dispatcher.wake, submitted.job_id)
     return JSONResponse(await _seen(request, submitted.job_id), status, headers=headers, background=wake)
@@ -105,7 +105,7 @@ async def events(request: Request, job_id: str) -> Response:
     if _wants_stream(request, query.get("stream")):
         if "limit" in query:
             raise InvalidField("a stream has no limit: leave limit out", param="limit")
-        return await _stream(request, job_id, request.headers.get(LAST_EVENT) or query.get("after"))
+        return await _stream(request, job_id, request.headers.get(LAST_EVENT_ID) or query.get("after"))
     limit = count_of(query, "limit", DEFAULT_LIMIT, at_most=MAX_LIMIT)
     tenant = caller_of(request).tenant
     rows, has_more = await control_of(request).jobs.events(job_id, limit, query.get("after"), tenant)

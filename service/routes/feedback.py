@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse, Response
 from service.access import caller_of, needs
 from service.errors import InvalidField
 from service.feedback import FeedbackBook, FeedbackRequest, feedback_object
-from service.idempotency import HEADER, Idempotency
+from service.headers import IDEMPOTENCY_KEY
+from service.idempotency import Idempotency
 from service.json_body import parse_aside, query_parameters, read_body
 from service.replays import Reply
 from service.routes.admin import list_of
@@ -33,7 +34,7 @@ async def record(request: Request) -> Response:
     async def make() -> Reply:
         return Reply(feedback_object(await _book(request).record(asked, caller)), {})
 
-    key = request.headers.get(HEADER)
+    key = request.headers.get(IDEMPOTENCY_KEY)
     idempotency = Idempotency.of(key, "POST /v1/feedback", content.decode(), caller.tenant)
     reply = await serving.replays.once(idempotency, SECONDS, make)
     return JSONResponse(reply.body, 201, headers=reply.headers)

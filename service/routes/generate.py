@@ -23,7 +23,8 @@ from service.access import caller_of, needs
 from service.best_of_n import candidate_counts, finished_count, selection_of, warnings_of
 from service.errors import ClientGone, InvalidField
 from service.generation import GenerateRequest
-from service.idempotency import HEADER, Idempotency
+from service.headers import ARM, IDEMPOTENCY_KEY, POLICY, TIMEOUT, UNIT
+from service.idempotency import Idempotency
 from service.json_body import LONG_BYTES, parse_aside, query_parameters, read_body
 from service.plain_route import PlainRoute
 from service.replays import Reply
@@ -31,7 +32,7 @@ from service.request_cost import drawn_tokens
 from service.serving import Circumstances, Prepared, Serving, answer, ledger_warnings, prepare
 
 MAX_UNIT_LENGTH = 256
-ARM, UNIT, TIMEOUT = "x-bonsai-arm", "x-bonsai-unit", "x-bonsai-timeout"
+DECIDING = (ARM, UNIT, TIMEOUT)
 """Headers that decide about the answer as the body does."""
 router = APIRouter(route_class=PlainRoute)
 T = TypeVar("T")
@@ -65,9 +66,11 @@ def serving_of(request: Request) -> Serving:
 
 def once_of(request: Request, prepared: Prepared, content: bytes) -> Idempotency | None:
     """The request's `Idempotency-Key`, if it has one. Raises Unparseable, InvalidField where no reply may be kept."""
-    asked = _idempotency(request, content) if HEADER in request.headers else None
+    asked = _idempotency(request, content) if IDEMPOTENCY_KEY in request.headers else None
     if asked is not None and not prepared.group.store:
-        raise InvalidField(f"{HEADER} keeps the reply for a day, which store: false forbids", param=HEADER)
+        raise InvalidField(
+            f"{IDEMPOTENCY_KEY} keeps the reply for a day, which store: false forbids", param=IDEMPOTENCY_KEY
+        )
     return asked
 
 
@@ -81,9 +84,9 @@ async def replied(
 
 def _idempotency(request: Request, content: bytes) -> Idempotency | None:
     path = f"{request.method} {request.scope['path']}?{request.url.query}"
-    said = [f"{name}: {request.headers[name]}" for name in (ARM, UNIT, TIMEOUT) if name in request.headers]
+    said = [f"{name}: {request.headers[name]}" for name in DECIDING if name in request.headers]
     operation = "\n".join((path, *said))
-    return Idempotency.of(request.headers.get(HEADER), operation, content.decode(), caller_of(request).tenant)
+    return Idempotency.of(request.headers.get(IDEMPOTENCY_KEY), operation, content.decode(), caller_of(request).tenant)
 
 
 async def prepared_aside(request: Request, make: Callable[[], Prepared]) -> Prepared:
@@ -191,7 +194,7 @@ def circumstances_of(request: Request, started: float, query: Mapping[str, str])
 def headers_of(group: CandidateGroup, overhead_seconds: float) -> dict[str, str]:
     return {
         ARM: str(group.arm),
-        "x-bonsai-policy": group.answered_by,
+        POLICY: group.answered_by,
         "x-bonsai-candidates": f"{finished_count(group)}/{group.requested}",
         "x-bonsai-selection": group.status,
         "x-bonsai-cost": str(drawn_tokens(group)),

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from service.access import caller_of, needs
 from service.errors import InvalidField, StoreUnavailable
-from service.idempotency import HEADER
+from service.headers import IDEMPOTENCY_KEY
 from service.json_body import query_parameters, read_model
 from service.keys import KeyRequest, key_object
 from service.routes.admin import control_of, cut, page_of
@@ -22,8 +22,10 @@ async def create(request: Request) -> JSONResponse:
     """The one reply that holds the key."""
     control = control_of(request)
     query_parameters(request, ())
-    if HEADER in request.headers:
-        raise InvalidField(f"a key is shown once and cannot be replayed: leave {HEADER} out", param=HEADER)
+    if IDEMPOTENCY_KEY in request.headers:
+        raise InvalidField(
+            f"a key is shown once and cannot be replayed: leave {IDEMPOTENCY_KEY} out", param=IDEMPOTENCY_KEY
+        )
     asked = await read_model(request, KeyRequest, control.max_body_bytes)
     record, key = await control.keys.create(asked, caller_of(request))
     with suppress(StoreUnavailable):

@@ -16,7 +16,7 @@ from service.errors import InvalidField
 from service.json_body import query_parameters, read_model
 from service.ledger_pages import row_object
 from service.ledger_query import DEFAULT_LIMIT, FIELDS, FILTERS, MAX_LIMIT, LedgerQuery
-from service.routes.admin import checked_name, control_of, count_of
+from service.routes.admin import checked_name, control_of, count_of, idempotency_of
 
 PARAMETERS: Final = (*FILTERS, "limit", "cursor", "fields")
 MAX_NAME: Final = 512
@@ -49,7 +49,8 @@ async def erase(request: Request) -> JSONResponse:
     query_parameters(request, ())
     control = control_of(request)
     asked = await read_model(request, ErasureRequest, control.max_body_bytes)
-    receipt = await control.erasures.ask(asked, caller_of(request))
+    once = idempotency_of(request, asked.model_dump_json())
+    receipt = await control.erasures.ask(asked, caller_of(request), idempotency=once)
     return JSONResponse(erasure_object(receipt), 202, headers={"Location": f"/ledger/erasures/{receipt.id}"})
 
 

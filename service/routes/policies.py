@@ -61,7 +61,8 @@ async def policies(request: Request) -> JSONResponse:
 async def register(request: Request) -> JSONResponse:
     control, caller = control_of(request), caller_of(request)
     asked = await read_model(request, RegistrationRequest, control.max_body_bytes)
-    registered = await control.registration.register(asked.digest, caller)
+    once = idempotency_of(request, asked.model_dump_json())
+    registered = await control.registration.register(asked.digest, caller, idempotency=once)
     await control.catalogue.refresh()
     headers = {"Location": f"/policies/{registered.id}", "ETag": etag(registered.version)}
     return JSONResponse(_object(registered, snapshot_of(request)), 201, headers=headers)
@@ -120,15 +121,16 @@ async def withdraw(request: Request, policy_id: str) -> JSONResponse:
     asked = await read_model(request, WithdrawRequest, control.max_body_bytes)
     caller.require_route(asked.route)
     named = named_policy(policy_id, snapshot_of(request))
-    route = await control.trials.stop(named, asked.route, caller, precondition=Precondition.of(request))
+    once, precondition = idempotency_of(request, asked.model_dump_json()), Precondition.of(request)
+    route = await control.trials.stop(named, asked.route, caller, idempotency=once, precondition=precondition)
     return await _moved(request, route)
 
 
 @router.post("/{policy_id}/retire", dependencies=[needs("move_traffic")])
 async def retire(request: Request, policy_id: str) -> JSONResponse:
-    control = control_of(request)
+    control, once, precondition = control_of(request), idempotency_of(request), Precondition.of(request)
     named = (await own_policy(request, policy_id)).id
-    retired = await control.policies.retire(named, caller_of(request), precondition=Precondition.of(request))
+    retired = await control.policies.retire(named, caller_of(request), idempotency=once, precondition=precondition)
     await control.catalogue.refresh()
     return _shown(request, retired)
 

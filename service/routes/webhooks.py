@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from service.access import Caller, caller_of, needs
 from service.errors import Forbidden, InvalidField
-from service.idempotency import HEADER
+from service.headers import IDEMPOTENCY_KEY
 from service.json_body import query_parameters, read_model
 from service.routes.admin import control_of, cut, list_of, page_of
 from service.webhook_events import EventType
@@ -100,5 +100,7 @@ def _caller(request: Request) -> Caller:
 
 
 def _require_no_replay(request: Request) -> None:
-    if HEADER in request.headers:
-        raise InvalidField(f"a secret is shown once and cannot be replayed: leave {HEADER} out", param=HEADER)
+    if IDEMPOTENCY_KEY in request.headers:
+        raise InvalidField(
+            f"a secret is shown once and cannot be replayed: leave {IDEMPOTENCY_KEY} out", param=IDEMPOTENCY_KEY
+        )

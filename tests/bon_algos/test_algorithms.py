@@ -92,6 +92,46 @@ def test_a_regression_step_by_hand():
     assert capped.loss(chosen, lambda groups: [torch.tensor([-2.0, 0.0])]).loss.item() == pytest.approx(huber)
 
 
+@pytest.mark.parametrize(
+    ("quantiles", "lowest", "tied"),
+    [
+        ("harmonic_mid", -3 / 2, (1 + 3 / 2) / 2 - 3 / 2),
+        ("harmonic", -3 / 2, 0),
+        ("monte_carlo", np.log(1 / 4), 0),
+        ("mid_rank", np.log(1 / 4), np.log(3 / 4)),
+        ("add_one", np.log(1 / 3), np.log(2 / 3)),
+    ],
+)
+def test_a_regressions_targets_are_counted_as_asked(quantiles, lowest, tied):
+    """n = 2 of rewards 0, 1 and 1: the lowest has 0 of 2 others at or below, each of the others one below, one tied."""
+    group = LoggedGroup(TokenGroup([0], [[0], [1], [2]]), [0.0, 1.0, 1.0], [-1.0] * 3)
+    step = make_step(BonRegressionSpec(n=2, quantiles=quantiles))
+    assert isinstance(step, LoggedStep)
+    assert step.choose(group, 0.9).verdicts == pytest.approx(np.log(2) + np.array([lowest, tied, tied]))
+
+
+@pytest.mark.parametrize(
+    ("quantiles", "lowest", "tied"),
+    [
+        ("harmonic_mid", -11 / 6, (1 + 3 + 11 / 6) / 4 - 11 / 6),
+        ("harmonic", -11 / 6, 0),
+        ("monte_carlo", np.log(1 / 6), 0),
+        ("mid_rank", np.log(1 / 6), np.log(2 / 3)),
+        ("add_one", np.log(1 / 4), np.log(2 / 4)),
+    ],
+)
+def test_bond_ranks_fresh_samples_as_asked(quantiles, lowest, tied):
+    """n = 2 among logged rewards 0, 1 and 1: a sample under all of them, and one with one below and two tied."""
+    logprob_PK = torch.full((2, 3), 1 / 3).log()
+    logs = [logged(p, [0, 1, 2], [0.0, 1.0, 1.0], logprob_PK[p]) for p in range(2)]
+    step = make_step(BondSpec(n=2, quantiles=quantiles))
+    assert isinstance(step, BondStep)
+    fresh = [RankedGroup(log, [[0]], [reward], [-1.0], [reward]) for log, reward in zip(logs, (-1.0, 1.0), strict=True)]
+    chosen = [step.choose(log, 0.5) for log in logs]
+    metrics = step.loss(fresh, chosen, table(logprob_PK), table(logprob_PK)).metrics
+    assert metrics["log_tilt"].item() == pytest.approx(np.log(2) + (lowest + tied) / 2)
+
+
 def test_a_pair_is_the_best_and_the_worst_of_the_candidates_drawn():
     """All four drawn: rewards 1, 3, 3, 0, so the second and the last. log-ratios 1 and −1: a margin of 2."""
     group = LoggedGroup(TokenGroup([0], [[0], [1], [2], [3]]), [1.0, 3.0, 3.0, 0.0], [-2.0, -3.0, -3.0, -4.0])

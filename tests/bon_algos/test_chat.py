@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from bon_algos.chat import ChatTokenizer, TemplateRefused, reward_token_ids
+from bon_algos.chat import ChatTokenizer, TemplateRefused, reward_token_ids, reward_writer
 from bon_algos.contracts import Message, Tool, ToolCall
 from tests.stubs.tokenizer import byte_tokenizer
 
@@ -66,6 +66,15 @@ def test_rendering_and_encoding_are_transformers_own(tokenizer_json, template, a
 
     assert ours.render(CONVERSATION, add_generation_prompt) == rendered
     assert ours.encode_chat(rendered) == token_ids
+
+
+def test_what_a_template_sets_for_one_completion_is_not_there_for_the_next(tokenizer_json):
+    template = (
+        "{% if messages[-1].content == 'Yes.' %}{% set said = messages[-1].content %}{% set messages = [] %}{% endif %}"
+        "{{ said }}{{ messages | length }}"
+    )
+    write = reward_writer(ChatTokenizer(tokenizer_json, {"chat_template": template}), "Is it?", None)
+    assert [write("Yes."), write("No.")] == ["Yes.0", "2"]
 
 
 @pytest.mark.parametrize("template", [CHATML, STRICT])

@@ -2,11 +2,12 @@
 
 import json
 import math
+import pickle
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from bon_algos.contracts import (
     LEDGER_RECORD,
@@ -55,6 +56,19 @@ def group(*candidates: Candidate, requested: int | None = None, **changes: objec
             **changes,
         }
     )
+
+
+def test_a_copy_of_a_record_is_what_pydantic_makes_of_it():
+    one = candidate(1.0)
+    ours, theirs = (
+        copied(one, update={"disagreement": 2.0}) for copied in (Candidate.model_copy, BaseModel.model_copy)
+    )
+    assert (one.disagreement, ours.disagreement) == (None, 2.0)
+    assert ours == theirs == pickle.loads(pickle.dumps(ours))
+    assert ours.model_fields_set == theirs.model_fields_set
+    assert candidate(1.0).model_copy() == one
+    with pytest.raises(ValidationError):
+        ours.reward = 3.0  # type: ignore[misc]
 
 
 def test_best_is_the_highest_reward_and_the_earliest_of_a_tie():
@@ -184,6 +198,10 @@ def test_how_far_a_method_goes(method, log_aim):
         {"type": "vbon", "vbon": {"clip_range": 1}},
         {"type": "vbon", "vbon": {"likelihood": "upper"}},
         {"type": "vbon", "vbon": {"gradient": "ppo"}},
+        {"type": "vbon", "vbon": {"likelihood": "exact", "quantiles": "mid_rank"}},  # its F is strict
+        {"type": "vbon", "vbon": {"quantiles": "learned_law"}},
+        {"type": "bond", "bond": {"quantiles": "learned_head"}},
+        {"type": "bon_regression", "bon_regression": {"quantiles": "counted"}},
         {"type": "rloo", "rloo": {"kl_strength": 0}},
         {"type": "bonbon", "bonbon": {"imitation_weight": 1.5}},
         {"type": "dpo", "dpo": {"beta": 0}},

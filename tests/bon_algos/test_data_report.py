@@ -56,6 +56,14 @@ def test_the_curve_ends_where_two_prompts_have_candidates():
     assert told.curve[0].gain == 0
 
 
+def test_what_is_cut_is_chosen_where_there_is_nothing_else():
+    """Whatever its reward. Of 1 and 0, which are complete, 1 is best; of all three one is worth their mean."""
+    drawn = [world.candidate(reward=1e12, finish_reason="length"), *(world.candidate(reward=r) for r in (0.0, 1.0))]
+    told = report([world.group(f"g{i}", [0, 2 + i], candidates=drawn) for i in range(6)], n=3)
+    assert [point.reward for point in told.curve] == [pytest.approx((1e12 + 1) / 3), pytest.approx(2 / 3), 1.0]
+    assert told.effective_n == pytest.approx(3)
+
+
 def test_no_gain_is_not_called_one():
     """Half of the prompts' rewards are worth nothing: the gain's interval begins above 0 only where it is sure."""
     sure, unsure = report(prompts(6)), report([*prompts(1), *prompts(6, (1.0, 1.0))[1:]])

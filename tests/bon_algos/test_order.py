@@ -129,6 +129,26 @@ def test_the_n_curve_by_hand():
     np.testing.assert_allclose(curve.standard_error, [0, 1 / 6, 1 / 2], atol=1e-15)
 
 
+def test_rows_of_one_prompt_are_one_observation():
+    """Best-of-2 of the rows: 2, 4 and 9; the first and the last are of one prompt, whose mean is 5½."""
+    rows = [[0, 2], [4, 4], [9, 3]]
+    curve = order.n_curve(rows, rows, ["a", "b", "a"])
+    np.testing.assert_allclose(curve.value_PM, [[3.5, 5.5], [4.0, 4.0]])
+    np.testing.assert_allclose(curve.mean, [3.75, 4.75])
+    assert [one.mean for one in curve.intervals()] == pytest.approx([3.75, 4.75])
+    with pytest.raises(ValueError, match="at least two"):
+        order.n_curve(rows, rows, ["a"] * 3)
+
+
+def test_some_k_alone():
+    rows = [[0, 1, 2, 5], [3, 0, 0, 1]]
+    whole = order.best_of_k_values(rows, rows)
+    np.testing.assert_array_equal(order.best_of_k_values(rows, rows, (4, 2)), whole[:, [3, 1]])
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"best-of-{k} needs"):
+            order.best_of_k_values(rows, rows, (k,))
+
+
 @given(
     st.integers(2, 9).flatmap(
         lambda m: st.lists(st.lists(st.integers(0, 4), min_size=m, max_size=m), min_size=2, max_size=4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom, multinomial
 
 from bon_algos import order, quantiles
+from bon_algos.contracts import CountedQuantiles
 from bon_algos.quantiles import Standing, standing_against, standing_among_others
 from tests.bon_algos.vectors import (
     REFERENCE_K,
@@ -125,6 +128,39 @@ def test_estimators_by_hand():
     }
     for estimator, value in expected.items():
         assert estimator(standing).item() == pytest.approx(value, abs=1e-15)
+
+
+BY_NAME = {
+    "harmonic_mid": quantiles.log_quantile_harmonic_mid,
+    "harmonic": quantiles.log_quantile_harmonic,
+    "monte_carlo": quantiles.log_quantile_monte_carlo,
+    "mid_rank": quantiles.log_quantile_mid_rank,
+    "add_one": quantiles.log_quantile_add_one,
+}
+
+
+@pytest.mark.parametrize("name", get_args(CountedQuantiles))
+def test_an_estimator_that_is_asked_for_by_name_is_finite(name):
+    """It is the function of that name, but for −∞: with 4 rewards half a draw is 1/8."""
+    reward_BN, reference_BM = torch.tensor([[-1.0, 0.0, 1.0, 9.0]]), torch.tensor([[0.0, 1.0, 1.0, 2.0]])
+    standing = standing_against(reward_BN, reference_BM)
+    plain, asked = BY_NAME[name](standing), quantiles.log_quantile_by(name, standing)
+    torch.testing.assert_close(asked, plain.nan_to_num(neginf=np.log(1 / 8)), rtol=0, atol=1e-15)
+    assert quantiles.log_tilt_by(name, standing, 2).isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(set(get_args(CountedQuantiles)) - {"harmonic_mid"}))
+def test_the_tilt_of_a_log_quantile_is_its_multiple(name):
+    standing = standing_against(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0, 1.0, 2.0]]))
+    expected = np.log(5) + 4 * quantiles.log_quantile_by(name, standing)
+    torch.testing.assert_close(quantiles.log_tilt_by(name, standing, 5), expected)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_the_tilt_by_the_tie_aware_harmonic_numbers_knows_how_broad_a_level_is(n):
+    standing = standing_against(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0, 1.0, 2.0]]))
+    expected = quantiles.log_tilt_tie_aware(standing, n)
+    torch.testing.assert_close(quantiles.log_tilt_by("harmonic_mid", standing, n), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("num_reference", "p"), [(2, 0.1), (5, 0.6), (16, 0.1), (16, 0.5), (64, 0.03)])

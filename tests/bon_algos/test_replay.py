@@ -90,6 +90,12 @@ def test_the_curves_are_the_mean_over_all_ways_to_draw_k():
             assert getattr(point, name).mean == pytest.approx(mean_of_prompts(groups, per_group))
 
 
+def test_a_groups_order_does_not_drown_in_another_groups_rewards():
+    """Of q nothing is complete, and its old rewards are a digit apart beside p's 10^18: the second is served."""
+    p, q = rescored([0.0, 1e18], [1.0, 1.0], "p"), rescored([1.0, 1.0 + 1e-9], [0.0, 4.0], "q", [False, False])
+    assert [point.new_by_old.mean for point in compare([p, q], [True, True]).curve] == [(1 + 2) / 2, (1 + 4) / 2]
+
+
 def brute_force(one: Reranked, k, chosen_by, value):
     served = []
     for subset in combinations(range(len(chosen_by)), k):

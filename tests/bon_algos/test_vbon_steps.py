@@ -34,6 +34,23 @@ def test_by_the_bound_and_the_clipped_ratio():
     assert beyond.metrics["clip_fraction"].item() == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("quantiles", "middle"),
+    [
+        (None, -1 / 2),
+        ("harmonic_mid", -1 / 2),
+        ("harmonic", -1 / 2),
+        ("monte_carlo", log(1 / 2)),
+        ("mid_rank", log(1 / 2)),
+        ("add_one", log(2 / 3)),
+    ],
+)
+def test_the_bound_by_the_estimator_that_is_asked_for(quantiles: str | None, middle: float):
+    """n = 2: returns are log 2 + log F, of which the better sample's F is 1."""
+    metrics = step_of(torch.full((2,), -1.0), n=2, quantiles=quantiles).metrics
+    assert metrics["return"].item() == pytest.approx(log(2) + middle / 2)
+
+
 def test_by_the_exact_likelihood():
     """n = 2, π_ref = 1/e for both: the add-one share strictly below is 2/3 and 1, so π_BoN/π_ref = 2·F + π_ref. At
     π = π_old the slope of a sample is its advantage, negated and halved."""

@@ -16,6 +16,7 @@ from bon_algos.vllm_protocol import (
     ROLLOUT_PRIORITY,
     CompletionStream,
     MalformedReply,
+    Piece,
     canary_request,
     classify_request,
     completion_request,
@@ -67,8 +68,10 @@ def test_chunks_in_any_interleaving_give_candidates_in_drawing_order(n, rng: ran
 
 
 def test_a_candidate_that_never_finished_says_deadline():
-    stream = CompletionStream(2)
-    [piece] = stream.feed(sent({"choices": [choice(1, "done", [4, 2], "stop")]}))
+    heard: list[Piece] = []
+    stream = CompletionStream(2, heard.append)
+    stream.feed(sent({"choices": [choice(1, "done", [4, 2], "stop")]}))
+    [piece] = heard
     assert piece[:3] == (1, "done", (4, 2))
     assert piece.finish_reason == "stop"
     unfinished, finished = stream.candidates()

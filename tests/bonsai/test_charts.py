@@ -15,8 +15,9 @@ def measured() -> measure.Measured:
     reward_BM = rng.normal(size=(10, 64))
     gold_BM = np.where(reward_BM < 1, reward_BM, 2 - reward_BM)
     prompts = tuple(f"prompt {row}" for row in range(10))
-    reference = measure.Pool(prompts, reward_BM, gold_BM, reward_BM, np.full(reward_BM.shape, 20.0))
-    policy = measure.Pool(prompts, reward_BM + 2, gold_BM + 2, reward_BM + 2, reference.tokens)
+    is_complete_BM = np.ones(reward_BM.shape, dtype=bool)
+    reference = measure.Pool(prompts, reward_BM, gold_BM, is_complete_BM, np.full(reward_BM.shape, 20.0))
+    policy = measure.Pool(prompts, reward_BM + 2, gold_BM + 2, is_complete_BM, reference.tokens)
     speed = measure.Speed(tokens_per_answer=20, p50_ms=181.4, p95_ms=230, answers=24, answers_per_second=61.26)
     kl = Interval(mean=2.1, low=2.0, high=2.2)
     return measure.Measured(

@@ -13,7 +13,8 @@ PROMPTS = tuple(f"prompt {row}" for row in range(40))
 
 
 def pool(reward_BM: np.ndarray) -> measure.Pool:
-    return measure.Pool(PROMPTS, reward_BM, reward_BM / 2, reward_BM, np.full(reward_BM.shape, 9.0))
+    is_complete_BM = np.ones(reward_BM.shape, dtype=bool)
+    return measure.Pool(PROMPTS, reward_BM, reward_BM / 2, is_complete_BM, np.full(reward_BM.shape, 9.0))
 
 
 REFERENCE = pool(RNG.normal(size=(40, 64)))

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import tracemalloc
 
 import pytest
 from aiohttp import web
@@ -10,6 +11,8 @@ from aiohttp.test_utils import TestServer
 from bonsai.client import GatewayUnreachable, RequestRefused, UnreadableReply, open_client
 from bonsai.job_replies import Job
 from tests.bonsai.scripted_gateway import ScriptedGateway
+
+MiB = 2**20
 
 
 def test_an_arm_is_forced_and_a_unit_named_by_header():
@@ -140,6 +143,43 @@ def test_a_foreign_server_is_named_as_such(body):
 
     with pytest.raises(UnreadableReply, match="GET /distill/job_1"):
         asyncio.run(ask())
+
+
+def exported_from(pieces: int, *, announced: int, seconds: float = 120.0) -> int:
+    """The bytes that came of a policy whose gateway announces `announced` MiB and sends `pieces` of them."""
+
+    async def reply(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(announced * MiB)})
+        await response.prepare(request)
+        for _ in range(pieces):
+            await response.write(bytes(MiB))
+        response.force_close()
+        return response
+
+    async def ask() -> int:
+        app = web.Application()
+        app.add_routes([web.get("/policies/{policy}/export", reply)])
+        async with TestServer(app) as server:
+            url = str(server.make_url("/"))
+            async with open_client(url, timeout_seconds=seconds) as client:
+                return sum([len(piece) async for piece in client.export_policy("prod", "owner/model")])
+
+    return asyncio.run(ask())
+
+
+def test_weights_that_are_exported_are_never_in_memory_and_may_take_longer_than_another_call():
+    tracemalloc.start()
+    try:
+        assert exported_from(64, announced=64, seconds=1e-3) == 64 * MiB
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * MiB
+
+
+def test_an_export_that_breaks_off_is_no_export():
+    with pytest.raises(GatewayUnreachable, match="GET /policies/prod/export"):
+        exported_from(1, announced=2)
 
 
 def test_a_job_is_final_only_in_a_final_state():

@@ -3,15 +3,16 @@
 import asyncio
 import json
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from benchmarks.gateway import profiling, real, report
+from benchmarks.gateway import peers, profiling, real, report
 from benchmarks.gateway.load import Latencies, Saturation
 from benchmarks.gateway.stays import SAMPLES, Ledger, Stays, slope, spooled
-from benchmarks.gateway.stub import OPTILLM_ASKS, N, Stub
+from benchmarks.gateway.stub import OPTILLM_ASKS, TOKENS, N, Stub
 from service.spool import Spool
 
 RNG = np.random.default_rng(0)
@@ -70,6 +71,10 @@ def test_a_gateway_that_adds_little_and_keeps_nothing_keeps_every_promise():
     assert broken(measured("LiteLLM, 1 call passed on", per_core=50), best_of=measured("/generate", added=2)) == []
 
 
+def test_texts_alone_passed_on_are_told_and_no_promise():
+    assert broken(measured("texts alone through LiteLLM", per_core=100), best_of=measured("/generate", added=2)) == []
+
+
 def test_each_promise_can_be_broken():
     slow = measured("/generate", added=7, per_core=300, failed=1)
 
@@ -125,16 +130,22 @@ def test_texts_of_a_stream_are_put_together_by_candidate():
     assert real.texts_of(b"\n\n".join([*events, b"data: [DONE]", b""]))[:3] == ["ac", "bd", ""]
 
 
-def stub_answers(*bodies: dict[str, object]) -> tuple[list[list[str]], int]:
-    """What the stub says to chat completions, and how many calls it counted."""
+def stub_replies(*bodies: dict[str, object]) -> tuple[list[list[dict[str, Any]]], int]:
+    """The choices that the stub answers chat completions with, and how many calls it counted."""
 
-    async def answered() -> tuple[list[list[str]], int]:
+    async def answered() -> tuple[list[list[dict[str, Any]]], int]:
         async with TestClient(TestServer(Stub().app())) as client:
             replies = [await (await client.post("/v1/chat/completions", json=body)).json() for body in bodies]
             counted = await (await client.get("/calls")).text()
-        return [[choice["message"]["content"] for choice in reply["choices"]] for reply in replies], int(counted)
+        return [reply["choices"] for reply in replies], int(counted)
 
     return asyncio.run(answered())
+
+
+def stub_answers(*bodies: dict[str, object]) -> tuple[list[list[str]], int]:
+    """The texts of those."""
+    replies, calls = stub_replies(*bodies)
+    return [[choice["message"]["content"] for choice in choices] for choices in replies], calls
 
 
 def chat(content: str, **members: object) -> dict[str, object]:
@@ -145,6 +156,13 @@ def test_peers_that_draw_get_as_many_texts_as_they_ask_for_and_every_call_is_cou
     (many, one), calls = stub_answers(chat("hi", n=N), chat("hi"))
 
     assert (len(many), len(one), calls) == (N, 1, 2)
+
+
+def test_a_peer_that_asks_for_tokens_gets_them_with_their_log_probs():
+    [(*_, last), (bare, *_)], _ = stub_replies(chat("hi", n=N, **peers.TOKENS_TOLD), chat("hi", n=N))
+
+    assert (len(last["token_ids"]), len(last["logprobs"]["content"])) == (TOKENS, TOKENS)
+    assert (bare["logprobs"], "token_ids" in bare) == (None, False)
 
 
 def test_peers_that_ask_what_candidates_are_worth_get_what_they_can_read():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bonsai.client import Choice
 from bonsai.demo import measure
+from bonsai.generation_replies import Choice
 
 
 def choice(text: str, reward: float | None, *, finish_reason: str = "stop", tokens: int = 3) -> Choice:
@@ -21,7 +21,9 @@ def pool(reward: list[list[float]], gold: list[list[float]] | None = None) -> me
     reward_BM = np.array(reward)
     gold_BM = reward_BM if gold is None else np.array(gold)
     prompts = tuple(f"prompt {row}" for row in range(len(reward)))
-    return measure.Pool(prompts, reward_BM, gold_BM, reward_BM, np.full(reward_BM.shape, 3.0))
+    return measure.Pool(
+        prompts, reward_BM, gold_BM, np.ones(reward_BM.shape, dtype=bool), np.full(reward_BM.shape, 3.0)
+    )
 
 
 def test_best_of_two_by_hand():
@@ -46,9 +48,10 @@ def test_best_of_k_is_the_mean_over_all_subsets(levels, k):
     assert measure.best_of_k(reward_BM, reward_BM, k) == pytest.approx([sum(map(max, subsets)) / len(subsets)])
 
 
-def test_a_truncated_completion_is_served_only_where_nothing_is_complete():
+@pytest.mark.parametrize("much", [9.0, 1e300])
+def test_a_truncated_completion_is_served_only_where_nothing_is_complete(much):
     candidates = [
-        [choice("fine.", 1.0), choice("cut off", 9.0, finish_reason="length")],
+        [choice("fine.", 1.0), choice("cut off", much, finish_reason="length")],
         [choice("cut", 2.0, finish_reason="length"), choice("also cut", 3.0, finish_reason="length")],
     ]
     drawn = measure.pool_of(["a", "b"], candidates, lambda prompt, text: 0.0)

@@ -79,6 +79,11 @@ def test_a_policy_of_full_weights_goes_out_as_the_model_that_it_is(stack: World,
     given = bonsai("policies", "export", written.policy_id, str(out), *flags, "--dir", str(tmp_path))
     assert given.exit_code == 0, given.output
     assert {file.name for file in out.iterdir()} == {"README.md", *written.files}
+    beside = sorted(tmp_path.iterdir())
+    (tmp_path / "artefacts" / "policies" / written.digest / "model.safetensors").write_bytes(b"other")
+    harmed = bonsai("policies", "export", written.policy_id, str(tmp_path / "out2"), *flags, "--dir", str(tmp_path))
+    assert (harmed.exit_code, "files_damaged" in harmed.output) == (1, True)
+    assert sorted(tmp_path.iterdir()) == beside
 
 
 def test_the_audit_is_verified_by_command(stack: World, tmp_path: Path):

@@ -195,9 +195,10 @@ def test_an_exported_policy_is_a_directory_that_peft_loads(made_elsewhere, tmp_p
     manifest = imported(made_elsewhere, tmp_path)
     directory, _ = checked_adapter(tmp_path, manifest, max_rank=8)
     archive = archive_of(manifest.as_candidate(), directory, str(BASE.directory))
-    content = b"".join(archive.chunks())
-    assert len(content) == archive.num_bytes
-    unpack(content, tmp_path / "out")
+    written = tmp_path / "policy.tar"
+    written.write_bytes(b"".join(archive.chunks()))
+    assert written.stat().st_size == archive.num_bytes
+    unpack(written, tmp_path / "out")
     torch.testing.assert_close(said(worn(tmp_path / "out")), said(worn(made_elsewhere)))
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         BASE.directory

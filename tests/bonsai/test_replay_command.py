@@ -14,14 +14,18 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
+from archive.reading import Archive
 from bon_algos.contracts import LEDGER_STREAM, Candidate, CandidateGroup, Message
 from bonsai.cli import main
 from bonsai.guard import descendants
-from bonsai.replay.scores import AT_ONCE, PAGE_ENTRIES
+from bonsai.replay.scores import AT_ONCE
+from bonsai.runtime_directory import StateDirectory
+from service.ledger_reading import PAGE_ENTRIES
 from tests.service.records import BASE, REWARD_MODEL, STUDENT, group
 from tests.stubs.reward import BROKEN_SCORES, StubReward, StubScore
 from tests.stubs.server import running
 from tests.stubs.tokenizer import write_model_directory
+from worker.compaction import Compaction, Limits
 
 
 def logged(number: int, old: Mapping[str, float | None], **changes: Any) -> CandidateGroup:
@@ -55,6 +59,12 @@ def reported(redis_url: str, tmp_path: Path, *arguments: object) -> dict[str, An
     assert done.exit_code == 0, done.output
     report: dict[str, Any] = json.loads(file.read_text())
     return report
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Where no stack has an archive."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -99,6 +109,39 @@ def test_a_ledger_of_many_pages_is_read_newest_first_and_no_further_than_asked(r
         assert {one["prompt"] for one in judge.requests} == newest
         everything = reported(redis_url, tmp_path, "--reward-url", url, "--groups", 10_000)
         assert everything["comparison"]["groups"] == 2 * PAGE_ENTRIES + 50
+
+
+def archived(url: str, directory: Path) -> None:
+    """What stands before the newest group of any route leaves the stream for the archive."""
+    limits = Limits(entries=2, bytes=2**20, seconds=600.0, hot_groups=1, hot_seconds=0.0)
+    with redis.Redis.from_url(url) as client:
+        compaction = Compaction(client, Archive.at(str(directory)), limits)
+        compaction.open()
+        while compaction.step(wait_seconds=0.01) is not None:
+            pass
+
+
+@pytest.mark.parametrize("place", ["named", "the stack's own"])
+def test_what_the_stream_has_no_more_is_replayed_from_the_archive_each_group_once(redis_url, judge, tmp_path, place):
+    deliver(redis_url, logged(1, SHORT_FIRST), logged(2, LONG_FIRST, created_at=time() - 7200))
+    deliver(redis_url, logged(3, SHORT_FIRST, route="other"), logged(4, LONG_FIRST), logged(5, SHORT_FIRST))
+    stack = StateDirectory(tmp_path / "stack", tmp_path)
+    directory = tmp_path / "archive" if place == "named" else stack.artefacts / "ledger"
+    archived(redis_url, directory)
+    with redis.Redis.from_url(redis_url) as store:
+        assert store.xlen(LEDGER_STREAM) == 3
+    asked = ("--archive", directory) if place == "named" else ("--dir", stack.root)
+    with running(judge.app()) as url:
+        report = reported(redis_url, tmp_path, "--reward-url", url, *asked)
+        assert (report["comparison"]["groups"], report["skipped"]) == (4, {})
+        assert sorted(one["prompt"] for one in judge.requests) == ["p1", "p2", "p4", "p5"]
+        report = reported(redis_url, tmp_path, "--reward-url", url, *asked, "--since", "1h")
+        assert (report["comparison"]["groups"], report["skipped"]) == (3, {})
+
+
+def test_an_archive_that_is_none_is_said_in_words(redis_url):
+    asked = ("--reward-url", "unix:///a", "--archive", "ftp://there/ledger")
+    assert "the archive is a directory or s3://" in failed(redis_url, *asked)
 
 
 def test_what_cannot_be_replayed_is_counted_by_reason(redis_url, judge, tmp_path):

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from bonsai.client import Choice, RequestRefused
+from bonsai.client import RequestRefused
 from bonsai.demo import traffic
+from bonsai.generation_replies import Choice
 from tests.bonsai.scripted_gateway import ScriptedGateway
 
 

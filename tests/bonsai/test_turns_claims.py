@@ -21,7 +21,8 @@ REWARD_BM = RNG.normal(size=(40, 32))
 def worth(policy: str, better: float) -> turns.Worth:
     """Of a policy whose rewards are the base's and a constant."""
     prompts = tuple(f"prompt {row}" for row in range(40))
-    pool = measure.Pool(prompts, REWARD_BM + better, REWARD_BM + better, REWARD_BM, np.full(REWARD_BM.shape, 9.0))
+    reward_BM, is_complete_BM = REWARD_BM + better, np.ones(REWARD_BM.shape, dtype=bool)
+    pool = measure.Pool(prompts, reward_BM, reward_BM, is_complete_BM, np.full(REWARD_BM.shape, 9.0))
     return turns.Worth(policy, pool, measure.quality_of_one(pool, None, None))
 
 

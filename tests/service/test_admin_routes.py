@@ -167,14 +167,32 @@ def test_bad_requests_name_what_is_wrong_and_change_nothing(world: World):
                 assert "unprintable" not in reply.json["error"]["message"], name
         assert wrong == []
         # The gateway's, which come when they come.
-        own = (b"bonsai:reconciler", b"bonsai:circles:lease", b"bonsai:keys:used", b"bonsai:spools")
-        assert [key for key in sorted(client.keys("*")) if key not in before and key not in own] == []
+        own = ("reconciler", "circles:lease", "keys:used", "spools", "files:since")
+        known = {*before, *(f"bonsai:{name}".encode() for name in own)}
+        assert [key for key in sorted(client.keys("*")) if key not in known] == []
 
 
 def test_an_unknown_method_is_named_by_its_field_and_told_every_method_there_is(world: World):
     reply = send(world, "POST", "/distill", {"method": {"type": "ppo"}})
     assert (reply.status, reply.json["error"]["param"]) == (422, "method.type")
     assert all(f"'{name}'" in reply.json["error"]["message"] for name in (*METHOD_NAMES, "interpolation"))
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "told"),
+    [
+        ("bond", {"quantiles": "learned_law"}, "'harmonic_mid', 'harmonic', 'monte_carlo', 'mid_rank' or 'add_one'"),
+        ("bon_regression", {"quantiles": "median"}, "'add_one', 'learned_law' or 'learned_head'"),
+        ("vbon", {"quantiles": "learned_head"}, "'mid_rank' or 'add_one'"),
+        ("vbon", {"quantiles": "mid_rank", "likelihood": "exact"}, "must be add_one for the exact likelihood"),
+    ],
+)
+def test_an_estimator_that_a_method_cannot_take_is_refused_by_its_field(
+    world: World, method: str, parameters: dict[str, str], told: str
+):
+    reply = send(world, "POST", "/distill", {"method": {"type": method, method: parameters}})
+    assert (reply.status, reply.json["error"]["param"]) == (422, f"method.{method}.quantiles")
+    assert told in reply.json["error"]["message"]
 
 
 @pytest.mark.parametrize("header", ["", "x" * 256, "a b"])

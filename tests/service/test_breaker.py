@@ -10,6 +10,7 @@ from service.breaker import (
     FIRST_PAUSE_SECONDS,
     LAST_CALLS,
     LONGEST_PAUSE_SECONDS,
+    LONGEST_PROBE_SECONDS,
     Breaker,
 )
 
@@ -58,7 +59,6 @@ def test_one_probe_goes_when_the_pause_is_over_and_no_second_one_before_it_ended
     clock.now += 0.001
     assert breaker.try_probe()
     assert breaker.state == "half_open"
-    clock.now += 1000
     assert not breaker.try_probe()
 
 
@@ -123,7 +123,37 @@ def test_an_engine_that_may_be_back_is_probed_at_once():
     assert breaker.try_probe()
 
 
-@given(st.lists(st.sampled_from(["fail", "pass", "trip", "wait", "probe", "close", "hasten"]), max_size=200))
+def test_a_probe_that_was_given_up_is_followed_by_another_at_once_and_its_failure_by_the_next_longer_pause():
+    clock = Clock()
+    breaker = half_opened(clock)
+    before = breaker.epoch
+    breaker.give_up()
+    assert (breaker.state, breaker.epoch) == ("open", before)
+    assert breaker.admits
+    assert breaker.try_probe()
+    breaker.trip()
+    assert breaker.probe_at == clock.now + 2 * FIRST_PAUSE_SECONDS
+
+
+def test_giving_up_what_is_no_probe_changes_nothing():
+    clock = Clock()
+    closed, waiting = Breaker(clock), opened(clock)
+    for breaker in (closed, waiting):
+        breaker.give_up()
+    assert (closed.state, waiting.state, waiting.admits) == ("closed", "open", False)
+
+
+def test_a_probe_that_tells_nothing_holds_up_the_next_one_for_half_a_minute_and_no_longer():
+    clock = Clock()
+    breaker = half_opened(clock)
+    clock.now += LONGEST_PROBE_SECONDS - 0.001
+    assert (breaker.admits, breaker.try_probe()) == (False, False)
+    clock.now += 0.001
+    assert breaker.try_probe()
+    assert (breaker.state, breaker.admits) == ("half_open", False)
+
+
+@given(st.lists(st.sampled_from(["fail", "pass", "trip", "wait", "probe", "close", "hasten", "give up"]), max_size=200))
 def test_whatever_happens_a_probe_is_the_only_way_back(events: list[str]):
     clock = Clock()
     breaker = Breaker(clock)
@@ -143,6 +173,8 @@ def test_whatever_happens_a_probe_is_the_only_way_back(events: list[str]):
                 breaker.close()
             case "hasten":
                 breaker.hasten()
+            case "give up":
+                breaker.give_up()
         if before != "closed" and breaker.state == "closed":
             assert probed
         if breaker.state == "open":

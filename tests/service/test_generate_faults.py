@@ -173,15 +173,15 @@ def test_for_a_reward_model_that_fails_nothing_is_drawn_until_it_is_tried_again(
 
 
 @pytest.mark.slow
-def test_a_try_whose_deadline_passed_is_followed_by_another(world):
+def test_a_try_whose_deadline_passed_is_followed_by_another_at_once(world):
+    """The deadline was its caller's: nobody else has to wait for that."""
     world.reward.script.fault = "error"
     for _ in range(FAILED_CALLS):
         world.client.post("/generate?n=2", HI)
     world.reward.script.fault = "silent"
     wait_until(lambda: world.client.post("/generate?n=2", {**HI, "timeout_ms": 300}).status == 504)
-    assert world.client.post("/generate?n=2", HI).status == 503
     world.reward.script.fault = "none"
-    wait_until(lambda: world.client.post("/generate?n=2", HI).status == 200)
+    assert world.client.post("/generate?n=2", HI).status == 200
 
 
 def test_rewards_none_of_which_is_finite_are_502(world):

@@ -206,12 +206,15 @@ async def test_a_key_that_is_no_key_is_unparseable(header: str):
         ({"window": Window(since=900.0, until=900.0)}, "window.until"),
         ({"window": Window(policies=(STUDENT, STUDENT))}, "window.policies"),
         ({"window": Window(policies=(STUDENT,)), "method": Method(type="bond")}, "window.policies"),
-        (
-            {
-                "window": Window(policies=(STUDENT,)),
-                "method": Method(type="bon_regression", bon_regression=BonRegressionSpec(quantiles="learned")),
-            },
-            "window.policies",
+        *(
+            (
+                {
+                    "window": Window(policies=(STUDENT,)),
+                    "method": Method(type="bon_regression", bon_regression=BonRegressionSpec(quantiles=quantiles)),
+                },
+                "window.policies",
+            )
+            for quantiles in ("monte_carlo", "learned_law", "learned_head")
         ),
         ({"training": {"weights": "full"}, "method": Method(type="jbond")}, "training.weights"),
         ({"training": {"weights": "full", "start_from": STUDENT}}, "training.start_from"),

@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 import redis
 
-from bon_algos.contracts import LEDGER_COUNTS, Arm, CandidateGroup, Outcome, experiment_stats_key
+from bon_algos.contracts import (
+    LEDGER_COUNTS,
+    Arm,
+    CandidateGroup,
+    Message,
+    Outcome,
+    Sampling,
+    ToolCall,
+    experiment_stats_key,
+)
 from service.ledger import Ledger
 from service.settings import GatewaySettings
 from service.spool import Spool
@@ -66,6 +75,18 @@ def test_records_arrive_as_they_were_in_their_order(tmp_path, redis_url):
     groups = numbered_groups(300)
     deliver(tmp_path, redis_url, groups)
     assert read_ledger(redis_url) == groups
+
+
+def test_a_group_arrives_with_all_that_it_has_but_alternatives(tmp_path, redis_url):
+    call = ToolCall(id="call_1", name="find", arguments='{"é": "\\ud83c\\udfac\\n"}')
+    sampling = Sampling(max_tokens=4, stop=("\n",), logit_bias=((5, -1e-7),), seed=2**63 - 1, json_schema='{"a": 1}')
+    messages = (Message(role="assistant", content="🎬", tool_calls=(call,)),)
+    logged = group([(1e-7, 3), (-1e22, 4)]).model_copy(
+        update={"messages": messages, "sampling": sampling, "tags": ("a", "b"), "gain_missed": 0.1}
+    )
+    drawn = [one.model_copy(update={"alternatives": (((7, -1.0),),)}) for one in logged.candidates]
+    deliver(tmp_path, redis_url, [logged.model_copy(update={"candidates": tuple(drawn)})])
+    assert read_ledger(redis_url) == [logged]
 
 
 def test_what_is_read_twice_is_delivered_once_and_counted_once(tmp_path, redis_url):

@@ -9,7 +9,7 @@ import pytest
 import redis as blocking_redis
 from redis.asyncio import Redis
 
-from bon_algos.contracts import LEDGER_COUNTS, Window, experiment_key, policy_key, route_key
+from bon_algos.contracts import LEDGER_COUNTS, POLICIES_INDEX, Window, experiment_key, policy_key, route_key
 from service.access import GATEWAY
 from service.catalogue import Catalogue
 from service.errors import Unavailable
@@ -80,11 +80,28 @@ async def test_what_needs_such_a_record_is_refused_and_changes_nothing(
     assert {key: await redis.dump(key) for key in await redis.keys()} == kept
 
 
+def newer(row: object) -> str:
+    return json.dumps(json.loads(str(row)) | NEWER)
+
+
 def test_over_http_it_is_503(world: World, store: blocking_redis.Redis):
     assert put(world.client, "/routes/newer", {}).status == 201
-    store.set(route_key("newer"), json.dumps(json.loads(str(store.get(route_key("newer")))) | NEWER))
+    store.set(route_key("newer"), newer(store.get(route_key("newer"))))
     reply = put(world.client, "/routes/newer", {})
     assert (reply.status, reply.json["error"]["code"]) == (503, "route_of_other_version")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", ""), ("GET", "/lineage"), ("GET", "/report"), ("GET", "/export"), ("POST", "/retire"), ("DELETE", "")],
+)
+def test_a_policy_that_this_gateway_cannot_read_is_not_said_to_be_none(still_world: World, method: str, path: str):
+    with blocking_redis.Redis.from_url(still_world.redis_url) as store:
+        store.hset(policy_key(A), "record", newer(policy(A).model_dump_json()))
+        store.zadd(POLICIES_INDEX, {A: 1.0})
+    reply = still_world.client.request(method, f"/policies/{A}{path}")
+    assert (reply.status, reply.json["error"]["code"]) == (503, "policy_of_other_version")
+    assert still_world.client.request(method, f"/policies/{B}{path}").status == 404
 
 
 async def test_the_circle_of_such_a_policy_waits_and_its_driver_goes_on(turning: Turning):

@@ -160,7 +160,9 @@ def test_a_policy_of_full_weights_goes_out_as_the_model_directory_that_it_is(wor
     wait_until(lambda: world.client.get(f"/policies/{written.policy_id}").status == 200)
     reply = world.client.get(f"/policies/{written.policy_id}/export?base=owner/model")
     assert (reply.status, int(reply.headers["content-length"])) == (200, len(reply.body))
-    unpack(reply.body, tmp_path / "out")
+    archive = tmp_path / "policy.tar"
+    archive.write_bytes(reply.body)
+    unpack(archive, tmp_path / "out")
     directory = tmp_path / "artefacts" / "policies" / written.digest
     own = {name: (directory / name).read_bytes() for name in written.files}
     found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

@@ -10,12 +10,13 @@ from contextlib import asynccontextmanager
 import pytest
 
 from bon_algos.contracts import Candidate, Sampling
+from bon_algos.vllm_protocol import Listener
 from service.breaker import FAILED_CALLS
 from service.errors import EngineUnavailable, PolicyNotServed
 from service.loops import running_loops
 from service.pool import EnginePool
 from service.replica import Replica
-from service.vllm import DrawingWindow, EngineState, Listener
+from service.vllm import DrawingWindow, EngineState
 from tests.service.records import BASE, STUDENT
 
 pytestmark = pytest.mark.anyio

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 import redis as blocking_redis
 
-from bon_algos.contracts import POLICIES_INDEX, Window, policy_key
-from tests.fixtures.gateway import Client, Reply, World
+from bon_algos.contracts import LEDGER_COUNTS, POLICIES_INDEX, Route, Window, policy_key, route_key
+from tests.fixtures.gateway import Client, Reply, World, wait_until
 from tests.service.records import BASE, job_spec, manifest
 from tests.service.test_access import made, refused
 
@@ -17,11 +17,12 @@ from tests.service.test_access import made, refused
 def scoped(still_world: World) -> Client:
     """Of an operator whose key is good for the route `mine` alone."""
     for name in ("mine", "other"):
-        reply = still_world.client.request(
-            "PUT", f"/routes/{name}", b'{"default_n":2}', {"Content-Type": "application/json"}
-        )
-        assert reply.status in (200, 201)
+        with_route(still_world, name)
     return still_world.client.with_key(made(still_world.client, role="operator", routes=["mine"])["key"])
+
+
+def with_route(world: World, name: str) -> None:
+    assert about(world.client, "PUT", "/routes/%s", b'{"default_n":2}', name).status in (200, 201)
 
 
 def about(client: Client, method: str, path: str, body: bytes | None, name: str) -> Reply:
@@ -96,6 +97,46 @@ def test_a_key_for_some_routes_changes_no_policy_that_learned_from_others(
     assert about(scoped, method, path, body, of_mine).status not in (401, 403, 500)
 
 
+def naming(name: str) -> list[tuple[dict[str, object], str]]:
+    """What a job may want of a policy, and the field that says which one."""
+    return [
+        ({"method": {"type": "interpolation", "interpolation": {"policy": name}}}, "method.interpolation.policy"),
+        ({"method": {"type": "bon_sft"}, "training": {"start_from": name}}, "training.start_from"),
+        ({"method": {"type": "bon_forward_kl"}, "window": {"policies": [name]}}, "window.policies[0]"),
+    ]
+
+
+@pytest.mark.parametrize("path", ["/distill", "/distill?dry_run=true"])
+@pytest.mark.parametrize("place", range(3))
+def test_a_job_of_a_key_for_some_routes_is_made_from_no_policy_of_others(
+    still_world: World, scoped: Client, path: str, place: int
+):
+    with_route(still_world, "mine")
+    with blocking_redis.Redis.from_url(still_world.redis_url) as store:
+        store.hset(LEDGER_COUNTS, "mine", "100")
+    for theirs in (learned_from(still_world, "7", "other"), learned_from(still_world, "8")):
+        spec, param = naming(theirs)[place]
+        told = refused(scoped.post(path, {"route": "mine", **spec}), 403, "route_forbidden")
+        assert told["error"]["param"] == param
+    spec, _ = naming(learned_from(still_world, "9", "mine"))[place]
+    assert scoped.post(path, {"route": "mine", **spec}).status in (200, 202)
+
+
+def test_a_circle_of_a_key_for_some_routes_goes_on_from_no_policy_of_others(still_world: World, scoped: Client):
+    with_route(still_world, "mine")
+    theirs = learned_from(still_world, "6", "other")
+    with blocking_redis.Redis.from_url(still_world.redis_url) as store:
+        kept = Route.model_validate_json(store.get(route_key("mine")))
+        store.set(route_key("mine"), kept.model_copy(update={"live_policy": theirs}).model_dump_json())
+    try:
+        wait_until(lambda: still_world.client.get("/routes/mine").json["live_policy"] == theirs)
+        told = refused(about(scoped, "PUT", "/routes/%s/circle", b"{}", "mine"), 403, "route_forbidden")
+        assert told["error"]["param"] == "training.start_from"
+    finally:
+        with blocking_redis.Redis.from_url(still_world.redis_url) as store:
+            store.set(route_key("mine"), kept.model_dump_json())
+
+
 def test_a_key_for_some_routes_takes_no_tag_from_a_policy_of_others(still_world: World, scoped: Client):
     theirs, own = learned_from(still_world, "e", "other"), learned_from(still_world, "f", "mine")
     typed = {"Content-Type": "application/json"}
@@ -106,7 +147,7 @@ def test_a_key_for_some_routes_takes_no_tag_from_a_policy_of_others(still_world:
 
 
 def test_a_key_for_some_routes_lists_no_other(still_world, scoped):
-    still_world.client.request("PUT", "/routes/mine", b'{"default_n":2}', {"Content-Type": "application/json"})
+    with_route(still_world, "mine")
     assert [row["id"] for row in scoped.get("/routes").json["data"]] == ["mine"]
     listed = {row["id"] for row in scoped.get("/v1/models").json["data"]}
     assert listed == {"mine", BASE}

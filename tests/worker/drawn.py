@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bon_algos.acceptance import ranking_reward
 from bon_algos.contracts import Interval
 from bon_algos.order import mean_interval
 from tests.worker import world
@@ -28,9 +27,7 @@ def rollout(reward, *, tokens=2, text="It is a word.", finish_reason="stop", log
         text,
         finish_reason,
     )
-    if reward is None:
-        return Rollout(drawn, None, -2e9)
-    return Rollout(drawn, reward, ranking_reward(drawn, reward))
+    return Rollout(drawn, reward)
 
 
 def pool(number, logged=()):

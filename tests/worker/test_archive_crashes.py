@@ -22,7 +22,7 @@ from bon_algos.contracts import (
     LEDGER_STREAM,
     Erasure,
     PolicyRecord,
-    erasure_groups_key,
+    erasure_targets_key,
     feedback_key,
     idempotency_key,
     job_key,
@@ -120,7 +120,7 @@ def is_forgotten(client, directory, erasure):
     assert PolicyRecord.model_validate_json(client.hget(policy_key(STUDENT), "record")).tainted
     window = directory / "jobs" / "job_1" / "window"
     assert sorted(path.name for path in window.iterdir()) == ["groups.json", "window.json"]
-    assert client.ttl(erasure_groups_key(erasure.id)) > 0
+    assert client.ttl(erasure_targets_key(erasure.id)) > 0
 
 
 def is_whole(client, archive):

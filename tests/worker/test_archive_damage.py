@@ -26,7 +26,7 @@ from tests.worker.forks import until
 from worker.compaction import Limits
 from worker.compactor import Compactor
 from worker.erasing import Eraser
-from worker.sources import delete_content, pinned, read_sources, windows
+from worker.sources import delete_content, pinned, read_sources
 
 AT_ONCE = Limits(entries=1000, bytes=2**20, seconds=0.0, hot_groups=0, hot_seconds=0.0)
 TEXTS_GO = Retention(text=1)
@@ -137,7 +137,7 @@ def test_a_list_that_cannot_be_read_holds_up_erasures_and_retention_until_it_is_
     write_batch(archive_at(tmp_path / "ledger"), entries(group(1, prompt="old")))
     world.deliver(client, of(ADA, 2))
     frozen(client, tmp_path, "job_1")
-    window = windows(tmp_path)["job_1"]
+    window = tmp_path / "jobs" / "job_1" / "window"
     (window / "groups.json").write_text('[["resp_')
     erasure = asked(client)
     with caplog.at_level(logging.ERROR), compactor(client, tmp_path):
@@ -166,7 +166,7 @@ def files_of(most):
 def test_a_full_disk_leaves_the_list_of_a_windows_groups_as_it_was(client, tmp_path):
     world.deliver(client, of(ADA, 1), of("bob", 2))
     frozen(client, tmp_path, "job_1")
-    window = windows(tmp_path)["job_1"]
+    window = tmp_path / "jobs" / "job_1" / "window"
     before = read_sources(window)
     with files_of(64), pytest.raises(OSError, match="File too large"):
         delete_content(window, [of(ADA, 1).id])

@@ -2,14 +2,14 @@
 
 import pytest
 
-from bon_algos.acceptance import INCOMPLETE_PENALTY, choose
+from bon_algos.acceptance import choose
 from bon_algos.acceptance import pool as pools_of
 from bon_algos.contracts import Sampling
 from bon_algos.order import best_of_n_weights
 from tests.worker import world
 from tests.worker.fit_groups import STUDENT, WANTED, fit_groups
 from worker import dataset
-from worker.dataset import freeze, prompt_pool
+from worker.dataset import PromptPool, freeze, prompt_pool
 from worker.errors import JobFailed
 
 
@@ -42,13 +42,20 @@ def test_another_length_limit_is_another_law_and_is_not_pooled():
 
 
 def test_a_truncated_completion_ranks_below_every_complete_one():
+    """However large its reward, and after a window's file has told of it."""
+    cuts = [world.candidate(reward=reward, finish_reason="length") for reward in (50.0, 49.0, 1e300, -1e300, 0.0)]
+    wholes = [world.candidate(reward=reward) for reward in (-50.0, 1e300, -1e9 - 50.0)]
+    (pooled,) = pool([world.group("a", [0, 1], candidates=[*cuts, *wholes])], {(0, 1): "train"}, world.BASE)
+    for known in (pooled, PromptPool.model_validate_json(pooled.model_dump_json())):
+        assert [one.is_complete for one in known.candidates] == [False] * 5 + [True] * 3
+        assert known.logged_group.rewards == [3, 2, 4, 0, 1, 6, 7, 5]
+
+
+def test_a_windows_file_says_of_a_completion_that_is_cut_what_it_always_said():
+    """Of a window that was frozen before, a job goes on with the same ranks."""
     cut = world.candidate(reward=50.0, finish_reason="length")
-    worse_cut = world.candidate(reward=49.0, finish_reason="length")
-    whole = world.candidate(reward=-50.0)
-    (pooled,) = pool([world.group("a", [0, 1], candidates=[cut, whole, worse_cut])], {(0, 1): "train"}, world.BASE)
-    ranks = pooled.logged_group.rewards
-    assert ranks[1] > ranks[0] > ranks[2]
-    assert ranks[0] == 50.0 - INCOMPLETE_PENALTY
+    (pooled,) = pool([world.group("a", [0, 1], candidates=[cut, world.candidate()])], {(0, 1): "train"}, world.BASE)
+    assert [one.ranking_reward for one in pooled.candidates] == [50.0 - 1e9, 0.0]
 
 
 def test_wanted_policies_candidates_know_who_drew_them():

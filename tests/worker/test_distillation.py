@@ -1,6 +1,7 @@
 """A job from its window to its policy: what it makes, of what, and how that is proved."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from bon_algos.contracts import (
     METHOD_NAMES,
     WEIGHING_METHODS,
+    CountedQuantiles,
     Fingerprint,
+    LearnedQuantiles,
     Manifest,
     PolicyRecord,
     adapter_digest,
@@ -20,7 +23,17 @@ from bon_algos.contracts import (
 from bon_algos.importance import effective_sample_size
 from bon_algos.logprobs import sequence_logprobs
 from tests.worker import world
-from tests.worker.distilled import FORWARD, JOB, VBON, answered_by, manifest_of, published, report_of, state
+from tests.worker.distilled import (
+    FORWARD,
+    JOB,
+    OWN_PARAMETERS,
+    VBON,
+    answered_by,
+    manifest_of,
+    published,
+    report_of,
+    state,
+)
 from tests.worker.stub_engine import save_tokenizer
 from worker import checkpoint
 from worker.durable import sha256_file
@@ -56,10 +69,44 @@ def test_a_job_ends_with_a_candidate_whose_files_prove_what_it_is(job, client, e
     assert checkpoint.newest(attempt.directory) is None  # an ended job keeps no states
 
 
-def test_a_regression_on_learned_quantiles_needs_no_group_of_n(job, client):
+@pytest.mark.parametrize("quantiles", get_args(CountedQuantiles))
+def test_a_regression_learns_by_every_way_to_count_quantiles(job, client, quantiles):
+    job("bon_regression", FORWARD | {"quantiles": quantiles, "steps": 20}).run()
+    manifest = manifest_of(client, JOB)
+    assert manifest.spec.method.spec.quantiles == quantiles
+    assert manifest.report.win_rate.mean > 0.5
+
+
+@pytest.mark.parametrize("quantiles", get_args(LearnedQuantiles))
+def test_a_regression_on_learned_quantiles_needs_no_group_of_n(job, client, quantiles):
     """Best-of-40 is aimed at, from groups of fewer candidates."""
-    job("bon_regression", FORWARD | {"n": 40, "quantiles": "learned"}).run()
+    job("bon_regression", FORWARD | {"n": 40, "quantiles": quantiles, "steps": 20}).run()
+    manifest = manifest_of(client, JOB)
+    assert manifest.spec.method.spec.quantiles == quantiles
+    assert manifest.report.win_rate.mean > 0.5
+
+
+def test_a_law_and_a_head_learn_other_quantiles(job):
+    told = []
+    for name in get_args(LearnedQuantiles):
+        attempt = job("bon_regression", FORWARD | {"n": 2, "quantiles": name}, job_id=name)
+        window = attempt.freeze()
+        learned = attempt.with_quantiles(attempt.open_training(window).policy, window)
+        told.append([pool.log_quantiles for pool in learned.train])
+    law, head = told
+    assert all(law)
+    assert all(head)
+    assert law != head
+
+
+@pytest.mark.parametrize(
+    ("method", "quantiles"),
+    [("bond", "monte_carlo"), ("bond", "harmonic"), ("vbon", "mid_rank"), ("vbon", "add_one")],
+)
+def test_fresh_samples_are_ranked_by_the_estimator_that_is_asked_for(job, client, method, quantiles):
+    job(method, OWN_PARAMETERS[method] | {"quantiles": quantiles}).run()
     assert state(client) == "succeeded"
+    assert manifest_of(client, JOB).spec.method.spec.quantiles == quantiles
 
 
 @pytest.mark.parametrize("asked", [{"likelihood": "exact"}, {"gradient": "reinforce"}], ids=["exact", "reinforce"])

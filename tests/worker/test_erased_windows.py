@@ -51,7 +51,7 @@ from worker.erasures import Erasures
 from worker.errors import JobFailed
 from worker.lease import Lease
 from worker.publish import read_published
-from worker.sources import FILE, windows
+from worker.sources import FILE
 
 __all__ = ["client", "place"]
 
@@ -223,7 +223,7 @@ def test_what_the_audit_tells_of_a_taint_is_told_once_and_chained(client, place,
 def test_a_window_that_was_frozen_in_the_meantime_is_known(client, place):
     directory, _ = place
     frozen(client, directory, "job_1")
-    window = windows(directory)["job_1"]
+    window = directory / "jobs" / "job_1" / "window"
     assert not Erasures.read(client).concern(window)
     asked(client)
     erasures = Erasures.read(client)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from time import time
 
 import redis
 
 from archive.fence import ALONE
 from archive.merging import merge
+from archive.reading import Archive
 from bon_algos.contracts import (
     ERASURES,
     SPOOLS,
     Erasure,
+    feedback_key,
     idempotency_key,
+    target_of,
 )
-from tests.archive.records import archive_at, group
+from tests.archive.records import Died, Fate, MortalStorage, archive_at, feedback, group
 from tests.worker import world
-from tests.worker.erasure import ADA, asked, client, erase, everywhere, of, place, stream
+from tests.worker.erasure import ADA, AT_ONCE, asked, client, erase, everywhere, of, place, stream
+from worker.compaction import Compaction
 from worker.erasing import Eraser
 
 __all__ = ["client", "place"]
@@ -123,9 +129,6 @@ def test_a_spool_that_may_hold_something_is_waited_for(client, place):
 
 def test_L22_killed_in_the_middle_it_is_done_by_the_next(client, place):
     """Every call of the store is the last one once."""
-    from archive.reading import Archive
-    from tests.archive.records import Died, Fate, MortalStorage
-
     directory, compaction = place
     asked(client)
     compaction.flush()
@@ -156,3 +159,27 @@ def test_what_a_shadow_said_beside_an_answer_goes_with_it_also_when_it_was_said_
     assert receipt.state == "proven"
     assert ADA.encode() not in everywhere(client, directory)
     assert late.id.encode() not in everywhere(client, directory)
+
+
+def test_what_was_said_of_a_session_is_known_when_its_groups_are_gone(client, tmp_path):
+    """It came first, so that it is looked at last; every change of the archive is the last one once."""
+    call, is_over = 0, False
+    while not is_over:
+        client.flushall()
+        directory, fate = tmp_path / str(call), Fate()
+        archive = Archive(MortalStorage(directory / "ledger", fate))
+        compaction = Compaction(client, archive, replace(AT_ONCE, hot_groups=0))
+        compaction.open()
+        said = feedback(of("bob", 1), 1, group_id=None, session=f"of {ADA}", comment=f"about {ADA}")
+        world.deliver(client, said, of("bob", 1), of("bob", 2), of(ADA, 3), of("bob", 4), of("bob", 5))
+        while compaction.step(wait_seconds=0.01) is not None:
+            pass
+        client.hset(feedback_key(target_of(None, said.session)), said.question, said.model_dump_json())
+        asked(client)
+        with suppress(Died), fate.dying_at(call, after=True):
+            Eraser(client, archive, directory).work()
+        is_over = fate.calls <= call
+        erase(client, directory, compaction)
+        assert ADA.encode() not in everywhere(client, directory), call
+        call += 1
+    assert call > 5

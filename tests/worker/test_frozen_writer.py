@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -158,6 +159,28 @@ def test_what_was_not_acknowledged_is_not_by_one_that_was_overtaken(client, tmp_
             assert client.xpending(LEDGER_STREAM, LEDGER_CONSUMERS)["pending"] == 1
             with pytest.raises(Overtaken):
                 old.trim()
+
+
+def test_what_is_read_by_one_that_was_overtaken_is_written_by_the_next(client, tmp_path):
+    """It wakes and reads on, and is told before it writes: the group takes that for delivered, and the next one reads
+    what is behind it."""
+    archive = archive_at(tmp_path)
+    with ArchiveLease(client, archive, 60) as first:
+        old = Compaction(client, archive, replace(LIMITS, seconds=60.0), first)
+        old.open()
+        client.delete(COMPACTOR_LEASE)
+        with ArchiveLease(client, archive, 60) as second:
+            new = Compaction(client, archive, LIMITS, second)
+            new.open()
+            world.deliver(client, group(1))
+            assert old.step(wait_seconds=0.01) is None
+            with pytest.raises(Overtaken):
+                first.confirm()
+            world.deliver(client, group(2))
+            new.step(wait_seconds=0.01)
+    work(client, archive)
+    assert archived(archive) == [group(1), group(2)]
+    assert client.xpending(LEDGER_STREAM, LEDGER_CONSUMERS)["pending"] == 0
 
 
 class Late:

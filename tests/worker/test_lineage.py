@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from bon_algos.acceptance import MIN_PROMPTS, Requirements, split_sides
 from bon_algos.ancestors import Lineage
-from bon_algos.contracts import POLICIES_DELETED, Window, policy_key
+from bon_algos.contracts import POLICIES_DELETED, POLICIES_INDEX, Window, policy_key
 from tests.service.records import job_spec, manifest, numbered, policy
 from tests.worker import world
 from worker.dataset import freeze
+from worker.erased_windows import taint
 from worker.errors import JobFailed
 from worker.lineage import lineage
 
@@ -48,6 +49,7 @@ def published(client, tmp_path):
         )
         record = policy(numbered(number), written=written)
         client.hset(policy_key(record.id), mapping={"record": record.model_dump_json(), "version": 1})
+        client.zadd(POLICIES_INDEX, {record.id: number})
         return record.id, {pool.prompt_ids for pool in window.train}
 
     return make
@@ -131,3 +133,13 @@ def test_an_ancestor_whose_window_is_gone_or_another_stops_the_job(client, tmp_p
         assert failed.value.code == "lineage_unknown"
         if not windows[0].exists():
             shutil.copytree(windows[1], windows[0])
+
+
+def test_of_an_ancestor_whose_window_was_erased_nobody_is_asked_to_restore_it(client, tmp_path, published):
+    one, _ = published(1, groups(0, 20))
+    two, _ = published(2, groups(20, 40), parent=one)
+    (tmp_path / "jobs" / "job_1" / "window" / "pools.jsonl.z").unlink()
+    taint(client, frozenset({"job_1"}))
+    with pytest.raises(JobFailed, match="erased") as failed:
+        lineage(client, tmp_path, (two,))
+    assert failed.value.code == "policy_unusable"

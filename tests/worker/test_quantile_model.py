@@ -1,6 +1,7 @@
 """Quantiles learned across prompts: nearer to the truth than what one small group can count, ties or none."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from bon_algos.quantiles import log_quantile_harmonic_mid, standing_among_others
 from tests.worker.drawn import pool
 from worker.errors import JobFailed
-from worker.quantile_model import learned_log_quantiles, with_learned_quantiles
+from worker.quantile_model import judged_log_quantiles, learned_log_quantiles, with_learned_quantiles
 
 NUM_PROMPTS, NUM_CANDIDATES = 160, 6
 
@@ -39,6 +40,35 @@ def test_other_prompts_tell_more_than_five_other_candidates_do(seed):
     learned = learned_log_quantiles(feature, reward.tolist(), seed)
     counted = log_quantile_harmonic_mid(standing_among_others(torch.from_numpy(reward)))
     assert error_of(learned, truth) < 0.7 * error_of(counted.numpy(), truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_head_on_prompt_and_completion_tells_more_than_five_other_candidates_do(seed):
+    """A completion is told by how far it is above its prompt's mean, which says nothing of its reward without the
+    spread that the prompt tells."""
+    feature, reward, truth = world(seed)
+    above = reward - 2 * feature[:, :1].numpy()
+    prompt_TD = feature.repeat_interleave(NUM_CANDIDATES, dim=0)
+    feature_TD = torch.cat((prompt_TD, torch.from_numpy(above.reshape(-1, 1))), dim=-1)
+    judged = judged_log_quantiles(feature_TD, reward.tolist(), seed)
+    counted = log_quantile_harmonic_mid(standing_among_others(torch.from_numpy(reward)))
+    assert error_of(judged, truth) < 0.7 * error_of(counted.numpy(), truth)
+
+
+def test_a_law_is_asked_of_prompts_and_a_head_of_prompts_with_their_completions():
+    pools = [pool(number, [0.0, 1.0, 2.0]) for number in range(8)]
+    asked: dict[str, list[tuple[int, ...]]] = {}
+
+    def features(kind, sequences):
+        asked[kind] = [tuple(ids) for ids in sequences]
+        return torch.zeros(len(sequences), 2)
+
+    for kind in ("learned_law", "learned_head"):
+        told = with_learned_quantiles(pools, partial(features, kind), kind, n=16, seed=0)
+        assert all(len(one.log_quantiles or ()) == 3 for one in told)
+    assert asked["learned_law"] == [one.prompt_ids for one in pools]
+    assert asked["learned_head"] == [(*one.prompt_ids, *own.token_ids) for one in pools for own in one.candidates]
 
 
 @pytest.mark.slow
@@ -74,13 +104,14 @@ def test_where_rewards_tie_levels_are_counted_for_more_than_best_of_two():
     feature = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 3)))
     tied, untied = [0.0, 1.0, 2.0, 3.0, 9.0, 9.0, 9.0, 9.0], [float(k) for k in range(8)]
     pools = [pool(number, tied if number % 2 else untied) for number in range(8)]
-    of_best_of_16 = with_learned_quantiles(pools, feature, n=16, seed=0)
+    of_best_of_16 = with_learned_quantiles(pools, lambda _: feature, "learned_law", n=16, seed=0)
     for number, one in enumerate(of_best_of_16):
         assert (one.levels is None) == (number % 2 == 0)
         assert (one.log_quantiles is None) == (number % 2 == 1)
     assert of_best_of_16[1].levels == ((0, 1 / 8), (1 / 8, 1 / 4), (1 / 4, 3 / 8), (3 / 8, 1 / 2), *[(1 / 2, 1)] * 4)
     # for n = 2 a level's middle is all that counts, and the law knows it better
-    assert all(one.log_quantiles is not None for one in with_learned_quantiles(pools, feature, n=2, seed=0))
+    of_best_of_2 = with_learned_quantiles(pools, lambda _: feature, "learned_law", n=2, seed=0)
+    assert all(one.log_quantiles is not None for one in of_best_of_2)
 
 
 def test_too_few_prompts_are_refused():

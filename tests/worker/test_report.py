@@ -12,6 +12,7 @@ from bon_algos.order import best_of_n_law, kl_best_of_n_reference, kl_bound, win
 from tests.worker import drawn, world
 from worker.judge import NOT_CONFIGURED, NoOpinion, Opinion
 from worker.report import held_out, policy_report
+from worker.report_frontier import Curve
 
 REWARDS = np.array([0.0, 1.0, 1.0, 2.0])
 REFERENCE = np.array([0.4, 0.2, 0.2, 0.2])
@@ -260,3 +261,11 @@ def test_the_record_survives_its_own_json():
     report = report_of(judged, opinion=opinion_of(judged))
     assert type(report).model_validate_json(report.model_dump_json()) == report
     assert report.base_policy_id == world.BASE
+
+
+def test_what_was_cut_off_is_on_the_frontier_as_it_is_served():
+    """Of the pairs of three draws, of which the best was cut off, best-of-2 is worth 1, 1 and 0."""
+    pool = [drawn.rollout(9.0, finish_reason="length"), drawn.rollout(1.0), drawn.rollout(0.0)]
+    curve = Curve.of([drawn.row(number, [0.0], pool) for number in range(2)], 2)
+    assert curve.sizes == (1, 2)
+    assert curve.reward == pytest.approx(np.array([[10 / 3, 2 / 3]] * 2))

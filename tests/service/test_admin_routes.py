@@ -105,7 +105,8 @@ def test_an_experiment_counts_its_arms(world: World, tmp_path: Path):
         arms_now: list[dict[str, Any]] = world.client.get("/experiments/default").json["arms"]
         return arms_now
 
-    wait_until(lambda: sum(arm["scored"] for arm in shown()) == 12)
+    # The forced one was spooled last: with it all have arrived.
+    wait_until(lambda: [sum(arm[what] for arm in shown()) for what in ("scored", "forced")] == [12, 1])
     assert [arm["exposures"] for arm in shown()] == [met.count(f"{BASE}:4"), met.count(f"{student}:1")]
     assert [arm["forced"] for arm in shown()] == [0, 1]
     assert [arm["answers"] for arm in shown()] == [arm["exposures"] for arm in shown()]

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from bon_algos.contracts import ROUTES_INDEX, Circle, CircleSpec, PolicyRecord, Turn, circle_key, policy_key, route_key
+from bon_algos.contracts import (
+    ROUTES_INDEX,
+    Circle,
+    CircleSpec,
+    PolicyRecord,
+    Turn,
+    circle_key,
+    job_key,
+    policy_key,
+    route_key,
+)
 from service.access import GATEWAY
 from service.errors import CircleNotFound, Conflict
 from tests.service.records import BASE, route
@@ -153,16 +163,20 @@ async def test_stopped_after_it_has_promoted_the_turn_says_so(turning: Turning):
     assert (ended.status, ended.live_policy, ended.turns[0].outcome) == ("stopped", FIRST, "promoted")
 
 
-async def test_all_are_stopped_whatever_fails_with_one(turning: Turning):
-    """The trial of its policy cannot be ended, for the policy's record is of another version."""
+@pytest.mark.parametrize(("key_of", "member", "value"), [(policy_key, "record", "{}"), (job_key, "step", "no number")])
+async def test_all_are_stopped_whatever_fails_with_one(turning: Turning, key_of, member: str, value: str):
+    """The turn of one cannot be ended: its policy's record is of another version, or its job's is damaged, which is no
+    failure that anybody foresaw."""
     broken = await as_canary(turning)
+    assert broken.turn is not None
+    assert broken.turn.job_id is not None
     spare_route = route().model_copy(update={"name": "spare"})
     await turning.redis.set(route_key("spare"), spare_route.model_dump_json())
     await turning.redis.sadd(ROUTES_INDEX, "spare")
     begun = Turn(number=1, began_at=0.0, parent=BASE)
     spare = broken.model_copy(update={"route": "spare", "turn": begun})
     await turning.redis.set(circle_key("spare"), spare.model_dump_json())
-    await turning.redis.hset(policy_key(FIRST), "record", "{}")
+    await turning.redis.hset(key_of(FIRST if key_of is policy_key else broken.turn.job_id), member, value)
     failures = await turning.driver.stop(["default", "nowhere", "spare"], "enough", GATEWAY)
     assert [(name, type(failure)) for name, failure in failures.items()] == [("nowhere", CircleNotFound)]
     left, ended = await turning.circle(), await turning.circles.get("spare", "default")

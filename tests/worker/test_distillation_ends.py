@@ -129,21 +129,36 @@ class AskedMeanwhile(redis.Redis):
         return super().xrevrange(*args, **kwargs)
 
 
-def test_groups_that_were_to_be_erased_while_they_were_read_reach_no_file(job, client, redis_url, tmp_path):
-    """The erasure may be proven before the window is there."""
+@pytest.fixture
+def of_ada(client):
+    """The erasure that she may ask for: every group of the ledger is hers."""
     groups = [record_of(fields) for _, fields in client.xrange(LEDGER_STREAM)]
     client.delete(LEDGER_STREAM)
     world.deliver(client, *(group.model_copy(update={"user": "ada"}) for group in groups))
     digest = subject_digest("default", "ada")
+    return Erasure(
+        id=erasure_id(digest), tenant="default", subject_digest=digest, requested_at=time.time(), requested_by="k"
+    )
+
+
+def test_groups_that_were_to_be_erased_while_they_were_read_reach_no_file(job, redis_url, tmp_path, of_ada):
+    """The erasure may be proven before the window is there."""
     attempt = job()
     with AskedMeanwhile.from_url(redis_url) as reads:
-        reads.erasure = Erasure(
-            id=erasure_id(digest), tenant="default", subject_digest=digest, requested_at=time.time(), requested_by="k"
-        )
+        reads.erasure = of_ada
         attempt.workplace = Workplace(**{**vars(attempt.workplace), "client": reads})
         with pytest.raises(JobFailed, match="window_erased"):
             attempt.freeze()
     assert [path for path in (tmp_path / "jobs").rglob("*") if path.is_file()] == []
+
+
+def test_a_later_attempt_learns_from_no_window_whose_groups_are_to_be_erased_since(job, client, of_ada):
+    """Before whoever erases has found the window."""
+    job().freeze()
+    client.hset(job_key(JOB), "lease_until", 1)
+    client.hset(ERASURES, of_ada.id, of_ada.model_dump_json())
+    with pytest.raises(JobFailed, match="window_erased"):
+        job().freeze()
 
 
 def test_a_fenced_attempt_writes_no_state_and_publishes_nothing(job, client, tmp_path):

@@ -21,6 +21,8 @@ from tests.worker.small_job import LEASE_SECONDS
 from worker import attempts, checkpoint
 
 pytestmark = pytest.mark.slow
+UNHURRIED = {"LEASE_SECONDS": 300}
+"""For those that are frozen and woken in time: who is late to wake them would find another owner."""
 ROOM_FOR_A_POLICY = 150_000
 """Bytes: for all but its report's figure."""
 
@@ -197,7 +199,7 @@ def test_F38_a_torn_state_costs_the_steps_since_the_one_before(file, small, undi
 )
 def test_F38_a_disk_that_is_full_costs_an_attempt(phase, point, room, small, undisturbed, engine, small_disk):
     """Nothing half-written has a name; once there is room the job ends well."""
-    job = small(artefacts=small_disk.directory)
+    job = small(artefacts=small_disk.directory, settings=UNHURRIED)
     worker, training = job.frozen_at(point)
     small_disk.fill(training, room)
     os.kill(training, signal.SIGCONT)
@@ -252,7 +254,7 @@ def test_F39_a_registered_policy_is_swept_however_old_it_is_never(small, undistu
     ],
 )
 def test_F40_a_job_cancelled_in_any_phase_stops_within_a_step_and_publishes_nothing(phase, point, small, engine):
-    job = small(job_id=JOB)
+    job = small(job_id=JOB, settings=UNHURRIED)
     worker, training = job.frozen_at(point)
     assert job.value("phase") == phase
     state = checkpoint.newest(job.directory)
@@ -268,7 +270,7 @@ def test_F40_a_job_cancelled_in_any_phase_stops_within_a_step_and_publishes_noth
 @pytest.mark.parametrize("point", ["checkpoint.written:2", "adapter.lent:5", "finish.asked"])
 def test_F21_a_redis_that_is_killed_and_comes_back_costs_a_running_job_nothing(point, small, undisturbed, own_redis):
     """While it trains, while its policy is judged, and at the very script that ends it."""
-    job = small(redis_url=own_redis.url)
+    job = small(redis_url=own_redis.url, settings=UNHURRIED)
     worker, training = job.frozen_at(point)
     own_redis.kill()
     os.kill(training, signal.SIGCONT)

@@ -54,7 +54,11 @@ CIRCLE_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         headers=("ETag",),
     ),
     ("POST", "/routes/{route}/circle/start"): Operation(
-        "Go on after a stop", {200: CIRCLE}, parameters=(ONCE, MATCH), errors=CHANGING, headers=("ETag",)
+        "Go on after a stop",
+        {200: CIRCLE},
+        parameters=(ONCE, MATCH),
+        errors=(*CHANGING, InvalidField),
+        headers=("ETag",),
     ),
     ("POST", "/routes/{route}/circle/stop"): Operation(
         "Stop a route's circle and what it has under way",

@@ -84,7 +84,7 @@ REGISTRY_OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "Take a candidate out of use",
         {200: replies.POLICY},
         parameters=(ONCE, MATCH),
-        errors=CHANGING,
+        errors=(*CHANGING, InvalidField),
         headers=("ETag",),
     ),
     ("GET", "/policies/{policy_id}/lineage"): Operation(

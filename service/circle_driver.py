@@ -108,7 +108,7 @@ class CircleDriver:
             await asyncio.sleep(self._seconds)
 
     async def step(self, circle: Circle) -> None:
-        """One look at a circle and what follows from it."""
+        """One look at a circle and what follows from it. What fails with one keeps it from no other."""
         try:
             facts = await self._facts(circle)
             if facts is not None:
@@ -117,6 +117,9 @@ class CircleDriver:
         except GatewayError as error:
             log.warning("the circle of %s waits: %s", circle.route, error.message)
             await self._note(circle, f"tried, and tries again: {error.message}")
+        except ValueError:  # its words may hold what was sent
+            log.exception("the circle of %s waits: a record of it is damaged", circle.route)
+            await self._note(circle, "tried, and tries again: a record of it is damaged")
 
     async def stop(
         self, routes: Sequence[str], reason: str, by: Caller, *, precondition: Precondition = ANY

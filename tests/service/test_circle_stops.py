@@ -221,3 +221,15 @@ async def test_a_roll_back_by_hand_stops_it(turning: Turning):
     assert "somebody else" in ended.reason
     again = await turning.circles.start("default", GATEWAY)
     assert again.live_policy is None
+
+
+async def test_a_damaged_record_of_one_keeps_the_others_going(turning: Turning):
+    stuck = await as_canary(turning)
+    assert stuck.turn is not None
+    assert stuck.turn.job_id is not None
+    await turning.redis.hset(job_key(stuck.turn.job_id), "step", "no number")
+
+    left = await turning.look()
+
+    assert (left.status, left.turn) == (stuck.status, stuck.turn)
+    assert left.reason == "tried, and tries again: a record of it is damaged"

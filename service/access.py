@@ -76,14 +76,26 @@ class Caller(NamedTuple):
     def require_policy(self, policy: PolicyRecord, param: str = "policy_id") -> None:
         """Raises Forbidden for a key for some routes, unless the policy learned from those alone: an import and a base
         are of all routes. The policy has been found among the tenant's."""
-        spec = None if policy.manifest is None else policy.manifest.spec
-        learned_from = () if spec is None else (spec.route, *spec.window.routes)
-        if self.routes is not None and not (learned_from and all(map(self.may_use, learned_from))):
-            raise Forbidden(
-                "this needs a key that is good for the routes that the policy learned from",
-                param=param,
-                code="route_forbidden",
-            )
+        if self.routes is not None and not _learned_from(policy):
+            raise _of_other_routes(param)
+        self.require_servable(policy, param)
+
+    def require_servable(self, policy: PolicyRecord, param: str = "policy_id") -> None:
+        """Raises Forbidden for a key for some routes where the policy learned from another: what it says tells what
+        that one was asked. An import and a base may answer anywhere."""
+        if not all(map(self.may_use, _learned_from(policy))):
+            raise _of_other_routes(param)
+
+
+def _learned_from(policy: PolicyRecord) -> tuple[str, ...]:
+    """Routes; none of an import and of a base."""
+    spec = None if policy.manifest is None else policy.manifest.spec
+    return () if spec is None else (spec.route, *spec.window.routes)
+
+
+def _of_other_routes(param: str) -> Forbidden:
+    said = "this needs a key that is good for the routes that the policy learned from"
+    return Forbidden(said, param=param, code="route_forbidden")
 
 
 GATEWAY: Final = Caller("gateway", DEFAULT_TENANT, "admin")

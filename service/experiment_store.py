@@ -57,13 +57,16 @@ class ExperimentRequest(Record):
     arms: tuple[ArmRequest, ...] = Field(fail_fast=True, min_length=MIN_ARMS, max_length=MAX_ARMS)
 
 
-def checked_arms(request: ExperimentRequest, route: Route, snapshot: Snapshot) -> tuple[ExperimentArm, ...]:
-    """The arms, every rule checked. Raises InvalidField with the field at fault."""
+def checked_arms(
+    request: ExperimentRequest, route: Route, snapshot: Snapshot, by: Caller = GATEWAY
+) -> tuple[ExperimentArm, ...]:
+    """The arms, every rule checked. Raises InvalidField, or Forbidden, with the field at fault."""
     arms: list[ExperimentArm] = []
     for index, asked in enumerate(request.arms):
         param = f"arms[{index}]"
         require_n(asked.n, route.n_cap, f"{param}.n")
         policy = policy_named(asked.policy, route, snapshot, f"{param}.policy")
+        by.require_servable(snapshot.policies[policy], f"{param}.policy")
         _require_testable(snapshot.policies[policy], route, snapshot, f"{param}.policy")
         arm = Arm(policy=policy, n=asked.n)
         if any(arm == earlier.arm for earlier in arms):
@@ -121,7 +124,7 @@ class Experiments:
         precondition: Precondition = ANY,
     ) -> Experiment:
         """Start an experiment, or raise one weight of the running one. snapshot: what the caller's tenant sees.
-        Raises InvalidField, RouteNotFound, Conflict, PreconditionFailed."""
+        Raises InvalidField, Forbidden, RouteNotFound, Conflict, PreconditionFailed."""
         keys = (route_key(route_name, by.tenant), experiment_key(route_name, by.tenant))
 
         async def change(pipe: Pipeline) -> Experiment:
@@ -130,7 +133,7 @@ class Experiments:
                 raise RouteNotFound("no such route")
             former, route = None if row is None else read_record(Experiment, row), _free_route(route_row)
             precondition.require(version_of(former))
-            arms = checked_arms(request, route, snapshot)
+            arms = checked_arms(request, route, snapshot, by)
             experiment = _successor(route_name, by.tenant, former, arms)
             audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]

@@ -99,6 +99,7 @@ async def promote(request: Request, policy_id: str) -> JSONResponse:
     asked = await read_model(request, PromoteRequest, control.max_body_bytes)
     _require_share(asked)
     caller.require_route(asked.route)
+    caller.require_servable(await _found(request, policy_id))
     named = named_policy(policy_id, snapshot_of(request))
     served, precondition = control.catalogue.snapshot.served, Precondition.of(request)
     once = idempotency_of(request, asked.model_dump_json(exclude_unset=True))

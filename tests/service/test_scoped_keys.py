@@ -97,6 +97,31 @@ def test_a_key_for_some_routes_changes_no_policy_that_learned_from_others(
     assert about(scoped, method, path, body, of_mine).status not in (401, 403, 500)
 
 
+SERVING_POLICIES = [
+    ("POST", "/policies/%s/promote", b'{"route":"mine","override_reason":"r"}', "policy_id"),
+    ("POST", "/policies/%s/promote", b'{"route":"mine","stage":"canary","share":0.1}', "policy_id"),
+    (
+        "PUT",
+        "/experiments/mine",
+        b'{"arms":[{"policy":"base","n":2,"weight":5000},{"policy":"%s","n":1,"weight":5000}]}',
+        "arms[1].policy",
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "param"), SERVING_POLICIES)
+def test_a_key_for_some_routes_serves_no_policy_that_learned_from_others(
+    still_world: World, scoped: Client, method: str, path: str, body: bytes, param: str
+):
+    """An import may answer anywhere: here it fails only because no engine has shown it."""
+    with_route(still_world, "mine")
+    for name in (learned_from(still_world, "1", "other"), learned_from(still_world, "2", "mine", window=("other",))):
+        told = refused(about(scoped, method, path, body, name), 403, "route_forbidden")
+        assert told["error"]["param"] == param
+    for name in (learned_from(still_world, "3", "mine"), learned_from(still_world, "4")):
+        assert about(scoped, method, path, body, name).status in (409, 422)
+
+
 def naming(name: str) -> list[tuple[dict[str, object], str]]:
     """What a job may want of a policy, and the field that says which one."""
     return [

@@ -117,8 +117,8 @@ class CircleDriver:
         except GatewayError as error:
             log.warning("the circle of %s waits: %s", circle.route, error.message)
             await self._note(circle, f"tried, and tries again: {error.message}")
-        except ValueError:  # its words may hold what was sent
-            log.exception("the circle of %s waits: a record of it is damaged", circle.route)
+        except ValueError as error:  # of which only the kind is told: its words may hold what was sent
+            log.error("the circle of %s waits: a record of it is damaged (%s)", circle.route, type(error).__name__)
             await self._note(circle, "tried, and tries again: a record of it is damaged")
 
     async def stop(

@@ -30,7 +30,7 @@ from service.access import Caller
 from service.audit import AuditChain
 from service.circle_rules import foreseen_kl, of_last_day
 from service.errors import CircleNotFound, Conflict, InvalidField, RouteNotFound, Unavailable
-from service.idempotency import Idempotency
+from service.idempotency import Idempotency, once
 from service.preconditions import ANY, Precondition, version_of
 from service.record_reading import read_record
 from service.registry import read_policy
@@ -111,8 +111,6 @@ class Circles:
         while it runs."""
 
         async def change(pipe: Pipeline) -> Circle:
-            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
-                return read_record(Circle, earlier)
             circle, route = await _read_both(pipe, name, by.tenant)
             precondition.require(circle_version(circle))
             if circle.status == "running":
@@ -120,12 +118,10 @@ class Circles:
             fresh: dict[str, object] = {"status": "running", "reason": "", "refusals": 0}
             if route.live_policy != circle.live_policy:
                 fresh |= {"since": time(), "counted": await _counted(pipe, route), **await _stands_at(pipe, route)}
-            started = await _changed(pipe, circle, "circle_start", by, fresh)
-            if idempotency is not None:
-                idempotency.remember(pipe, started.model_dump_json())
-            return started
+            return await _changed(pipe, circle, "circle_start", by, fresh)
 
-        return await transact(self._redis, (circle_key(name, by.tenant), route_key(name, by.tenant)), change)
+        keys = (circle_key(name, by.tenant), route_key(name, by.tenant))
+        return await transact(self._redis, keys, once(idempotency, Circle, change))
 
     async def stop(self, name: str, reason: str, by: Caller, *, precondition: Precondition = ANY) -> Circle:
         """No step is taken from here on; a turn under way is ended by whoever drives circles. The live policy stays.

@@ -98,7 +98,7 @@ class Deletion:
             pipe.zadd(POLICIES_DELETED, {policy_id: time()})
             for route in routes.values():
                 if policy_id in route.previous_policies:
-                    write_move(pipe, route, _without(route, policy_id), (), None)
+                    write_move(pipe, route, _without(route, policy_id), ())
             audit.append(pipe, "policy_delete", by, policy=policy_id, data=json.dumps({"before": policy.state}))
 
         await transact(self._redis, [ROUTES_INDEX, POLICIES_INDEX, policy_key(policy_id)], change)

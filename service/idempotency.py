@@ -1,11 +1,12 @@
 """`Idempotency-Key`: the same key with the same request is answered again, not carried out again.
 
 Owns: what a key may look like, the Redis key it becomes, and how an answer is kept beside the digest of its request
-for 24 h. Does not own: the request; each operation recalls and remembers inside its own transaction or script.
+for 24 h. Does not own: the request; an operation recalls and remembers inside its own transaction (`once`) or script.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final, Self, cast, overload
@@ -15,6 +16,7 @@ from redis.asyncio.client import Pipeline
 from bon_algos.contracts import DEFAULT_TENANT, idempotency_key
 from service.errors import InvalidField, Unparseable
 from service.headers import IDEMPOTENCY_KEY
+from service.record_reading import RegistryRecord, read_record
 
 KEPT_SECONDS: Final = 86_400
 MAX_LENGTH: Final = 255
@@ -71,3 +73,23 @@ class Idempotency:
     def remember(self, pipe: Pipeline, answer: str) -> None:
         """Queue the answer with the writes it belongs to."""
         pipe.set(self.key, f"{self.digest} {answer}", ex=KEPT_SECONDS)
+
+
+def once(
+    idempotency: Idempotency | None,
+    kind: type[RegistryRecord],
+    change: Callable[[Pipeline], Awaitable[RegistryRecord]],
+) -> Callable[[Pipeline], Awaitable[RegistryRecord]]:
+    """For `transact`: a change that is carried out once under this key. What it returned is kept with its writes, and
+    is what the same request gets again. idempotency: None, and it is carried out whenever it is asked for."""
+    if idempotency is None:
+        return change
+
+    async def recalled_or_changed(pipe: Pipeline) -> RegistryRecord:
+        if (earlier := await idempotency.recall(pipe)) is not None:
+            return read_record(kind, earlier)
+        changed = await change(pipe)
+        idempotency.remember(pipe, changed.model_dump_json())
+        return changed
+
+    return recalled_or_changed

@@ -31,9 +31,8 @@ from service.access import GATEWAY, Caller
 from service.audit import AuditChain
 from service.circles import require_as_decided
 from service.errors import Conflict, PolicyNotFound
-from service.idempotency import Idempotency
+from service.idempotency import Idempotency, once
 from service.preconditions import ANY, Precondition, version_of
-from service.record_reading import read_record
 from service.registry import moved, named, read_policy, require_fit, settled, watched_routes, write_move, write_policy
 from service.store import transact
 
@@ -99,8 +98,6 @@ class Policies:
         """
 
         async def change(pipe: Pipeline) -> Route:
-            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
-                return read_record(Route, earlier)
             if circle is not None:
                 await require_as_decided(pipe, circle)
             routes = await watched_routes(pipe, by.tenant)
@@ -116,11 +113,11 @@ class Policies:
             states = await settled(pipe, routes, [promoted])
             audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
-            write_move(pipe, route, promoted, states, idempotency)
+            write_move(pipe, route, promoted, states)
             audit.append(pipe, "promote", by, policy=policy_id, data=moved(route, promoted, states, reason=reason))
             return promoted
 
-        return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
+        return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], once(idempotency, Route, change))
 
     async def roll_back(
         self,
@@ -138,8 +135,6 @@ class Policies:
         """
 
         async def change(pipe: Pipeline) -> Route:
-            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
-                return read_record(Route, earlier)
             routes = await watched_routes(pipe, by.tenant)
             route = named(routes, route_name)
             precondition.require(version_of(route))
@@ -150,12 +145,12 @@ class Policies:
             states = await settled(pipe, routes, [restored])
             audit = await AuditChain.open(pipe)
             pipe.multi()  # type: ignore[no-untyped-call]
-            write_move(pipe, route, restored, states, idempotency)
+            write_move(pipe, route, restored, states)
             told = moved(route, restored, states, skipped=skipped)
             audit.append(pipe, "roll_back", by, policy=target or "", data=told)
             return restored
 
-        return await transact(self._redis, [ROUTES_INDEX], change)
+        return await transact(self._redis, [ROUTES_INDEX], once(idempotency, Route, change))
 
     async def retire(
         self,
@@ -168,8 +163,6 @@ class Policies:
         """Take a candidate out of use for good. Raises Conflict for one that is anything to a route."""
 
         async def change(pipe: Pipeline) -> PolicyRecord:
-            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
-                return read_record(PolicyRecord, earlier)
             routes = await watched_routes(pipe, by.tenant)
             policy = await read_policy(pipe, policy_id, by.tenant)
             precondition.require(policy.version)
@@ -183,12 +176,10 @@ class Policies:
                 )
             if policy.state != "candidate":
                 raise Conflict(f"the policy is {policy.state} already", code=f"policy_{policy.state}")
-            retired = await self._written(pipe, policy, policy.become("retired"), "retire", by)
-            if idempotency is not None:
-                idempotency.remember(pipe, retired.model_dump_json())
-            return retired
+            return await self._written(pipe, policy, policy.become("retired"), "retire", by)
 
-        return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
+        keys = [ROUTES_INDEX, policy_key(policy_id)]
+        return await transact(self._redis, keys, once(idempotency, PolicyRecord, change))
 
     async def amend(
         self, policy_id: str, asked: PolicyChange, by: Caller = GATEWAY, *, precondition: Precondition = ANY

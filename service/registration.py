@@ -20,8 +20,7 @@ from service.access import Caller
 from service.artefacts import ArtefactRefused, checked_adapter, checked_files, read_manifest
 from service.audit import AuditChain
 from service.errors import Conflict, InvalidField
-from service.idempotency import Idempotency
-from service.record_reading import read_record
+from service.idempotency import Idempotency, once
 from service.store import transact
 
 
@@ -76,8 +75,6 @@ class Registration:
         policy = manifest.as_candidate()
 
         async def change(pipe: Pipeline) -> PolicyRecord:
-            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
-                return read_record(PolicyRecord, earlier)
             if await pipe.zscore(POLICIES_DELETED, policy.id) is not None:
                 raise Conflict("this policy was deleted, and its name is never used again", code="policy_deleted")
             if cast("str | None", await pipe.hget(policy_key(policy.id), "record")) is not None:
@@ -90,11 +87,10 @@ class Registration:
             told = {"before": None, "after": policy.state, "digest": manifest.digest}
             imported = {} if manifest.imported is None else manifest.imported.model_dump()
             audit.append(pipe, "policy_import", by, policy=policy.id, data=json.dumps({**told, **imported}))
-            if idempotency is not None:
-                idempotency.remember(pipe, policy.model_dump_json())
             return policy
 
-        return await transact(self._redis, [POLICIES_DELETED, POLICIES_INDEX, policy_key(policy.id)], change)
+        keys = [POLICIES_DELETED, POLICIES_INDEX, policy_key(policy.id)]
+        return await transact(self._redis, keys, once(idempotency, PolicyRecord, change))
 
 
 def _checked_files(root: Path, manifest: Manifest) -> Path:

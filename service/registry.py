@@ -24,7 +24,6 @@ from bon_algos.contracts import (
 )
 from service.errors import Conflict, InvalidField, PolicyNotFound, RouteNotFound
 from service.experiment_store import FORMER_STATISTICS_SECONDS
-from service.idempotency import Idempotency
 from service.record_reading import read_record
 
 
@@ -83,20 +82,15 @@ async def settled(pipe: Pipeline, routes: Mapping[str, Route], changed: Iterable
     return found
 
 
-def write_move(
-    pipe: Pipeline, before: Route, after: Route, states: Iterable[Settled], idempotency: Idempotency | None
-) -> None:
-    """Queue a route as it is now, the policies that are something else for it, and the answer that is recalled."""
-    text = after.model_dump_json()
-    pipe.set(route_key(after.name, after.tenant), text)
+def write_move(pipe: Pipeline, before: Route, after: Route, states: Iterable[Settled]) -> None:
+    """Queue a route as it is now, and the policies that are something else for it."""
+    pipe.set(route_key(after.name, after.tenant), after.model_dump_json())
     for one in states:
         write_policy(pipe, one.policy)
     left = {trial.id for trial in (after.canary, after.shadow) if trial is not None}
     for trial in (before.canary, before.shadow):
         if trial is not None and trial.id not in left:
             pipe.expire(experiment_stats_key(trial.id), FORMER_STATISTICS_SECONDS)
-    if idempotency is not None:
-        idempotency.remember(pipe, text)
 
 
 def _in_use(routes: Iterable[Route]) -> set[str]:

@@ -31,7 +31,7 @@ from service.access import GATEWAY, Caller
 from service.audit import AuditChain
 from service.errors import Conflict, InvalidField
 from service.experiments import arm_object
-from service.idempotency import Idempotency
+from service.idempotency import Idempotency, once
 from service.preconditions import ANY, Precondition
 from service.record_reading import read_record
 from service.registry import moved, named, read_policy, require_fit, settled, watched_routes, write_move
@@ -65,8 +65,6 @@ class Trials:
             raise InvalidField(f"share must be at most {CANARY_MOST} for a canary", param="share")
 
         async def change(pipe: Pipeline) -> Route:
-            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
-                return read_record(Route, earlier)
             routes = await watched_routes(pipe, by.tenant)
             route = named(routes, route_name)
             policy = await read_policy(pipe, policy_id, by.tenant)
@@ -74,9 +72,9 @@ class Trials:
             require_fit(policy, route, served)
             await _require_free(pipe, route, stage, policy_id)
             started = _started(route, stage, policy_id, share)
-            return await _moved(pipe, routes, route, started, f"{stage}_start", policy_id, by, idempotency)
+            return await _moved(pipe, routes, route, started, f"{stage}_start", policy_id, by)
 
-        return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
+        return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], once(idempotency, Route, change))
 
     async def stop(
         self,
@@ -90,8 +88,6 @@ class Trials:
         """End a policy's trial on a route. Raises Conflict where it has none."""
 
         async def change(pipe: Pipeline) -> Route:
-            if idempotency is not None and (earlier := await idempotency.recall(pipe)) is not None:
-                return read_record(Route, earlier)
             routes = await watched_routes(pipe, by.tenant)
             route = named(routes, route_name)
             precondition.require((await read_policy(pipe, policy_id, by.tenant)).version)
@@ -101,9 +97,9 @@ class Trials:
             if stage is None:
                 raise Conflict("the policy is neither shadow nor canary of this route", code="no_trial")
             stopped = route.model_copy(update={stage: None})
-            return await _moved(pipe, routes, route, stopped, f"{stage}_stop", policy_id, by, idempotency)
+            return await _moved(pipe, routes, route, stopped, f"{stage}_stop", policy_id, by)
 
-        return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], change)
+        return await transact(self._redis, [ROUTES_INDEX, policy_key(policy_id)], once(idempotency, Route, change))
 
     async def describe(self, route: Route, told: Mapping[str, int]) -> dict[str, Any]:
         """What the trials of a route have shown so far, as an experiment's arms. told: what became of the shadow's
@@ -183,12 +179,11 @@ async def _moved(
     event: str,
     policy_id: str,
     by: Caller,
-    idempotency: Idempotency | None,
 ) -> Route:
     states = await settled(pipe, routes, [after])
     audit = await AuditChain.open(pipe)
     pipe.multi()  # type: ignore[no-untyped-call]
-    write_move(pipe, before, after, states, idempotency)
+    write_move(pipe, before, after, states)
     shares = {"canary": _share(after.canary), "shadow": _share(after.shadow)}
     audit.append(pipe, event, by, policy=policy_id, data=moved(before, after, states, shares=shares))
     return after

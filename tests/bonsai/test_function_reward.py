@@ -23,7 +23,7 @@ from bonsai.processes import ProcessSpec
 from bonsai.reward_function import RewardFunction, function_environment, function_spec, open_function
 from bonsai.runtime_directory import StateDirectory, locked, open_state
 from bonsai.supervisor import kept
-from tests.fixtures.gateway import wait_until
+from tests.fixtures.waiting import wait_until
 
 LENGTH = """
 import os, sys, threading

@@ -34,7 +34,8 @@ from bonsai.registry.auditing import verified_audit
 from bonsai.registry.rebuild import RegistryInUse, missing_from, read_artefacts, write
 from service.artefacts import MANIFEST_FILE
 from service.journal import FILE, read_journal
-from tests.fixtures.gateway import World, engine, reward, wait_until, world
+from tests.fixtures.gateway import World, engine, reward, world
+from tests.fixtures.waiting import wait_until
 from tests.service.published import write_full_policy, write_policy
 from tests.service.records import BASE, job_spec, policy
 from tests.service.test_registry_routes import is_proven, proven, send

@@ -16,7 +16,8 @@ from bonsai.leftovers import RunRecord
 from bonsai.model_directory import model_digest, policy_id
 from bonsai.stack_plan import SHIPPED_MODELS
 from tests.bonsai.test_registry_files import made_elsewhere
-from tests.fixtures.gateway import World, gateway_settings, reward, running_gateway, wait_until
+from tests.fixtures.gateway import World, gateway_settings, reward, running_gateway
+from tests.fixtures.waiting import wait_until
 from tests.service.published import write_full_policy
 from tests.stubs.engine import StubEngine
 from tests.stubs.reward import StubReward

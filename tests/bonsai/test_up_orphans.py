@@ -8,8 +8,7 @@ import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -17,6 +16,7 @@ from redis import Redis
 
 from bonsai.leftovers import ProcessRow, belonging, read_record, read_row, read_rows
 from bonsai.runtime_directory import StateDirectory, runtime_directory
+from tests.fixtures.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -44,16 +44,6 @@ def supervisor(state: StateDirectory) -> Iterator[Supervisor]:
             yield process
         finally:
             process.kill()
-
-
-def wait_until(is_true: Callable[[], bool], seconds: float = DEADLINE) -> bool:
-    """Whether the condition came true in time."""
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def of_stack(state: StateDirectory) -> set[tuple[int, int]]:
@@ -99,7 +89,7 @@ def test_without_its_supervisor_everything_dies_by_itself(state: StateDirectory)
     with supervisor(state) as process:
         processes = of_stack(state)
         process.kill()
-        assert wait_until(lambda: are_gone(processes), seconds=5)
+        wait_until(lambda: are_gone(processes), "all are gone", seconds=5)
 
 
 def test_what_was_acknowledged_survives_the_kill(state: StateDirectory) -> None:
@@ -108,7 +98,7 @@ def test_what_was_acknowledged_survives_the_kill(state: StateDirectory) -> None:
             redis.set("bonsai:test", "acknowledged")
         processes = of_stack(state)
         process.kill()
-        assert wait_until(lambda: are_gone(processes))
+        wait_until(lambda: are_gone(processes), seconds=DEADLINE)
     with supervisor(state), redis_of(state) as redis:
         assert redis.get("bonsai:test") == "acknowledged"
 
@@ -139,7 +129,7 @@ def test_a_process_dies_with_its_guard(state: StateDirectory) -> None:
         process.send_signal(signal.SIGSTOP)
         os.kill(redis.pid, signal.SIGKILL)
         assert len(both) == 2
-        assert wait_until(lambda: are_gone(both))
+        wait_until(lambda: are_gone(both), seconds=DEADLINE)
 
 
 def test_a_second_supervisor_is_refused(state: StateDirectory) -> None:
@@ -169,7 +159,7 @@ def test_a_killed_redis_is_started_again(state: StateDirectory) -> None:
             redis.set("bonsai:test", "kept")
             server = redis.info("server")["process_id"]
         os.kill(server, signal.SIGKILL)
-        assert wait_until(lambda: _value(state) == "kept")
+        wait_until(lambda: _value(state) == "kept", seconds=DEADLINE)
 
 
 def _value(state: StateDirectory) -> str | None:

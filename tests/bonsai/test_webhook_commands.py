@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 
 from bonsai.cli import main
 from service.store import open_redis
-from tests.fixtures.gateway import engine, gateway_settings, reward, running_gateway, wait_until
+from tests.fixtures.gateway import engine, gateway_settings, reward, running_gateway
+from tests.fixtures.waiting import wait_until
 from tests.service.receiver import Receiver
 from tests.service.test_webhook_delivery import cancelled_job
 from tests.stubs.engine import StubEngine

@@ -30,7 +30,8 @@ from service.errors import PolicyNotServed, RewardModelUnavailable
 from service.reward import RewardModel
 from service.tokenizer_files import read_tokenizer
 from service.vllm import AdapterRefused, DrawingWindow, PolicyEngine
-from tests.fixtures.gateway import vllm_member, wait_until
+from tests.fixtures.gateway import vllm_member
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, REWARD_MODEL
 from tests.stubs.engine import StubEngine
 from tests.stubs.reward import StubReward

@@ -19,7 +19,8 @@ from service.errors import Unauthenticated
 from service.keys import KeyRecord, KeyRequest, KeyRing, Keys, admin_record
 from service.routes import health
 from service.store import open_redis
-from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until, write_secrets
+from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, write_secrets
+from tests.fixtures.waiting import wait_until
 from tests.service.records import route
 from tests.stubs.server import running
 

@@ -13,8 +13,9 @@ import redis as blocking_redis
 from bon_algos.contracts import POLICIES_INDEX, Fingerprint, policy_key
 from bon_algos.contracts.methods import METHOD_NAMES
 from service.dispatch import waiting_list
-from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway
 from tests.fixtures.redis import RedisServer
+from tests.fixtures.waiting import wait_until
 from tests.service.bad_admin_input import ARMS, BAD, NO_JOB
 from tests.service.published import write_policy
 from tests.service.records import BASE, policy
@@ -87,7 +88,7 @@ def test_an_engine_that_forgot_the_live_policy_is_answered_for_by_best_of_n(worl
     assert (answer["arm"], answer["arm_reason"]) == (f"{BASE}:4", "default")
     assert answer["warnings"]
     (tmp_path / "lost").rename(tmp_path / "artefacts" / "policies")
-    wait_until(lambda: world.client.get(f"/policies/{student}").json["served"] is True, 20)
+    wait_until(lambda: world.client.get(f"/policies/{student}").json["served"] is True, seconds=20)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from service.api_key import key_id, new_key
 from service.keys import KeyRing, admin_record
 from service.store import open_redis
 from service.wrong_keys import PER_ADDRESS, PER_KEY
-from tests.fixtures.gateway import wait_until, write_secrets
+from tests.fixtures.gateway import write_secrets
+from tests.fixtures.waiting import wait_until
 from tests.service.test_access import asked, made, refused
 
 WRONG = {

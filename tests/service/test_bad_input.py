@@ -18,7 +18,8 @@ import pytest
 import redis as blocking_redis
 
 from bon_algos.contracts import POLICIES_INDEX, policy_key
-from tests.fixtures.gateway import Client, Reply, World, wait_until
+from tests.fixtures.gateway import Client, Reply, World
+from tests.fixtures.waiting import wait_until
 from tests.service.bad_input import (
     CANARY,
     CHAT,
@@ -276,7 +277,7 @@ def test_C26_C27_C28_a_body_that_does_not_come_is_408_within_10_s(still_world):
         mute.sendall(still_world.client.written("POST", GENERATE, b"", "Content-Length: 99", "Expect: 100-continue"))
         assert mute.recv(65_536).startswith(b"HTTP/1.1 100 ")
         dripping.setblocking(False)
-        wait_until(lambda: _is_refused_while_dripping(dripping), 15)
+        wait_until(lambda: _is_refused_while_dripping(dripping), seconds=15)
         for connection in (half, mute):
             answer = connection.recv(65_536)
             assert answer.startswith(b"HTTP/1.1 408 ")

@@ -7,7 +7,8 @@ import json
 import redis as blocking_redis
 
 from bon_algos.contracts import circle_key, route_key
-from tests.fixtures.gateway import World, wait_until
+from tests.fixtures.gateway import World
+from tests.fixtures.waiting import wait_until
 from tests.service.test_tenants import put
 
 

@@ -46,7 +46,8 @@ from service.replays import SLACK_SECONDS
 from service.webhook_queue import CLAIM_SECONDS
 from service.webhook_record import WebhookRecord
 from service.webhooks import MAX_WAITING
-from tests.fixtures.gateway import read_ledger, wait_until
+from tests.fixtures.gateway import read_ledger
+from tests.fixtures.waiting import wait_until
 from tests.service import mortal
 from tests.service.published import write_policy
 from tests.service.receiver import Receiver

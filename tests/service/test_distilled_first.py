@@ -10,7 +10,8 @@ import redis
 
 from bon_algos.contracts import LEDGER_STREAM
 from service.strategies import share_of
-from tests.fixtures.gateway import World, wait_until
+from tests.fixtures.gateway import World
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, group
 from tests.service.strategy_world import HI, ROUTE, N, chunks_of, from_the_second_wave, gateway, known
 from tests.service.test_admin_routes import proven_candidate, send

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import pytest
 
 from bon_algos.contracts import CandidateGroup, Outcome
-from tests.fixtures.gateway import Client, Reply, gateway_settings, read_ledger, wait_until
+from tests.fixtures.gateway import Client, Reply, gateway_settings, read_ledger
 from tests.fixtures.process import gateway_process
+from tests.fixtures.waiting import wait_until
 from tests.stubs.server import running
 
 pytestmark = pytest.mark.slow

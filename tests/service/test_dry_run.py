@@ -18,7 +18,8 @@ from bon_algos.contracts import LEDGER_STREAM, CandidateGroup, DataReport, JobSp
 from bon_algos.ledger_entries import record_of
 from service.dry_run import DryRuns
 from service.errors import Overloaded
-from tests.fixtures.gateway import World, wait_until
+from tests.fixtures.gateway import World
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, REWARD_MODEL, STUDENT, group, manifest, policy
 from tests.service.training_files import line, uploaded
 from tests.worker.world import deliver

@@ -11,7 +11,7 @@ from uuid_utils import uuid7
 
 from archive.reading import Archive
 from bon_algos.contracts import LEDGER_STREAM, Feedback, seen_key
-from tests.fixtures.gateway import wait_until
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE
 from worker.compaction import Compaction, Limits
 

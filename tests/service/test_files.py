@@ -13,7 +13,8 @@ import pytest
 import redis as blocking_redis
 
 from bon_algos.contracts import job_key, jobs_index
-from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway
+from tests.fixtures.waiting import wait_until
 from tests.service.bad_training_data import NO_FORMAT, SERVED
 from tests.service.training_files import BOUNDARY, FORM, form, line, part, uploaded
 from tests.stubs.server import running

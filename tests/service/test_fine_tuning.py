@@ -12,7 +12,8 @@ from openai.types.fine_tuning import FineTuningJob
 
 from bon_algos.contracts import job_key
 from service.dispatch import waiting_list
-from tests.fixtures.gateway import World, wait_until
+from tests.fixtures.gateway import World
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, STUDENT, policy, report
 from worker.lease import Lease, claim
 

@@ -20,7 +20,8 @@ import pytest
 
 from service.fleet import MOST_ENGINES, read_engines, together
 from service.fleet import Fleet as Followed
-from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, REWARD_MODEL
 from tests.service.test_admin_routes import proven_candidate
 from tests.stubs.engine import StubEngine

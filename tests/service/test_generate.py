@@ -15,7 +15,8 @@ import pytest
 
 from bon_algos.contracts import Arm, Exposure, Outcome
 from service.best_of_n import choose
-from tests.fixtures.gateway import Client, wait_until
+from tests.fixtures.gateway import Client
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE
 
 HI = {"prompt": "hi"}

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from service.breaker import FAILED_CALLS, LAST_CALLS
-from tests.fixtures.gateway import wait_until
+from tests.fixtures.waiting import wait_until
 from tests.service.bad_input import CHAT, GENERATE, PLAIN
 from tests.service.records import BASE
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.fixtures.gateway import gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import gateway_settings, running_gateway
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, REWARD_MODEL
 from tests.stubs.server import running
 

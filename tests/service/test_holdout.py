@@ -15,7 +15,8 @@ from bon_algos.escalation import Pair, learned_escalation
 from service.experiments import Assignment
 from service.learned import Learned
 from service.strategies import DistilledFirst, Fixed, Plan, planned, share_of
-from tests.fixtures.gateway import World, wait_until
+from tests.fixtures.gateway import World
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, STUDENT, route
 from tests.service.strategy_world import (
     FIRST,
@@ -36,7 +37,7 @@ def test_the_holdout_is_a_share_of_requests_by_the_replys_id(gateway):
     world = gateway(holdout_share=0.5)
     log_history(world, np.random.default_rng(0).normal(size=(150, N)))
     send(world, "PUT", "/routes/default", ROUTE)
-    wait_until(lambda: known(world)["adaptive"] is not None, 60)
+    wait_until(lambda: known(world)["adaptive"] is not None, seconds=60)
     world.engine.script.completions = ["6.0", "0.0"]
     bodies = [world.client.post("/generate", HI, {"X-Request-Id": "always-the-same"}).json for _ in range(12)]
     # Twelve that all fall on one side: one in two thousand.

@@ -15,8 +15,9 @@ import redis as blocking_redis
 from bon_algos.contracts import LEDGER_COUNTS
 from service import job_stream
 from service.job_stream import STREAMS_OF_A_KEY
-from tests.fixtures.gateway import World, gateway_settings, wait_until
+from tests.fixtures.gateway import World, gateway_settings
 from tests.fixtures.process import gateway_process
+from tests.fixtures.waiting import wait_until
 from tests.service.records import STUDENT, policy
 from tests.stubs.server import running
 from worker.lease import Lease, claim

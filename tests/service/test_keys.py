@@ -12,7 +12,8 @@ import redis as blocking_redis
 from bon_algos.contracts import AUDIT_STREAM, KEYS, KEYS_USED
 from service.api_key import key_id, new_key
 from service.keys import MAX_KEYS, KeyRecord
-from tests.fixtures.gateway import Client, Reply, World, wait_until
+from tests.fixtures.gateway import Client, Reply, World
+from tests.fixtures.waiting import wait_until
 
 
 def post(client: Client, **fields: object) -> Reply:

@@ -29,8 +29,9 @@ from service.ledger import Ledger
 from service.settings import GatewaySettings
 from service.spool import Spool
 from service.store import open_redis
-from tests.fixtures.gateway import environment_of, gateway_settings, read_ledger, running_gateway, wait_until
+from tests.fixtures.gateway import environment_of, gateway_settings, read_ledger, running_gateway
 from tests.fixtures.process import gateway_process
+from tests.fixtures.waiting import wait_until
 from tests.service.records import group
 from tests.stubs.engine import StubEngine
 from tests.stubs.reward import StubReward

@@ -11,7 +11,8 @@ import redis
 from archive.reading import Archive
 from bon_algos.contracts import LEDGER_STREAM
 from service.ledger_query import LedgerQuery, served_reward
-from tests.fixtures.gateway import Client, gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import Client, gateway_settings, running_gateway
+from tests.fixtures.waiting import wait_until
 from tests.service.bad_ledger_input import ERASURES, QUERIES
 from tests.service.records import group
 from tests.service.test_access import made, refused

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from tests.fixtures.gateway import wait_until
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE
 from tests.stubs.tokenizer import text_of
 

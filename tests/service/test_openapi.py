@@ -29,7 +29,8 @@ from service.openapi import OPERATIONS, PROBLEM, document, text_of
 from service.routes import health
 from service.routes.admin import page_of
 from service.schemas import RESPONSES, SCHEMAS
-from tests.fixtures.gateway import Reply, World, wait_until
+from tests.fixtures.gateway import Reply, World
+from tests.fixtures.waiting import wait_until
 from tests.service.training_files import line, uploaded
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,8 @@ import openai
 import pytest
 
 from bon_algos.contracts import Exposure
-from tests.fixtures.gateway import WINDOW, Reply, World, gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import WINDOW, Reply, World, gateway_settings, running_gateway
+from tests.fixtures.waiting import wait_until
 from tests.stubs.server import running
 
 ASKED = {"prompt": "hi", "max_tokens": 10}

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from service.breaker import FAILED_CALLS
-from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import Reply, World, gateway_settings, running_gateway
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, REWARD_MODEL
 from tests.service.test_admin_routes import proven_candidate
 from tests.stubs.engine import StubEngine

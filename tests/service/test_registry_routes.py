@@ -23,7 +23,8 @@ from bon_algos.contracts import (
 )
 from bonsai.registry.auditing import verified_audit
 from service.export import unpack
-from tests.fixtures.gateway import Client, Reply, World, wait_until
+from tests.fixtures.gateway import Client, Reply, World
+from tests.fixtures.waiting import wait_until
 from tests.service.bad_input import CANARY, REGISTRY, RegistryRow
 from tests.service.published import safetensors, write_full_policy, write_policy
 from tests.service.records import BASE, policy

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import openai
 import pytest
 
-from tests.fixtures.gateway import gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import gateway_settings, running_gateway
+from tests.fixtures.waiting import wait_until
 from tests.stubs.server import running
 
 GENERATE = ("/generate?n=2", {"prompt": "hi"})

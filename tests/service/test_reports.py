@@ -32,7 +32,8 @@ from bon_algos.contracts.reports import (
 )
 from service.errors import NotAcceptable, ReportNotFound
 from service.report_files import wanted_format, with_report
-from tests.fixtures.gateway import World, wait_until
+from tests.fixtures.gateway import World
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, REWARD_MODEL, STUDENT, manifest, policy
 from tests.service.test_openapi import as_described
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from bon_algos.contracts import HttpMember, RewardConfig
-from tests.fixtures.gateway import World, gateway_settings, running_gateway, vllm_member, wait_until
+from tests.fixtures.gateway import World, gateway_settings, running_gateway, vllm_member
+from tests.fixtures.waiting import wait_until
 from tests.stubs.reward import BROKEN_SCORES, StubReward, StubScore
 from tests.stubs.server import running
 

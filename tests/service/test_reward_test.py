@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from bon_algos.contracts import HttpMember, Outcome, RewardConfig
 from service.known_pairs import general_pairs, read_pairs
-from tests.fixtures.gateway import gateway_settings, read_ledger, running_gateway, vllm_member, wait_until
+from tests.fixtures.gateway import gateway_settings, read_ledger, running_gateway, vllm_member
+from tests.fixtures.waiting import wait_until
 from tests.stubs.reward import StubReward, StubScore
 from tests.stubs.server import running
 

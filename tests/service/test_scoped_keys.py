@@ -8,7 +8,8 @@ import pytest
 import redis as blocking_redis
 
 from bon_algos.contracts import LEDGER_COUNTS, POLICIES_INDEX, Route, Window, policy_key, route_key
-from tests.fixtures.gateway import Client, Reply, World, wait_until
+from tests.fixtures.gateway import Client, Reply, World
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, job_spec, manifest
 from tests.service.test_access import made, refused
 

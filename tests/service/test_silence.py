@@ -15,7 +15,7 @@ from service.breaker import FAILED_CALLS, LAST_CALLS
 from service.errors import RewardModelUnavailable
 from service.reward import RewardModel
 from service.silence import Silence
-from tests.fixtures.gateway import wait_until
+from tests.fixtures.waiting import wait_until
 from tests.service.test_breaker import Clock
 from tests.stubs.reward import StubScore
 from tests.stubs.server import running

@@ -16,8 +16,9 @@ import pytest
 import uvicorn
 
 from service.server import server_config
-from tests.fixtures.gateway import Client, World, gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import Client, World, gateway_settings, running_gateway
 from tests.fixtures.process import gateway_process
+from tests.fixtures.waiting import wait_until
 from tests.stubs.server import running
 
 HALF_HEADERS = b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Half: "

@@ -15,7 +15,8 @@ from service.ledger import Ledger
 from service.loops import running_loops
 from service.spool import Spool
 from service.spool_report import SpoolReport
-from tests.fixtures.gateway import World, read_ledger, wait_until
+from tests.fixtures.gateway import World, read_ledger
+from tests.fixtures.waiting import wait_until
 
 
 @pytest.mark.anyio

@@ -18,7 +18,8 @@ from service.catalogue import Catalogue
 from service.errors import StoreUnavailable
 from service.learned import GROUPS_NEEDED, Learned, LearnedStrategies
 from service.store import open_redis
-from tests.fixtures.gateway import World, wait_until
+from tests.fixtures.gateway import World
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, policy, route
 from tests.service.strategy_world import (
     FIRST,
@@ -45,7 +46,7 @@ def adaptive(gateway: Callable[..., World]) -> World:
     world = gateway()
     log_history(world, np.random.default_rng(0).normal(size=(150, N)))
     assert send(world, "PUT", "/routes/default", ROUTE).status == 200
-    wait_until(lambda: known(world)["adaptive"] is not None, 60)
+    wait_until(lambda: known(world)["adaptive"] is not None, seconds=60)
     return world
 
 
@@ -152,7 +153,7 @@ def test_a_record_that_cannot_be_read_stops_no_learning(gateway):
             store.xadd(LEDGER_STREAM, {"kind": "group", "id": "x", "data": data})
     log_history(world, np.random.default_rng(0).normal(size=(GROUPS_NEEDED, N)))
     send(world, "PUT", "/routes/default", ROUTE)
-    wait_until(lambda: known(world)["adaptive"] is not None, 60)
+    wait_until(lambda: known(world)["adaptive"] is not None, seconds=60)
     assert known(world)["groups"] == GROUPS_NEEDED
 
 
@@ -164,7 +165,7 @@ def test_what_the_stream_has_no_more_is_learned_from_the_archive(gateway, tmp_pa
     if behind:
         log_history(world, np.random.default_rng(1).normal(size=(behind, N)), first=GROUPS_NEEDED)
     send(world, "PUT", "/routes/default", ROUTE)
-    wait_until(lambda: known(world)["adaptive"] is not None, 60)
+    wait_until(lambda: known(world)["adaptive"] is not None, seconds=60)
     assert known(world)["groups"] == GROUPS_NEEDED + behind
 
 
@@ -175,7 +176,7 @@ def test_without_its_archive_a_gateway_learns_from_the_stream(gateway, tmp_path)
     (root / "root.e1.json").write_text("damaged")
     log_history(world, np.random.default_rng(0).normal(size=(GROUPS_NEEDED, N)))
     send(world, "PUT", "/routes/default", ROUTE)
-    wait_until(lambda: known(world)["adaptive"] is not None, 60)
+    wait_until(lambda: known(world)["adaptive"] is not None, seconds=60)
 
 
 def test_without_redis_what_is_learned_waits(unused_port, tmp_path):
@@ -201,7 +202,7 @@ def test_at_a_ceiling_nothing_more_is_drawn(gateway):
     rng = np.random.default_rng(1)
     log_history(world, (rng.random((150, N)) < rng.random((150, 1))).astype(float))
     send(world, "PUT", "/routes/default", ROUTE)
-    wait_until(lambda: known(world)["adaptive"] is not None, 60)
+    wait_until(lambda: known(world)["adaptive"] is not None, seconds=60)
     world.engine.script.completions = ["1.0", "0.0"]
     assert world.client.post("/generate", HI).json["candidates"]["requested"] == FIRST
     world.engine.script.completions = ["0.0"]

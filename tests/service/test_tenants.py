@@ -19,7 +19,8 @@ from bon_algos.contracts import (
 )
 from service.access import rights
 from service.app import create_app
-from tests.fixtures.gateway import Client, Reply, World, wait_until
+from tests.fixtures.gateway import Client, Reply, World
+from tests.fixtures.waiting import wait_until
 from tests.service.records import BASE, STUDENT, policy
 from tests.service.test_access import MATRIX, no_gateway
 from tests.service.training_files import line, uploaded

@@ -9,7 +9,7 @@ import logging
 import pytest
 
 from service.tracing import MAX_STATE_BYTES, NONE, Trace, trace_of
-from tests.fixtures.gateway import wait_until
+from tests.fixtures.waiting import wait_until
 
 # The example of the recommendation, 3.2.3.
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"

@@ -25,7 +25,8 @@ from service.webhook_events import EventType
 from service.webhook_reach import MAX_URL
 from service.webhook_record import MAX_NAME
 from service.webhooks import MAX_WEBHOOKS
-from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway, wait_until
+from tests.fixtures.gateway import Client, Reply, World, gateway_settings, running_gateway
+from tests.fixtures.waiting import wait_until
 from tests.service.receiver import Receiver
 from tests.stubs.server import running
 

@@ -11,18 +11,15 @@ import multiprocessing
 import os
 import resource
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TypeVar
 
+from tests.fixtures.waiting import Seen, wait_until
 from worker import tasks
 from worker.lease import Claim
 from worker.settings import BrokerSettings
-
-Seen = TypeVar("Seen")
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -72,12 +69,8 @@ def is_frozen(pid: int | None) -> bool:
 
 
 def until(condition: Callable[[], Seen], what: str, seconds: float = 60.0) -> Seen:
-    """Wait for a truth and return it."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
-    return found
+    """As `wait_until`, with the patience that a worker's start needs."""
+    return wait_until(condition, what, seconds=seconds)
 
 
 def _deliver(job_id: str, environment: dict[str, str], log: Path, largest_file: int) -> None:

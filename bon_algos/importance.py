@@ -1,7 +1,7 @@
 """Learning from completions that another policy drew.
 
 Owns truncated importance weights of completions, TOPR's taper of advantages, and what stands for the reference when the
-draws are another policy's: shares, quantiles and best-of-n weights by self-normalised importance.
+draws are another policy's: shares, levels and best-of-n weights by self-normalised importance.
 Does not own any loss, nor what draws of the reference itself are worth (`order`, `quantiles`: less biased there).
 
 "Sampled" names the policy π_b that drew a completion. Weights are data: no gradient passes through them. Log-probs are
@@ -112,17 +112,6 @@ def effective_sample_size(weight_M: ArrayLike) -> float:
         raise ValueError("weights must not be negative, nor all 0")
     relative = weight / weight.max()
     return float(relative.sum() ** 2 / (relative**2).sum())
-
-
-def quantile_of_shares(reward_N: ArrayLike, reference_M: ArrayLike, share_M: ArrayLike) -> Array:
-    """The mid-rank quantile of each reward in the reference's law, as draws of π_b with their shares tell it.
-
-    The shares of what is below plus half of what ties; at equal shares `quantiles.log_quantile_mid_rank`. A reward that
-    is itself among the draws should be left out of them. (N,), (M,), (M,) -> (N,); in [0, 1].
-    """
-    below_N, at_most_N = _edges(_vector(reward_N), _vector(reference_M), _checked_shares(share_M, reference_M))
-    quantile_N: Array = (below_N + at_most_N) / 2
-    return quantile_N
 
 
 def _edges(reward_N: Array, reference_M: Array, share_M: Array) -> tuple[Array, Array]:

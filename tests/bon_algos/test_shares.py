@@ -115,23 +115,11 @@ def test_each_outcome_once_with_its_mass_is_the_law_of_best_of_n(vector):
     np.testing.assert_allclose(weight_K, order.best_of_n_law(REFERENCE_K, REWARDS[vector], 8), rtol=1e-12)
 
 
-@pytest.mark.parametrize("vector", REWARDS)
-def test_quantiles_are_the_references_when_the_draws_are_the_whole_law(vector):
-    reward_K = REWARDS[vector]
-    reward_M, share_M, _ = drawn_in_full(reward_K)
-    beats_KK = (reward_K[:, None] > reward_K) + (reward_K[:, None] == reward_K) / 2
-    np.testing.assert_allclose(
-        importance.quantile_of_shares(reward_K, reward_M, share_M), beats_KK @ REFERENCE_K, atol=1e-12
-    )
-
-
-def test_weights_and_quantiles_by_hand():
+def test_weights_by_hand():
     # shares ⅛ ½ ⅛ ¼ of rewards 3, 1, 2, 2; by reward C = ½, ⅞, 1; C² = ¼, 49/64, 1; the two 2s share 33/64 by 1 : 2
     reward_M, share_M = [3.0, 1.0, 2.0, 2.0], [1 / 8, 1 / 2, 1 / 8, 1 / 4]
     weight_M = importance.best_of_n_weights_of_shares(reward_M, share_M, 2)
     np.testing.assert_allclose(weight_M, [15 / 64, 16 / 64, 11 / 64, 22 / 64], rtol=1e-13)
-    quantile_N = importance.quantile_of_shares([0.0, 1.0, 1.5, 2.0, 9.0], reward_M, share_M)
-    np.testing.assert_allclose(quantile_N, [0, 1 / 4, 1 / 2, 11 / 16, 1], rtol=1e-13)
 
 
 def test_shares_by_hand():
@@ -144,15 +132,11 @@ def test_shares_by_hand():
     np.testing.assert_allclose(importance.shares_of_reference([-4e3, -4e3], [-2e3, -1e3]), [1, 0], atol=1e-300)
 
 
-def test_at_equal_shares_weights_are_the_plug_in_and_quantiles_the_mid_rank():
+def test_at_equal_shares_weights_are_the_plug_in():
     # (j/8)⁴ − ((j − 1)/8)⁴
     edge = (np.arange(9) / 8) ** 4
     equal_M, reward_M = np.full(8, 1 / 8), np.arange(8.0)
     np.testing.assert_allclose(importance.best_of_n_weights_of_shares(reward_M, equal_M, 4), np.diff(edge), rtol=1e-12)
-    reference_M = np.array([3.0, 1, 1, 2, 5, 5, 5, 0])
-    standing = quantiles.standing_against(torch.tensor(reward_M)[None], torch.tensor(reference_M)[None])
-    mid_rank_N = quantiles.log_quantile_mid_rank(standing)[0].exp().numpy()
-    np.testing.assert_allclose(importance.quantile_of_shares(reward_M, reference_M, equal_M), mid_rank_N, atol=1e-15)
 
 
 @given(draws_and_log_weights, st.data())
@@ -285,7 +269,7 @@ def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match="each draw"):
         importance.shares_of_reference([0.0, 0.0], [0.0])
     with pytest.raises(ValueError, match="one prompt"):
-        importance.quantile_of_shares([[0.0]], [0.0], [1.0])
+        importance.levels_of_shares([[0.0, 1.0]], [0.5, 0.5])
     with pytest.raises(ValueError, match=r"\(K, M\)"):
         importance.mixture_logprob([0.0, 0.0], [2])
 

@@ -29,7 +29,7 @@ from benchmarks.papers.enumerable import (
     products,
     worth,
 )
-from benchmarks.papers.findings import Curve, Effort, Finding, fields_of
+from benchmarks.papers.findings import Curve, Effort, Finding, fields_of, verdict
 
 Tell = Callable[[float], None]
 NUM_WORLDS: dict[Effort, int] = {"quick": 12, "default": 40, "full": 100}
@@ -57,6 +57,7 @@ def bond_jeffreys(effort: Effort, tell: Tell) -> Finding:
     for index, n in enumerate((4, 8, 16)):
         reached[n], paths[n] = _jeffreys_runs(here, n, steps)
         tell((index + 1) / 3)
+    claims = [claim for n in reached for claim in _jeffreys_claims(n, reached[n], here.world)]
     return Finding(
         title="BOND: Jeffreys divergence against forward and backward KL",
         source="BOND (arXiv:2407.14622), Fig. 2 and its appendix; eq. 11 and 15",
@@ -65,8 +66,8 @@ def bond_jeffreys(effort: Effort, tell: Tell) -> Finding:
         "worlds.",
         columns=("divergence", "KL(BoN ‖ π)", "KL(π ‖ BoN)", "log-quantile", "win rate", "KL(π ‖ ref)"),
         rows=tuple(_jeffreys_row(n, weight, reached[n][weight], here.world) for n in reached for weight in WEIGHTS),
-        claims=fields_of([claim for n in reached for claim in _jeffreys_claims(n, reached[n], here.world)]),
-        remarks=_jeffreys_remarks(here.world, reached[8]),
+        claims=fields_of(claims),
+        remarks=_jeffreys_remarks(claims, here.world, reached[8]),
         x_label="step",
         y_label="nats, n = 8",
         curves=tuple(_jeffreys_curves(paths[8])),
@@ -134,13 +135,13 @@ def _jeffreys_curves(paths: dict[float, list[tuple[int, Divergences]]]) -> list[
     return curves
 
 
-def _jeffreys_remarks(world: World, reached: dict[float, Tensor]) -> str:
+def _jeffreys_remarks(claims: list[Claim], world: World, reached: dict[float, Tensor]) -> str:
     best_SK = world.best_of(8)
     forward, jeffreys, backward = (_divergences(logprob_SK, best_SK) for logprob_SK in reached.values())
     quantile = [worth(logprob_SK, world).log_quantile for logprob_SK in reached.values()]
     share = (quantile[1] - quantile[0]) / (quantile[2] - quantile[0])
     return (
-        "Reproduced: Jeffreys ½ stays low in both KLs, where either KL alone lets the other one go, and its "
+        f"{verdict(claims)}: Jeffreys ½ stays low in both KLs, where either KL alone lets the other one go, and its "
         "log-quantile is far above that of β = 0. Two things are not as strong as the paper has them. It cannot be "
         "below both in their own measure: at convergence with exact gradients each minimises its own, by definition. "
         f"At n = 8 Jeffreys gives away {cell(jeffreys.forward - forward.forward)} nats of the forward KL to β = 0 and "
@@ -260,7 +261,8 @@ def _iterative_remarks(runs: list[Run]) -> str:
     gains = ", ".join(f"{float(_late_gain(run).mean()):.3f} ({run.name})" for run in one_shot)
     apart = ", ".join(f"{cell(_at_same_kl(run, twos))} (n = {run.n})" for run in one_shot)
     return (
-        f"Reproduced: one-shot runs stand still in their second half, {gains} of gain, and iterative n = 2 goes on "
+        f"{verdict(_iterative_claims(runs))}: one-shot runs stand still in their second half, {gains} of gain, and "
+        "iterative n = 2 goes on "
         f"({float(_late_gain(twos).mean()):.3f}) without an n being chosen. “The same curve” is nearly so: where KLs "
         f"are equal, one-shot less iterative is {apart} standard deviations of reward. The iterative run is read off "
         "in the middle of a round, on its way, and is pressed into its family again at each of them."

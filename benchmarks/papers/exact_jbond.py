@@ -29,7 +29,7 @@ from benchmarks.papers.enumerable import (
     vector_u,
     worth,
 )
-from benchmarks.papers.findings import Curve, Effort, Finding, fields_of
+from benchmarks.papers.findings import Curve, Effort, Finding, fields_of, verdict
 from bon_algos.anchor import EmaAnchor
 from bon_algos.bond import quantile_reward_strict
 
@@ -137,8 +137,9 @@ def jbond_drift(effort: Effort, tell: Tell) -> Finding:
         ),
         rows=tuple(rows),
         claims=fields_of(claims),
-        remarks="Reproduced: linear, and the slope is below η for anchor and policy alike. It is below the laws' as "
-        "well: were policy and anchor to move without lag, J-BOND's reward would give .953 of the slope of best-of-2 "
+        remarks=f"{verdict(claims)}: linear, and the slope is below η for anchor and policy alike. It is "
+        "below the laws' as well: were policy and anchor to move without lag, J-BOND's reward would give .953 of the "
+        "slope of best-of-2 "
         "(top of the fixed point's log-ratio less its mean, without ties), although per anchor it goes further, .201 "
         "nats for .193.",
         x_label="η·t",
@@ -241,7 +242,7 @@ def jbond_gamma(effort: Effort, tell: Tell) -> Finding:
         columns=("run", "reward at 50", "KL at 50", "reward at 100", "KL at 100", "reward at .3 nats"),
         rows=tuple(rows),
         claims=fields_of(claims),
-        remarks="Reproduced: KL at a fixed step falls with γ, and reward at the same KL rises a little, by "
+        remarks=f"{verdict(claims)}: KL at a fixed step falls with γ, and reward at the same KL rises a little, by "
         f"{cell(better_S)} standard deviations from γ = 0 to 2. Algorithm 2 prints the term with a minus sign; taken "
         "by the letter it pushes the policy away from its anchor, and reward at the same KL falls.",
         x_label="step",

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.claims import Claim, above, at_most
 from benchmarks.papers.enumerable import World, Worth, cell, interpolated, interval, kl, tables, worth
 from benchmarks.papers.exact_jbond import TableRun, mean_path
-from benchmarks.papers.findings import Curve, Effort, Finding, fields_of
+from benchmarks.papers.findings import Curve, Effort, Finding, fields_of, verdict
 from bon_algos.anchor import EmaAnchor
 from bon_algos.bond import best_of_two, j_bond_loss, quantile_reward_tie_aware
 from bon_algos.imitation import best_of_n_imitation
@@ -168,8 +168,9 @@ def _ema_remarks(exact: Exact, noisy: Noisy) -> str:
         for rate in STEPS
     )
     return (
-        "Reproduced, as a difference of a hundredth or two. Reward of the moving average less that of copies, "
-        f"{said}. So two things are in it: with small steps the policy lags, and a copied anchor that jumps costs "
+        f"{verdict(_ema_claims(noisy))}, as a difference of a hundredth or two. Reward of the moving "
+        f"average less that of copies, {said}. So two things are in it: with small steps the policy lags, "
+        "and a copied anchor that jumps costs "
         "reward with no noise at all; with large steps and exact gradients copies are as good or better, and noise "
         "turns that around. Noise speaks for averages in another way too: the averaged anchor, an average of the "
         "weights, is clearly better than its own policy where steps are large."

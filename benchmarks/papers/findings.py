@@ -64,6 +64,12 @@ def as_claims(finding: Finding) -> list[Claim]:
     return [Claim(*one) for one in finding.claims]
 
 
+def verdict(claims: Sequence[Claim]) -> str:
+    """How a remark begins that says what a paper expects and what was found to be so."""
+    missed = "; ".join(claim.name for claim in claims if not claim.holds)
+    return f"Does not reproduce here, missed are: {missed}. Expected" if missed else "Reproduced"
+
+
 def section(finding: Finding, picture: str | None) -> str:
     """The Markdown of a report."""
     claims = [

@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+from benchmarks.claims import above, at_most
+from benchmarks.papers.findings import verdict as exact_verdict
 from benchmarks.papers.model_lab import Judged
 from benchmarks.papers.model_verdicts import (
     OffTarget,
@@ -158,3 +160,9 @@ def test_a_learned_law_does_the_pooling_where_it_is_better_than_a_prompts_own_ca
 ):
     assert pooling_verdict(OWN, pooled, learned).startswith(verdict)
     assert "win rate" in pooling_verdict(OWN, pooled, learned)
+
+
+def test_an_exact_experiment_reproduces_only_when_each_of_its_claims_holds():
+    lower, drift = above("lower bound", 0.1, 0), at_most("drift", 0.2, 0.0)
+    assert exact_verdict([lower]) == "Reproduced"
+    assert exact_verdict([lower, drift]).startswith("Does not reproduce here, missed are: drift.")

@@ -322,25 +322,6 @@ def mean_interval(value_B: ArrayLike) -> Interval:
     return Interval(mean=mean, low=mean - reach, high=mean + reach)
 
 
-def paired_difference(first: ArrayLike, second: ArrayLike, prompts: Sequence[Hashable]) -> Interval:
-    """Mean of first − second over pairs, and its 95 % interval, clustered by prompt.
-
-    Pairs of one prompt are averaged first, so that a prompt counts once however often it was drawn.
-
-    Three equally long sequences; `prompts` names the prompt of each pair. ValueError when they are not, or with fewer
-    than two different prompts.
-    """
-    minuend, subtrahend = _floats(first), _floats(second)
-    if minuend.shape != subtrahend.shape:
-        raise ValueError(f"one value for each other: {minuend.shape}, {subtrahend.shape}")
-    difference = minuend - subtrahend
-    cluster_of = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-    if difference.shape != (len(prompts),):
-        raise ValueError(f"one prompt for each pair: {difference.shape} differences, {len(prompts)} prompts")
-    cluster = np.array([cluster_of[prompt] for prompt in prompts], dtype=np.intp)
-    return mean_interval(np.bincount(cluster, weights=difference) / np.bincount(cluster))
-
-
 def _student_t_975(degrees: int) -> float:
     """The 97.5 % quantile of Student's t, by bisection; it falls from 12.71 to 1.96."""
     low, high = 1.9, 12.8

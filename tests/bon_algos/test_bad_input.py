@@ -172,12 +172,6 @@ def test_a_win_rate_compares_each_prompt_with_its_own(own, reference):
         order.win_rate(np.zeros(own), np.zeros(reference))
 
 
-@pytest.mark.parametrize("second", [[0.0], 0.0, [[0.0], [0.0]]])
-def test_a_difference_is_of_pairs(second):
-    with pytest.raises(ValueError, match="one value"):
-        order.paired_difference([1.0, 2.0], second, ["a", "b"])
-
-
 @pytest.mark.parametrize("reward", [0.0, [[0.0, 1.0], [2.0, 3.0]]])
 def test_weights_are_of_one_prompts_draws(reward):
     for weights in (partial(order.best_of_n_weights, n=2), partial(order.soft_best_of_n_weights, softness=1.0)):

@@ -15,6 +15,7 @@ from benchmarks.papers.exact_curve import curve
 from benchmarks.papers.exact_importance import other_policy
 from benchmarks.papers.exact_interpolation import interpolation
 from benchmarks.papers.exact_jbond import jbond_drift, jbond_gamma
+from benchmarks.papers.exact_law import law
 from benchmarks.papers.exact_noise import jbond_ema, weights
 from benchmarks.papers.exact_off_policy import other_policy_gradient
 from benchmarks.papers.exact_pairs import consistent_pairs
@@ -42,6 +43,7 @@ def _on_one_thread(run: Run) -> Run:
 EXPERIMENTS = tuple(
     Experiment(key, _on_one_thread(run))
     for key, run in {
+        "law": law,
         "bond-jeffreys": bond_jeffreys,
         "bond-iterative": bond_iterative,
         "jbond-drift": jbond_drift,

@@ -119,7 +119,7 @@ def _remarks(laws: list[Law]) -> str:
     last = laws[-1]
     return (
         f"Points of win rate that best-of-n leaves to the best law at its KL: {gaps}; the best law is the density "
-        f"e^(cu) over quantiles, with c near n + 1. With {NUM_LEVELS} levels of reward log n − (n − 1)/n is far from the KL "
-        f"(n = {last.n}: {kl_bound(last.n):.2f} for {last.tied_kl:.2f}); the estimate, {last.estimated_kl:.2f}, knows "
-        "of ties and errs to the safe side."
+        f"e^(cu) over quantiles, with c near n + 1. With {NUM_LEVELS} levels of reward log n − (n − 1)/n is far from "
+        f"the KL (n = {last.n}: {kl_bound(last.n):.2f} for {last.tied_kl:.2f}); the estimate, {last.estimated_kl:.2f}, "
+        "knows of ties and errs to the safe side."
     )

@@ -1,4 +1,4 @@
-"""Iterative BOND: the expected gradient of a step, over every batch there can be, is that of the divergence it names."""
+"""Iterative BOND: the expected gradient of a step, over every batch there can be, is its divergence's."""
 
 from __future__ import annotations
 

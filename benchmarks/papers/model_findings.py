@@ -69,6 +69,7 @@ class Arm(NamedTuple):
     all_weights: bool = False
     candidates: int | None = None
     targets: Literal["counted", "pooled", "learned"] = "counted"
+    temperature: float = 1.0
 
     def job(self, seed: int) -> Job:
         fresh = self.method.type in ("jbond", "rloo")
@@ -95,10 +96,11 @@ class Found(NamedTuple):
         return judged.kl / floor if floor > LEAST_KL else float("nan")
 
 
-def found(arms: Mapping[str, Arm], effort: Effort, tell: Tell) -> Found:
+def found(arms: Mapping[str, Arm], effort: Effort, tell: Tell, sizes: Sizes | None = None) -> Found:
+    sizes = sizes or SIZES[effort]
     jobs = {label: [arm.job(seed) for seed in range(SEEDS[effort])] for label, arm in arms.items()}
-    by_job = model_jobs.results([job for own in jobs.values() for job in own], SIZES[effort], DIRECTORY, tell)
-    reference = model_jobs.reference(SIZES[effort], DIRECTORY)
+    by_job = model_jobs.results([job for own in jobs.values() for job in own], sizes, DIRECTORY, tell)
+    reference = model_jobs.reference(sizes, DIRECTORY)
     return Found({label: [by_job[job] for job in own] for label, own in jobs.items()}, reference, frontier(reference))
 
 
@@ -159,10 +161,10 @@ def points(label: str, x: Sequence[float], y: Sequence[float], *, is_line: bool 
     return Curve(label=label, x=tuple(a for a, _ in near), y=tuple(b for _, b in near), is_line=is_line)
 
 
-def described(effort: Effort, steps: int) -> str:
-    sizes = SIZES[effort]
+def described(effort: Effort, steps: int, sizes: Sizes | None = None, prompts: int = 16) -> str:
+    sizes = sizes or SIZES[effort]
     return (
-        f"The demo's policy (2.9 M parameters, LoRA of rank 8 unless said otherwise), {steps} steps of 16 "
+        f"The demo's policy (2.9 M parameters, LoRA of rank 8 unless said otherwise), {steps} steps of {prompts} "
         f"prompts, {SEEDS[effort]} seed(s), {sizes.train_prompts} training prompts with {sizes.train_draws} logged "
         f"candidates each. Judged on {sizes.held_out_prompts} held-out prompts with {sizes.judged_draws} samples each "
         f"against {sizes.held_out_draws} draws of the reference, of which the frontier is made, too. KL is the mean of "

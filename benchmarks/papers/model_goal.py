@@ -17,6 +17,7 @@ from benchmarks.papers.findings import Effort, Finding, fields_of
 from benchmarks.papers.model_findings import (
     COLUMNS,
     KL_LABEL,
+    SIZES,
     WIN_LABEL,
     Arm,
     Found,
@@ -31,42 +32,57 @@ from benchmarks.papers.model_findings import (
 from bon_algos.contracts import Method
 
 STEPS: Final[Mapping[Effort, int]] = {"quick": 8, "default": 60, "full": 60}
-PROMPTS: Final = 64
-"""A step."""
+PROMPTS: Final = 32
+"""Of a step."""
+CANDIDATES: Final = 32
+"""Of a prompt at its turn."""
+JUDGED_DRAWS: Final[Mapping[Effort, int]] = {"quick": 8, "default": 128, "full": 128}
+"""Four times as many as elsewhere: 32 leave a noise of .03 in a ratio to the frontier's KL."""
+TEMPERATURE: Final = 0.95
+"""The policies are sampled at: a trained policy leaves a little mass on tokens that nobody wants, and each of them may
+spoil an answer."""
 RANK: Final = 32
 OFFLINE_LORA: Final = f"offline_bond, LoRA of rank {RANK}"
 OFFLINE_WHOLE: Final = "offline_bond, all weights"
 BOND_LORA: Final = f"bond, LoRA of rank {RANK}"
-MOST_RATIO: Final = 1.4
-"""1.25 is the aim; the remarks say how far from it we are."""
-AIM: Final = 1.25
+MOST_RATIO: Final = 1.25
+AIM: Final = 1.1
 
 
 def arms_of(effort: Effort) -> dict[str, Arm]:
     """Each aims at an n a little above the one whose win rate it is to have."""
     steps = STEPS[effort]
-    common = {"steps": steps, "prompts_per_step": PROMPTS, "averaged_steps": max(1, steps // 3)}
-    offline = common | {"n": 24, "backward_n": 40, "token_kl_weight": 0.3, "interpolation": 1.0}
-    bond = common | {"n": 24, "samples_per_prompt": 4, "imitation_steps": 2 * steps // 3, "prompts_per_step": 32}
-    return {
+    common = {"n": 24, "steps": steps, "prompts_per_step": PROMPTS, "averaged_steps": max(1, steps // 3)}
+    offline = common | {
+        "backward_n": 24,
+        "jeffreys_weight": 0.8,
+        "token_kl_weight": 0.3,
+        "candidates_per_prompt": CANDIDATES,
+        "interpolation": 1.0,
+    }
+    arms = {
         OFFLINE_LORA: _arm("offline_bond", offline | {"learning_rate": 2e-3, "lora_rank": RANK}),
         OFFLINE_WHOLE: _arm("offline_bond", offline | {"learning_rate": 5e-4}, all_weights=True),
-        BOND_LORA: _arm("bond", bond | {"learning_rate": 2e-3, "lora_rank": RANK}),
     }
+    if effort == "full":
+        bond = common | {"samples_per_prompt": 4, "imitation_steps": 2 * steps // 3}
+        arms[BOND_LORA] = _arm("bond", bond | {"learning_rate": 2e-3, "lora_rank": RANK})
+    return arms
 
 
 def _arm(name: str, spec: dict[str, float], *, all_weights: bool = False) -> Arm:
-    return Arm(Method.model_validate({"type": name, name: spec}), all_weights)
+    method = Method.model_validate({"type": name, name: spec})
+    return Arm(method, all_weights, temperature=TEMPERATURE)
 
 
 def goal(effort: Effort, tell: Tell) -> Finding:
-    seen = found(arms_of(effort), effort, tell)
+    sizes = SIZES[effort]._replace(judged_draws=JUDGED_DRAWS[effort])
+    seen = found(arms_of(effort), effort, tell, sizes)
     return Finding(
         title=f"The goal: best-of-{N}'s win rate with one sample",
         source="Ours; the frontier is BoNBoN's Theorem 1 up to .0092",
-        method=f"As every method below, but {STEPS[effort]} steps of {PROMPTS} prompts (bond: 32), aimed at best-of-40 "
-        "and imitating best-of-24, with a weight of .3 on every token's KL (bond: aimed at 24). "
-        f"{described(effort, STEPS[effort])}",
+        method=f"{described(effort, STEPS[effort], sizes, PROMPTS)} {settings(arms_of(effort))} Sampled at a "
+        f"temperature of {TEMPERATURE:g}, of whose law the KL is.",
         columns=COLUMNS,
         rows=(*reference_rows(seen.reference, seen.frontier), *(row(label, seen) for label in seen.arms)),
         claims=fields_of(reached(seen)) if effort != "quick" else (),
@@ -77,30 +93,32 @@ def goal(effort: Effort, tell: Tell) -> Finding:
     )
 
 
+def settings(arms: Mapping[str, Arm]) -> str:
+    """What each arm was given, in words."""
+    given = {label: arm.method.algorithm.model_dump(exclude_unset=True) for label, arm in arms.items()}
+    own = {label: ", ".join(f"{name} {value:g}" for name, value in spec.items()) for label, spec in given.items()}
+    return f"{'; '.join(f'{label}: {listed}' for label, listed in own.items())}."
+
+
 def reached(seen: Found) -> list[Claim]:
-    """Of the arm that wins most often."""
-    best = winner(seen)
-    win = float(np.mean([one.win_rate for one in seen.last(best)]))
+    last = seen.last(OFFLINE_LORA)
+    win = float(np.mean([one.win_rate for one in last]))
+    ratio = float(np.mean(seen.ratios(OFFLINE_LORA)))
     return [
-        claims.at_least(f"{best}: win rate less that of best-of-{N}", win - of_best_of_n(seen), 0.0),
-        claims.at_most(f"{best}: KL ÷ frontier's at that win rate", float(np.mean(seen.ratios(best))), MOST_RATIO),
+        claims.at_least(f"{OFFLINE_LORA}: win rate less that of best-of-{N}", win - of_best_of_n(seen), 0.0),
+        claims.at_most(f"{OFFLINE_LORA}: KL ÷ frontier's at that win rate, mean of seeds", ratio, MOST_RATIO),
     ]
 
 
 def distance(seen: Found) -> str:
     ratios = {label: float(np.mean(seen.ratios(label))) for label in seen.arms}
     ours = ", ".join(f"{label} {ratio:.2f}" for label, ratio in ratios.items())
-    said = "reached" if min(ratios.values()) <= AIM else "not reached"
     return (
-        f"The aim is best-of-{N}'s win rate at {AIM} times the frontier's KL: {said}. Here: {ours}. "
-        "The rest is neither overfitting nor drift: on training prompts it is the same, and nearly all of the KL is in "
-        "the law of ranks. What this model cannot do is rule bad answers out token by token, and the good ones make up "
-        "for it (docs/log.md)."
+        f"KL in units of the frontier's at the win rate reached: {ours}; the aim is {AIM}. What is left is hardly "
+        "drift that no rank asked for: nearly all of the KL is in the law of ranks, whose top is too sharp, because "
+        "some bad answers slip through that a model of this size does not see coming, and the good ones make up for "
+        "them (docs/log.md)."
     )
-
-
-def winner(seen: Found) -> str:
-    return max(seen.arms, key=lambda label: float(np.mean([one.win_rate for one in seen.last(label)])))
 
 
 def of_best_of_n(seen: Found) -> float:

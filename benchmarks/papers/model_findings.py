@@ -69,7 +69,6 @@ class Arm(NamedTuple):
     all_weights: bool = False
     candidates: int | None = None
     targets: Literal["counted", "pooled", "learned"] = "counted"
-    temperature: float = 1.0
 
     def job(self, seed: int) -> Job:
         fresh = self.method.type in ("jbond", "rloo")

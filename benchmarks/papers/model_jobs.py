@@ -76,8 +76,6 @@ class Job(Record):
     """Of each prompt: only so many of the ledger's are learned from."""
     targets: Literal["counted", "pooled", "learned"] = "counted"
     """Of a regression: from the candidates learned from, from all that are logged, or from a learned law of rewards."""
-    temperature: float = 1.0
-    """The policy is judged at."""
     judgements: int = 1
     """Evenly spread over the steps; the last one after the last."""
 
@@ -262,8 +260,8 @@ def _run(job: Job, sizes: Sizes, directory: Path, file: Path) -> None:
 
     def look(policy: TrainedPolicy, step: int) -> None:
         seed = random.Random(f"{job.seed}/judged").getrandbits(32)
-        judged = partial(judge, bench, weights_of(policy), reference, temperature=job.temperature)
-        found.append(judged(draws=sizes.judged_draws, seed=seed, step=step))
+        weights = weights_of(policy)
+        found.append(judge(bench, weights, reference, draws=sizes.judged_draws, seed=seed, step=step))
 
     train(bench, _ledger(sizes, directory), job, look)
     aside = file.with_suffix(".part")

@@ -105,14 +105,12 @@ class Bench:
         ).eval()
         self._tokenizer, self._reward_tokenizer = _tokenizer(POLICY), _tokenizer(REWARD)
 
-    def wearing(self, weights: Weights, temperature: float = 1.0) -> PreTrainedModel:
-        """The model with these weights, until the next call; an embedding alone is the head's as well. Its law is what
-        sampling at the temperature draws from: the head is divided by it."""
+    def wearing(self, weights: Weights) -> PreTrainedModel:
+        """The model with these weights, until the next call; an embedding alone is the head's as well."""
         tied = {HEAD: weights[EMBEDDING]} if EMBEDDING in weights else {}
         with torch.no_grad():
             for name, weight in {**self._plain, **tied, **weights}.items():
                 self._worn.get_parameter(name).copy_(weight)
-            self._worn.get_parameter(HEAD).div_(temperature)
         return self._worn
 
     @torch.no_grad()
@@ -334,11 +332,8 @@ class Judged(BaseModel):
     """Share of completions without an end."""
 
 
-def judge(
-    bench: Bench, weights: Weights, reference: Draws, *, draws: int, seed: int, step: int, temperature: float = 1.0
-) -> Judged:
-    """A policy sampled at a temperature, against the reference at 1."""
-    model = bench.wearing(weights, temperature)
+def judge(bench: Bench, weights: Weights, reference: Draws, *, draws: int, seed: int, step: int) -> Judged:
+    model = bench.wearing(weights)
     own = bench.draw(model, reference.prompts, draws, seed)
     kl = mean_interval(bench.kl(model, own).mean(axis=1))
     best, one = best_of(reference.reward, reference.order, 16).mean(), reference.reward.mean()

@@ -55,29 +55,31 @@ def law(effort: Effort, tell: Tell) -> Finding:
     for done, n in enumerate(SIZES, start=1):
         laws.append(_law_of(n, NUM_POOLS[effort]))
         tell(done / len(SIZES))
-    tilts = np.linspace(0.0, 24.0, 97)
     return Finding(
         title="The law of best-of-n: its KL, its win rate, and the most that any law wins at that KL",
-        source="BoNBoN (arXiv:2406.00832), Theorem 1 and Fig. 2; the bound on KL: arXiv:2401.01879",
+        source="BoNBoN (arXiv:2406.00832), Theorem 1; the bound on KL: arXiv:2401.01879",
         method=f"{NUM_OUTCOMES} equally likely outcomes that never tie, and the same with rewards on {NUM_LEVELS} "
         f"levels; by enumeration. Estimate: `kl_best_of_n_estimate` of {M} draws, mean of {NUM_POOLS[effort]} pools.",
         columns=(
-            "n", "KL", "log n − (n−1)/n", "win rate", "n/(n+1)", "most at that KL", "its c", "β* of BoNBoN",
-            "tied: KL", "estimate", "win rate",
+            "n",
+            "KL",
+            "log n − (n−1)/n",
+            "win rate",
+            "n/(n+1)",
+            "most at that KL",
+            "its c",
+            "β* of BoNBoN",
+            "tied: KL",
+            "tied: estimate of KL",
+            "tied: win rate",
         ),
         rows=tuple(map(_row, laws)),
         claims=fields_of([claim for one in laws for claim in _claims(one)]),
         remarks=_remarks(laws),
         x_label="KL to the reference, nats",
         y_label="win rate",
-        curves=(
-            Curve(label="most that any law wins", x=tuple(map(optimal_tilt_kl, tilts)),
-                  y=tuple(map(optimal_tilt_win_rate, tilts))),
-            Curve(label="best-of-n", x=tuple(one.kl for one in laws), y=tuple(one.win for one in laws), is_line=False),
-            Curve(label=f"best-of-n, {NUM_LEVELS} levels", x=tuple(one.tied_kl for one in laws),
-                  y=tuple(one.tied_win for one in laws), is_line=False),
-        ),
-    )  # fmt: skip
+        curves=_curves(laws),
+    )
 
 
 def _law_of(n: int, num_pools: int) -> Law:
@@ -112,6 +114,20 @@ def _claims(one: Law) -> list[Claim]:
         at_least(f"n = {n}, tied: estimate of KL less KL", one.estimated_kl - one.tied_kl, 0.0),
         at_most(f"n = {n}, tied: estimate of KL less the bound", one.estimated_kl - kl_bound(n), 0.0),
     ]
+
+
+def _curves(laws: list[Law]) -> tuple[Curve, ...]:
+    tilts = np.linspace(0.0, 24.0, 97)
+    most = tuple(map(optimal_tilt_kl, tilts)), tuple(map(optimal_tilt_win_rate, tilts))
+    drawn = {
+        "best-of-n": [(one.kl, one.win) for one in laws],
+        f"best-of-n, {NUM_LEVELS} levels": [(one.tied_kl, one.tied_win) for one in laws],
+    }
+    points = [
+        Curve(label=label, x=tuple(x for x, _ in own), y=tuple(y for _, y in own), is_line=False)
+        for label, own in drawn.items()
+    ]
+    return (Curve(label="most that any law wins", x=most[0], y=most[1]), *points)
 
 
 def _remarks(laws: list[Law]) -> str:

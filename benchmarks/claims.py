@@ -11,13 +11,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from bonsai import machine
+
+LONGEST_NUMBER: Final = 20
+"""Characters, with its interval: what is longer is a sentence."""
 
 
 class Claim(NamedTuple):
@@ -53,10 +56,13 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table for the terminal, first column left, numbers right."""
+    """A table for the terminal, first column left, numbers right. Where it is too narrow, sentences are folded; a
+    number or a verdict is not."""
     drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_style="bold")
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if index == 0 else "right", vertical="bottom", no_wrap=index == 0)
+        longest = max((len(row[index]) for row in rows), default=0)
+        kept = longest if index and longest <= LONGEST_NUMBER else None
+        drawn.add_column(column, justify="right" if index else "left", vertical="bottom", min_width=kept)
     for row in rows:
         drawn.add_row(*row)
     return drawn

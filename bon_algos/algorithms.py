@@ -27,6 +27,7 @@ from bon_algos.contracts import (
     JBondSpec,
     OfflineBondSpec,
     RlooSpec,
+    TokenBondSpec,
     VbonSpec,
 )
 from bon_algos.fresh_steps import (
@@ -42,19 +43,23 @@ from bon_algos.logged_steps import (
     PairLoss,
     choose_best,
     choose_compared,
+    choose_guided,
     choose_imitated,
     choose_pair,
     choose_regressed,
+    choose_scored,
     choose_weighed,
     choose_winner,
     compare,
     compare_all,
     imitate,
+    learn_guided,
     learn_offline,
+    learn_values,
     regress,
 )
 from bon_algos.preference import dpo_loss, ipo_loss
-from bon_algos.steps import BondStep, LoggedStep, OfflineBondStep, OnPolicyStep, SampledStep, Step
+from bon_algos.steps import BondStep, LoggedStep, OfflineBondStep, OnPolicyStep, SampledStep, Step, TokenBondStep
 
 
 def make_step(spec: AlgorithmSpec) -> Step:
@@ -75,8 +80,23 @@ def make_step(spec: AlgorithmSpec) -> Step:
                 spec.averaged_steps,
                 spec.interpolation,
             )
+        case TokenBondSpec():
+            return _token_bond(spec)
         case _:
             return _logged(spec)
+
+
+def _token_bond(spec: TokenBondSpec) -> TokenBondStep:
+    return TokenBondStep(
+        critic_steps=spec.critic_steps,
+        critic_learning_rate=spec.critic_learning_rate,
+        n=spec.n,
+        judge=partial(choose_scored, count=spec.critic_candidates),
+        critic_loss=learn_values,
+        choose=partial(choose_guided, n=spec.n, count=spec.candidates_per_prompt),
+        loss=partial(learn_guided, jeffreys_weight=spec.jeffreys_weight),
+        averaged_steps=spec.averaged_steps,
+    )
 
 
 def _logged(

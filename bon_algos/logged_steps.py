@@ -25,16 +25,22 @@ from bon_algos.logprobs import TokenGroup
 from bon_algos.offline_bond import offline_bond_loss
 from bon_algos.order import best_of_n_weights, log_tilt_of_level, systematic_sample
 from bon_algos.preference import best_and_worst
+from bon_algos.prefix_values import negative_log_likelihood, normal_scores
 from bon_algos.quantiles import log_tilt_by, standing_among_others
 from bon_algos.regression import log_quantile_regression
 from bon_algos.steps import (
     ChosenGroup,
+    GuidedGroup,
+    GuidedTermsOf,
     LoggedGroup,
+    SaidLawsOf,
+    ScoredGroup,
     SequenceLogprobs,
     StepLoss,
     TokenTermsOf,
     WeighedGroup,
 )
+from bon_algos.token_bond import token_bond_loss
 
 
 def one_row(rewards: Sequence[float]) -> Tensor:
@@ -107,7 +113,7 @@ def choose_weighed(group: LoggedGroup, uniform: float, *, n: int, backward_n: in
     log_tilt_N = _log_tilts(group, backward_n)
     drawn = np.flatnonzero(times_N)
     return WeighedGroup(
-        TokenGroup(group.tokens.prompt_ids, [group.tokens.completion_ids[j] for j in drawn]),
+        _of_places(group, drawn),
         (best_N[drawn] / by_weight).tolist(),
         log_tilt_N[drawn].tolist(),
         (times_N[drawn] / expected_N[drawn] * share_N[drawn]).tolist(),
@@ -116,7 +122,7 @@ def choose_weighed(group: LoggedGroup, uniform: float, *, n: int, backward_n: in
 
 def _narrowed(group: LoggedGroup, index: NDArray[np.intp], verdicts: NDArray[np.float64]) -> ChosenGroup:
     return ChosenGroup(
-        TokenGroup(group.tokens.prompt_ids, [group.tokens.completion_ids[j] for j in index]),
+        _of_places(group, index),
         verdicts.tolist(),
         [group.reference_logprobs[j] for j in index],
     )
@@ -161,6 +167,62 @@ def learn_offline(groups: Sequence[WeighedGroup], policy: TokenTermsOf, *, spec:
             token_kl_weight=spec.token_kl_weight,
             max_importance=spec.max_importance,
             return_floor=spec.return_floor,
+        )
+        for group, terms in zip(groups, policy([group.tokens for group in groups]), strict=True)
+    ]
+    names = outcomes[0].metrics._fields
+    metrics = {name: torch.stack([getattr(one.metrics, name) for one in outcomes]).mean() for name in names}
+    return StepLoss(torch.stack([one.loss for one in outcomes]).mean(), metrics)
+
+
+# --- token by token --------------------------------------------------------------------------------------
+
+
+def choose_scored(group: LoggedGroup, uniform: float, *, count: int) -> ScoredGroup:
+    """Candidates evenly spread over drawing order: a critic learns the reference's law, so from its own draws.
+    ValueError for a group of one."""
+    num_candidates = len(group.rewards)
+    scores = normal_scores(one_row(group.rewards))
+    times_M = systematic_sample(np.full(num_candidates, 1 / num_candidates), min(count, num_candidates), uniform)
+    drawn = np.flatnonzero(times_M)
+    return ScoredGroup(_of_places(group, drawn), *(of_1M[0, torch.from_numpy(drawn)].tolist() for of_1M in scores))
+
+
+def choose_guided(group: LoggedGroup, uniform: float, *, n: int, count: int) -> GuidedGroup:
+    """Half of the draws by best-of-n's weights, of all candidates where there are fewer than n, and half even ones."""
+    num_candidates, by_weight = len(group.rewards), count // 2
+    best_M = systematic_sample(best_of_n_weights(group.rewards, min(n, num_candidates)), by_weight, uniform)
+    even_M = systematic_sample(np.full(num_candidates, 1 / num_candidates), count - by_weight, uniform)
+    drawn = np.flatnonzero(best_M + even_M)
+    return GuidedGroup(_of_places(group, drawn), (best_M[drawn] / count).tolist(), (even_M[drawn] / count).tolist())
+
+
+def _of_places(group: LoggedGroup, index: NDArray[np.intp]) -> TokenGroup:
+    return TokenGroup(group.tokens.prompt_ids, [group.tokens.completion_ids[j] for j in index])
+
+
+def learn_values(groups: Sequence[ScoredGroup], laws: SaidLawsOf) -> StepLoss:
+    """The critic's: how likely it held the scores that the candidates ended with, at each of their tokens."""
+    losses, errors = [], []
+    for group, law in zip(groups, laws([group.tokens for group in groups]), strict=True):
+        lengths = torch.tensor([len(completion) for completion in group.tokens.completion_ids])
+        score_T, variance_T = (
+            torch.tensor(of_N).repeat_interleave(lengths).to(law.mean) for of_N in (group.scores, group.variances)
+        )
+        losses.append(negative_log_likelihood(law, score_T, variance_T).mean())
+        last_N = lengths.cumsum(dim=0).to(score_T.device) - 1
+        errors.append((law.mean.detach() - score_T)[last_N].square().mean())
+    loss = torch.stack(losses).mean()
+    return StepLoss(loss, {"critic": loss.detach(), "critic_error": torch.stack(errors).mean().sqrt()})
+
+
+def learn_guided(groups: Sequence[GuidedGroup], policy: GuidedTermsOf, *, jeffreys_weight: float) -> StepLoss:
+    outcomes = [
+        token_bond_loss(
+            terms,
+            torch.tensor(group.best_shares),
+            torch.tensor(group.even_shares),
+            jeffreys_weight=jeffreys_weight,
         )
         for group, terms in zip(groups, policy([group.tokens for group in groups]), strict=True)
     ]

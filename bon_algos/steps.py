@@ -15,6 +15,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bon_algos.logprobs import TokenGroup
+from bon_algos.prefix_values import RankLaw
+from bon_algos.token_bond import GuidedTerms
 from bon_algos.token_kl import TokenTerms
 
 SequenceLogprobs = Callable[[Sequence[TokenGroup]], Sequence[Tensor]]
@@ -23,6 +25,14 @@ SequenceLogprobs = Callable[[Sequence[TokenGroup]], Sequence[Tensor]]
 
 TokenTermsOf = Callable[[Sequence[TokenGroup]], Sequence[TokenTerms]]
 """`token_kl.token_terms` of one policy and its reference."""
+
+
+SaidLawsOf = Callable[[Sequence[TokenGroup]], Sequence[RankLaw]]
+"""`token_bond.said_laws` of one reference and a critic."""
+
+
+GuidedTermsOf = Callable[[Sequence[TokenGroup]], Sequence[GuidedTerms]]
+"""`token_bond.guided_terms` of one policy, its reference and a critic."""
 
 
 class LoggedGroup(NamedTuple):
@@ -95,6 +105,25 @@ class WeighedGroup(NamedTuple):
     """For how much of the reference's law each stands; sum to 1 in expectation."""
 
 
+class ScoredGroup(NamedTuple):
+    """Candidates of a logged group from which a critic learns. One value for each."""
+
+    tokens: TokenGroup
+    scores: Sequence[float]
+    """Normal scores of their ranks among all of the group."""
+    variances: Sequence[float]
+    """Of the scores, as estimates."""
+
+
+class GuidedGroup(NamedTuple):
+    """The candidates of a logged group along which one step of token BOND looks. One value for each."""
+
+    tokens: TokenGroup
+    best_shares: Sequence[float]
+    """By how many of the draws by best-of-n's weights each was drawn, and below by how many even ones; of all draws."""
+    even_shares: Sequence[float]
+
+
 @dataclass(frozen=True)
 class LoggedStep:
     """Learns from the ledger. Prompts do not interact: a batch may be split, and the parts' losses weighted
@@ -119,6 +148,26 @@ class OfflineBondStep:
     """Over how many last steps the weights are averaged in the end."""
     interpolation: float
     """How far from the reference's weights to those the policy is put."""
+
+
+@dataclass(frozen=True)
+class TokenBondStep:
+    """Learns from the ledger: first a critic of prefixes, then the policy, by what the critic says. A batch may be
+    split as in `LoggedStep`."""
+
+    critic_steps: int
+    """First steps, in which the critic learns and the policy stands still."""
+    critic_learning_rate: float
+    n: int
+    """Of the best-of-n that the critic's law is asked for."""
+    judge: Callable[[LoggedGroup, float], ScoredGroup]
+    """As `LoggedStep.choose`: from which candidates the critic learns."""
+    critic_loss: Callable[[Sequence[ScoredGroup], SaidLawsOf], StepLoss]
+    choose: Callable[[LoggedGroup, float], GuidedGroup]
+    """As `LoggedStep.choose`: along which candidates the policy learns."""
+    loss: Callable[[Sequence[GuidedGroup], GuidedTermsOf], StepLoss]
+    averaged_steps: int
+    """Over how many last steps the weights are averaged in the end."""
 
 
 @dataclass(frozen=True)
@@ -165,4 +214,4 @@ class SampledStep:
     samples_per_prompt: int
 
 
-Step = LoggedStep | OfflineBondStep | OnPolicyStep | BondStep | SampledStep
+Step = LoggedStep | OfflineBondStep | TokenBondStep | OnPolicyStep | BondStep | SampledStep

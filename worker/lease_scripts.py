@@ -119,11 +119,13 @@ RELEASE: Final = (
     + """
 spend(KEYS[1])
 redis.call('HSET', KEYS[1], 'lease_until', '0', 'last_error', ARGV[2])
+redis.call('HDEL', KEYS[1], 'claim')
 tell(KEYS[1], KEYS[2], 'given_back', ARGV[2])
 return 1
 """
 )
-"""KEYS job, events. ARGV claim, reason. -> 0 fenced, 1 given back: the reconciler takes it up or counts it out."""
+"""KEYS job, events. ARGV claim, reason. -> 0 fenced, 1 given back: the reconciler takes it up or counts it out. The
+claim is over with it: a beat that was on its way would hold the job for another lease."""
 
 FINISH: Final = (
     JOB_LUA

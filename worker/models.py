@@ -28,6 +28,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bon_algos.contracts import Precision
 from bon_algos.logprobs import TokenGroup, completion_states, sequence_logprobs, token_logprobs
+from bon_algos.prefix_values import PrefixCritic, RankLaw
+from bon_algos.token_bond import GuidedTerms, guided_terms, said_laws
 from bon_algos.token_kl import TokenTerms, token_terms
 from worker.durable import staged
 from worker.ranks import ALONE, Ranks, together
@@ -145,6 +147,26 @@ class TrainedPolicy:
     def token_terms(self, groups: Sequence[TokenGroup]) -> list[TokenTerms]:
         """What policy and reference say of every token; differentiable."""
         return token_terms(self.model, groups, lambda: self._wearing(self._reference()))
+
+    def said_laws(self, critic: PrefixCritic, groups: Sequence[TokenGroup]) -> list[RankLaw]:
+        """What a critic makes of the reference's way along completions; differentiable in the critic."""
+        return said_laws(self.model, groups, lambda: self._wearing(self._reference()), critic)
+
+    def guided_terms(self, critic: PrefixCritic, n: int, groups: Sequence[TokenGroup]) -> list[GuidedTerms]:
+        """How far the policy is, at every token, from best-of-n of its reference as a critic has it; differentiable."""
+        return guided_terms(self.model, groups, lambda: self._wearing(self._reference()), critic, n)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the head, and of all that is asked of it."""
+        device: torch.device = self.model.get_output_embeddings().weight.device
+        return device
+
+    @property
+    def hidden_size(self) -> int:
+        """D, of the states before the head."""
+        size: int = self.model.config.get_text_config().hidden_size
+        return size
 
     def logprobs_wearing(self, factors: Mapping[str, Tensor], groups: Sequence[TokenGroup]) -> list[Tensor]:
         """log-probs with some factors replaced, no gradient. For each group (N,), nats."""

@@ -13,38 +13,44 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bon_algos.anchor import EmaAnchor
 from bon_algos.logprobs import TokenGroup
+from bon_algos.prefix_values import PrefixCritic
 from bon_algos.steps import (
     BondStep,
     ChosenGroup,
     FreshGroup,
+    GuidedGroup,
     LoggedGroup,
     LoggedStep,
     OfflineBondStep,
     OnPolicyStep,
     RankedGroup,
     SampledStep,
+    ScoredGroup,
     SequenceLogprobs,
     Step,
     StepLoss,
+    TokenBondStep,
     WeighedGroup,
 )
+from bon_algos.token_bond import GuidedTerms
 from bon_algos.token_kl import TokenTerms
 from worker.checkpoint import TrainingState
+from worker.descent import Descent
 from worker.errors import JobFailed
 from worker.models import TrainedPolicy
 from worker.passes import TRAINING_ROWS_TOKENS, Plan, Rehearsal
 from worker.ranks import ALONE, Ranks, together
-from worker.sharding import clip_to_norm, is_sharded, like, local, part_like, whole
+from worker.sharding import like, local, part_like, whole
 
 Item = TypeVar("Item")
-Chosen = TypeVar("Chosen", ChosenGroup, WeighedGroup)
+Chosen = TypeVar("Chosen", ChosenGroup, WeighedGroup, ScoredGroup, GuidedGroup)
 
 
 def batch_of(items: Sequence[Item], step: int, *, size: int, seed: int) -> list[Item]:
@@ -63,6 +69,20 @@ def _order(num_items: int, round_number: int, seed: int) -> list[int]:
     order = list(range(num_items))
     random.Random(f"{seed}/{round_number}").shuffle(order)
     return order
+
+
+class Critic(NamedTuple):
+    """Of prefixes, in training beside a policy."""
+
+    values: PrefixCritic
+    descent: Descent
+
+
+def opened_critic(policy: TrainedPolicy, seed: int) -> PrefixCritic:
+    """That knows nothing yet; nobody else's random numbers are used up."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PrefixCritic(policy.hidden_size).to(policy.device)
 
 
 class Training:
@@ -87,24 +107,24 @@ class Training:
         self.tokens = 0
         """Of prompts and completions that went forward and backward here, an earlier attempt's not counted."""
         self.step = step
-        self._steps, self._warmup_steps, self._seed = steps, warmup_steps, seed
-        self._learning_rate, self._max_grad_norm = learning_rate, max_grad_norm
-        self._accumulation = accumulation
+        self._steps, self._seed, self._accumulation = steps, seed, accumulation
         self._parameters = policy.trained
-        self._is_sharded = is_sharded(self._parameters.values())
-        # Parameters that are spread over ranks and others do not mix in one kernel.
-        foreach = False if self._is_sharded else None
-        self._optimiser = torch.optim.AdamW(
-            self._parameters.values(), lr=learning_rate, weight_decay=0.0, foreach=foreach
-        )
+        descent = partial(Descent, ranks=ranks, warmup_steps=warmup_steps, max_grad_norm=max_grad_norm)
+        first = step.critic_steps if isinstance(step, TokenBondStep) else 0
+        self._descent = descent(self._parameters, first=first, last=steps, learning_rate=learning_rate)
+        self._critic: Critic | None = None
+        if isinstance(step, TokenBondStep):
+            values = opened_critic(policy, seed)
+            moved = descent(dict(values.named_parameters()), last=first, learning_rate=step.critic_learning_rate)
+            self._critic = Critic(values, moved)
         self.anchor = EmaAnchor(self._parameters) if isinstance(step, OnPolicyStep) else None
         self._mean: dict[str, Tensor] = {}
 
     @property
-    def logged_step(self) -> LoggedStep | OfflineBondStep | None:
+    def logged_step(self) -> LoggedStep | OfflineBondStep | TokenBondStep | None:
         """The next step, where it learns from logged candidates alone."""
         match self.step:
-            case LoggedStep() | OfflineBondStep():
+            case LoggedStep() | OfflineBondStep() | TokenBondStep():
                 return self.step
             case BondStep():
                 return self.step.imitation if self.done < self.step.imitation_steps else None
@@ -122,12 +142,32 @@ class Training:
             case OfflineBondStep(weigh, loss_of_terms):
                 weighed = [weigh(group, uniform()) for group in groups]
                 return self._learn_in_parts(weighed, lambda part: loss_of_terms(part, self._token_terms), rows_tokens)
+            case TokenBondStep() as step:
+                return self._learn_token_by_token(step, groups, uniform, rows_tokens)
             case None:
                 raise AssertionError("this step learns from fresh samples")
 
-    def _learn_in_parts(
-        self, groups: Sequence[Chosen], loss: Callable[[Sequence[Chosen]], StepLoss], rows_tokens: int
+    def _learn_token_by_token(
+        self, step: TokenBondStep, groups: Sequence[LoggedGroup], uniform: Callable[[], float], rows_tokens: int
     ) -> dict[str, float]:
+        critic = self._critic
+        assert critic is not None
+        if self.done < step.critic_steps:
+            judged = [step.judge(group, uniform()) for group in groups]
+            laws = partial(self.policy.said_laws, critic.values)
+            return self._learn_in_parts(judged, lambda part: step.critic_loss(part, laws), rows_tokens, critic.descent)
+        guided = [step.choose(group, uniform()) for group in groups]
+        terms = partial(self._guided_terms, critic.values, step.n)
+        return self._learn_in_parts(guided, lambda part: step.loss(part, terms), rows_tokens)
+
+    def _learn_in_parts(
+        self,
+        groups: Sequence[Chosen],
+        loss: Callable[[Sequence[Chosen]], StepLoss],
+        rows_tokens: int,
+        descent: Descent | None = None,
+    ) -> dict[str, float]:
+        """descent: of what learns; the policy, unless told."""
         self.tokens += sum(num_tokens(group.tokens.prompt_ids, group.tokens.completion_ids) for group in groups)
         totals: dict[str, float] = {}
         plan = Plan(self.ranks, self._accumulation, rows_tokens)
@@ -138,7 +178,7 @@ class Training:
                 totals[name] = totals.get(name, 0.0) + share * value
         sums = torch.tensor(list(totals.values()), dtype=torch.float64)
         self.ranks.add_up([sums])
-        return self._apply(dict(zip(totals, sums.tolist(), strict=True)))
+        return self._apply(dict(zip(totals, sums.tolist(), strict=True)), descent or self._descent)
 
     def _learn_at_once(
         self, loss: Callable[[SequenceLogprobs, SequenceLogprobs], StepLoss], other: SequenceLogprobs
@@ -154,7 +194,7 @@ class Training:
             outcome = loss(rehearsal, partial(plan.logprobs, other))
             torch.autograd.backward(outcome.loss)
             rehearsal.backward()
-        return self._apply(_numbers(outcome))
+        return self._apply(_numbers(outcome), self._descent)
 
     @together
     def learn_fresh(self, groups: Sequence[FreshGroup]) -> dict[str, float]:
@@ -194,6 +234,11 @@ class Training:
         self._require_numbers([one.logprob_NL for one in terms])
         return terms
 
+    def _guided_terms(self, critic: PrefixCritic, n: int, groups: Sequence[TokenGroup]) -> list[GuidedTerms]:
+        terms = self.policy.guided_terms(critic, n, groups)
+        self._require_numbers([one.forward_kl_NL for one in terms])
+        return terms
+
     def _anchor_logprobs(self, groups: Sequence[TokenGroup]) -> list[Tensor]:
         assert self.anchor is not None
         logprobs = self.policy.logprobs_wearing(self.anchor.tensors, groups)
@@ -212,26 +257,15 @@ class Training:
         """Numbers from [0, 1) that are this step's alone."""
         return random.Random(f"{self._seed}/{self.done}/candidates").random
 
-    def _apply(self, metrics: dict[str, float]) -> dict[str, float]:
-        norm = self._clipped_norm()
+    def _apply(self, metrics: dict[str, float], descent: Descent) -> dict[str, float]:
+        norm = descent.clipped_norm()
         if not torch.isfinite(torch.tensor([norm, metrics["loss"]])).all():
             numbers = f"loss {metrics['loss']}, gradient norm {norm}"
             raise JobFailed("loss_not_finite", f"step {self.done + 1}: {numbers}")
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._learning_rate * rate_share(self.done, self._steps, self._warmup_steps)
-        self._optimiser.step()
-        self._optimiser.zero_grad()
+        descent.step(self.done)
         self.done += 1
         self._average()
         return {**metrics, "grad_norm": norm}
-
-    def _clipped_norm(self) -> float:
-        """Of the gradient of all ranks, before it is clipped. What is spread was summed on its way back."""
-        parameters = self._parameters.values()
-        if self.ranks.size > 1:
-            self.ranks.add_up([_gradient(parameter) for parameter in parameters if not is_sharded([parameter])])
-        clip = clip_to_norm if self._is_sharded else torch.nn.utils.clip_grad_norm_
-        return float(clip(parameters, self._max_grad_norm))
 
     def _average(self) -> None:
         """Let the mean over the last steps follow, where the method wants one."""
@@ -240,6 +274,8 @@ class Training:
                 count = self.done - max(self._steps - averaged, imitation)
             case OfflineBondStep(averaged_steps=averaged):
                 count = self.done - max(self._steps - averaged, 0)
+            case TokenBondStep(averaged_steps=averaged, critic_steps=first):
+                count = self.done - max(self._steps - averaged, first)
             case _:
                 return
         if count == 1:
@@ -264,10 +300,12 @@ class Training:
         """All that the next step depends on: how many threads share its sums, too. `numbers` are the caller's."""
         with self.policy.ranks.tells("state"):
             tensors = {f"policy/{name}": tensor for name, tensor in self.policy.factors.items()}
-            for name, parameter in self._parameters.items():
-                for field, value in self._optimiser.state.get(parameter, {}).items():
-                    tensors[f"optimiser/{name}/{field}"] = whole(value)
+            tensors |= {f"optimiser/{place}": tensor for place, tensor in self._descent.state().items()}
             tensors |= {f"mean/{name}": whole(part_like(self._parameters[name], t)) for name, t in self._mean.items()}
+        if self._critic is not None:
+            tensors |= {f"critic/{name}": tensor.clone() for name, tensor in self._critic.values.state_dict().items()}
+            state = self._critic.descent.state()
+            tensors |= {f"critic_optimiser/{place}": tensor for place, tensor in state.items()}
         if self.anchor is not None:
             tensors.update({f"anchor/{name}": tensor for name, tensor in self.anchor.tensors.items()})
         tensors["random/cpu"] = torch.get_rng_state()
@@ -277,11 +315,10 @@ class Training:
         """Go on from a state; every rank does. KeyError or ValueError when it is another job's."""
         tensors = state.tensors
         self.policy.load_factors(_under("policy/", tensors))
-        for place, tensor in _under("optimiser/", tensors).items():
-            name, _, field = place.rpartition("/")
-            parameter = self._parameters[name]
-            # The number of steps stays on the CPU, where the optimiser keeps it.
-            self._optimiser.state[parameter][field] = tensor if field == "step" else like(parameter, tensor)
+        self._descent.resume(_under("optimiser/", tensors))
+        if self._critic is not None:
+            self._critic.values.load_state_dict(_under("critic/", tensors))
+            self._critic.descent.resume(_under("critic_optimiser/", tensors))
         means = _under("mean/", tensors).items()
         self._mean = {name: local(like(self._parameters[name], tensor)).clone() for name, tensor in means}
         if self.anchor is not None:
@@ -291,22 +328,9 @@ class Training:
         self.done = state.step
 
 
-def rate_share(done: int, steps: int, warmup_steps: int) -> float:
-    """The learning rate after `done` of `steps` steps, as a share of the greatest: rises over the first steps, and
-    falls in a straight line towards a tenth, so that the last steps average a small batch's noise away."""
-    return min(1.0, (done + 1) / max(1, warmup_steps)) * (1 - 0.9 * done / steps)
-
-
 def num_tokens(prompt_ids: Sequence[int], completion_ids: Sequence[Sequence[int]]) -> int:
     """Of a prompt, once, and its completions."""
     return len(prompt_ids) + sum(map(len, completion_ids))
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """Zero for what no pass of this rank reached."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 def _numbers(outcome: StepLoss) -> dict[str, float]:

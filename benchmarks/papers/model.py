@@ -56,6 +56,9 @@ it (4 nats after 16 steps, and one seed of three never came back)."""
 LEARNING_RATE: Final = 3e-3
 ALL_WEIGHTS_RATE: Final = 3e-4
 RLOO_STRENGTHS: Final = (0.1, 0.25, 0.5, 1.0)
+TOKEN_STEPS: Final = 8
+TOKEN_PROMPTS: Final = 8
+"""Token BOND takes more and smaller steps: dense targets make small batches do, and half of them are its critic's."""
 MOST_BELOW: Final = 0.87
 """Best-of-n is optimal up to .0092 of win rate, worst at n = 2 (BoNBoN; algorithms.md 1.5): there the least possible KL
 is .87 of best-of-n's."""
@@ -68,6 +71,8 @@ def method_of(name: MethodName, steps: int, **changes: object) -> Method:
         given |= {"imitation_steps": steps // 2, "averaged_steps": max(1, 2 * steps // 5)}
     if name == "iterative_bond":
         given |= {"anchor_steps": max(1, steps // 4)}
+    if name == "token_bond":
+        given |= {"steps": TOKEN_STEPS * steps, "prompts_per_step": TOKEN_PROMPTS, "averaged_steps": max(1, steps)}
     return Method.model_validate({"type": name, name: given | dict(SETTINGS.get(name, {})) | changes})
 
 
@@ -77,9 +82,10 @@ def settings() -> str:
         f"{name} {', '.join(f'{field} {value:g}' for field, value in own.items())}" for name, own in SETTINGS.items()
     )
     return (
-        f"Learning rate {LEARNING_RATE:g}, but {others}; iterative BOND in four rounds, BOND with half of its "
-        "steps imitating and two fifths averaged; all else the specs' defaults. Where a setting differs it was the "
-        "better of two to four that were tried with one seed on these held-out prompts, which favours those methods."
+        f"Learning rate {LEARNING_RATE:g}, but {others}; iterative BOND in four rounds, BOND with half of its steps "
+        f"imitating and two fifths averaged, token BOND with {TOKEN_STEPS} times the steps of {TOKEN_PROMPTS} prompts; "
+        "all else the specs' defaults. Where a setting differs it was the better of two to four that were tried with "
+        "one seed on these held-out prompts, which favours those methods."
     )
 
 

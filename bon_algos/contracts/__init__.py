@@ -44,6 +44,17 @@ from bon_algos.contracts.jobs import (
     Label,
     Window,
 )
+from bon_algos.contracts.logged_methods import (
+    BonbonConsistentSpec,
+    BonbonSpec,
+    BonForwardKlSpec,
+    BonRegressionSpec,
+    BonSftSpec,
+    DpoSpec,
+    IpoSpec,
+    OfflineBondSpec,
+    TokenBondSpec,
+)
 from bon_algos.contracts.method_families import (
     CountedQuantiles,
     LearnedQuantiles,
@@ -54,20 +65,12 @@ from bon_algos.contracts.method_families import (
 from bon_algos.contracts.methods import (
     METHOD_NAMES,
     AlgorithmSpec,
-    BonbonConsistentSpec,
-    BonbonSpec,
     BondSpec,
-    BonForwardKlSpec,
-    BonRegressionSpec,
-    BonSftSpec,
-    DpoSpec,
     InterpolationSpec,
-    IpoSpec,
     IterativeBondSpec,
     JBondSpec,
     Method,
     MethodName,
-    OfflineBondSpec,
     RlooSpec,
     VbonSpec,
 )
@@ -347,6 +350,7 @@ __all__ = [
     "Strategy",
     "Tag",
     "Tenant",
+    "TokenBondSpec",
     "Tool",
     "ToolCall",
     "TrainingRow",

@@ -1,6 +1,7 @@
 """The methods of distillation: what each is asked to do, with vetted defaults.
 
-Owns the parameters, their ranges and what they mean. Does not own what becomes of them (`bon_algos.algorithms`).
+Owns the choice of a method, and the parameters of those that sample, their ranges and what they mean. Does not own
+those that learn from logged candidates alone (`logged_methods`), nor what becomes of all (`bon_algos.algorithms`).
 """
 
 from __future__ import annotations
@@ -10,15 +11,22 @@ from typing import Final, Literal, Self, cast, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from bon_algos.contracts.logged_methods import (
+    BonbonConsistentSpec,
+    BonbonSpec,
+    BonForwardKlSpec,
+    BonRegressionSpec,
+    BonSftSpec,
+    DpoSpec,
+    IpoSpec,
+    OfflineBondSpec,
+    TokenBondSpec,
+)
 from bon_algos.contracts.method_families import (
     MOST_N,
-    ContrastSpec,
     CountedQuantiles,
-    LearnedQuantiles,
-    LoggedSpec,
     SampledSpec,
     TrainingSpec,
-    WeighedSpec,
     a_little_above,
 )
 from bon_algos.contracts.record import PolicyId, Record
@@ -56,37 +64,6 @@ class BondSpec(TrainingSpec):
 
     def towards(self, n: int) -> Self:
         return self._with_missing(n=a_little_above(n))
-
-
-class OfflineBondSpec(LoggedSpec):
-    """BOND (arXiv 2407.14622, eq. 15) from logged candidates alone: its backward part by importance weights, held to
-    the reference by the exact KL of every token, which sees what no candidate says. Published: nothing, it is ours."""
-
-    backward_n: int = Field(20, ge=2, le=MOST_N)
-    """The best-of-n aimed at by the backward part, which may be more than there are candidates: a policy lands a little
-    below. Left out: a quarter above the job's n."""
-    jeffreys_weight: float = Field(0.6, ge=0, le=1)
-    """Weight of the backward KL; 0 is imitation alone."""
-    token_kl_weight: float = Field(0.12, ge=0, le=100)
-    """Weight of the exact KL of every token; less lets mass leak to completions that no log holds."""
-    max_importance: float = Field(4.0, ge=1, le=1e6)
-    """A candidate's weight π/π_ref counts at most so much."""
-    return_floor: float = Field(-10.0, ge=-1000, le=0)
-    """Nats below which a candidate's return, log π_BoN/π, counts by its logarithm."""
-    candidates_per_prompt: int = Field(8, ge=2, le=4096)
-    """Candidates looked at when a prompt's turn comes: half of them drawn by best-of-n's weights, half evenly."""
-    averaged_steps: int = Field(40, ge=1)
-    """The policy is the mean of its weights over so many last steps (SWA, arXiv 1803.05407)."""
-    interpolation: float = Field(0.96, gt=0, le=1)
-    """How far from the reference's weights to those the policy is put in the end (LITI, WARP, arXiv 2406.16768): the
-    last of the way brings little reward and much KL."""
-
-    @property
-    def log_aim(self) -> float | None:
-        return math.log(self.backward_n if self.jeffreys_weight else self.n)
-
-    def towards(self, n: int) -> Self:
-        return super().towards(n)._with_missing(backward_n=a_little_above(n))
 
 
 class JBondSpec(TrainingSpec):
@@ -195,88 +172,6 @@ class RlooSpec(SampledSpec):
     """β, in units of the reward per nat."""
 
 
-class BonSftSpec(LoggedSpec):
-    """Supervised fine-tuning on the best of n logged candidates: the forward KL with the winner's sample alone.
-    Published: it is BOND with a jeffreys_weight of 0, at n of 4, 8 and 16; its rate and batch are not told."""
-
-
-class BonbonSpec(ContrastSpec):
-    """BoNBoN (arXiv 2406.00832): the best and the worst of n logged candidates, as published. Its optimum is not
-    best-of-n: it is stopped before. Published: n = 8, α = .005, RMSprop at 5e-7 on all weights, 150 steps of
-    warm-up, batches of 64, gradients clipped at 10."""
-
-    imitation_weight: float = Field(0.005, ge=0, le=1)
-    """α: weight of imitation of the best; as published it is all but inert."""
-
-
-class BonbonConsistentSpec(ContrastSpec, WeighedSpec):
-    """BoNBoN with each pair's own target, over all pairs of the candidates looked at: its optimum is best-of-n.
-    Published: nothing, it is ours."""
-
-    candidates_per_prompt: int = Field(4, ge=2, le=4096)
-    """Candidates looked at when a prompt's turn comes, of which every two are compared: drawn evenly, others at the
-    next turn."""
-
-
-class DpoSpec(ContrastSpec):
-    """DPO (arXiv 2305.18290) on the best and the worst of n logged candidates. It has no optimum on such pairs: its
-    strength and its steps decide where it stops. Published: β = .1, all weights at 1e-6."""
-
-    learning_rate: float = Field(3e-4, gt=0, le=1)
-    beta: float = Field(1.0, gt=0, le=100)
-    """Inverse temperature: how much of a log-ratio counts as a reward."""
-
-
-class IpoSpec(ContrastSpec):
-    """IPO (arXiv 2310.12036, eq. 17, token sums) on the best and the worst of n logged candidates.
-    Published, by BoNBoN: β of 1/(2(n − 1)·H_{n−1}), .0275 for n = 8."""
-
-    learning_rate: float = Field(3e-4, gt=0, le=1)
-    beta: float = Field(0.1, gt=0, le=100)
-    """1/(2β) nats is the log-ratio that every pair is to have."""
-
-
-class BonForwardKlSpec(WeighedSpec):
-    """Imitation of best-of-n from logged candidates alone: forward KL with the exact (Rao–Blackwell) weights
-    of every candidate (algorithms.md 1.1), i.e. the forward part of BOND without throwing candidates away. Published:
-    nothing, it is ours."""
-
-
-class BonRegressionSpec(ContrastSpec, WeighedSpec):
-    """Pointwise log-quantile regression of the policy's log-ratio (algorithms.md 1.7, item 5; QRPO 2507.08068).
-    Published: QRPO's loss, on quantiles and not their logs, at 8B; no setting for these."""
-
-    huber_delta: float | None = Field(None, gt=0)
-    """Nats beyond which the loss is linear; None is the square loss."""
-    quantiles: Literal[CountedQuantiles, LearnedQuantiles] = "harmonic_mid"
-    """Counted: of a reward among its prompt's other candidates. Learned, from other prompts' candidates (BOND, B.1):
-    for prompts that hardly ever repeat, and groups smaller than n. Where a prompt's rewards tie levels are counted all
-    the same, for n beyond 2: what is learned tells no level's breadth. With candidates of other policies harmonic_mid
-    alone, which weighs them."""
-
-    @property
-    def counted(self) -> CountedQuantiles | None:
-        """None: they are learned."""
-        match self.quantiles:
-            case "learned_law" | "learned_head":
-                return None
-            case counted:
-                return counted
-
-    @property
-    def learned(self) -> LearnedQuantiles | None:
-        """None: they are counted."""
-        match self.quantiles:
-            case "learned_law" | "learned_head" as learned:
-                return learned
-            case _:
-                return None
-
-    @property
-    def candidates_needed(self) -> int:
-        return 2 if self.learned else self.n
-
-
 class InterpolationSpec(Record):
     """A finished policy taken back towards its reference, without training (LITI, WARP, arXiv 2406.16768): what its
     adapter adds to every weight becomes a share of it. The dial between reward and KL."""
@@ -302,6 +197,7 @@ class InterpolationSpec(Record):
 MethodName = Literal[
     "bond",
     "offline_bond",
+    "token_bond",
     "jbond",
     "iterative_bond",
     "vbon",
@@ -318,6 +214,7 @@ METHOD_NAMES: Final[tuple[MethodName, ...]] = get_args(MethodName)
 AlgorithmSpec = (
     BondSpec
     | OfflineBondSpec
+    | TokenBondSpec
     | JBondSpec
     | IterativeBondSpec
     | VbonSpec
@@ -338,6 +235,7 @@ class Method(Record):
     type: Literal[MethodName, "interpolation"]
     bond: BondSpec | None = None
     offline_bond: OfflineBondSpec | None = None
+    token_bond: TokenBondSpec | None = None
     jbond: JBondSpec | None = None
     iterative_bond: IterativeBondSpec | None = None
     vbon: VbonSpec | None = None
@@ -383,6 +281,7 @@ class Method(Record):
 _SPECS: Final[dict[MethodName, type[AlgorithmSpec]]] = {
     "bond": BondSpec,
     "offline_bond": OfflineBondSpec,
+    "token_bond": TokenBondSpec,
     "jbond": JBondSpec,
     "iterative_bond": IterativeBondSpec,
     "vbon": VbonSpec,

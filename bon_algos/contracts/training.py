@@ -17,6 +17,7 @@ Precision = Literal["float32", "bfloat16"]
 
 OFFLINE_METHODS: Final[tuple[MethodName, ...]] = (
     "offline_bond",
+    "token_bond",
     "bonbon",
     "bonbon_consistent",
     "bon_forward_kl",

@@ -21,8 +21,11 @@ from bon_algos.learned_quantile import LogisticMixture, negative_log_likelihood,
 from bon_algos.offline_bond import offline_bond_loss
 from bon_algos.policy_gradient import ppo_clip_loss, reinforce_loss
 from bon_algos.preference import dpo_loss, ipo_loss
+from bon_algos.prefix_values import RankLaw
+from bon_algos.prefix_values import negative_log_likelihood as rank_likelihood
 from bon_algos.quantiles import standing_against, standing_among_others
 from bon_algos.regression import log_quantile_regression
+from bon_algos.token_bond import GuidedTerms, token_bond_loss
 from bon_algos.token_kl import TokenTerms
 
 
@@ -43,6 +46,14 @@ def offline(logprob_NL, kl_NL, reference_NL, *data, **numbers):
     return offline_bond_loss(terms, *data, **{"jeffreys_weight": 0.5, "token_kl_weight": 0.1, **numbers}).loss
 
 
+def guided(forward_NL, backward_NL, *data):
+    return token_bond_loss(GuidedTerms(forward_NL, backward_NL, *data[:2]), *data[2:], jeffreys_weight=0.5).loss
+
+
+def rank(mean_T, log_scale_T, *data):
+    return rank_likelihood(RankLaw(mean_T, log_scale_T), *data)
+
+
 def likelihood(reward_BN: Tensor) -> Tensor:
     one_B1 = torch.ones(3, 1)
     return negative_log_likelihood(LogisticMixture(0 * one_B1, one_B1, one_B1), reward_BN)
@@ -59,6 +70,8 @@ LOSSES = {
     "bond": Case(partial(bond_loss, jeffreys_weight=0.5), of(B, B, B, B), 2),
     "j_bond": Case(j_bond_loss, of(B, B, B, B), 2),
     "offline_bond": Case(offline, of(NL, NL, NL, N, N, N), 2),
+    "token_bond": Case(guided, of(NL, NL, NL, NL, N, N), 2),
+    "rank_law": Case(rank, of(N, N, N, N), 2),
     "reinforce": Case(reinforce_loss, of(BN, BN), 0),
     "ppo": Case(partial(ppo_clip_loss, clip_range=0.2), of(BN, BN, BN), 0),
     "cross_entropy": Case(quantile_cross_entropy, of(BN, BN), 1),

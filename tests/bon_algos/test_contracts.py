@@ -147,6 +147,7 @@ def test_a_method_has_the_vetted_defaults_and_no_foreign_parameters():
         ({"type": "offline_bond"}, 4, {"n": 4, "backward_n": 5}),
         ({"type": "offline_bond", "offline_bond": {"backward_n": 9}}, 4, {"n": 4, "backward_n": 9}),
         ({"type": "offline_bond", "offline_bond": {"n": 8}}, 64, {"n": 8, "backward_n": 80}),
+        ({"type": "token_bond"}, 64, {"n": 80}),
         ({"type": "bon_sft"}, 64, {"n": 16}),  # as many candidates as a prompt mostly has
         ({"type": "bond"}, 16, {"n": 20}),
         ({"type": "bond"}, 4096, {"n": 4096}),
@@ -171,6 +172,7 @@ def test_a_circles_turns_aim_at_its_n():
     ("method", "log_aim"),
     [
         ({"type": "offline_bond"}, math.log(20)),
+        ({"type": "token_bond"}, math.log(20)),
         ({"type": "offline_bond", "offline_bond": {"jeffreys_weight": 0}}, math.log(16)),
         ({"type": "jbond", "jbond": {"steps": 1_000_000, "anchor_rate": 1}}, 1_000_001 * math.log(2)),
         ({"type": "iterative_bond", "iterative_bond": {"steps": 101, "anchor_steps": 50}}, math.log(2**3)),

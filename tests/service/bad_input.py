@@ -773,6 +773,8 @@ REGISTRY = (
           ("canary.answers", 0, {"canary": {"share": 0.1, "answers": 0}}),
           ("canary.share", 0.9, {"canary": {"share": 0.9, "answers": 1}}),
           ("gate.judge_margin", -1, {"gate": {"judge_margin": -1}}),
+          ("method.token_bond.critic_share", 1, {"method": {"type": "token_bond",
+                                                            "token_bond": {"critic_share": 1}}}),
           ("method.offline_bond.lora_rank", 4096, {"method": {"type": "offline_bond",
                                                               "offline_bond": {"lora_rank": 4096}}}),
           ("method", "interpolation", {"method": {"type": "interpolation",

@@ -70,6 +70,8 @@ class Situation:
     asked: frozenset[str] = frozenset()
     is_alive: bool = False
     """The newest claim's lease."""
+    is_given_back: bool = False
+    """By the newest claim's worker, which may be heard of once more."""
     epoch: int = 0
     deaths: int = 0
     """Claims that did not end in a pause."""
@@ -79,11 +81,12 @@ class Situation:
         """Situations of one kind behave alike: two more deaths than it takes are no further ones."""
         if self.state in FINAL_JOB_STATES:
             return (self.state,)
-        return (self.state, self.asked, self.is_alive, min(self.epoch, 2), min(self.deaths, MAX_ATTEMPTS))
+        held = (self.is_alive, self.is_given_back)
+        return (self.state, self.asked, *held, min(self.epoch, 2), min(self.deaths, MAX_ATTEMPTS))
 
     def become(self, state: JobState) -> Situation:
         asked = self.asked if state == "running" else self.asked - {"pause"}
-        return replace(self, state=state, asked=asked, is_alive=state == "running")
+        return replace(self, state=state, asked=asked, is_alive=state == "running", is_given_back=False)
 
 
 Call = tuple[str, Wish | int | None]
@@ -192,11 +195,11 @@ class World:
         return now
 
     def _worked(self, how: str, epoch: int, now: Situation) -> Situation:
-        may_write = now.state == "running" and epoch == now.epoch
-        own = Claim(epoch, cast("bytes", self.client.hget(job_key(self.job_id), "claim") or b"").decode())
+        may_write = now.state == "running" and epoch == now.epoch and not now.is_given_back
+        own = Claim(epoch, cast("bytes", self.client.hget(job_key(self.job_id), "claim") or b"whose").decode())
         if how == "release":
             assert leases.release(self.client, self.job_id, own, "the engine is away") == may_write
-            return replace(now, is_alive=now.is_alive and not may_write)
+            return replace(now, is_alive=False, is_given_back=True) if may_write else now
         worker = Lease(self.client, self.job_id, own, lease_seconds=60, heartbeat_seconds=60)
         calls: dict[str, Callable[[], None]] = {
             "beat": worker.beat,

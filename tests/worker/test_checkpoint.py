@@ -19,6 +19,7 @@ from bon_algos.contracts import (
     JBondSpec,
     OfflineBondSpec,
     RlooSpec,
+    TokenBondSpec,
     VbonSpec,
 )
 from bon_algos.steps import BondStep, FreshGroup, OnPolicyStep, RankedGroup, SampledStep
@@ -34,6 +35,9 @@ SPECS = {
     "bon_forward_kl": BonForwardKlSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3),
     "bon_regression": BonRegressionSpec(n=8, lora_rank=8, learning_rate=3e-3, warmup_steps=3, huber_delta=2.0),
     "offline_bond": OfflineBondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3, averaged_steps=4),
+    "token_bond": TokenBondSpec(
+        n=8, steps=STEPS, critic_share=0.4, lora_rank=8, learning_rate=1e-2, warmup_steps=2, averaged_steps=2
+    ),
     "bond": BondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3, imitation_steps=3),
     "jbond": JBondSpec(lora_rank=8, learning_rate=1e-2, warmup_steps=3, anchor_rate=0.3),
     "iterative_bond": IterativeBondSpec(
@@ -211,6 +215,8 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_a
         (BondSpec(imitation_steps=2, averaged_steps=40), [3, 4, 5, 6]),  # none of its imitation
         (OfflineBondSpec(n=8, averaged_steps=3, interpolation=1), [4, 5, 6]),
         (OfflineBondSpec(n=8, averaged_steps=40, interpolation=1), [1, 2, 3, 4, 5, 6]),
+        (TokenBondSpec(n=8, steps=6, critic_share=0.5, averaged_steps=2), [5, 6]),
+        (TokenBondSpec(n=8, steps=6, critic_share=0.5, averaged_steps=40), [4, 5, 6]),  # none of its critic's
     ],
 )
 def test_the_policy_is_the_mean_of_its_last_steps(spec, expected, tiny_policy, tiny_window):

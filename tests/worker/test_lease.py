@@ -240,6 +240,17 @@ def test_a_job_given_back_may_be_claimed_at_once_and_says_why(client):
     assert take(client).epoch == 2
 
 
+def test_a_beat_that_comes_after_the_job_was_given_back_does_not_hold_it_again(client):
+    """The thread that keeps the lease runs until the process ends."""
+    submit(client)
+    lease = held(client, take(client))
+    assert leases.release(client, JOB, lease.claim, "no room on the disk")
+    with pytest.raises(LeaseLost):
+        lease.beat()
+    assert field(client, "lease_until") == "0"
+    assert take(client).epoch == 2
+
+
 def test_who_is_to_leave_may_keep_its_state_first(client):
     submit(client)
     lease = held(client, take(client))

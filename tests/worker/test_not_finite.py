@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from bon_algos.contracts import AlgorithmSpec, BondSpec, TrainingSetup
+from bon_algos.contracts import AlgorithmSpec, BondSpec, TokenBondSpec, TrainingSetup
 from bon_algos.logprobs import TokenGroup
 from bon_algos.steps import LoggedGroup
 from tests.worker import world
@@ -20,7 +20,11 @@ from worker.train import Training
 pytestmark = pytest.mark.slow
 
 BROKEN = r"^loss_not_finite: step 2: "
-BOTH_PARTS = SPECS | {"bond, fresh": BondSpec(n=8, lora_rank=8, imitation_steps=1)}
+BOTH_PARTS = SPECS | {
+    "bond, fresh": BondSpec(n=8, lora_rank=8, imitation_steps=1),
+    "token_bond": TokenBondSpec(n=8, lora_rank=8, steps=7, critic_share=0.1),
+}
+"""Whose second step is the policy's; a critic's looks at the reference alone."""
 
 
 class Broken:
@@ -42,6 +46,10 @@ class Broken:
     def token_terms(self, groups):
         first, *others = self._policy.token_terms(groups)
         return [first._replace(logprob_NL=first_changed([first.logprob_NL], self._own)[0]), *others]
+
+    def guided_terms(self, critic, n, groups):
+        first, *others = self._policy.guided_terms(critic, n, groups)
+        return [first._replace(forward_kl_NL=first_changed([first.forward_kl_NL], self._own)[0]), *others]
 
 
 def first_changed(rows, by):
@@ -77,9 +85,9 @@ def test_a_log_prob_that_is_no_number_fails_the_job_at_its_step(name, number, ti
         advance(training, tiny_window, 2)
 
 
-@pytest.mark.parametrize("name", BOTH_PARTS)
-def test_so_do_weights_that_are_none(name, tiny_policy, tiny_window):
-    training = advance(opened(tiny_policy, BOTH_PARTS[name]), tiny_window, 1)
+@pytest.mark.parametrize("spec", [*BOTH_PARTS.values(), SPECS["token_bond"]], ids=[*BOTH_PARTS, "token_bond, critic"])
+def test_so_do_weights_that_are_none(spec, tiny_policy, tiny_window):
+    training = advance(opened(tiny_policy, spec), tiny_window, 1)
     with torch.no_grad():
         next(iter(training.policy.trained.values())).fill_(math.nan)
     with pytest.raises(JobFailed, match=BROKEN):
@@ -107,7 +115,7 @@ def test_a_gradient_that_is_no_number_is_told_apart(tiny_policy, tiny_window):
         advance(training, tiny_window, 2)
 
 
-@pytest.mark.parametrize("method", ["bon_forward_kl", "offline_bond"])
+@pytest.mark.parametrize("method", ["bon_forward_kl", "offline_bond", "token_bond"])
 def test_all_ranks_meet_what_one_of_them_sees(method, tmp_path):
     """The second rank's prompt has a token whose embedding is no number; the first rank's has not."""
     model = world.save_tiny_policy(tmp_path / "policy")

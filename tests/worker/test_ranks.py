@@ -25,6 +25,7 @@ OWN: dict[str, dict[str, float]] = {
     "bon_sft": {"n": 8},
     "bonbon_consistent": {"n": 8},
     "offline_bond": {"n": 8, "averaged_steps": 3, "interpolation": 0.9},
+    "token_bond": {"n": 8, "averaged_steps": 2},
     "jbond": {"anchor_rate": 0.3},
     "vbon": {"n": 8},
 }
@@ -90,6 +91,7 @@ def moved(training):
         ("bon_forward_kl", LEAN),
         ("bonbon_consistent", TrainingSetup()),
         ("offline_bond", TrainingSetup()),
+        ("token_bond", LEAN),
         ("jbond", LEAN),
         ("vbon", TrainingSetup()),
     ],
@@ -101,7 +103,9 @@ def test_data_is_divided_and_the_step_is_the_same(method, setup, tiny_policy, ti
     assert moved(alone) > 1e-2
 
 
-@pytest.mark.parametrize(("method", "setup"), [("offline_bond", FULL), ("bon_sft", LEAN_FULL), ("vbon", LEAN)])
+@pytest.mark.parametrize(
+    ("method", "setup"), [("offline_bond", FULL), ("token_bond", FULL), ("bon_sft", LEAN_FULL), ("vbon", LEAN)]
+)
 def test_weights_are_spread_and_the_step_is_the_same(method, setup, tiny_policy, tiny_window, tmp_path, pair):
     plain = TrainingSetup(weights=setup.weights)
     alone = finished(planned(tiny_policy, tmp_path, method, plain), tiny_window)

@@ -5,7 +5,7 @@ import pytest
 
 from bon_algos.algorithms import make_step
 from bon_algos.contracts import METHOD_NAMES, OFFLINE_METHODS, JobSpec, Method
-from bon_algos.steps import LoggedStep, OfflineBondStep
+from bon_algos.steps import LoggedStep, OfflineBondStep, TokenBondStep
 from tests.worker.test_ranks import finished, plan_of
 from worker.durable import sha256_file
 
@@ -14,7 +14,8 @@ SMALL = {"steps": 2, "prompts_per_step": 3, "n": 4, "lora_rank": 1, "learning_ra
 
 def test_offline_methods_are_those_whose_steps_need_no_engine():
     steps = {name: make_step(Method(type=name).algorithm) for name in METHOD_NAMES}
-    assert set(OFFLINE_METHODS) == {n for n, step in steps.items() if isinstance(step, LoggedStep | OfflineBondStep)}
+    offline = LoggedStep | OfflineBondStep | TokenBondStep
+    assert set(OFFLINE_METHODS) == {name for name, step in steps.items() if isinstance(step, offline)}
 
 
 @pytest.mark.parametrize("method", OFFLINE_METHODS)

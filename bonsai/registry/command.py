@@ -99,19 +99,18 @@ def verify(contains: str | None, directory: Path, redis_url: str | None) -> None
 @REDIS_URL
 def rebuild_command(dry_run: bool, directory: Path, redis_url: str | None) -> None:
     """Restore registry and jobs from the artefact directory after Redis was lost."""
-    from bonsai.registry.rebuild import counts, missing_from, read_artefacts, write
+    from bonsai.registry.rebuild import counts, is_nothing, missing_from, read_artefacts, restore
     from bonsai.registry.stack import state_of
 
     with _failures_told(), _redis(directory, redis_url) as client:
-        missing = missing_from(client, read_artefacts(state_of(directory).artefacts))
-        for remark in missing.remarks:
+        found = read_artefacts(state_of(directory).artefacts)
+        for remark in found.remarks:
             click.echo(f"note: {remark}")
-        told = ", ".join(f"{count} {name}" for name, count in counts(missing) if count)
-        if not told and missing.registry is None:
+        missing = missing_from(client, found) if dry_run else restore(client, found)
+        if is_nothing(missing):
             click.echo("nothing is missing")
             return
-        if not dry_run:
-            write(client, missing)
+        told = ", ".join(f"{count} {name}" for name, count in counts(missing) if count)
         click.echo(f"{'would restore' if dry_run else 'restored'} {told or 'the name of the registry'}")
 
 

@@ -189,20 +189,31 @@ def _require_unused(client: redis.Redis, unknown: set[str]) -> None:
         )
 
 
-def write(client: redis.Redis, missing: Restoration) -> None:
-    """All of it in one transaction. Raises redis.WatchError when somebody else wrote in the meantime."""
-    with client.pipeline(transaction=True) as pipe:
-        pipe.watch(REGISTRY, POLICIES_INDEX, ROUTES_INDEX, AUDIT_STREAM)  # type: ignore[no-untyped-call]
+def restore(client: redis.Redis, found: Restoration) -> Restoration:
+    """What Redis lacked of it, written in one transaction; looks again where somebody writes in the meantime, as a
+    gateway does that meets an empty Redis. Raises RegistryInUse."""
+    written = Restoration()
+
+    def ask(pipe: Any) -> None:
+        nonlocal written
+        written = missing_from(client, found)
+        if is_nothing(written):
+            return
         tail = cast("list[tuple[str, dict[str, str]]]", pipe.xrevrange(AUDIT_STREAM, count=1))
         pipe.multi()
-        _write_registry(pipe, missing)
-        for job_id, fields in missing.jobs.items():
+        _write_registry(pipe, written)
+        for job_id, fields in written.jobs.items():
             _write_job(pipe, job_id, fields)
-        entry = _audit_entry(missing, newest_digest(tail))
-        pipe.xadd(AUDIT_STREAM, cast("dict[Any, Any]", entry))
+        pipe.xadd(AUDIT_STREAM, _audit_entry(written, newest_digest(tail)))
         crash_point("rebuild.asked")
-        pipe.execute()
+
+    client.transaction(ask, REGISTRY, POLICIES_INDEX, ROUTES_INDEX, AUDIT_STREAM)
     crash_point("rebuild.written")
+    return written
+
+
+def is_nothing(missing: Restoration) -> bool:
+    return missing.registry is None and not any(count for _, count in counts(missing))
 
 
 def _write_registry(pipe: Any, missing: Restoration) -> None:

@@ -15,6 +15,7 @@ import redis as blocking_redis
 from click.testing import CliRunner, Result
 
 from bon_algos.contracts import (
+    AUDIT_STREAM,
     LEDGER_COUNTS,
     OPEN_JOBS,
     POLICIES_DELETED,
@@ -31,7 +32,7 @@ from bon_algos.contracts import (
 from bon_algos.crash_points import CRASH_AT
 from bonsai.cli import main
 from bonsai.registry.auditing import verified_audit
-from bonsai.registry.rebuild import RegistryInUse, missing_from, read_artefacts, write
+from bonsai.registry.rebuild import RegistryInUse, missing_from, read_artefacts, restore
 from service.artefacts import MANIFEST_FILE
 from service.journal import FILE, read_journal
 from tests.fixtures.gateway import World, engine, reward, world
@@ -222,8 +223,7 @@ def test_full_weights_come_back_and_what_was_refused_outlives_the_sweep(redis_ur
         client.flushall()
         home.joinpath("fingerprint.json").rename(tmp_path / "away")
 
-        missing = missing_from(client, read_artefacts(artefacts))
-        write(client, missing)
+        missing = restore(client, read_artefacts(artefacts))
         restored = PolicyRecord.model_validate_json(client.hget(policy_key(full.policy_id), "record"))
         assert (restored.kind, restored.manifest) == ("full", full)
         assert [remark for remark in missing.remarks if refused.digest[:16] in remark]
@@ -233,6 +233,22 @@ def test_full_weights_come_back_and_what_was_refused_outlives_the_sweep(redis_ur
         attempts.sweep(client, artefacts)
         (tmp_path / "away").rename(home / "fingerprint.json")
         assert set(missing_from(client, read_artefacts(artefacts)).policies) == {refused.policy_id}
+
+
+def test_a_rebuild_looks_again_where_a_gateway_writes_in_the_meantime(redis_url: str, tmp_path: Path, monkeypatch):
+    """As one does that meets an empty Redis; what it wrote is seen, and the audit has one entry."""
+    policy_id = write_full_policy(tmp_path).policy_id
+    with blocking_redis.Redis.from_url(redis_url, decode_responses=True) as client:
+
+        def meanwhile(point: str) -> None:
+            if point == "rebuild.asked" and not client.exists(REGISTRY):
+                client.set(REGISTRY, "reg_of_a_gateway")
+
+        monkeypatch.setattr("bonsai.registry.rebuild.crash_point", meanwhile)
+        written = restore(client, read_artefacts(tmp_path))
+        assert set(written.policies) == {policy_id}
+        assert client.zrange(POLICIES_INDEX, 0, -1) == [policy_id]
+        assert (client.get(REGISTRY), client.xlen(AUDIT_STREAM)) == ("reg_of_a_gateway", 1)
 
 
 def test_a_registry_of_full_weights_that_these_files_lack_is_another_one(redis_url: str, tmp_path: Path):

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.papers import model_jobs
 from benchmarks.papers.findings import Curve, Effort
 from benchmarks.papers.model_frontier import Frontier, frontier
-from benchmarks.papers.model_jobs import Job, Sizes
+from benchmarks.papers.model_jobs import JUDGED_DRAWS, Job, Sizes
 from benchmarks.papers.model_lab import (
     Draws,
     Judged,
@@ -38,12 +38,12 @@ that two of them share is trained once."""
 N: Final = 16
 SEEDS: Final[Mapping[Effort, int]] = {"quick": 1, "default": 3, "full": 3}
 SIZES: Final[Mapping[Effort, Sizes]] = {
-    "quick": Sizes(64, 32, 16, 256, 8),
-    "default": Sizes(512, 64, 64, 256, 32),
-    "full": Sizes(512, 64, 64, 256, 32),
+    "quick": Sizes(64, 32, 16, 256),
+    "default": Sizes(512, 64, 64, 256),
+    "full": Sizes(512, 64, 64, 256),
 }
-STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 50, "full": 50}
-MANY_STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 50, "full": 200}
+STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 40, "full": 40}
+MANY_STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 40, "full": 160}
 """Of what shows only with time: lines over steps, and methods that push log-probs down."""
 LEAST_KL: Final = 0.1
 """Nats of the frontier; below, a ratio is noise."""
@@ -69,6 +69,7 @@ class Arm(NamedTuple):
     all_weights: bool = False
     candidates: int | None = None
     targets: Literal["counted", "pooled", "learned"] = "counted"
+    judged_draws: int = JUDGED_DRAWS
 
     def job(self, seed: int) -> Job:
         fresh = self.method.type in ("jbond", "rloo")
@@ -95,8 +96,8 @@ class Found(NamedTuple):
         return judged.kl / floor if floor > LEAST_KL else float("nan")
 
 
-def found(arms: Mapping[str, Arm], effort: Effort, tell: Tell, sizes: Sizes | None = None) -> Found:
-    sizes = sizes or SIZES[effort]
+def found(arms: Mapping[str, Arm], effort: Effort, tell: Tell) -> Found:
+    sizes = SIZES[effort]
     jobs = {label: [arm.job(seed) for seed in range(SEEDS[effort])] for label, arm in arms.items()}
     by_job = model_jobs.results([job for own in jobs.values() for job in own], sizes, DIRECTORY, tell)
     reference = model_jobs.reference(sizes, DIRECTORY)
@@ -160,12 +161,12 @@ def points(label: str, x: Sequence[float], y: Sequence[float], *, is_line: bool 
     return Curve(label=label, x=tuple(a for a, _ in near), y=tuple(b for _, b in near), is_line=is_line)
 
 
-def described(effort: Effort, steps: int, sizes: Sizes | None = None, prompts: int = 16) -> str:
-    sizes = sizes or SIZES[effort]
+def described(effort: Effort, steps: int, *, prompts: int = 16, judged_draws: int = JUDGED_DRAWS) -> str:
+    sizes = SIZES[effort]
     return (
         f"The demo's policy (2.9 M parameters, LoRA of rank 8 unless said otherwise), {steps} steps of {prompts} "
         f"prompts, {SEEDS[effort]} seed(s), {sizes.train_prompts} training prompts with {sizes.train_draws} logged "
-        f"candidates each. Judged on {sizes.held_out_prompts} held-out prompts with {sizes.judged_draws} samples each "
+        f"candidates each. Judged on {sizes.held_out_prompts} held-out prompts with {judged_draws} samples each "
         f"against {sizes.held_out_draws} draws of the reference, of which the frontier is made, too. KL is the mean of "
         "Σ_t KL(π ‖ π_ref) of the next token along own samples. ± is half of a 95 % interval over seeds."
     )

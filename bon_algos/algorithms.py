@@ -94,7 +94,7 @@ def _token_bond(spec: TokenBondSpec) -> TokenBondStep:
         judge=partial(choose_scored, count=spec.critic_candidates),
         critic_loss=learn_values,
         choose=partial(choose_guided, n=spec.n, count=spec.candidates_per_prompt),
-        loss=partial(learn_guided, jeffreys_weight=spec.jeffreys_weight),
+        loss=partial(learn_guided, jeffreys_weight=spec.jeffreys_weight, value_weight=spec.value_weight),
         averaged_steps=spec.averaged_steps,
     )
 

@@ -216,13 +216,16 @@ def learn_values(groups: Sequence[ScoredGroup], laws: SaidLawsOf) -> StepLoss:
     return StepLoss(loss, {"critic": loss.detach(), "critic_error": torch.stack(errors).mean().sqrt()})
 
 
-def learn_guided(groups: Sequence[GuidedGroup], policy: GuidedTermsOf, *, jeffreys_weight: float) -> StepLoss:
+def learn_guided(
+    groups: Sequence[GuidedGroup], policy: GuidedTermsOf, *, jeffreys_weight: float, value_weight: float
+) -> StepLoss:
     outcomes = [
         token_bond_loss(
             terms,
             torch.tensor(group.best_shares),
             torch.tensor(group.even_shares),
             jeffreys_weight=jeffreys_weight,
+            value_weight=value_weight,
         )
         for group, terms in zip(groups, policy([group.tokens for group in groups]), strict=True)
     ]

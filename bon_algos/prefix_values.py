@@ -110,6 +110,7 @@ class PrefixCritic(nn.Module):
             nn.Linear(state_size + hidden_size + code_size, state_size), nn.SiLU(), nn.Linear(state_size, 2 + code_size)
         )
         self.code_next = nn.Linear(hidden_size, 2 + code_size, bias=False)
+        self.probe = nn.Linear(hidden_size, 1)
 
     def states(self, hidden_NLD: Tensor, said_NLD: Tensor) -> Tensor:
         """What is known before each token of a completion.
@@ -136,6 +137,12 @@ class PrefixCritic(nn.Module):
         )
         log_scale_TK = state_TS[:, None, 1] + code_TKC[..., 1]
         return RankLaw(mean_TK, log_scale_TK.clamp(LEAST_LOG_SCALE, MOST_LOG_SCALE))
+
+    def probed(self, hidden_TD: Tensor) -> Tensor:
+        """log V of a prefix, read off the state in which a policy says the next token; nats. (T, D) -> (T,). Learned
+        with the policy, not with the law."""
+        value_T1: Tensor = self.probe(_scaled(hidden_TD))
+        return value_T1[:, 0]
 
 
 def _scaled(vector: Tensor) -> Tensor:

@@ -8,6 +8,11 @@ find out which token earned that: what it finds first is which words are good, w
 prefix says it of every word. The divergence is 0 for best-of-n alone wherever a prefix is looked at, so how prefixes
 are weighed moves no optimum.
 
+What best-of-n says next depends on what was said, of which a language model's state keeps only what bears on the next
+word. So that the policy learns to keep it, a linear probe reads the prefix's value off its last state: without that it
+stays for hundreds of steps where every word has its odds whatever was said before. The probe is the critic's, and no
+part of the policy.
+
 As in `logprobs`, no tensor of all tokens × V exists, forward or backward.
 
 Dimension key:  N completions of a prompt · L tokens, padded · V vocabulary · T tokens of a call · D hidden size · S of
@@ -23,6 +28,7 @@ from typing import Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +41,9 @@ VALUED_TOKENS: Final = 64
 """Of the vocabulary, the likeliest at each prefix; the rest counts as worth what these are worth together."""
 LEAST_LOG_VALUE: Final = -12.0
 """Nats: what is worth less is next to never drawn by best-of-n, and a target of −∞ would be no number."""
+
+LEAST_PROBED_VALUE: Final = -6.0
+"""Nats: how hopeless a prefix is beyond that, no policy need remember."""
 
 AsReference = Callable[[], AbstractContextManager[None]]
 """Turns a model into its reference for the length of a `with` block."""
@@ -51,6 +60,8 @@ class GuidedTerms(NamedTuple):
     """log V of what precedes."""
     guided_kl_NL: Tensor
     """KL(π_BoN ‖ π_ref) of the next token: what is to be learned."""
+    value_error_NL: Tensor
+    """Huber distance of log V as the probe reads it off the policy's state; differentiable in policy and probe."""
 
 
 def said_laws(
@@ -76,7 +87,7 @@ def guided_terms(
     *,
     chunk_size: int = 256,
 ) -> list[GuidedTerms]:
-    """The terms of each group, at temperature 1 and at least in float32; no gradient for the critic.
+    """The terms of each group, at temperature 1 and at least in float32; no gradient for the critic but its probe.
 
     `chunk_size` is the number of tokens projected to the vocabulary at once; results do not depend on it.
 
@@ -91,9 +102,12 @@ def guided_terms(
     hidden_C = zip(torch.split(hidden_TD, chunk_size), torch.split(reference.hidden_TD, chunk_size), strict=True)
     chunk_terms = partial(checkpoint, _chunk_terms, head, reference_head, use_reentrant=False)
     terms_T4 = torch.cat([chunk_terms(*of_C, *values) for of_C, values in zip(hidden_C, valued_C, strict=True)])
-    rows = iter(torch.split(terms_T4, [len(completion) for group in groups for completion in group.completion_ids]))
+    value_T = terms_T4[:, 2].clamp(min=LEAST_PROBED_VALUE)
+    error_T = functional.smooth_l1_loss(critic.probed(hidden_TD), value_T, reduction="none")
+    terms_T5 = torch.cat([terms_T4, error_T[:, None]], dim=-1)
+    rows = iter(torch.split(terms_T5, [len(completion) for group in groups for completion in group.completion_ids]))
     padded = [pad_sequence([next(rows) for _ in group.completion_ids], batch_first=True) for group in groups]
-    return [GuidedTerms(*terms_NL4.unbind(dim=-1)) for terms_NL4 in padded]
+    return [GuidedTerms(*terms_NL5.unbind(dim=-1)) for terms_NL5 in padded]
 
 
 def _critic_states(critic: PrefixCritic, reference: CompletionStates, groups: Sequence[TokenGroup]) -> Tensor:
@@ -151,6 +165,8 @@ class TokenBondMetrics(NamedTuple):
     """KL(π ‖ π_BoN)."""
     guided_kl: Tensor
     """KL(π_BoN ‖ π_ref): where the first began."""
+    value_error: Tensor
+    """Of the probe, by shares alone."""
 
 
 class TokenBondLoss(NamedTuple):
@@ -159,9 +175,15 @@ class TokenBondLoss(NamedTuple):
 
 
 def token_bond_loss(
-    terms: GuidedTerms, best_share_N: Tensor, even_share_N: Tensor, *, jeffreys_weight: float
+    terms: GuidedTerms,
+    best_share_N: Tensor,
+    even_share_N: Tensor,
+    *,
+    jeffreys_weight: float,
+    value_weight: float = 0.0,
 ) -> TokenBondLoss:
-    """Σ_j Σ_t (b_j + e_j·min(1, V_jt))·((1 − β)·KL(π_BoN ‖ π) + β·KL(π ‖ π_BoN)), each of the token after a prefix.
+    """Σ_j Σ_t (b_j + e_j·min(1, V_jt))·((1 − β)·KL(π_BoN ‖ π) + β·KL(π ‖ π_BoN)), each of the token after a prefix,
+    + λ·Σ_j Σ_t (b_j + e_j)·error of the probe.
 
     Completions stand for best-of-n's prefixes by b and for the reference's by e, of which those count less that
     best-of-n hardly comes by. The forward part over b alone is KL(π_BoN ‖ π) of whole completions: the chain rule.
@@ -170,9 +192,12 @@ def token_bond_loss(
     best_share_N     (N,)  b: in expectation proportional to best-of-n's weights
     even_share_N     (N,)  e: in expectation proportional to the reference's
     jeffreys_weight  β in [0, 1]
+    value_weight     λ, not negative
 
-    ValueError when shapes differ, nothing is given, a share is negative or not finite, or β is out of range.
+    ValueError when shapes differ, nothing is given, a share is negative or not finite, or β or λ is out of range.
     """
+    if not value_weight >= 0:
+        raise ValueError(f"need λ ≥ 0, got {value_weight}")
     if not 0 <= jeffreys_weight <= 1:
         raise ValueError(f"need 0 ≤ β ≤ 1, got {jeffreys_weight}")
     check_one_shape("NL", *terms)
@@ -185,6 +210,7 @@ def token_bond_loss(
     share_NL = best_N1 + even_N1 * terms.log_value_NL.clamp(max=0).exp()
     forward = (share_NL * terms.forward_kl_NL).sum()
     backward = (share_NL * terms.backward_kl_NL).sum()
-    loss = (1 - jeffreys_weight) * forward + jeffreys_weight * backward
+    error = ((best_N1 + even_N1) * terms.value_error_NL).sum()
+    loss = (1 - jeffreys_weight) * forward + jeffreys_weight * backward + value_weight * error
     guided = (share_NL * terms.guided_kl_NL).sum()
-    return TokenBondLoss(loss, TokenBondMetrics(forward.detach(), backward.detach(), guided.detach()))
+    return TokenBondLoss(loss, TokenBondMetrics(*(one.detach() for one in (forward, backward, guided, error))))

@@ -76,6 +76,8 @@ class Critic(NamedTuple):
 
     values: PrefixCritic
     descent: Descent
+    probe_descent: Descent
+    """Of its probe, which learns with the policy."""
 
 
 def opened_critic(policy: TrainedPolicy, seed: int) -> PrefixCritic:
@@ -115,8 +117,10 @@ class Training:
         self._critic: Critic | None = None
         if isinstance(step, TokenBondStep):
             values = opened_critic(policy, seed)
-            moved = descent(dict(values.named_parameters()), last=first, learning_rate=step.critic_learning_rate)
-            self._critic = Critic(values, moved)
+            probe = dict(values.probe.named_parameters(prefix="probe"))
+            others = {name: parameter for name, parameter in values.named_parameters() if name not in probe}
+            descent = partial(descent, learning_rate=step.critic_learning_rate)
+            self._critic = Critic(values, descent(others, last=first), descent(probe, first=first, last=steps))
         self.anchor = EmaAnchor(self._parameters) if isinstance(step, OnPolicyStep) else None
         self._mean: dict[str, Tensor] = {}
 
@@ -155,19 +159,22 @@ class Training:
         if self.done < step.critic_steps:
             judged = [step.judge(group, uniform()) for group in groups]
             laws = partial(self.policy.said_laws, critic.values)
-            return self._learn_in_parts(judged, lambda part: step.critic_loss(part, laws), rows_tokens, critic.descent)
+            return self._learn_in_parts(
+                judged, lambda part: step.critic_loss(part, laws), rows_tokens, [critic.descent]
+            )
         guided = [step.choose(group, uniform()) for group in groups]
         terms = partial(self._guided_terms, critic.values, step.n)
-        return self._learn_in_parts(guided, lambda part: step.loss(part, terms), rows_tokens)
+        moving = [self._descent, critic.probe_descent]
+        return self._learn_in_parts(guided, lambda part: step.loss(part, terms), rows_tokens, moving)
 
     def _learn_in_parts(
         self,
         groups: Sequence[Chosen],
         loss: Callable[[Sequence[Chosen]], StepLoss],
         rows_tokens: int,
-        descent: Descent | None = None,
+        descents: Sequence[Descent] = (),
     ) -> dict[str, float]:
-        """descent: of what learns; the policy, unless told."""
+        """descents: of what learns; the policy alone, unless told."""
         self.tokens += sum(num_tokens(group.tokens.prompt_ids, group.tokens.completion_ids) for group in groups)
         totals: dict[str, float] = {}
         plan = Plan(self.ranks, self._accumulation, rows_tokens)
@@ -178,7 +185,7 @@ class Training:
                 totals[name] = totals.get(name, 0.0) + share * value
         sums = torch.tensor(list(totals.values()), dtype=torch.float64)
         self.ranks.add_up([sums])
-        return self._apply(dict(zip(totals, sums.tolist(), strict=True)), descent or self._descent)
+        return self._apply(dict(zip(totals, sums.tolist(), strict=True)), *(descents or [self._descent]))
 
     def _learn_at_once(
         self, loss: Callable[[SequenceLogprobs, SequenceLogprobs], StepLoss], other: SequenceLogprobs
@@ -257,12 +264,14 @@ class Training:
         """Numbers from [0, 1) that are this step's alone."""
         return random.Random(f"{self._seed}/{self.done}/candidates").random
 
-    def _apply(self, metrics: dict[str, float], descent: Descent) -> dict[str, float]:
-        norm = descent.clipped_norm()
-        if not torch.isfinite(torch.tensor([norm, metrics["loss"]])).all():
+    def _apply(self, metrics: dict[str, float], *descents: Descent) -> dict[str, float]:
+        """The norm that is told is of the first one's gradient."""
+        norm, *others = [descent.clipped_norm() for descent in descents]
+        if not torch.isfinite(torch.tensor([norm, *others, metrics["loss"]])).all():
             numbers = f"loss {metrics['loss']}, gradient norm {norm}"
             raise JobFailed("loss_not_finite", f"step {self.done + 1}: {numbers}")
-        descent.step(self.done)
+        for descent in descents:
+            descent.step(self.done)
         self.done += 1
         self._average()
         return {**metrics, "grad_norm": norm}
@@ -306,6 +315,8 @@ class Training:
             tensors |= {f"critic/{name}": tensor.clone() for name, tensor in self._critic.values.state_dict().items()}
             state = self._critic.descent.state()
             tensors |= {f"critic_optimiser/{place}": tensor for place, tensor in state.items()}
+            state = self._critic.probe_descent.state()
+            tensors |= {f"probe_optimiser/{place}": tensor for place, tensor in state.items()}
         if self.anchor is not None:
             tensors.update({f"anchor/{name}": tensor for name, tensor in self.anchor.tensors.items()})
         tensors["random/cpu"] = torch.get_rng_state()
@@ -319,6 +330,7 @@ class Training:
         if self._critic is not None:
             self._critic.values.load_state_dict(_under("critic/", tensors))
             self._critic.descent.resume(_under("critic_optimiser/", tensors))
+            self._critic.probe_descent.resume(_under("probe_optimiser/", tensors))
         means = _under("mean/", tensors).items()
         self._mean = {name: local(like(self._parameters[name], tensor)).clone() for name, tensor in means}
         if self.anchor is not None:

@@ -72,6 +72,9 @@ class TokenBondSpec(LoggedSpec):
     reference."""
     jeffreys_weight: float = Field(0.5, ge=0, le=1)
     """Weight of the backward KL at each prefix."""
+    value_weight: float = Field(0.1, ge=0, le=1000)
+    """Weight of the error with which a linear probe reads a prefix's value off the policy's state: it makes the policy
+    keep in mind what was said so far."""
     candidates_per_prompt: int = Field(8, ge=2, le=4096)
     """Candidates that the policy looks at when a prompt's turn comes: half of them drawn by best-of-n's weights, half
     evenly."""

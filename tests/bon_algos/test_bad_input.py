@@ -46,8 +46,9 @@ def offline(logprob_NL, kl_NL, reference_NL, *data, **numbers):
     return offline_bond_loss(terms, *data, **{"jeffreys_weight": 0.5, "token_kl_weight": 0.1, **numbers}).loss
 
 
-def guided(forward_NL, backward_NL, *data):
-    return token_bond_loss(GuidedTerms(forward_NL, backward_NL, *data[:2]), *data[2:], jeffreys_weight=0.5).loss
+def guided(forward_NL, backward_NL, error_NL, log_value_NL, guided_kl_NL, *shares):
+    terms = GuidedTerms(forward_NL, backward_NL, log_value_NL, guided_kl_NL, error_NL)
+    return token_bond_loss(terms, *shares, jeffreys_weight=0.5, value_weight=0.1).loss
 
 
 def rank(mean_T, log_scale_T, *data):
@@ -70,7 +71,7 @@ LOSSES = {
     "bond": Case(partial(bond_loss, jeffreys_weight=0.5), of(B, B, B, B), 2),
     "j_bond": Case(j_bond_loss, of(B, B, B, B), 2),
     "offline_bond": Case(offline, of(NL, NL, NL, N, N, N), 2),
-    "token_bond": Case(guided, of(NL, NL, NL, NL, N, N), 2),
+    "token_bond": Case(guided, of(NL, NL, NL, NL, NL, N, N), 3),
     "rank_law": Case(rank, of(N, N, N, N), 2),
     "reinforce": Case(reinforce_loss, of(BN, BN), 0),
     "ppo": Case(partial(ppo_clip_loss, clip_range=0.2), of(BN, BN, BN), 0),

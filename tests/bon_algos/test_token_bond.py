@@ -41,8 +41,8 @@ def critic_of(model) -> PrefixCritic:
 
 
 def by_all_logits(model, critic: PrefixCritic):
-    """For each completion (4, L): forward and backward KL, log V, KL of best-of-n to the reference, one row at a
-    time, values of the whole vocabulary."""
+    """For each completion (5, L): forward and backward KL, log V, KL of best-of-n to the reference and the probe's
+    error, one row at a time, values of the whole vocabulary."""
     head = model.get_output_embeddings().weight.detach()
     for prompt_ids, completions in GROUPS:
         for completion in completions:
@@ -57,9 +57,17 @@ def by_all_logits(model, critic: PrefixCritic):
                 every_LV = torch.arange(len(head)).expand(len(completion), -1)
                 guided_LV, value_L = guided_logprobs(reference_LV, log_mean_tilt(law, N), every_LV)
             logprob_LV = model(input_ids=token_1L).logits[0, here].log_softmax(-1)
+            own_LD = model.get_decoder()(input_ids=token_1L).last_hidden_state[0, here]
+            scaled_LD = (own_LD - own_LD.mean(-1, keepdim=True)) / (
+                own_LD.var(-1, unbiased=False, keepdim=True) + 1e-5
+            ).sqrt()
+            told_L = scaled_LD @ critic.probe.weight[0] + critic.probe.bias
+            off_L = (told_L - value_L.clamp(min=-6)).abs()
+            error_L = torch.where(off_L < 1, off_L.square() / 2, off_L - 0.5)
             forward_L = (guided_LV.exp() * (guided_LV - logprob_LV)).sum(-1)
             backward_L = (logprob_LV.exp() * (logprob_LV - guided_LV)).sum(-1)
-            yield torch.stack([forward_L, backward_L, value_L, (guided_LV.exp() * (guided_LV - reference_LV)).sum(-1)])
+            guided_L = (guided_LV.exp() * (guided_LV - reference_LV)).sum(-1)
+            yield torch.stack([forward_L, backward_L, value_L, guided_L, error_L])
 
 
 @MODELS
@@ -67,17 +75,17 @@ def test_terms_and_gradients_are_those_of_all_logits(build):
     model = build()
     critic = critic_of(model)
     actual = guided_terms(model, GROUPS, lambda: shifted(model), critic, N)
-    scalar = torch.stack([one.forward_kl_NL.sum() - 0.7 * one.backward_kl_NL.sum() for one in actual]).sum()
-    gradients = torch.autograd.grad(scalar, list(model.parameters()))
+    moving = [*model.parameters(), *critic.probe.parameters()]
+    sums = [[one.forward_kl_NL.sum(), one.backward_kl_NL.sum(), one.value_error_NL.sum()] for one in actual]
+    gradients = torch.autograd.grad(torch.stack([a - 0.7 * b + 0.3 * c for a, b, c in sums]).sum(), moving)
     expected = list(by_all_logits(model, critic))
     found = [torch.stack([table[place] for table in terms]) for terms in actual for place in range(len(terms[0]))]
-    for here_4L, row_4L in zip(found, expected, strict=True):
-        length = row_4L.shape[1]
-        torch.testing.assert_close(here_4L[:, :length], row_4L, atol=1e-5, rtol=1e-4)
-        assert not here_4L[:, length:].any()  # behind its end
-    wanted = torch.autograd.grad(
-        torch.stack([row_4L[0].sum() - 0.7 * row_4L[1].sum() for row_4L in expected]).sum(), list(model.parameters())
-    )
+    for here_5L, row_5L in zip(found, expected, strict=True):
+        length = row_5L.shape[1]
+        torch.testing.assert_close(here_5L[:, :length], row_5L, atol=1e-5, rtol=1e-4)
+        assert not here_5L[:, length:].any()  # behind its end
+    rows = [(row_5L[0] - 0.7 * row_5L[1] + 0.3 * row_5L[4]).sum() for row_5L in expected]
+    wanted = torch.autograd.grad(torch.stack(rows).sum(), moving)
     for own, other in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(own, other, atol=2e-4, rtol=1e-4)
 
@@ -105,7 +113,8 @@ def test_the_law_after_a_token_that_is_said_is_that_of_the_token_among_all():
         torch.testing.assert_close(alone.mean[-1], law.mean[place], atol=1e-5, rtol=1e-5)
     (gradient,) = torch.autograd.grad(law.mean.sum(), head, allow_unused=True, materialize_grads=True)
     assert not gradient.any()  # the model stands still
-    assert all(g.any() for g in torch.autograd.grad(law.mean.sum() + law.log_scale.sum(), list(critic.parameters())))
+    learning = [parameter for name, parameter in critic.named_parameters() if "probe" not in name]
+    assert all(g.any() for g in torch.autograd.grad(law.mean.sum() + law.log_scale.sum(), learning))
 
 
 # --- the loss --------------------------------------------------------------------------------------------
@@ -122,6 +131,7 @@ def exact_terms(logit_43: Tensor, reference_43: Tensor) -> GuidedTerms:
         (policy_43.exp() * (policy_43 - guided_43)).sum(-1),
         value_4,
         (guided_43.exp() * (guided_43 - reference_43)).sum(-1),
+        torch.zeros_like(value_4),  # a table has no states to probe
     )
     return GuidedTerms(*(torch.stack([torch.stack([one[0], one[1 + a]]) for a, _ in PAIRS]) for one in of_prefix))
 
@@ -140,10 +150,22 @@ def test_over_best_of_n_the_forward_part_is_the_divergence_of_completions():
 def test_a_prefix_of_the_references_counts_as_far_as_best_of_n_comes_by_it():
     """Values of ½ and of 2: half, and no more than once; one of best-of-n's own draws counts whole."""
     value_12 = torch.tensor([[0.5, 2.0]]).log()
-    terms = GuidedTerms(torch.tensor([[3.0, 5.0]]), torch.zeros(1, 2), value_12, torch.zeros(1, 2))
+    none_12 = torch.zeros(1, 2)
+    terms = GuidedTerms(torch.tensor([[3.0, 5.0]]), none_12, value_12, none_12, none_12)
     for best, even, expected in ((0.0, 1.0, 3.0 / 2 + 5.0), (1.0, 0.0, 8.0), (0.25, 0.75, 2.0 + 0.75 * 6.5)):
         loss = token_bond_loss(terms, torch.tensor([best]), torch.tensor([even]), jeffreys_weight=0.0).loss
         assert float(loss) == pytest.approx(expected)
+
+
+def test_the_probes_error_counts_by_shares_alone():
+    """However little a prefix is worth: that is what is to be told."""
+    none_22 = torch.zeros(2, 2)
+    terms = GuidedTerms(none_22, none_22, none_22 - 3, none_22, torch.tensor([[1.0, 3.0], [5.0, 0.0]]))
+    outcome = token_bond_loss(
+        terms, torch.tensor([0.5, 0.0]), torch.tensor([0.25, 0.25]), jeffreys_weight=0.5, value_weight=0.1
+    )
+    assert float(outcome.metrics.value_error) == pytest.approx(0.75 * 4 + 0.25 * 5)
+    assert float(outcome.loss) == pytest.approx(0.425)
 
 
 @pytest.mark.slow
@@ -165,15 +187,19 @@ def test_it_ends_at_best_of_n_whatever_the_prefixes_weigh(beta):
 
 @pytest.mark.parametrize("share", [[0.5, -0.1], [0.5, float("nan")]])
 def test_shares_that_are_none_are_refused(share):
-    terms = GuidedTerms(*torch.ones(4, 2, 3))
+    terms = GuidedTerms(*torch.ones(5, 2, 3))
     for given in ((torch.tensor(share), torch.zeros(2)), (torch.zeros(2), torch.tensor(share))):
         with pytest.raises(ValueError, match="shares"):
             token_bond_loss(terms, *given, jeffreys_weight=0.5)
 
 
 def test_a_weight_out_of_range_is_refused():
+    terms, shares = GuidedTerms(*torch.ones(5, 2, 3)), torch.ones(2, 2)
     with pytest.raises(ValueError, match="β"):
-        token_bond_loss(GuidedTerms(*torch.ones(4, 2, 3)), torch.ones(2), torch.ones(2), jeffreys_weight=1.1)
+        token_bond_loss(terms, *shares, jeffreys_weight=1.1)
+    for weight in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="λ"):
+            token_bond_loss(terms, *shares, jeffreys_weight=0.5, value_weight=weight)
 
 
 # --- which candidates ------------------------------------------------------------------------------------
@@ -239,7 +265,7 @@ def test_a_language_model_becomes_its_own_best_of_four_by_what_a_critic_tells_it
         return step.loss(chosen(step.choose), terms).loss
 
     minimise(critic.parameters(), 400, critic_loss)
-    minimise(model.parameters(), 150, loss)
+    minimise([*model.parameters(), *critic.probe.parameters()], 150, loss)
     for law_25, reference_25 in zip(law_of(model).detach().numpy(), reference_P25.numpy(), strict=True):
         best_25 = order.best_of_n_law(reference_25, REWARD_25, 4)
         assert wins(law_25) == pytest.approx(wins(best_25), abs=0.03)

@@ -775,6 +775,8 @@ REGISTRY = (
           ("gate.judge_margin", -1, {"gate": {"judge_margin": -1}}),
           ("method.token_bond.critic_share", 1, {"method": {"type": "token_bond",
                                                             "token_bond": {"critic_share": 1}}}),
+          ("method.token_bond.value_weight", 0, {"method": {"type": "token_bond",
+                                                            "token_bond": {"value_weight": -0.1}}}),
           ("method.offline_bond.lora_rank", 4096, {"method": {"type": "offline_bond",
                                                               "offline_bond": {"lora_rank": 4096}}}),
           ("method", "interpolation", {"method": {"type": "interpolation",

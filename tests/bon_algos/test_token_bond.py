@@ -18,7 +18,14 @@ from bon_algos.logged_steps import choose_guided, choose_scored
 from bon_algos.logprobs import TokenGroup
 from bon_algos.prefix_values import PrefixCritic, guided_logprobs, log_mean_tilt
 from bon_algos.steps import LoggedGroup, TokenBondStep
-from bon_algos.token_bond import LEAST_PROBED_VALUE, GuidedTerms, guided_terms, said_laws, token_bond_loss
+from bon_algos.token_bond import (
+    LEAST_LOG_VALUE,
+    LEAST_PROBED_VALUE,
+    GuidedTerms,
+    guided_terms,
+    said_laws,
+    token_bond_loss,
+)
 from tests.bon_algos.test_logprobs import GROUPS, MODELS, llama
 from tests.bon_algos.test_methods_on_a_model import (
     COMPLETIONS,
@@ -55,7 +62,9 @@ def by_all_logits(model, critic: PrefixCritic):
                 state_LS = critic.states(hidden_LD[None], said_LD[None])[0]
                 law = critic.law(state_LS, critic.codes(rows).expand(len(completion), -1, -1))
                 every_LV = torch.arange(len(head)).expand(len(completion), -1)
-                guided_LV, value_L = guided_logprobs(reference_LV, log_mean_tilt(law, N), every_LV)
+                guided_LV, value_L = guided_logprobs(
+                    reference_LV, log_mean_tilt(law, N).clamp(min=LEAST_LOG_VALUE), every_LV
+                )
             logprob_LV = model(input_ids=token_1L).logits[0, here].log_softmax(-1)
             own_LD = model.get_decoder()(input_ids=token_1L).last_hidden_state[0, here]
             scaled_LD = (own_LD - own_LD.mean(-1, keepdim=True)) / (
@@ -75,10 +84,11 @@ def test_terms_and_gradients_are_those_of_all_logits(build):
     model = build()
     critic = critic_of(model)
     with torch.no_grad():
-        critic.read[-1].bias[0] -= 4.2  # some prefixes are worth less than a probe is asked to tell
+        critic.get_parameter("read.2.bias")[0] -= 4.2  # some prefixes are worth less than a probe is asked to tell
     actual = guided_terms(model, GROUPS, lambda: shifted(model), critic, N)
     hopeless = torch.cat([(one.log_value_NL < LEAST_PROBED_VALUE).flatten() for one in actual])
-    assert hopeless.any() and not hopeless.all()
+    assert hopeless.any()
+    assert not hopeless.all()
     moving = [*model.parameters(), *critic.probe.parameters()]
     sums = [[one.forward_kl_NL.sum(), one.backward_kl_NL.sum(), one.value_error_NL.sum()] for one in actual]
     gradients = torch.autograd.grad(torch.stack([a - 0.7 * b + 0.3 * c for a, b, c in sums]).sum(), moving)

@@ -6,7 +6,8 @@ a step is made (`train`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from worker.sharding import clip_to_norm, is_sharded, like, whole
 
 
 class Descent:
-    """AdamW over some parameters, for a part of a training's steps."""
+    """AdamW over some parameters, or Muon over those that are matrices, for a part of a training's steps."""
 
     def __init__(
         self,
@@ -28,8 +29,10 @@ class Descent:
         warmup_steps: int,
         max_grad_norm: float,
         first: int = 0,
+        by_muon: Collection[str] = (),
     ) -> None:
-        """first, last: of the training's steps: from the one until before the other they move."""
+        """first, last: of the training's steps: from the one until before the other they move. by_muon: names of
+        matrices that move as far in every direction (Muon), at a rate that means what it means to AdamW."""
         self.parameters = parameters
         self._ranks = ranks
         self._first, self._last, self._warmup_steps = first, last, warmup_steps
@@ -37,7 +40,12 @@ class Descent:
         self._is_sharded = is_sharded(parameters.values())
         # Parameters that are spread over ranks and others do not mix in one kernel.
         foreach = False if self._is_sharded else None
-        self._optimiser = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0, foreach=foreach)
+        self._optimisers: list[torch.optim.Optimizer] = []
+        if others := [parameter for name, parameter in parameters.items() if name not in by_muon]:
+            self._optimisers.append(torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, foreach=foreach))
+        if matrices := [parameter for name, parameter in parameters.items() if name in by_muon]:
+            muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            self._optimisers.append(muon)
 
     def clipped_norm(self) -> float:
         """Of the gradient of all ranks, before it is clipped. What is spread was summed on its way back."""
@@ -50,17 +58,18 @@ class Descent:
     def step(self, done: int) -> None:
         """done: of the training's steps."""
         share = rate_share(done - self._first, self._last - self._first, self._warmup_steps)
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._learning_rate * share
-        self._optimiser.step()
-        self._optimiser.zero_grad()
+        for optimiser in self._optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self._learning_rate * share
+            optimiser.step()
+            optimiser.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """The optimiser's, by parameter and field; every rank asks."""
         return {
             f"{name}/{field}": whole(value)
             for name, parameter in self.parameters.items()
-            for field, value in self._optimiser.state.get(parameter, {}).items()
+            for field, value in self._state_of(parameter).get(parameter, {}).items()
         }
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
@@ -69,7 +78,16 @@ class Descent:
             name, _, field = place.rpartition("/")
             parameter = self.parameters[name]
             # The number of steps stays on the CPU, where the optimiser keeps it.
-            self._optimiser.state[parameter][field] = tensor if field == "step" else like(parameter, tensor)
+            self._state_of(parameter)[parameter][field] = tensor if field == "step" else like(parameter, tensor)
+
+    def _state_of(self, parameter: nn.Parameter) -> Any:
+        """The state that the parameter's own optimiser keeps of all it moves."""
+        (state,) = [
+            optimiser.state
+            for optimiser in self._optimisers
+            if any(parameter is one for group in optimiser.param_groups for one in group["params"])
+        ]
+        return state
 
 
 def rate_share(done: int, steps: int, warmup_steps: int) -> float:

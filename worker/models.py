@@ -82,6 +82,13 @@ class TrainedPolicy:
         return {name: parameter for name, parameter in self._factors.items() if parameter.requires_grad}
 
     @property
+    def matrices(self) -> list[str]:
+        """By name, what the optimiser moves and maps states to states: no vectors, nor tables of tokens."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        tables = {id(end.weight) for end in ends}
+        return [name for name, one in self.trained.items() if one.ndim == 2 and id(one) not in tables]
+
+    @property
     def factors(self) -> dict[str, Tensor]:
         """A and B of every layer, copied: the adapter's whole state."""
         return {name: whole(parameter.detach()).clone() for name, parameter in self._factors.items()}

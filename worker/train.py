@@ -112,15 +112,17 @@ class Training:
         self._steps, self._seed, self._accumulation = steps, seed, accumulation
         self._parameters = policy.trained
         descent = partial(Descent, ranks=ranks, warmup_steps=warmup_steps, max_grad_norm=max_grad_norm)
-        first = step.critic_steps if isinstance(step, TokenBondStep) else 0
-        self._descent = descent(self._parameters, first=first, last=steps, learning_rate=learning_rate)
+        first, by_muon = (step.critic_steps, policy.matrices) if isinstance(step, TokenBondStep) else (0, [])
+        self._descent = descent(self._parameters, first=first, last=steps, learning_rate=learning_rate, by_muon=by_muon)
         self._critic: Critic | None = None
         if isinstance(step, TokenBondStep):
             values = opened_critic(policy, seed)
             probe = dict(values.probe.named_parameters(prefix="probe"))
             others = {name: parameter for name, parameter in values.named_parameters() if name not in probe}
             descent = partial(descent, learning_rate=step.critic_learning_rate)
-            self._critic = Critic(values, descent(others, last=first), descent(probe, first=first, last=steps))
+            matrices = [name for name, parameter in others.items() if parameter.ndim == 2]
+            values_descent = descent(others, last=first, by_muon=matrices)
+            self._critic = Critic(values, values_descent, descent(probe, first=first, last=steps))
         self.anchor = EmaAnchor(self._parameters) if isinstance(step, OnPolicyStep) else None
         self._mean: dict[str, Tensor] = {}
 

@@ -29,6 +29,9 @@ OWN: dict[str, dict[str, float]] = {
     "jbond": {"anchor_rate": 0.3},
     "vbon": {"n": 8},
 }
+MOST = {"token_bond": 3e-3}
+"""How far apart weights may end, where it is more than 1e-4: Muon makes as much of a gradient's least directions as of its
+greatest, in bfloat16, and with them of sums that were added up in another order."""
 METHODS = {name: Method.model_validate({"type": name, name: COMMON | own}) for name, own in OWN.items()}
 LEAN = TrainingSetup(accumulation=2, gradient_checkpointing=True)
 FULL = TrainingSetup(weights="full")
@@ -99,7 +102,7 @@ def moved(training):
 def test_data_is_divided_and_the_step_is_the_same(method, setup, tiny_policy, tiny_window, tmp_path, pair):
     alone = finished(planned(tiny_policy, tmp_path, method, TrainingSetup()), tiny_window)
     both = finished(planned(tiny_policy, tmp_path, method, setup), tiny_window, pair)
-    assert_same(both, alone)
+    assert_same(both, alone, MOST.get(method, 1e-4))
     assert moved(alone) > 1e-2
 
 
@@ -113,13 +116,13 @@ def test_weights_are_spread_and_the_step_is_the_same(method, setup, tiny_policy,
     both = finished(planned(tiny_policy, tmp_path, method, setup, parallelism="fsdp"), tiny_window, pair)
     with pair.tells("factors"):
         spread = both.policy.factors
-    assert_close(spread, alone.policy.factors)
+    assert_close(spread, alone.policy.factors, MOST.get(method, 1e-4))
     for whose in ("policy", "reference", "base"):
         torch.testing.assert_close(
             torch.tensor([rows[0][0] for rows in both.policy.token_logprobs(groups, of=whose)]),
             torch.tensor([rows[0][0] for rows in alone.policy.token_logprobs(groups, of=whose)]),
             rtol=0,
-            atol=1e-4,
+            atol=MOST.get(method, 1e-4),
         )
 
 

@@ -30,8 +30,8 @@ OWN: dict[str, dict[str, float]] = {
     "vbon": {"n": 8},
 }
 MOST = {"token_bond": 3e-3}
-"""How far apart weights may end, where it is more than 1e-4: Muon makes as much of a gradient's least directions as of its
-greatest, in bfloat16, and with them of sums that were added up in another order."""
+"""How far apart weights may end, where it is more than 1e-4: Muon makes as much of a gradient's least directions as of
+its greatest, in bfloat16, and with them of sums that were added up in another order."""
 METHODS = {name: Method.model_validate({"type": name, name: COMMON | own}) for name, own in OWN.items()}
 LEAN = TrainingSetup(accumulation=2, gradient_checkpointing=True)
 FULL = TrainingSetup(weights="full")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from worker.descent import Descent
+from worker.descent import MUON_RATE, Descent
 from worker.ranks import ALONE
 
 
@@ -29,7 +29,7 @@ def test_the_rate_rises_and_falls_within_its_own_steps():
 
 
 def test_muon_moves_a_matrix_as_far_in_every_direction():
-    """Singular values of 1 and of .01 alike, by .7 to 1.2 of .2 of the rate on the mean square (arXiv 2502.16982)."""
+    """Singular values of 1 and of .01 alike, by .7 to 1.2 of .2 of its rate on the mean square (arXiv 2502.16982)."""
     matrix, vector = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(3))
     descent = Descent(
         {"a": matrix, "b": vector}, ranks=ALONE, last=1, learning_rate=1.0, warmup_steps=1, max_grad_norm=1.0,
@@ -37,7 +37,7 @@ def test_muon_moves_a_matrix_as_far_in_every_direction():
     )  # fmt: skip
     matrix.grad, vector.grad = torch.tensor([[1.0, 0, 0], [0, 0.01, 0]]), torch.tensor([1.0, 0.01, 0])
     descent.step(0)
-    moved = -matrix.detach() / (0.2 * 3**0.5)
+    moved = -matrix.detach() / (MUON_RATE * 0.2 * 3**0.5)
     assert float(moved.abs().sum()) == pytest.approx(float(moved.diagonal().sum()), abs=1e-3)
     assert all(0.6 < by < 1.3 for by in moved.diagonal().tolist())
     torch.testing.assert_close(vector.detach(), torch.tensor([-1.0, -1.0, 0.0]), atol=1e-4, rtol=0)

@@ -25,7 +25,7 @@ OWN: dict[str, dict[str, float]] = {
     "bon_sft": {"n": 8},
     "bonbon_consistent": {"n": 8},
     "offline_bond": {"n": 8, "averaged_steps": 3, "interpolation": 0.9},
-    "token_bond": {"n": 8, "averaged_steps": 2},
+    "token_bond": {"n": 8, "averaged_steps": 2, "learning_rate": 3e-3},
     "jbond": {"anchor_rate": 0.3},
     "vbon": {"n": 8},
 }

@@ -120,9 +120,7 @@ class Training:
             probe = dict(values.probe.named_parameters(prefix="probe"))
             others = {name: parameter for name, parameter in values.named_parameters() if name not in probe}
             descent = partial(descent, learning_rate=step.critic_learning_rate)
-            matrices = [name for name, parameter in others.items() if parameter.ndim == 2]
-            values_descent = descent(others, last=first, by_muon=matrices)
-            self._critic = Critic(values, values_descent, descent(probe, first=first, last=steps))
+            self._critic = Critic(values, descent(others, last=first), descent(probe, first=first, last=steps))
         self.anchor = EmaAnchor(self._parameters) if isinstance(step, OnPolicyStep) else None
         self._mean: dict[str, Tensor] = {}
 

@@ -66,7 +66,7 @@ class TokenBondSpec(LoggedSpec):
     """Of critic and policy together."""
     critic_share: float = Field(0.5, gt=0, lt=1)
     """Of the steps, the first: the critic learns, and the policy stands still."""
-    critic_learning_rate: float = Field(2e-3, gt=0, le=1)
+    critic_learning_rate: float = Field(3e-3, gt=0, le=1)
     critic_candidates: int = Field(16, ge=1, le=4096)
     """Candidates, evenly drawn, that the critic learns from when a prompt's turn comes: they cost a pass of the
     reference."""

@@ -96,6 +96,7 @@ def _token_bond(spec: TokenBondSpec) -> TokenBondStep:
         choose=partial(choose_guided, n=spec.n, count=spec.candidates_per_prompt),
         loss=partial(learn_guided, jeffreys_weight=spec.jeffreys_weight, value_weight=spec.value_weight),
         averaged_steps=spec.averaged_steps,
+        interpolation=spec.interpolation,
     )
 
 

@@ -168,6 +168,8 @@ class TokenBondStep:
     loss: Callable[[Sequence[GuidedGroup], GuidedTermsOf], StepLoss]
     averaged_steps: int
     """Over how many last steps the weights are averaged in the end."""
+    interpolation: float
+    """How far from the reference's weights to those the policy is put."""
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ class Training:
         with torch.no_grad():
             for name, mean in self._mean.items():
                 local(self._parameters[name]).copy_(mean)
-        if isinstance(self.step, OfflineBondStep):
+        if isinstance(self.step, OfflineBondStep | TokenBondStep):
             self.policy.interpolate(self.step.interpolation)
 
     # --- being taken up again ------------------------------------------------------------------------

@@ -80,6 +80,9 @@ class TokenBondSpec(LoggedSpec):
     evenly."""
     averaged_steps: int = Field(100, ge=1)
     """The policy is the mean of its weights over so many last steps (SWA, arXiv 1803.05407)."""
+    interpolation: float = Field(0.95, gt=0, le=1)
+    """How far from the reference's weights to those the policy is put in the end (LITI): it calms a policy where it
+    has come off every candidate's way, which is in one completion of a hundred a tenth of all KL."""
 
     @property
     def critic_steps(self) -> int:

@@ -1,6 +1,7 @@
 """A state is whole or it is not there; a torn one is passed over; who goes on from one makes the same steps."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -215,8 +216,9 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(name, interrupted_a
         (BondSpec(imitation_steps=2, averaged_steps=40), [3, 4, 5, 6]),  # none of its imitation
         (OfflineBondSpec(n=8, averaged_steps=3, interpolation=1), [4, 5, 6]),
         (OfflineBondSpec(n=8, averaged_steps=40, interpolation=1), [1, 2, 3, 4, 5, 6]),
-        (TokenBondSpec(n=8, steps=6, critic_share=0.5, averaged_steps=2), [5, 6]),
-        (TokenBondSpec(n=8, steps=6, critic_share=0.5, averaged_steps=40), [4, 5, 6]),  # none of its critic's
+        (TokenBondSpec(n=8, steps=6, critic_share=0.5, averaged_steps=2, interpolation=1), [5, 6]),
+        # None of its critic's.
+        (TokenBondSpec(n=8, steps=6, critic_share=0.5, averaged_steps=40, interpolation=1), [4, 5, 6]),
     ],
 )
 def test_the_policy_is_the_mean_of_its_last_steps(spec, expected, tiny_policy, tiny_window):
@@ -231,8 +233,9 @@ def test_the_policy_is_the_mean_of_its_last_steps(spec, expected, tiny_policy, t
 
 
 @pytest.mark.slow
-def test_offline_bond_goes_back_some_of_the_way_to_its_reference(tiny_policy, tiny_window):
-    training = opened(tiny_policy, OfflineBondSpec(n=8, averaged_steps=1, interpolation=0.25), steps=3)
+@pytest.mark.parametrize("method", [OfflineBondSpec, partial(TokenBondSpec, critic_share=0.5)])
+def test_a_policy_goes_back_some_of_the_way_to_its_reference(method, tiny_policy, tiny_window):
+    training = opened(tiny_policy, method(n=8, steps=3, averaged_steps=1, interpolation=0.25), steps=3)
     advance(training, tiny_window, 3)
     before = changes(training.policy)
     training.finish()

@@ -42,8 +42,8 @@ SIZES: Final[Mapping[Effort, Sizes]] = {
     "default": Sizes(512, 64, 64, 256),
     "full": Sizes(512, 64, 64, 256),
 }
-STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 40, "full": 40}
-MANY_STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 40, "full": 160}
+STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 32, "full": 32}
+MANY_STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 32, "full": 160}
 """Of what shows only with time: lines over steps, and methods that push log-probs down."""
 LEAST_KL: Final = 0.1
 """Nats of the frontier; below, a ratio is noise."""

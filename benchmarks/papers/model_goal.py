@@ -133,8 +133,8 @@ def distance(seen: Found) -> str:
         f"KL in units of the frontier's at the win rate reached: {ours}; to be reached is {MOST_RATIO:g}, the aim is "
         "1.1. What is told of whole completions alone shifts each word's odds by the same amount whatever was said "
         "before it, and no such policy comes much nearer than offline_bond. What is left of token_bond's distance is "
-        "its critic's, which sees some of a rank only when it is too late, and that one completion of a hundred that comes "
-        "off every candidate's way, and has up to a tenth of all KL (docs/log.md)."
+        "its critic's, which sees some of a rank only when it is too late, and that one completion of a hundred that "
+        "comes off every candidate's way, and has up to a tenth of all KL (docs/log.md)."
     )
 
 

@@ -7,7 +7,7 @@ a step is made (`train`).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,15 @@ from worker.sharding import clip_to_norm, is_sharded, like, whole
 MUON_RATE: Final = 3.0
 """Muon's rate in units of AdamW's, to move matrices as far where it does best (docs/log.md); both count in elements'
 mean square, of which AdamW moves .2 to .4 of its rate (arXiv 2502.16982)."""
+
+
+class _Part(NamedTuple):
+    """What one optimiser moves."""
+
+    names: list[str]
+    optimiser: torch.optim.Optimizer
+    rate: float
+    """In units of the learning rate."""
 
 
 class Descent:
@@ -42,15 +51,17 @@ class Descent:
         self._first, self._last, self._warmup_steps = first, last, warmup_steps
         self._learning_rate, self._max_grad_norm = learning_rate, max_grad_norm
         self._is_sharded = is_sharded(parameters.values())
+        parts = (
+            ([name for name in parameters if name not in by_muon], self._adamw, 1.0),
+            ([name for name in parameters if name in by_muon], _muon, MUON_RATE),
+        )
+        self._parts = [
+            _Part(names, opened([parameters[name] for name in names]), rate) for names, opened, rate in parts if names
+        ]
+
+    def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         # Parameters that are spread over ranks and others do not mix in one kernel.
-        foreach = False if self._is_sharded else None
-        self._optimisers: list[tuple[torch.optim.Optimizer, float]] = []
-        """Each with its rate in units of the learning rate."""
-        if others := [parameter for name, parameter in parameters.items() if name not in by_muon]:
-            self._optimisers.append((torch.optim.AdamW(others, weight_decay=0.0, foreach=foreach), 1.0))
-        if matrices := [parameter for name, parameter in parameters.items() if name in by_muon]:
-            muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-            self._optimisers.append((muon, MUON_RATE))
+        return torch.optim.AdamW(parameters, weight_decay=0.0, foreach=False if self._is_sharded else None)
 
     def clipped_norm(self) -> float:
         """Of the gradient of all ranks, before it is clipped. What is spread was summed on its way back."""
@@ -63,7 +74,7 @@ class Descent:
     def step(self, done: int) -> None:
         """done: of the training's steps."""
         share = rate_share(done - self._first, self._last - self._first, self._warmup_steps)
-        for optimiser, rate in self._optimisers:
+        for _, optimiser, rate in self._parts:
             for group in optimiser.param_groups:
                 group["lr"] = self._learning_rate * share * rate
             optimiser.step()
@@ -73,26 +84,23 @@ class Descent:
         """The optimiser's, by parameter and field; every rank asks."""
         return {
             f"{name}/{field}": whole(value)
-            for name, parameter in self.parameters.items()
-            for field, value in self._state_of(parameter).get(parameter, {}).items()
+            for names, optimiser, _ in self._parts
+            for name in names
+            for field, value in optimiser.state.get(self.parameters[name], {}).items()
         }
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
         """KeyError for a parameter that is not here."""
+        optimiser_of = {name: optimiser for names, optimiser, _ in self._parts for name in names}
         for place, tensor in state.items():
             name, _, field = place.rpartition("/")
             parameter = self.parameters[name]
             # The number of steps stays on the CPU, where the optimiser keeps it.
-            self._state_of(parameter)[parameter][field] = tensor if field == "step" else like(parameter, tensor)
+            optimiser_of[name].state[parameter][field] = tensor if field == "step" else like(parameter, tensor)
 
-    def _state_of(self, parameter: nn.Parameter) -> Any:
-        """The state that the parameter's own optimiser keeps of all it moves."""
-        (state,) = [
-            optimiser.state
-            for optimiser, _ in self._optimisers
-            if any(parameter is one for group in optimiser.param_groups for one in group["params"])
-        ]
-        return state
+
+def _muon(matrices: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
 def rate_share(done: int, steps: int, warmup_steps: int) -> float:

@@ -33,8 +33,8 @@ from bon_algos.contracts import Method
 STEPS: Final[Mapping[Effort, int]] = {"quick": 16, "default": 1120, "full": 1680}
 PROMPTS: Final = 8
 """Of a step."""
-AIM: Final = 24
-"""A policy ends a little below what it aims at, and is to have the win rate of best-of-16."""
+AIM: Final = 32
+"""A policy ends below what it aims at, and is to have the win rate of best-of-16."""
 JUDGED_DRAWS: Final = 64
 """64 prompts × 64 leave a standard error of .012 in a ratio to the frontier's KL, and 64 × 256 draws of the reference
 one of .016, which all arms share."""

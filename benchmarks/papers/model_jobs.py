@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import math
 import multiprocessing
+import os
 import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
@@ -294,10 +296,22 @@ def reference(sizes: Sizes, directory: Path) -> Draws:
 
 def _in_processes(calls: Sequence[Callable[[], None]], tell: Callable[[float], None]) -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(multiprocessing.cpu_count(), context) as pool:
+    with ProcessPoolExecutor(multiprocessing.cpu_count(), context, initializer=_end_with_parent) as pool:
         for done, future in enumerate(as_completed([pool.submit(call) for call in calls]), start=1):
             future.result()
             tell(done / len(calls))
+
+
+def _end_with_parent() -> None:
+    """A run that is killed would leave its processes behind, waiting for calls that never come."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _result_file(job: Job, sizes: Sizes, directory: Path) -> Path:

@@ -5,7 +5,8 @@
     python -m benchmarks.papers --full         # every n that a paper has; take it in several runs
 
 An experiment that has ended is kept in DIRECTORY and not run again, so that a run that was interrupted goes on where it
-was; --fresh begins anew. The report is DIRECTORY/report.md with its pictures, and --publish writes it to docs/papers.
+was; --fresh begins anew. The report is DIRECTORY/report.md with its pictures, and --publish writes it to docs/papers,
+--full's to docs/papers/full.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="where findings are kept (out/papers-EFFORT)")
     parser.add_argument("--only", nargs="*", metavar="KEY", choices=[one.key for one in EXPERIMENTS])
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run found")
-    parser.add_argument("--publish", action="store_true", help="write the report to docs/papers")
+    parser.add_argument(
+        "--publish", action="store_true", help="write the report to docs/papers (--full: docs/papers/full)"
+    )
     options = parser.parse_args()
     effort: Effort = options.effort
     directory = options.directory or Path("out") / f"papers-{effort}"
@@ -52,7 +55,7 @@ def main() -> int:
     if options.markdown:
         shutil.copyfile(report, options.markdown)
     if options.publish:
-        publish(directory)
+        publish(directory, DOCS / effort if effort == "full" else DOCS)
     claims = [Claim(f"{key}: {claim.name}", *claim[1:]) for key, one in findings.items() for claim in as_claims(one)]
     if not claims:  # a part of the experiments may only show numbers
         console.print("These experiments claim nothing at this effort.")
@@ -100,10 +103,10 @@ def write_report(findings: dict[str, Finding], effort: Effort, directory: Path) 
     return report
 
 
-def publish(directory: Path) -> None:
-    DOCS.mkdir(parents=True, exist_ok=True)
+def publish(directory: Path, docs: Path) -> None:
+    docs.mkdir(parents=True, exist_ok=True)
     for file in [directory / "report.md", *directory.glob("*.png")]:
-        shutil.copyfile(file, DOCS / file.name)
+        shutil.copyfile(file, docs / file.name)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ LEARNED: Final = "regression, 16 candidates, learned law"
 
 
 def regression(effort: Effort, tell: Tell) -> Finding:
-    steps = MANY_STEPS[effort]
+    steps = STEPS[effort]
     method, imitation = method_of("bon_regression", steps), method_of("bon_forward_kl", steps)
     arms = {
         OWN_GROUP: Arm(method, candidates=N),

@@ -43,8 +43,8 @@ SIZES: Final[Mapping[Effort, Sizes]] = {
     "full": Sizes(512, 64, 64, 256),
 }
 STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 32, "full": 32}
-MANY_STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 32, "full": 160}
-"""Of what shows only with time: lines over steps, and methods that push log-probs down."""
+MANY_STEPS: Final[Mapping[Effort, int]] = {"quick": 6, "default": 32, "full": 96}
+"""Of lines over steps."""
 LEAST_KL: Final = 0.1
 """Nats of the frontier; below, a ratio is noise."""
 FARTHEST: Final = 8.0

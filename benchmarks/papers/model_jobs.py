@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import torch
+import transformers
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -241,6 +242,7 @@ _RESULT = TypeAdapter(list[Judged])
 @cache
 def _bench() -> Bench:
     torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()  # of loading weights: two processes would write over the display
     return Bench()
 
 

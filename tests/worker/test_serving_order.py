@@ -26,8 +26,10 @@ from worker.train import batch_of
 CUT = {"finish_reason": "length"}
 TRANSFORMS = {"e^r": math.exp, "r·1e12": lambda reward: reward * 1e12}
 BY_ORDER = {name: spec for name, spec in SPECS.items() if name != "rloo"} | {
-    "bond": BondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3, imitation_steps=1)
+    "bond": BondSpec(n=8, lora_rank=8, learning_rate=1e-2, warmup_steps=3, imitation_steps=1),
+    "token_bond": SPECS["token_bond"].model_copy(update={"critic_share": 0.15}),
 }
+"""So that the second step is one of fresh samples, and one of the policy."""
 
 
 # --- groups of a step ------------------------------------------------------------------------------------
@@ -92,7 +94,9 @@ def test_a_strictly_increasing_transform_of_rewards_changes_no_bit_of_a_policy(
 ):
     plain = window_of(tiny_groups, tmp_path)
     assert any(map(is_cut_at_its_best, plain.train))
+    at_first = opened(tiny_policy, BY_ORDER[name]).policy.factors
     expected = advance(opened(tiny_policy, BY_ORDER[name]), plain, float, 2)
+    assert not all(torch.equal(at_first[key], factor) for key, factor in expected.items())
     for label, transform in TRANSFORMS.items():
         other = window_of([transformed(group, transform) for group in tiny_groups], tmp_path / label)
         found = advance(opened(tiny_policy, BY_ORDER[name]), other, transform, 2)

@@ -45,24 +45,55 @@ class RankLaw(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of each candidate among all of its prompt; two (B, N), float64."""
+    """Of each candidate among all of its prompt; three (B, N), float64."""
 
     score_BN: Tensor
-    variance_BN: Tensor
-    """Of the score as an estimate: few candidates tell a rank coarsely, and the best of them most coarsely."""
+    within_BN: Tensor
+    """Variance of the scores that a level of tied candidates stands for; 0 for a candidate that ties with none."""
+    error_BN: Tensor
+    """Variance of the score as an estimate: few candidates tell a rank coarsely, and the best of them most coarsely."""
 
 
 def normal_scores(reward_BN: Tensor) -> Scores:
-    """Φ⁻¹(û) of the mid-rank û, the candidate itself as half a tie: standard normal whatever the reward's law, where
-    none tie; those that tie share one. Its variance is û·(1 − û)/(N·φ²), that of a share of N draws (delta method).
+    """Φ⁻¹(û) of the mid-rank û, the candidate itself as half a tie: standard normal whatever the reward's law.
 
-    (B, N) -> two (B, N). ValueError with a single candidate.
+    A level of ties stands for all ranks from its lowest to its highest, as best-of-n has it, which breaks ties evenly:
+    its score is the mean of Φ⁻¹ between the two. Errors are those of shares of N draws (delta method).
+
+    (B, N) -> three (B, N). ValueError with a single candidate.
     """
     standing, num_candidates = standing_among_others(reward_BN), reward_BN.shape[1]
     mid_BN = (standing.below + (standing.tied + 1) / 2).double() / num_candidates
     score_BN: Tensor = torch.special.ndtri(mid_BN)
-    density_BN = (-0.5 * score_BN.square()).exp() / math.sqrt(2 * math.pi)
-    return Scores(score_BN, mid_BN * (1 - mid_BN) / (num_candidates * density_BN.square()))
+    error_BN = mid_BN * (1 - mid_BN) / (num_candidates * _density(score_BN).square())
+    is_tied_BN, breadth_BN = standing.tied > 0, standing.tied.double().clamp(min=1) / num_candidates
+    level = _level(mid_BN - breadth_BN / 2, mid_BN + breadth_BN / 2)
+    return Scores(
+        torch.where(is_tied_BN, level.mean, score_BN),
+        torch.where(is_tied_BN, level.variance, 0.0),
+        torch.where(is_tied_BN, level.error / num_candidates, error_BN),
+    )
+
+
+class _Level(NamedTuple):
+    mean: Tensor
+    variance: Tensor
+    error: Tensor
+    """Variance of the mean where both ranks are shares of one draw."""
+
+
+def _level(low: Tensor, high: Tensor) -> _Level:
+    """A standard normal number between two of its quantiles."""
+    below, above, breadth = torch.special.ndtri(low), torch.special.ndtri(high), high - low
+    mean = (_density(below) - _density(above)) / breadth
+    square = 1 + (below * _density(below) - above * _density(above)) / breadth
+    by_low, by_high = (mean - below) / breadth, (above - mean) / breadth
+    error = by_low**2 * low * (1 - low) + 2 * by_low * by_high * low * (1 - high) + by_high**2 * high * (1 - high)
+    return _Level(mean, (square - mean.square()).clamp(min=0.0), error)
+
+
+def _density(z: Tensor) -> Tensor:
+    return (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
 
 
 def log_mean_tilt(law: RankLaw, n: int) -> Tensor:
@@ -82,16 +113,16 @@ def _standard_normal() -> tuple[Tensor, Tensor]:
     return node, (-0.5 * node.square()).log_softmax(dim=0)
 
 
-def negative_log_likelihood(law: RankLaw, score_T: Tensor, variance_T: Tensor) -> Tensor:
-    """−log density of each score that was estimated with so much variance, without its constant: what is left to the
-    law is the completion's own. (T,) each. ValueError when shapes differ, nothing is given, a number is not finite or
-    a variance negative."""
-    check_one_shape("T", *law, score_T, variance_T)
-    check_finite("scores", score_T, variance_T)
-    if variance_T.min() < 0:
+def negative_log_likelihood(law: RankLaw, score_T: Tensor, within_T: Tensor, error_T: Tensor) -> Tensor:
+    """−log density of each score, mean over its level, that was estimated with so much error, without its constant:
+    what is left to the law is the completion's own. (T,) each. ValueError when shapes differ, nothing is given, a
+    number is not finite or a variance negative."""
+    check_one_shape("T", *law, score_T, within_T, error_T)
+    check_finite("scores", score_T, within_T, error_T)
+    if min(within_T.min(), error_T.min()) < 0:
         raise ValueError("a variance must not be negative")
-    total_T = (2 * law.log_scale).exp() + variance_T
-    return 0.5 * (total_T.log() + (score_T - law.mean).square() / total_T)
+    total_T = (2 * law.log_scale).exp() + error_T
+    return 0.5 * (total_T.log() + ((score_T - law.mean).square() + within_T) / total_T)
 
 
 class PrefixCritic(nn.Module):

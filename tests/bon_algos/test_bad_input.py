@@ -72,7 +72,7 @@ LOSSES = {
     "j_bond": Case(j_bond_loss, of(B, B, B, B), 2),
     "offline_bond": Case(offline, of(NL, NL, NL, N, N, N), 2),
     "token_bond": Case(guided, of(NL, NL, NL, NL, NL, N, N), 3),
-    "rank_law": Case(rank, of(N, N, N, N), 2),
+    "rank_law": Case(rank, of(N, N, N, N, N), 2),
     "reinforce": Case(reinforce_loss, of(BN, BN), 0),
     "ppo": Case(partial(ppo_clip_loss, clip_range=0.2), of(BN, BN, BN), 0),
     "cross_entropy": Case(quantile_cross_entropy, of(BN, BN), 1),

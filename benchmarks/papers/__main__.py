@@ -6,7 +6,7 @@
 
 An experiment that has ended is kept in DIRECTORY and not run again, so that a run that was interrupted goes on where it
 was; --fresh begins anew. The report is DIRECTORY/report.md with its pictures, and --publish writes it to docs/papers,
---full's to docs/papers/full.
+that of another effort to docs/papers/EFFORT.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", metavar="KEY", choices=[one.key for one in EXPERIMENTS])
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run found")
     parser.add_argument(
-        "--publish", action="store_true", help="write the report to docs/papers (--full: docs/papers/full)"
+        "--publish",
+        action="store_true",
+        help="write the report to docs/papers (--full: docs/papers/full, --quick: docs/papers/quick)",
     )
     options = parser.parse_args()
     effort: Effort = options.effort
@@ -55,7 +57,7 @@ def main() -> int:
     if options.markdown:
         shutil.copyfile(report, options.markdown)
     if options.publish:
-        publish(directory, DOCS / effort if effort == "full" else DOCS)
+        publish(directory, DOCS if effort == "default" else DOCS / effort)
     claims = [Claim(f"{key}: {claim.name}", *claim[1:]) for key, one in findings.items() for claim in as_claims(one)]
     if not claims:  # a part of the experiments may only show numbers
         console.print("These experiments claim nothing at this effort.")

@@ -28,7 +28,7 @@ from benchmarks.papers.model_findings import (
     row,
     win_against_kl,
 )
-from bon_algos.contracts import Method
+from bon_algos.contracts import Method, TokenBondSpec
 
 STEPS: Final[Mapping[Effort, int]] = {"quick": 16, "default": 1120, "full": 1200}
 PROMPTS: Final[Mapping[Effort, int]] = {"quick": 8, "default": 8, "full": 16}
@@ -39,7 +39,7 @@ JUDGED_DRAWS: Final = 64
 """64 prompts × 64 leave a standard error of .012 in a ratio to the frontier's KL, and 64 × 256 draws of the reference
 one of .016, which all arms share."""
 RANK: Final = 32
-LORA: Final = "token_bond, LoRA of rank 8"
+LORA: Final = f"token_bond, LoRA of rank {TokenBondSpec().lora_rank}"
 WHOLE: Final = "token_bond, all weights"
 OFFLINE_LORA: Final = f"offline_bond, LoRA of rank {RANK}"
 MOST_RATIO: Final = 1.25

@@ -115,7 +115,9 @@ def _opened(stream: BinaryIO) -> pq.ParquetFile:
     _require_footer(stream)
     limits = {"thrift_string_size_limit": MAX_FOOTER_BYTES, "thrift_container_size_limit": MAX_FOOTER_BYTES // 64}
     try:
-        file = pq.ParquetFile(stream, **limits)
+        # Reading ahead would hold a row group's columns whole, by threads that may abort the process as it ends
+        # (Arrow issue 34314).
+        file = pq.ParquetFile(stream, pre_buffer=False, **limits)
     except (pa.ArrowException, OSError, ValueError):
         message = "is a Parquet file whose footer cannot be read: it is damaged, too large or nested too deeply"
         raise UnreadableFile(None, message) from None

@@ -68,7 +68,8 @@ def check(stream: BinaryIO, tokenizer: ChatTokenizer, window: int) -> Findings:
 
 
 async def check_apart(path: Path, tokenizer: ChatTokenizer, window: int, model_directory: Path) -> Findings:
-    """The same of a file, where it can do no harm. Raises InvalidField as above."""
+    """The same of a file, where it can do no harm. Raises InvalidField as above, RuntimeError where the process fails
+    by what is not the file's fault: one that takes too much is ended by a signal."""
     with path.open("rb") as stream:
         form = _format(stream)
         if form == "jsonl" and path.stat().st_size <= SMALL_BYTES:
@@ -80,6 +81,7 @@ async def check_apart(path: Path, tokenizer: ChatTokenizer, window: int, model_d
     try:
         async with asyncio.timeout(SECONDS):
             said, _ = await process.communicate()
+            exit_code = await process.wait()
     except TimeoutError:
         too_long = RowFault(line=None, message=f"takes more than {SECONDS:.0f} s to read")
         return Findings(format=form, faults=(too_long,))
@@ -87,7 +89,9 @@ async def check_apart(path: Path, tokenizer: ChatTokenizer, window: int, model_d
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return Findings.model_validate_json(said) if process.returncode == 0 else Findings(format=form, faults=(_bomb(),))
+    if exit_code > 0:
+        raise RuntimeError(f"the process that checks a file ended with {exit_code}")
+    return Findings.model_validate_json(said) if exit_code == 0 else Findings(format=form, faults=(_bomb(),))
 
 
 class _Checker:
@@ -154,6 +158,9 @@ def main(model_directory: str, window: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     tokenizer = read_tokenizer(Path(model_directory))
     sys.stdout.write(check(sys.stdin.buffer, tokenizer, int(window)).model_dump_json())
+    sys.stdout.flush()
+    # All is said: how a library's threads end must not make an abort of it, which would read as a file too large.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -35,6 +36,16 @@ from tests.service.records import policy
 from tests.service.training_files import line
 from tests.stubs.tokenizer import write_model_directory
 
+COUNTS_THREADS = """
+import os, sys
+import pyarrow.parquet
+from bon_algos.row_files import parquet_rows_of
+def threads():
+    return len(os.listdir("/proc/self/task"))
+before = threads()
+with open(sys.argv[1], "rb") as stream:
+    print(len(list(parquet_rows_of(stream))), before, threads())
+"""
 INTERPOLATION = {"method": {"type": "interpolation", "interpolation": {"policy": STUDENT}}}
 
 
@@ -124,6 +135,31 @@ def test_a_file_is_read_alike_in_a_process_of_its_own(tmp_path, tokenizer, model
     with path.open("rb") as stream:
         here = check(stream, tokenizer, WINDOW)
     assert asyncio.run(check_apart(path, tokenizer, WINDOW, model_directory)) == here
+
+
+def test_what_was_found_stands_however_that_process_ends(tmp_path, tokenizer, model_directory, monkeypatch):
+    """A library's threads may abort it on its way out (Arrow issue 34314): a good file was refused as too large."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os; atexit.register(os.abort)")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    path = tmp_path / "file"
+    path.write_bytes(SERVED["Parquet"]())
+    found = asyncio.run(check_apart(path, tokenizer, WINDOW, model_directory))
+    assert (found.faults, found.rows) == ((), 2)
+
+
+def test_a_fault_of_that_process_is_not_said_to_be_the_file_s(tmp_path, tokenizer):
+    path = tmp_path / "file"
+    path.write_bytes(SERVED["Parquet"]())
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        asyncio.run(check_apart(path, tokenizer, WINDOW, tmp_path / "no-model"))
+
+
+def test_a_parquet_file_is_read_without_threads(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(SERVED["Parquet"]())
+    said = subprocess.run([sys.executable, "-c", COUNTS_THREADS, str(path)], capture_output=True, text=True, check=True)
+    rows, before, after = said.stdout.split()
+    assert (rows, after) == ("2", before)
 
 
 def test_that_process_knows_no_secrets(tmp_path, tokenizer, model_directory, monkeypatch):

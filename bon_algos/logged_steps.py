@@ -206,11 +206,11 @@ def learn_values(groups: Sequence[ScoredGroup], laws: SaidLawsOf) -> StepLoss:
     losses, errors = [], []
     for group, law in zip(groups, laws([group.tokens for group in groups]), strict=True):
         lengths = torch.tensor([len(completion) for completion in group.tokens.completion_ids])
-        score_T, within_T, error_T = (
+        score_T, level_variance_T, error_variance_T = (
             torch.tensor(of_N).repeat_interleave(lengths).to(law.mean)
-            for of_N in (group.scores, group.within, group.errors)
+            for of_N in (group.scores, group.level_variances, group.error_variances)
         )
-        losses.append(negative_log_likelihood(law, score_T, within_T, error_T).mean())
+        losses.append(negative_log_likelihood(law, score_T, level_variance_T, error_variance_T).mean())
         last_N = lengths.cumsum(dim=0).to(score_T.device) - 1
         errors.append((law.mean.detach() - score_T)[last_N].square().mean())
     loss = torch.stack(losses).mean()

@@ -48,10 +48,10 @@ class Scores(NamedTuple):
     """Of each candidate among all of its prompt; three (B, N), float64."""
 
     score_BN: Tensor
-    within_BN: Tensor
-    """Variance of the scores that a level of tied candidates stands for; 0 for a candidate that ties with none."""
-    error_BN: Tensor
-    """Variance of the score as an estimate: few candidates tell a rank coarsely, and the best of them most coarsely."""
+    level_variance_BN: Tensor
+    """Of the scores that a level of tied candidates stands for; 0 for a candidate that ties with none."""
+    error_variance_BN: Tensor
+    """Of the score as an estimate: few candidates tell a rank coarsely, and the best of them most coarsely."""
 
 
 def normal_scores(reward_BN: Tensor) -> Scores:
@@ -65,21 +65,21 @@ def normal_scores(reward_BN: Tensor) -> Scores:
     standing, num_candidates = standing_among_others(reward_BN), reward_BN.shape[1]
     mid_BN = (standing.below + (standing.tied + 1) / 2).double() / num_candidates
     score_BN: Tensor = torch.special.ndtri(mid_BN)
-    error_BN = mid_BN * (1 - mid_BN) / (num_candidates * _density(score_BN).square())
+    error_variance_BN = mid_BN * (1 - mid_BN) / (num_candidates * _density(score_BN).square())
     is_tied_BN, breadth_BN = standing.tied > 0, standing.tied.double().clamp(min=1) / num_candidates
     level = _level(mid_BN - breadth_BN / 2, mid_BN + breadth_BN / 2)
     return Scores(
         torch.where(is_tied_BN, level.mean, score_BN),
         torch.where(is_tied_BN, level.variance, 0.0),
-        torch.where(is_tied_BN, level.error / num_candidates, error_BN),
+        torch.where(is_tied_BN, level.error_variance / num_candidates, error_variance_BN),
     )
 
 
 class _Level(NamedTuple):
     mean: Tensor
     variance: Tensor
-    error: Tensor
-    """Variance of the mean where both ranks are shares of one draw."""
+    error_variance: Tensor
+    """Of the mean where both ranks are shares of one draw."""
 
 
 def _level(low: Tensor, high: Tensor) -> _Level:
@@ -113,16 +113,18 @@ def _standard_normal() -> tuple[Tensor, Tensor]:
     return node, (-0.5 * node.square()).log_softmax(dim=0)
 
 
-def negative_log_likelihood(law: RankLaw, score_T: Tensor, within_T: Tensor, error_T: Tensor) -> Tensor:
+def negative_log_likelihood(
+    law: RankLaw, score_T: Tensor, level_variance_T: Tensor, error_variance_T: Tensor
+) -> Tensor:
     """−log density of each score, mean over its level, that was estimated with so much error, without its constant:
     what is left to the law is the completion's own. (T,) each. ValueError when shapes differ, nothing is given, a
     number is not finite or a variance negative."""
-    check_one_shape("T", *law, score_T, within_T, error_T)
-    check_finite("scores", score_T, within_T, error_T)
-    if min(within_T.min(), error_T.min()) < 0:
+    check_one_shape("T", *law, score_T, level_variance_T, error_variance_T)
+    check_finite("scores", score_T, level_variance_T, error_variance_T)
+    if min(level_variance_T.min(), error_variance_T.min()) < 0:
         raise ValueError("a variance must not be negative")
-    total_T = (2 * law.log_scale).exp() + error_T
-    return 0.5 * (total_T.log() + ((score_T - law.mean).square() + within_T) / total_T)
+    total_T = (2 * law.log_scale).exp() + error_variance_T
+    return 0.5 * (total_T.log() + ((score_T - law.mean).square() + level_variance_T) / total_T)
 
 
 class PrefixCritic(nn.Module):

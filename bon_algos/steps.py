@@ -111,10 +111,10 @@ class ScoredGroup(NamedTuple):
     tokens: TokenGroup
     scores: Sequence[float]
     """Normal scores of their ranks among all of the group."""
-    within: Sequence[float]
-    """Variances over their levels of ties."""
-    errors: Sequence[float]
-    """Variances of the scores, as estimates."""
+    level_variances: Sequence[float]
+    """Over their levels of ties."""
+    error_variances: Sequence[float]
+    """Of the scores, as estimates."""
 
 
 class GuidedGroup(NamedTuple):

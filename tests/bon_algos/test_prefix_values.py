@@ -88,8 +88,8 @@ def test_a_level_of_ties_stands_for_all_its_ranks():
     below, above = norm.ppf([0.705, 0.995])
     density = truncnorm(below, above)
     assert float(scores.score_BN[0, -1]) == pytest.approx(density.mean())
-    assert float(scores.within_BN[0, -1]) == pytest.approx(density.var())
-    assert not normal_scores(torch.arange(4.0)[None]).within_BN.any()
+    assert float(scores.level_variance_BN[0, -1]) == pytest.approx(density.var())
+    assert not normal_scores(torch.arange(4.0)[None]).level_variance_BN.any()
 
 
 @pytest.mark.parametrize("num_candidates", [2, 64, 20000])
@@ -100,19 +100,19 @@ def test_scores_and_what_is_within_them_are_standard_normal_together(num_candida
     scores = normal_scores(rewards[None].double())
     assert float(scores.score_BN.mean()) == pytest.approx(0, abs=0.03)
     if num_candidates > 2:
-        assert float((scores.score_BN.square() + scores.within_BN).mean()) == pytest.approx(1, abs=0.05)
-    assert scores.within_BN.min() >= 0
-    assert scores.error_BN.isfinite().all()
+        assert float((scores.score_BN.square() + scores.level_variance_BN).mean()) == pytest.approx(1, abs=0.05)
+    assert scores.level_variance_BN.min() >= 0
+    assert scores.error_variance_BN.isfinite().all()
 
 
 def test_a_score_varies_as_said_when_its_prompt_is_drawn_again():
     """A candidate at the reference's quantile .7 among 255 others, of whom so many are below that it beats 179; and one
     of three in ten that pass."""
     generator = np.random.default_rng(0)
-    said = normal_scores(torch.arange(256.0)[None]).error_BN[0, 179]
+    said = normal_scores(torch.arange(256.0)[None]).error_variance_BN[0, 179]
     scores = norm.ppf((generator.binomial(255, 0.7, 4000) + 0.5) / 256)
     assert float(said) == pytest.approx(scores.var(), rel=0.1)
-    passing = normal_scores(torch.tensor([[0.0] * 180 + [1.0] * 76])).error_BN[0, -1]
+    passing = normal_scores(torch.tensor([[0.0] * 180 + [1.0] * 76])).error_variance_BN[0, -1]
     failed = generator.binomial(255, 0.7, 400)
     drawn = [normal_scores((torch.arange(256)[None] >= some).double()).score_BN[0, -1] for some in failed]
     assert float(passing) == pytest.approx(np.var(drawn), rel=0.2)

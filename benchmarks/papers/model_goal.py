@@ -33,7 +33,7 @@ from bon_algos.contracts import Method, TokenBondSpec
 STEPS: Final[Mapping[Effort, int]] = {"quick": 16, "default": 1120, "full": 1200}
 PROMPTS: Final[Mapping[Effort, int]] = {"quick": 8, "default": 8, "full": 16}
 """Of a step."""
-AIM: Final[Mapping[Effort, int]] = {"quick": 32, "default": 32, "full": 24}
+AIM: Final = 32
 """A policy ends below what it aims at, the farther the less it learned, and is to have the win rate of best-of-16."""
 JUDGED_DRAWS: Final = 64
 """64 prompts × 64 leave a standard error of .012 in a ratio to the frontier's KL, and 64 × 256 draws of the reference
@@ -61,10 +61,10 @@ def whole(effort: Effort) -> Arm:
 def _token(effort: Effort) -> dict[str, float]:
     """Full has the spec's defaults; the others fewer prompts a step, for the hour."""
     if effort == "full":
-        return {"n": AIM[effort]}
+        return {"n": AIM}
     steps = STEPS[effort]
     return {
-        "n": AIM[effort],
+        "n": AIM,
         "steps": steps,
         "critic_share": 15 / 28,
         "critic_candidates": 16,

@@ -4,9 +4,9 @@
     python -m benchmarks.papers --quick        # one seed: minutes
     python -m benchmarks.papers --full         # every n that a paper has; take it in several runs
 
-An experiment that has ended is kept in DIRECTORY and not run again, so that a run that was interrupted goes on where it
-was; --fresh begins anew. The report is DIRECTORY/report.md with its pictures, and --publish writes it to docs/papers,
-that of another effort to docs/papers/EFFORT.
+An experiment that has ended is kept in DIRECTORY and not run again by the same code, so that a run that was interrupted
+goes on where it was; --fresh begins anew. The report is DIRECTORY/report.md with its pictures, and --publish writes it
+to docs/papers, that of another effort to docs/papers/EFFORT.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from benchmarks.claims import Claim, arguments, finish, table
+from benchmarks.papers import digests
 from benchmarks.papers.exact import EXPERIMENTS as EXACT
 from benchmarks.papers.findings import Effort, Experiment, Finding, as_claims, draw, section
 from benchmarks.papers.model import EXPERIMENTS as ON_A_MODEL
@@ -47,10 +48,9 @@ def main() -> int:
     directory = options.directory or Path("out") / f"papers-{effort}"
     if options.fresh:
         shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
     wanted = [one for one in EXPERIMENTS if not options.only or one.key in options.only]
     console = Console()
-    findings = run_all(wanted, effort, directory, console)
+    findings = run_all(wanted, effort, directory / digests.of_experiments(), console)
     for finding in findings.values():
         console.print(table(finding.title, finding.columns, finding.rows))
     report = write_report(findings, effort, directory)
@@ -66,15 +66,18 @@ def main() -> int:
     return finish(claims, options.json, figures, console)
 
 
-def run_all(wanted: list[Experiment], effort: Effort, directory: Path, console: Console) -> dict[str, Finding]:
+def run_all(wanted: list[Experiment], effort: Effort, kept: Path, console: Console) -> dict[str, Finding]:
+    """Of each experiment what an earlier run has left in `kept`, or what this one finds and leaves there."""
+    kept.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(28), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        return {one.key: _found(one, effort, directory, progress, progress.add_task(one.key)) for one in wanted}
+        return {
+            one.key: _found(one, effort, kept / f"{one.key}.json", progress, progress.add_task(one.key))
+            for one in wanted
+        }
 
 
-def _found(experiment: Experiment, effort: Effort, directory: Path, progress: Progress, task: TaskID) -> Finding:
-    """What an earlier run found, or what this one does."""
-    kept = directory / f"{experiment.key}.json"
+def _found(experiment: Experiment, effort: Effort, kept: Path, progress: Progress, task: TaskID) -> Finding:
     if not kept.exists():
         started_at = time.monotonic()
         finding = experiment.run(effort, lambda share: progress.update(task, completed=100 * share))

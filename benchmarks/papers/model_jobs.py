@@ -26,9 +26,7 @@ import transformers
 from pydantic import TypeAdapter
 from torch import Tensor
 
-import bon_algos
-import worker
-from benchmarks.papers import model_lab, model_targets
+from benchmarks.papers import digests, model_lab, model_targets
 from benchmarks.papers.model_lab import Bench, Draws, Judged, Ledger, Part, judge, order_of, plain_model
 from bon_algos.algorithms import make_step
 from bon_algos.contracts import BonRegressionSpec, Method
@@ -323,20 +321,9 @@ def _result_file(job: Job, sizes: Sizes, directory: Path) -> Path:
 
 @cache
 def _models_digest() -> str:
-    files = [folder / "model.safetensors" for folder in (model_lab.POLICY, model_lab.REWARD)]
-    return _digest(files)
+    return digests.of_files([folder / "model.safetensors" for folder in (model_lab.POLICY, model_lab.REWARD)])
 
 
-@cache
 def _code_digest() -> str:
     """Of all that a result depends on besides the models."""
-    packages = (Path(bon_algos.__file__).parent, Path(worker.__file__).parent)
-    library = [file for package in packages for file in sorted(package.rglob("*.py"))]
-    return _digest([*library, Path(model_lab.__file__), Path(model_targets.__file__), Path(__file__)])
-
-
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+    return digests.of_training(model_lab.__file__, model_targets.__file__, __file__)

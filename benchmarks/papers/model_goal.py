@@ -40,16 +40,19 @@ JUDGED_DRAWS: Final = 64
 one of .016, which all arms share."""
 RANK: Final = 32
 LORA: Final = f"token_bond, LoRA of rank {TokenBondSpec().lora_rank}"
+ONE_GROUP: Final = f"{LORA}, {N} candidates of a prompt"
 WHOLE: Final = "token_bond, all weights"
 OFFLINE_LORA: Final = f"offline_bond, LoRA of rank {RANK}"
 MOST_RATIO: Final = 1.25
 
 
 def arms_of(effort: Effort) -> dict[str, Arm]:
-    """Full has a LoRA as POST /distill trains it, and the best that learns from whole completions."""
+    """Full has a LoRA as POST /distill trains it, also from what one request for best-of-16 leaves of each prompt, and
+    the best that learns from whole completions."""
     arms = {WHOLE: whole(effort)}
     if effort == "full":
         arms[LORA] = _arm("token_bond", _token(effort))
+        arms[ONE_GROUP] = arms[LORA]._replace(candidates=N)
         arms[OFFLINE_LORA] = _arm("offline_bond", {**OFFLINE, "learning_rate": 2e-3, "lora_rank": RANK})
     return arms
 

@@ -15,8 +15,8 @@ from typing import Final
 import pytest
 
 from tests.service.bad_admin_input import BAD
-from tests.service.bad_input import REGISTRY
 from tests.service.bad_ledger_input import ERASURES, QUERIES
+from tests.service.bad_registry_input import REGISTRY
 from tests.service.bad_training_data import FAULTY, NO_FORMAT, NO_JOB, SERVED
 from tests.service.test_registry_routes import BAD_FILES
 

@@ -25,7 +25,8 @@ from bonsai.registry.auditing import verified_audit
 from service.export import unpack
 from tests.fixtures.gateway import Client, Reply, World
 from tests.fixtures.waiting import wait_until
-from tests.service.bad_input import CANARY, REGISTRY, RegistryRow
+from tests.service.bad_input import CANARY
+from tests.service.bad_registry_input import REGISTRY, RegistryRow
 from tests.service.published import safetensors, write_full_policy, write_policy
 from tests.service.records import BASE, policy
 
